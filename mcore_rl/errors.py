@@ -1,0 +1,84 @@
+"""Errors, importable from everywhere; all of them pickle, since they cross processes.
+
+Two kinds. A `UserError` is something the person at the command line can mend: it is shown as one
+line without a traceback and ends the program with exit code 2. A `RunError` is a fault of the
+running system: it names rank, role and step, keeps its traceback and ends the run at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """Something the user asked for that cannot be done: one line, exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A fault while running.
+
+    Args:
+        message: what happened.
+        rank: global rank it happened on; None for the controller alone.
+        role: "controller", "actor", "rollout", ...
+        step: step of the loop; None before the first one.
+    """
+
+    def __init__(
+        self, message: str, *, rank: int | None = None, role: str = "", step: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.rank, self.role, self.step = message, rank, role, step
+
+    def __str__(self) -> str:
+        where = [f"role {self.role}"] if self.role else []
+        where += [f"rank {self.rank}"] if self.rank is not None else []
+        where += [f"step {self.step}"] if self.step is not None else []
+        return f"[{', '.join(where)}] {self.message}" if where else self.message
+
+    def __reduce__(self):
+        return _rebuild_run_error, (type(self), self.message, self.rank, self.role, self.step)
+
+
+def _rebuild_run_error(cls, message, rank, role, step):
+    return cls(message, rank=rank, role=role, step=step)
+
+
+class RolloutError(RunError):
+    """The rollout engine failed or returned something that cannot be right."""
+
+
+class WeightSyncError(RunError):
+    """Weights could not be moved to the engine, or the engine holds others than the trainer."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written or read back."""
+
+
+def require(condition: bool, key: str, value: object, rule: str, fix: str = "") -> None:
+    """Raise a UserError `key=value rule. fix` unless `condition` holds.
+
+    Example: require(lr > 0, "actor.optim.lr", lr, "must be > 0", "Try 1e-6.")
+    """
+    if not condition:
+        raise UserError(f"{key}={value!r} {rule}." + (f" {fix}" if fix else ""))
+
+
+def require_one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise a UserError that names the closest allowed value unless `value` is allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(
+            f"{key}={value!r} is not one of {', '.join(map(str, allowed))}."
+            + closest_hint(str(value), map(str, allowed))
+        )
+
+
+def closest_hint(name: str, candidates: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest candidate, or "" when nothing is close."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,119 @@
+"""Metrics that know how they reduce.
+
+A metric is a value with a rule for merging it over micro-batches, ranks and minibatches. The rule
+is data and never part of the key. Values stay tensors on their device until `to_floats`, so a step
+costs one host copy.
+
+Keys are `section/name[/statistic]`, lower case, with the unit in the name: `actor/pg_loss`,
+`time/rollout` (seconds), `mismatch/logprob_abs_diff/max`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, "Metric"]
+
+REDUCTIONS = ("mean", "sum", "max", "min")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number and how it merges with others of the same key.
+
+    For "mean", `value` is the weighted sum and `weight` the total weight (a count of trained
+    tokens, of samples, ...), so merging is exact whatever the split.
+    """
+
+    value: Tensor | float
+    reduce: str
+    weight: Tensor | float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.reduce in REDUCTIONS, self.reduce
+
+
+def mean(value: Tensor | float, weight: Tensor | float = 1.0) -> Metric:
+    """Return a metric that averages: `value` is a mean over `weight` items."""
+    return Metric(value * weight, "mean", weight)
+
+
+def total(value: Tensor | float) -> Metric:
+    """Return a metric that adds up."""
+    return Metric(value, "sum")
+
+
+def maximum(value: Tensor | float) -> Metric:
+    return Metric(value, "max")
+
+
+def minimum(value: Tensor | float) -> Metric:
+    return Metric(value, "min")
+
+
+def masked_mean(values_T: Tensor, mask_T: Tensor) -> Metric:
+    """Return the mean of `values_T` [T] over the tokens where `mask_T` [T] bool is True."""
+    values_T = values_T.detach().float()
+    return Metric(torch.where(mask_T, values_T, 0.0).sum(), "mean", mask_T.sum().float())
+
+
+def masked_max(values_T: Tensor, mask_T: Tensor) -> Metric:
+    """Return the largest masked value; -inf when the mask is empty, which `merge` ignores."""
+    return Metric(_masked_extreme(values_T, mask_T, float("-inf"), torch.max), "max")
+
+
+def masked_min(values_T: Tensor, mask_T: Tensor) -> Metric:
+    """Return the smallest masked value; +inf when the mask is empty, which `merge` ignores."""
+    return Metric(_masked_extreme(values_T, mask_T, float("inf"), torch.min), "min")
+
+
+def _masked_extreme(values_T: Tensor, mask_T: Tensor, empty: float, pick) -> Tensor:
+    values_T = torch.where(mask_T, values_T.detach().float(), empty)
+    return pick(torch.cat([values_T, values_T.new_tensor([empty])]))
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
+    """Merge the metrics of several micro-batches, ranks or minibatches, key by key."""
+    merged: Metrics = {}
+    for part in parts:
+        for key, metric in part.items():
+            merged[key] = _merge_two(key, merged[key], metric) if key in merged else metric
+    return merged
+
+
+def _merge_two(key: str, a: Metric, b: Metric) -> Metric:
+    assert a.reduce == b.reduce, f"{key}: reduced by {a.reduce} and by {b.reduce}"
+    if a.reduce in ("mean", "sum"):
+        return Metric(a.value + b.value, a.reduce, a.weight + b.weight)
+    pick = max if a.reduce == "max" else min
+    return Metric(pick(float(a.value), float(b.value)), a.reduce)
+
+
+def to_host(metrics: Mapping[str, Metric]) -> Metrics:
+    """Return the metrics with every tensor read back to a float, in one copy."""
+    tensors = [t for m in metrics.values() for t in (m.value, m.weight) if isinstance(t, Tensor)]
+    if not tensors:
+        return dict(metrics)
+    stacked = torch.stack([t.detach().double().reshape(()) for t in tensors]).tolist()
+    numbers = iter(stacked)
+    read = lambda x: next(numbers) if isinstance(x, Tensor) else float(x)  # noqa: E731
+    return {k: Metric(read(m.value), m.reduce, read(m.weight)) for k, m in metrics.items()}
+
+
+def to_floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Return plain numbers; a mean over nothing and an extreme of nothing are left out."""
+    numbers: dict[str, float] = {}
+    for key, metric in to_host(metrics).items():
+        value, weight = float(metric.value), float(metric.weight)
+        if metric.reduce == "mean":
+            if weight == 0:
+                continue
+            value /= weight
+        elif metric.reduce in ("max", "min") and value in (float("inf"), float("-inf")):
+            continue
+        numbers[key] = value
+    return numbers
