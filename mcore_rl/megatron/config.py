@@ -1,0 +1,102 @@
+"""Config sections of the actor's Megatron side. Imports no Megatron: config parses without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mcore_rl.errors import require, require_one_of
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class MegatronConfig:
+    """`actor.megatron`: parallel layout and what Megatron-Core is told."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """None: the tensor parallel size."""
+    sequence_parallel: bool | None = None
+    """None: on when tensor_model_parallel_size > 1."""
+    dtype: str = "bfloat16"
+    """Type of weights and activations; the optimizer always keeps float32 masters."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+    override_transformer_config: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron's TransformerConfig, handed on as they are; unknown names are refused."""
+    seed: int = 42
+    """Base of Megatron's random states."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        ):
+            require(
+                getattr(self, name) >= 1,
+                f"actor.megatron.{name}",
+                getattr(self, name),
+                "must be at least 1",
+            )
+        require_one_of("actor.megatron.dtype", self.dtype, DTYPES)
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        if self.sequence_parallel is None:
+            return self.tensor_model_parallel_size > 1
+        return self.sequence_parallel
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """`actor.optim`: AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0; step 0 already takes 1/n of it."""
+    lr_decay_style: str = "constant"
+    """constant, linear or cosine."""
+    lr_decay_steps: int | None = None
+    """Steps until `min_lr`; None: the training's total steps."""
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "actor.optim.lr", self.lr, "must be > 0")
+        require(
+            0 <= self.min_lr <= self.lr,
+            "actor.optim.min_lr",
+            self.min_lr,
+            "must lie between 0 and actor.optim.lr",
+        )
+        require(
+            self.lr_warmup_steps >= 0,
+            "actor.optim.lr_warmup_steps",
+            self.lr_warmup_steps,
+            "must be >= 0",
+        )
+        require(
+            self.weight_decay >= 0, "actor.optim.weight_decay", self.weight_decay, "must be >= 0"
+        )
+        require_one_of(
+            "actor.optim.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine")
+        )
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "actor.optim.betas",
+            list(self.betas),
+            "must be two numbers in [0, 1)",
+        )

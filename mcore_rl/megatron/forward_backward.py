@@ -1,0 +1,164 @@
+"""Run micro-batches through Megatron's schedule: forward only, or forward and backward.
+
+This is the only file that knows how Megatron scales losses. With `calculate_per_token_loss=True`
+the three halves are:
+
+* here: `loss = N * sum_T w_T * loss_T` and `num_tokens = trained tokens held by this rank`, where
+  `w_T` already holds every denominator of the minibatch and `N` is its number of trained tokens;
+* `DistributedDataParallel` sums gradients over data and context parallel ranks (factor 1.0);
+* `finalize_model_grads` divides by the sum of `num_tokens` over those ranks, which is `N`.
+
+So the gradient is that of `sum_T w_T * loss_T` over all ranks, however the minibatch was cut, and
+Megatron's own per-token terms (MoE, MTP) keep the scale that they expect. `schedules.py` applies
+no factor of its own in this mode (forward_step_calc_loss).
+
+Example: sequences of 3 and 1 trained tokens, token-mean, on two ranks. Rank 0 returns
+`4 * (l1 + l2 + l3) / 4` and 3, rank 1 returns `4 * l4 / 4` and 1; the sum over ranks divided by
+3 + 1 is `(l1 + l2 + l3 + l4) / 4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mcore_rl.data.batch import PackedBatch, pack, unpack
+from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.metrics import Metrics, merge
+from mcore_rl.types import MicroBatch
+
+Objective = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
+"""(logprobs_T, entropy_T, batch) -> (sum_T w_T * loss_T over this micro-batch, metrics)."""
+
+
+def forward_logprobs(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    device: torch.device,
+) -> dict[int, list[float]]:
+    """Return log-probabilities of every token of every sequence, without gradients.
+
+    Every rank of the model must call this with the same number of micro-batches.
+
+    Returns:
+        By planned index, a list as long as the sequence's token_ids (0.0 at the first token);
+        complete on ranks with `parallel.reports_tokens`, empty elsewhere.
+    """
+    results: dict[int, list[float]] = {}
+
+    def objective(logprobs_T: Tensor, entropy_T: Tensor | None, batch: PackedBatch):
+        if parallel.reports_tokens:
+            results.update(zip(batch.indices, unpack(logprobs_T, batch), strict=True))
+        return logprobs_T.new_zeros(()), {}
+
+    with torch.no_grad():
+        _run_schedule(chunks, micro_batches, parallel, device, objective, 0, False, True)
+    return results
+
+
+def forward_backward(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    device: torch.device,
+    objective: Objective,
+    num_trained_tokens: int,
+    with_entropy: bool,
+) -> Metrics:
+    """Accumulate the gradient of the minibatch's objective into the chunks' buffers.
+
+    Args:
+        chunks: model chunks wrapped for training, gradient buffers zeroed.
+        micro_batches: this data-parallel rank's; as many on every rank.
+        parallel: process groups.
+        device: where the batches go.
+        objective: see `Objective`.
+        num_trained_tokens: N, over the whole minibatch and all ranks.
+        with_entropy: whether the model computes the entropy.
+
+    Returns:
+        Metrics of this rank's micro-batches; empty where `parallel.reports_tokens` is False.
+    """
+    metrics = _run_schedule(
+        chunks, micro_batches, parallel, device, objective, num_trained_tokens, with_entropy, False
+    )
+    return merge(metrics) if parallel.reports_tokens else {}
+
+
+def _run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    device: torch.device,
+    objective: Objective,
+    num_trained_tokens: int,
+    with_entropy: bool,
+    forward_only: bool,
+) -> list[Metrics]:
+    layout = parallel.layout
+    batches = [
+        pack(
+            micro_batch,
+            align_sequence=2 * layout.cp if layout.cp > 1 else 1,
+            align_total=layout.tp,
+            device=device,
+        )
+        for micro_batch in micro_batches
+    ]
+
+    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module):
+        batch = next(iterator)
+        inner = _unwrapped(model)
+        inner.with_entropy = with_entropy
+        output = model(
+            batch.input_ids_T.unsqueeze(0),
+            batch.position_ids_T.unsqueeze(0),
+            None,
+            labels=batch.labels_T,
+            packed_seq_params=_packed_seq_params(batch),
+        )
+
+        def loss(output: tuple[Tensor, Tensor | None]):
+            value, metrics = objective(*output, batch)
+            num_tokens = batch.mask_T.sum().to(torch.int)
+            return value * num_trained_tokens, num_tokens, metrics
+
+        return output, loss
+
+    for chunk in chunks:
+        chunk.train(not forward_only)
+    iterators = [iter(batches) for _ in chunks]
+    several = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=list(chunks) if several else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=1,  # read only for fixed shapes; stages exchange shapes (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=batch.cu_seqlens_padded,
+        cu_seqlens_kv_padded=batch.cu_seqlens_padded,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )

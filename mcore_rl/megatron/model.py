@@ -1,0 +1,301 @@
+"""Build the model: Megatron's GPTModel for a Hugging Face config, in a layout, with its weights.
+
+`PolicyModel` differs from Megatron's GPTModel in one thing: its last stage returns
+log-probabilities and entropy of the given labels, computed in chunks, instead of logits.
+
+Parameters are addressed by their canonical name, with the global number of layer and expert
+("decoder.layers.7.mlp.experts.local_experts.5.linear_fc1.weight"), whatever this rank holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Parameter
+
+from mcore_rl.errors import UserError, closest_hint
+from mcore_rl.megatron.attention import local_block_spec
+from mcore_rl.megatron.config import MegatronConfig
+from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
+from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.models.mappings import ParamEntry, to_megatron
+from mcore_rl.models.safetensors_io import CheckpointReader
+from mcore_rl.models.spec import HfModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LogprobLayer(ColumnParallelLinear):
+    """The output layer of the vocabulary, giving log-probabilities of labels and no logits."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        labels_T: Tensor,
+        temperature: float,
+        vocab_size: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (logprobs_T, entropy_T or None) of `labels_T` [T] int64, both [T] float32.
+
+        `hidden` is [T, 1, H], or this rank's part [T / tp, 1, H] under sequence parallelism;
+        `weight` is the tied embedding, None for the layer's own.
+        """
+        group = self.tp_group
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
+        elif group.size() > 1:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+        return vocab_parallel_logprobs(
+            hidden.squeeze(1),
+            self.weight if weight is None else weight,
+            labels_T,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            group=group,
+            with_entropy=with_entropy,
+        )
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage returns log-probabilities and entropy.
+
+    Args:
+        temperature: logits are divided by it, as the rollout engine does.
+        real_vocab_size: vocabulary without padding rows.
+        kwargs: those of GPTModel.
+    """
+
+    def __init__(self, *, temperature: float, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.temperature = temperature
+        self.real_vocab_size = real_vocab_size
+        if self.post_process:
+            # GPTModel builds the layer itself and offers no argument for its class; the subclass
+            # adds no state, only another forward. Its hooks (parameter gathering) keep working.
+            self.output_layer.__class__ = LogprobLayer
+
+    def _postprocess(self, hidden_states, *args, labels=None, extra_block_kwargs=None, **kwargs):
+        """Replace GPTModel._postprocess: hidden states between stages, logprobs at the end."""
+        if not self.post_process:
+            return hidden_states
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        return self.output_layer(
+            hidden_states,
+            weight,
+            labels,
+            temperature=self.temperature,
+            vocab_size=self.real_vocab_size,
+            with_entropy=self.with_entropy,
+        )
+
+    with_entropy: bool = True
+    """Whether the last stage computes the entropy too; set by the caller before a pass."""
+
+
+def build_transformer_config(
+    model: HfModel, cfg: MegatronConfig, parallel: Parallel
+) -> TransformerConfig:
+    """Return Megatron's config of `model` in this layout.
+
+    Raises:
+        UserError: if `override_transformer_config` names a field that does not exist.
+    """
+    layout = parallel.layout
+    dtype = DTYPES[cfg.dtype]
+    known = {field.name for field in fields(TransformerConfig)}
+    for name in cfg.override_transformer_config:
+        if name not in known:
+            raise UserError(
+                f"actor.megatron.override_transformer_config.{name}: TransformerConfig has no such"
+                f" field.{closest_hint(name, known)}"
+            )
+    settings = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": cfg.uses_sequence_parallel and layout.tp > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        # One row of packed tokens per micro-batch, of any length.
+        "variable_seq_lengths": layout.pp > 1,
+        # Interleaved stages hang or swap messages with any other pair (p2p_communication.py:185).
+        "batch_p2p_comm": False,
+        "overlap_p2p_comm": layout.vpp > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # The loss is a sum that finalize_model_grads divides once: see forward_backward.py.
+        "calculate_per_token_loss": True,
+        # Fusions off: rope and bias-activation fusions have caused logprob spikes in RL, and on
+        # CPU they only cost compile time.
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "cross_entropy_loss_fusion": False,
+        "persist_layer_norm": False,
+        "moe_permute_fusion": False,
+        "moe_grouped_gemm": False,
+    }
+    return TransformerConfig(
+        **{**settings, **model.transformer_kwargs(), **cfg.override_transformer_config}
+    )
+
+
+def build_chunks(
+    model: HfModel, config: TransformerConfig, parallel: Parallel, temperature: float
+) -> list[PolicyModel]:
+    """Return this rank's model chunks (one, or one per virtual stage), weights not yet loaded."""
+    layout = parallel.layout
+    chunks = []
+    for stage in range(layout.vpp):
+        vp_stage = stage if layout.vpp > 1 else None
+        gpt_kwargs = model.gpt_kwargs()
+        chunk = PolicyModel(
+            temperature=temperature,
+            real_vocab_size=model.vocab_size,
+            config=config,
+            transformer_layer_spec=local_block_spec(config, model.moe_layers(), vp_stage),
+            vocab_size=model.padded_vocab_size(layout.tp),
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            vp_stage=vp_stage,
+            **gpt_kwargs,
+        )
+        _mark_expert_parameters(chunk)
+        chunks.append(chunk)
+    return chunks
+
+
+def _mark_expert_parameters(chunk: PolicyModel) -> None:
+    """Have expert gradients summed over the expert data-parallel group.
+
+    Megatron marks experts only when EP > 1 (layers.py:829, 886, 1209), so with EP = 1 and
+    ETP != TP their gradients are summed over the wrong ranks and training goes wrong silently.
+    """
+    for name, param in chunk.named_parameters():
+        if ".experts." in name:
+            param.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wrap_for_training(
+    chunks: Sequence[PolicyModel], config: TransformerConfig, cfg: MegatronConfig
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks with Megatron's gradient buffers and tell the schedule about them."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=cfg.overlap_grad_reduce,
+        use_distributed_optimizer=cfg.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # a non-finite norm skips the update: optimizer.py
+        average_in_collective=False,  # gradients are summed: forward_backward.py
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    one = len(wrapped) == 1
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = wrapped[0].no_sync if one else [w.no_sync for w in wrapped]
+    if cfg.overlap_grad_reduce:
+        starts = [w.start_grad_sync for w in wrapped]
+        config.grad_sync_func = starts[0] if one else starts
+    return wrapped
+
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def named_local_parameters(
+    chunks: Sequence[PolicyModel], parallel: Parallel
+) -> dict[str, Parameter]:
+    """Return this rank's parameters by canonical name.
+
+    A tied output layer on a last stage that is not the first holds a copy of the embedding; it is
+    listed under the embedding's name.
+    """
+    found: dict[str, Parameter] = {}
+    for chunk in chunks:
+        for local_name, param in chunk.named_parameters():
+            name = _canonical_name(local_name, chunk, parallel)
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"
+            assert name not in found, f"two local parameters are called {name}"
+            found[name] = param
+    return found
+
+
+def _canonical_name(local_name: str, chunk: PolicyModel, parallel: Parallel) -> str:
+    match = _LAYER.match(local_name)
+    if not match:
+        return local_name
+    layer = chunk.decoder.layers[int(match[1])]
+    name = f"decoder.layers.{layer.layer_number - 1}.{local_name[match.end() :]}"
+    if expert := _EXPERT.search(name):
+        per_rank = (chunk.config.num_moe_experts or 0) // parallel.ep.size()
+        number = parallel.ep.rank() * per_rank + int(expert[1])
+        name = f"{name[: expert.start(1)]}{number}{name[expert.end(1) :]}"
+    return name
+
+
+def shard_group(entry: ParamEntry, parallel: Parallel) -> torch.distributed.ProcessGroup:
+    """Return the group over which the parameter is cut: expert tensor or tensor parallel."""
+    return parallel.etp if entry.is_expert else parallel.tp
+
+
+@torch.no_grad()
+def load_weights(
+    params: Mapping[str, Parameter],
+    entries: Sequence[ParamEntry],
+    reader: CheckpointReader,
+    parallel: Parallel,
+) -> None:
+    """Fill the local parameters from a Hugging Face checkpoint, reading only their own slices.
+
+    Raises:
+        AssertionError: if a local parameter has no entry or another shape than its entry makes.
+        UserError: if the checkpoint lacks a tensor.
+    """
+    missing = dict(params)
+    for entry in entries:
+        param = missing.pop(entry.megatron_name, None)
+        if param is None:
+            continue  # another stage or expert rank holds it
+        group = shard_group(entry, parallel)
+        shard = to_megatron(entry, group.rank(), group.size(), reader.read)
+        assert shard.shape == param.shape, (entry.megatron_name, shard.shape, param.shape)
+        param.copy_(shard)
+    assert not missing, f"no mapping for {sorted(missing)}"

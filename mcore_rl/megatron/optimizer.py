@@ -1,0 +1,105 @@
+"""The optimizer: AdamW with float32 masters, clipping, a learning-rate schedule, and a guard.
+
+An update whose gradient norm is not finite is skipped and counted; the weights, the moments and
+the step counter stay as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mcore_rl.megatron.config import MegatronConfig, OptimConfig
+
+
+class PolicyOptimizer:
+    """Megatron's optimizer and schedule for the chunks of one model.
+
+    Args:
+        chunks: model chunks wrapped for training.
+        optim: `actor.optim`.
+        megatron: `actor.megatron`.
+        grad_clip: largest gradient norm; 0 turns clipping off.
+        total_steps: steps of the training, for decaying schedules.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optim: OptimConfig,
+        megatron: MegatronConfig,
+        grad_clip: float,
+        total_steps: int,
+    ) -> None:
+        bfloat16 = megatron.dtype == "bfloat16"
+        self.chunks = list(chunks)
+        self.inner: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=optim.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                clip_grad=grad_clip,
+                bf16=bfloat16,
+                params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+                use_distributed_optimizer=megatron.use_distributed_optimizer,
+            ),
+            self.chunks,
+            use_gloo_process_groups=torch.cuda.is_available(),
+        )
+        decay_steps = optim.lr_decay_steps or total_steps
+        self.schedule = OptimizerParamScheduler(
+            self.inner,
+            init_lr=0.0 if optim.lr_warmup_steps else optim.lr,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=optim.lr_warmup_steps,
+            # Megatron demands more decay than warmup steps even for a constant rate.
+            lr_decay_steps=max(decay_steps, optim.lr_warmup_steps + 1),
+            lr_decay_style=optim.lr_decay_style,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=max(decay_steps, 1),
+            wd_incr_style="constant",
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return float(self.inner.param_groups[0]["lr"])
+
+    def advance_schedule(self) -> None:
+        """Move the schedule to the coming step of the loop; call once before its updates.
+
+        Warmup over n steps therefore runs at 1/n, 2/n, ... of the peak rate.
+        """
+        self.schedule.step(increment=1)
+
+    def zero_grad(self) -> None:
+        """Clear gradients and gradient buffers; call before each minibatch."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def step(self) -> tuple[float, bool]:
+        """Clip and apply the accumulated gradient unless its norm is not finite.
+
+        Returns:
+            The gradient norm before clipping, and whether the update was applied. Both are the
+            same on every rank, since the norm is reduced over all of them.
+        """
+        self.inner.prepare_grads()
+        norm = float(self.inner.get_grad_norm())
+        if not math.isfinite(norm):
+            return norm, False
+        self.inner.step()
+        return norm, True

@@ -1,0 +1,84 @@
+"""The parallel layout: config, process groups as one object, and where this rank stands.
+
+Nothing outside `megatron/` asks a module-level getter for a group: groups travel as `Parallel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from mcore_rl.types import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """Process groups of the layout and this rank's place in each."""
+
+    layout: Layout
+    rank: int
+    tp: ProcessGroup
+    pp: ProcessGroup
+    cp: ProcessGroup
+    dp: ProcessGroup
+    dp_cp: ProcessGroup
+    """Data and context parallel together: what gradients are summed over."""
+    ep: ProcessGroup
+    etp: ProcessGroup
+    tp_ep: ProcessGroup
+    """Expert tensor and expert parallel together, ranked etp fastest."""
+    expert_dp: ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def reports_tokens(self) -> bool:
+        """Whether this rank answers for its micro-batches: last stage, first of its TP and CP."""
+        return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
+
+
+def initialize(layout: Layout, seed: int) -> Parallel:
+    """Create Megatron's process groups for `layout` and seed its random states.
+
+    Args:
+        layout: must multiply to the world size of the default process group.
+        seed: base seed; Megatron derives those of the parallel ranks from it.
+    """
+    assert layout.world_size == dist.get_world_size(), (layout, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=dist.get_backend() != "gloo",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        layout=layout,
+        rank=dist.get_rank(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        tp_ep=parallel_state.get_expert_tensor_and_model_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
+    )
+
+
+def shut_down() -> None:
+    """Destroy Megatron's process groups; the default one stays."""
+    parallel_state.destroy_model_parallel()
