@@ -1,0 +1,93 @@
+"""Files with one JSON object per line, each with a "step", that survive a resume.
+
+Invariants: steps never decrease within a file; every finished `append` is readable at once and
+stays after the process is killed; opening for a resumed run drops the lines that the resumed run
+will write again, so its file ends up equal to an uninterrupted one's.
+
+Non-finite numbers are written the way Python's `json` writes and reads them: NaN, Infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.errors import RunError, UserError
+
+
+class StepFile:
+    """Append-only lines for the steps from `start_step` on.
+
+    Args:
+        path: the file; made if it is missing.
+        start_step: first step that this run does; lines of this step and later are dropped, and
+            so is a last line that a killed process left unfinished.
+
+    Raises:
+        UserError: if a line before the last cannot be read.
+        RunError: if the file cannot be written.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path = path
+        with failed_write_ends_run(path, start_step):
+            path.touch()
+            kept_bytes = 0
+            for line, record in _finished_lines(path):
+                if record["step"] >= start_step:
+                    break
+                kept_bytes += len(line)
+            os.truncate(path, kept_bytes)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line; opened and closed each time, so nothing is ever held back in a buffer.
+
+        Raises:
+            RunError: if it cannot be written, on a full disk for example.
+        """
+        with failed_write_ends_run(self._path, record["step"]), self._path.open("ab") as file:
+            file.write(json.dumps(record, default=str).encode() + b"\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file, without a last line that is unfinished.
+
+    Raises:
+        UserError: if another line is not an object with a "step".
+    """
+    return [record for _, record in _finished_lines(path)]
+
+
+def _finished_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            yield line, _parse(path, number, line)
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise UserError(f"{path}: line {number} is not a JSON object with a step. Remove the line.")
+    return record
+
+
+@contextmanager
+def failed_write_ends_run(path: Path, step: int) -> Iterator[None]:
+    """Turn the OSError of a write under `path` into a RunError that says what to look at."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Check free space and quota.",
+            role="controller",
+            step=step,
+        ) from error

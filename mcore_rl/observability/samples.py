@@ -1,0 +1,50 @@
+"""A few samples of each step, as a person wants to read them: `samples.jsonl` in the run folder.
+
+Chosen by position, never at random, so that the file is the same in a repeated run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcore_rl.observability.jsonl import StepFile
+from mcore_rl.types import SampleGroup
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+class SampleLog:
+    """Writes samples spread evenly over the groups of a step.
+
+    Args:
+        run_dir: the run's folder.
+        start_step: first step that this run does; later lines of an earlier run are dropped.
+        samples_per_step: how many at most.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, samples_per_step: int = 4) -> None:
+        self._file = StepFile(run_dir / SAMPLES_FILE, start_step)
+        self._samples_per_step = samples_per_step
+
+    def log(self, step: int, groups: Sequence[SampleGroup]) -> None:
+        """Append this step's choice.
+
+        Raises:
+            RunError: if the file cannot be written.
+        """
+        samples = [sample for group in groups for sample in group.samples]
+        num_chosen = min(self._samples_per_step, len(samples))
+        for i in range(num_chosen):
+            sample = samples[i * len(samples) // num_chosen]
+            self._file.append(
+                {
+                    "step": step,
+                    "uid": sample.prompt.uid,
+                    "prompt": sample.prompt.text,
+                    "response": sample.response_text,
+                    "reward": sample.reward,
+                    "ground_truth": sample.prompt.ground_truth,
+                    "finish_reason": sample.finish_reason,
+                }
+            )

@@ -1,0 +1,313 @@
+"""Where the metrics of a step go: `metrics.jsonl` always, and what `trainer.logger` names.
+
+Lives in the controller only. Steps count from 0 and each is logged once, in order. A tracker that
+cannot write ends the run; none of them changes what the run computes.
+
+Adding one: a class with `__init__(run)`, `log` and `close`, registered in TRACKERS.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mcore_rl.errors import UserError
+from mcore_rl.metrics import Metrics, to_floats
+from mcore_rl.observability.jsonl import StepFile, failed_write_ends_run
+from mcore_rl.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What a tracker knows about the run."""
+
+    dir: Path
+    """The run's folder: "runs/quickstart/gmpo"."""
+    total_steps: int
+    """Steps of the whole run; the last one is total_steps - 1."""
+    start_step: int
+    """First step that this process does; > 0 after a resume."""
+    project: str
+    """trainer.project_name."""
+    experiment: str
+    """trainer.experiment_name."""
+
+
+class Tracker:
+    """Receives the numbers of each step."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the numbers of `step`; steps arrive once each, in order."""
+        raise NotImplementedError
+
+    def stage(self, name: str) -> None:
+        """Take note that a stage begins; only a live display cares."""
+
+    def close(self) -> None:
+        """Finish what is on screen or on its way."""
+
+
+TRACKERS: Registry[Callable[[RunInfo], Tracker]] = Registry("tracker", "trainer.logger")
+
+
+class RunLog:
+    """Sends each step's metrics to all trackers of a run.
+
+    Args:
+        run_dir: the run's folder; made if it is missing.
+        loggers: names from TRACKERS; "jsonl" is always among them, named or not.
+        total_steps: steps of the whole run.
+        start_step: first step that this process does; what an earlier process logged from this
+            step on is dropped.
+        project: trainer.project_name.
+        experiment: trainer.experiment_name.
+
+    Raises:
+        UserError: if there is no such tracker or its package is missing.
+        RunError: if the run folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        loggers: Sequence[str],
+        total_steps: int,
+        start_step: int,
+        project: str,
+        experiment: str,
+    ) -> None:
+        run = RunInfo(
+            dir=run_dir,
+            total_steps=total_steps,
+            start_step=start_step,
+            project=project,
+            experiment=experiment,
+        )
+        factories = [TRACKERS.get(name) for name in dict.fromkeys(["jsonl", *loggers])]
+        with failed_write_ends_run(run_dir, start_step):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._trackers = [factory(run) for factory in factories]
+        self._run_dir = run_dir
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show `name` on the live progress line while the block runs."""
+        for tracker in self._trackers:
+            tracker.stage(name)
+        yield
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Reduce the metrics to numbers and hand them to every tracker.
+
+        Raises:
+            RunError: if one of them cannot be written.
+        """
+        numbers = dict(sorted(to_floats(metrics).items()))
+        with failed_write_ends_run(self._run_dir, step):
+            for tracker in self._trackers:
+                tracker.log(step, numbers)
+
+    def close(self) -> None:
+        """Close every tracker; call it also when the run fails, it gives the terminal back."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+@TRACKERS.register("jsonl")
+class JsonlTracker(Tracker):
+    """`metrics.jsonl` in the run folder: {"step": 0, "actor/grad_norm": 0.7, ...}."""
+
+    def __init__(self, run: RunInfo) -> None:
+        self._file = StepFile(run.dir / METRICS_FILE, run.start_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.append({"step": step, **metrics})
+
+
+@TRACKERS.register("tensorboard")
+class TensorboardTracker(Tracker):
+    """Event files in `tensorboard/` of the run folder; flushed at each step."""
+
+    def __init__(self, run: RunInfo) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # only who asks for it needs tensorboard
+
+        self._writer = SummaryWriter(
+            log_dir=str(run.dir / "tensorboard"), purge_step=run.start_step
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@TRACKERS.register("wandb")
+class WandbTracker(Tracker):
+    """Weights & Biases; offline, to be sent by `wandb sync`, when its server does not take the run.
+
+    The run's id is kept in the run folder, so that a resumed run continues the same curves.
+    """
+
+    def __init__(self, run: RunInfo) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise UserError(
+                "trainer.logger='wandb' needs the package wandb, which cannot be imported:"
+                f' {error}. Install it with: pip install "mcore-rl[wandb]"'
+            ) from error
+        id_file = run.dir / "wandb_run_id"
+        if run.start_step == 0 or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        start = functools.partial(
+            wandb.init,
+            project=run.project,
+            name=run.experiment,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(run.dir),
+        )
+        try:
+            self._run = start()
+        except wandb.errors.Error as error:  # no account set up, or no network
+            logger.warning("wandb writes to %s/wandb, offline: %s", run.dir, error)
+            self._run = start(mode="offline")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@TRACKERS.register("console")
+def make_console(run: RunInfo) -> Tracker:
+    """Return tables with a live progress line on a terminal, one log line per step elsewhere."""
+    return TerminalTracker(run) if sys.stdout.isatty() else LogLineTracker(run)
+
+
+class TerminalTracker(Tracker):
+    """A table per step above a live line: done/total, stage, reward, time left.
+
+    Args:
+        run: the run.
+        console: where to draw; stdout when None.
+    """
+
+    def __init__(self, run: RunInfo, console: Console | None = None) -> None:
+        self._clock = RemainingTime(run)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("[cyan]{task.fields[stage]:<12}"),
+            TextColumn("reward {task.fields[reward]}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task(
+            escape(run.experiment),
+            total=run.total_steps,
+            completed=run.start_step,
+            stage="",
+            reward="-",
+            left="-",
+        )
+
+    def stage(self, name: str) -> None:
+        self._progress.update(self._task, stage=name)
+        self._progress.start()  # at the first stage, so that a run that fails before draws nothing
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._progress.console.print(step_table(step, metrics))
+        self._progress.update(
+            self._task,
+            completed=step + 1,
+            stage="",
+            reward=_format(metrics["reward/mean"]) if "reward/mean" in metrics else "-",
+            left=self._clock.after(step),
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class LogLineTracker(Tracker):
+    """One log line per step with the numbers that tell whether a run is well."""
+
+    HEADLINE = (
+        "reward/mean",
+        "rollout/response_tokens/mean",
+        "actor/pg_loss",
+        "actor/grad_norm",
+        "mismatch/logprob_abs_diff/max",
+        "time/step",
+    )
+
+    def __init__(self, run: RunInfo) -> None:
+        self._run = run
+        self._clock = RemainingTime(run)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        accuracies = [
+            key for key in metrics if key.startswith("eval/") and key.endswith("/accuracy")
+        ]
+        shown = [key for key in (*self.HEADLINE, *accuracies) if key in metrics]
+        numbers = "  ".join(f"{key} {_format(metrics[key])}" for key in shown)
+        left = self._clock.after(step)
+        logger.info("step %d of %d  %s  left %s", step, self._run.total_steps, numbers, left)
+
+
+class RemainingTime:
+    """Estimates the time left from the mean time of the steps done by this process."""
+
+    def __init__(self, run: RunInfo) -> None:
+        self._run = run
+        self._start = time.perf_counter()
+
+    def after(self, step: int) -> str:
+        """Return the time left when `step` is done, as h:mm:ss."""
+        num_done = step + 1 - self._run.start_step
+        num_left = self._run.total_steps - step - 1
+        seconds = round((time.perf_counter() - self._start) / max(1, num_done) * max(0, num_left))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def step_table(step: int, metrics: Mapping[str, float]) -> Table:
+    """Return a compact table of one step: a row per section, the numbers side by side."""
+    sections: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(metrics):
+        section, _, name = key.partition("/")
+        sections[section].append(f"[dim]{escape(name)}[/dim] {_format(metrics[key])}")
+    table = Table(title=f"step {step}", title_justify="left", box=None, show_header=False)
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for section, cells in sections.items():
+        table.add_row(escape(section), "   ".join(cells))
+    return table
+
+
+def _format(value: float) -> str:
+    return f"{value:.4g}"

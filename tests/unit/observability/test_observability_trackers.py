@@ -1,0 +1,163 @@
+"""Trackers write what was logged, once per step, and a resumed run continues the same files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import resource
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from rich.console import Console
+
+from mcore_rl.errors import RunError, UserError
+from mcore_rl.metrics import maximum, mean, total
+from mcore_rl.observability.trackers import RunInfo, RunLog, TerminalTracker, step_table
+
+
+def open_log(run_dir, *loggers, start_step=0, total_steps=10):
+    return RunLog(run_dir, loggers, total_steps, start_step, project="p", experiment="e")
+
+
+def read_metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_is_one_json_line_with_reduced_numbers(tmp_path):
+    log = open_log(tmp_path / "new" / "run")
+    log.log(0, {"reward/mean": mean(0.25, 4), "actor/ratio/max": maximum(torch.tensor(1.5))})
+    log.log(1, {"reward/mean": mean(0.5), "empty/mean": mean(0.0, 0)})
+    assert read_metrics(tmp_path / "new" / "run") == [
+        {"step": 0, "actor/ratio/max": 1.5, "reward/mean": 0.25},
+        {"step": 1, "reward/mean": 0.5},
+    ]
+
+
+def test_a_line_is_on_disk_before_the_log_is_closed_and_floats_are_exact(tmp_path):
+    log = open_log(tmp_path)
+    log.log(0, {"actor/pg_loss": total(0.1 + 0.2)})
+    assert read_metrics(tmp_path)[0]["actor/pg_loss"] == 0.1 + 0.2
+
+
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
+    def run(run_dir, first, last):
+        log = open_log(run_dir, start_step=first)
+        for step in range(first, last):
+            log.log(step, {"reward/mean": mean(step / 7)})
+        log.close()
+
+    run(tmp_path / "whole", 0, 6)
+    run(tmp_path / "resumed", 0, 5)
+    with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rewa')  # killed in the middle of a line
+    run(tmp_path / "resumed", 3, 6)  # the checkpoint was older than the last logged step
+    whole, resumed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "resumed"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_corrupt_line_is_named_on_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 "):
+        open_log(tmp_path, start_step=3)
+
+
+def test_an_unknown_logger_names_the_closest_one(tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.logger='tensorbord'.*'tensorboard'"):
+        open_log(tmp_path, "tensorbord")
+
+
+def test_a_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what import sees when it is not installed
+    with pytest.raises(UserError, match=r"mcore-rl\[wandb\]"):
+        open_log(tmp_path, "wandb")
+
+
+def test_tensorboard_files_hold_the_logged_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = open_log(tmp_path, "tensorboard")
+    for step in range(3):
+        log.log(step, {"reward/mean": mean(step / 2)})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("reward/mean")
+    assert [(event.step, event.value) for event in events] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+
+
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_does_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, value in ((0, 1.0), (2, 9.0)):
+        log = open_log(tmp_path, "tensorboard", start_step=first)
+        for step in range(first, 4):
+            log.log(step, {"reward/mean": mean(value)})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("reward/mean")
+    assert [(e.step, e.value) for e in events] == [(0, 1.0), (1, 1.0), (2, 9.0), (3, 9.0)]
+
+
+@contextmanager
+def files_no_longer_than(num_bytes):
+    """The kernel refuses longer files with an OSError, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_ends_the_run_and_names_file_and_step(tmp_path):
+    log = open_log(tmp_path)
+    log.log(0, {"reward/mean": mean(1.0)})
+    with (
+        files_no_longer_than(40),
+        pytest.raises(RunError, match=r"step 1\] cannot write .*metrics\.jsonl"),
+    ):
+        log.log(1, {"reward/mean": mean(1.0)})
+    log.close()
+    open_log(tmp_path, start_step=1).log(1, {})  # the torn line is gone
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_run_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        open_log(tmp_path / "file" / "run")
+
+
+def test_console_without_a_terminal_is_one_log_line_per_step(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    log = open_log(tmp_path, "console", total_steps=4)
+    with log.stage("rollout"):
+        pass
+    log.log(0, {"reward/mean": mean(0.25), "eval/gsm8k/accuracy": mean(0.5), "moe/x": mean(1.0)})
+    log.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("step 0 of 4  reward/mean 0.25  eval/gsm8k/accuracy 0.5  left 0:00:0")
+
+
+def test_terminal_shows_stage_reward_and_progress(tmp_path):
+    screen = io.StringIO()
+    run = RunInfo(dir=tmp_path, total_steps=7, start_step=2, project="p", experiment="run[1]")
+    tracker = TerminalTracker(run, Console(file=screen, force_terminal=True, width=120))
+    tracker.stage("rollout")
+    tracker.log(2, {"reward/mean": 0.375})
+    tracker.close()
+    text = screen.getvalue()
+    for shown in ("run[1]", "2/7", "rollout", "3/7", "reward 0.375", "step 2"):
+        assert shown in text, shown
+
+
+def test_step_table_has_a_row_per_section_and_every_metric():
+    screen = io.StringIO()
+    metrics = {"actor/lr": 1e-6, "actor/ratio/max": 1.25, "reward/[x]/mean": 0.5}
+    Console(file=screen, width=100).print(step_table(4, metrics))
+    title, *rows = (line.split() for line in screen.getvalue().splitlines())
+    assert title == ["step", "4"]
+    assert rows == [
+        ["actor", "lr", "1e-06", "ratio/max", "1.25"],
+        ["reward", "[x]/mean", "0.5"],
+    ]
