@@ -39,4 +39,3 @@ def test_a_stage_that_raises_is_still_timed():
     with pytest.raises(TypeError), timers.time("train"):
         time.sleep("not a duration")  # pyright: ignore[reportArgumentType]
     assert 0 < to_floats(timers.metrics())["time/train"] <= time.perf_counter() - start
-    assert to_floats(timers.metrics())["time/train"] >= PAUSE_S
