@@ -1,0 +1,141 @@
+"""Model families: what a Hugging Face `config.json` means in Megatron-Core.
+
+A `ModelFamily` is registered under the `model_type` of `config.json`. It says which parameters
+there are (`entries`), which arguments describe the architecture to Megatron (`transformer_kwargs`,
+`gpt_kwargs`), and what it cannot express (`check`). Loading, export, weight sync and offline
+conversion all read the same entries. A new family is one file and one import line in `__init__`.
+
+Invariants: a family handed out by `model_family` has passed `check` for that configuration;
+entries come in layer order (embedding, layer 0, 1, ..., final norm, output layer), which an engine
+that reloads layer by layer relies on; every Hugging Face tensor belongs to exactly one entry.
+
+Nothing here chooses numerics, fusions or parallel sizes: those belong to whoever builds the model.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from mcore_rl.errors import UserError, require
+from mcore_rl.models.mappings import (
+    HfTensor,
+    ParamEntry,
+    Replicated,
+    Vocab,
+    padded_vocab_size,
+)
+from mcore_rl.registry import Registry
+
+CONFIG_FILE = "config.json"
+
+
+class ModelFamily(ABC):
+    """Everything that is particular to one `model_type`. Stateless."""
+
+    @abstractmethod
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise a UserError naming field and value of what the family cannot express."""
+
+    @abstractmethod
+    def transformer_kwargs(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the arguments of Megatron's TransformerConfig that describe the architecture."""
+
+    @abstractmethod
+    def layer_entries(self, config: PreTrainedConfig, layer: int) -> list[ParamEntry]:
+        """Return the parameters of decoder layer `layer`, counted from 0."""
+
+    def gpt_kwargs(
+        self, config: PreTrainedConfig, tp_size: int, vocab_divisible_by: int = 1
+    ) -> dict[str, Any]:
+        """Return the arguments of Megatron's GPTModel that describe embeddings and positions.
+
+        `vocab_size` is the padded one; it matches `entries` with the same `vocab_divisible_by`.
+        """
+        return {
+            "vocab_size": padded_vocab_size(config.vocab_size, tp_size, vocab_divisible_by),
+            "max_sequence_length": config.max_position_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": config.rope_parameters["rope_theta"],
+            "rotary_percent": 1.0,
+            "share_embeddings_and_output_weights": config.tie_word_embeddings,
+        }
+
+    def entries(self, config: PreTrainedConfig, vocab_divisible_by: int = 1) -> list[ParamEntry]:
+        """Return every parameter of the full model, in layer order.
+
+        Tied embeddings have no entry for the output layer: its weight is the embedding's, also
+        where Megatron keeps a copy of it on the last pipeline stage.
+        """
+        vocab_shape = (config.vocab_size, config.hidden_size)
+        embedding = ParamEntry(
+            megatron_name="embedding.word_embeddings.weight",
+            mapping=Vocab(HfTensor("model.embed_tokens.weight", vocab_shape), vocab_divisible_by),
+        )
+        final_norm = ParamEntry(
+            megatron_name="decoder.final_layernorm.weight",
+            mapping=Replicated(HfTensor("model.norm.weight", (config.hidden_size,))),
+        )
+        output_layer = ParamEntry(
+            megatron_name="output_layer.weight",
+            mapping=Vocab(HfTensor("lm_head.weight", vocab_shape), vocab_divisible_by),
+        )
+        return [
+            embedding,
+            *(
+                entry
+                for layer in range(config.num_hidden_layers)
+                for entry in self.layer_entries(config, layer)
+            ),
+            final_norm,
+            *([] if config.tie_word_embeddings else [output_layer]),
+        ]
+
+
+MODEL_FAMILIES: Registry[ModelFamily] = Registry("model family", f"{CONFIG_FILE}: model_type")
+
+
+def require_field(condition: bool, field: str, value: object, rule: str) -> None:
+    """Raise a UserError about a field of config.json unless `condition` holds."""
+    require(condition, f"{CONFIG_FILE}: {field}", value, rule)
+
+
+def model_family(config: PreTrainedConfig) -> ModelFamily:
+    """Return the family of `config`.
+
+    Raises:
+        UserError: if no family has this `model_type`, or the family cannot express `config`.
+    """
+    family = MODEL_FAMILIES.get(config.model_type)
+    family.check(config)
+    return family
+
+
+def load_hf_config(folder: str | Path) -> PreTrainedConfig:
+    """Return the configuration in `folder`, with the defaults that transformers fills in.
+
+    Raises:
+        UserError: if the folder, its config.json or a family for it is missing, or if the
+            configuration cannot be read or expressed.
+    """
+    key, folder = "model.path", Path(folder)
+    require(folder.is_dir(), key, str(folder), "is not a folder", "Give a downloaded checkpoint.")
+    file = folder / CONFIG_FILE
+    require(file.is_file(), key, str(folder), f"has no {CONFIG_FILE}")
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not the configuration of a model: {error!r}.") from error
+    MODEL_FAMILIES.get(model_type)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is refused by transformers: {reason}") from error
+    model_family(config)
+    return config
