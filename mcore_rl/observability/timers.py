@@ -35,3 +35,9 @@ class StepTimers:
         metrics = {f"time/{stage}": total(seconds) for stage, seconds in self._seconds.items()}
         self._seconds = {}
         return metrics
+
+
+def format_duration(seconds: float) -> str:
+    """Return whole seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -28,6 +28,7 @@ from rich.table import Table
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import Metrics, to_floats
 from mcore_rl.observability.jsonl import StepFile, failed_write_ends_run
+from mcore_rl.observability.timers import format_duration
 from mcore_rl.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -291,8 +292,8 @@ class RemainingTime:
         """Return the time left when `step` is done, as h:mm:ss."""
         num_done = step + 1 - self._run.start_step
         num_left = self._run.total_steps - step - 1
-        seconds = round((time.perf_counter() - self._start) / max(1, num_done) * max(0, num_left))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        step_seconds = (time.perf_counter() - self._start) / max(1, num_done)
+        return format_duration(step_seconds * max(0, num_left))
 
 
 def step_table(step: int, metrics: Mapping[str, float]) -> Table:

@@ -1,0 +1,269 @@
+"""The report of a run: one HTML page that needs nothing beside it.
+
+Reads `config.yaml`, `metrics.jsonl` and `samples.jsonl` of a run folder and writes `report.html`
+and `plots/*.png` there. The same files give the same page. A part whose data is missing is left
+out and named on the page; only `metrics.jsonl` is required.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mcore_rl.errors import UserError
+from mcore_rl.observability.jsonl import read_records
+from mcore_rl.observability.plots import LOGPROB_TOLERANCE, PLOTS, Columns, matching, to_columns
+from mcore_rl.observability.samples import SAMPLES_FILE
+from mcore_rl.observability.timers import format_duration
+from mcore_rl.observability.trackers import METRICS_FILE
+
+CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.html"
+
+SUMMARY = {
+    "reward/mean": max,
+    "eval/*/accuracy": max,
+    "eval/*/response_tokens/mean": None,
+    "rollout/response_tokens/mean": None,
+    "rollout/truncated_frac": min,
+    "mismatch/logprob_abs_diff/max": min,
+    "mismatch/logprob_abs_diff/mean": min,
+    "actor/pg_loss": None,
+    "actor/kl_loss": None,
+    "actor/entropy": None,
+    "actor/grad_norm": None,
+    "actor/clip_frac": None,
+    "time/step": min,
+    "perf/tokens_per_s": max,
+}
+"""Metrics of the summary table; which of their values is the best, None where none is."""
+
+CONFIG_KEYS = (
+    "model.path",
+    "algorithm.adv_estimator",
+    "actor.policy_loss.loss_mode",
+    "actor.clip_ratio_low",
+    "actor.clip_ratio_high",
+    "actor.loss_agg_mode",
+    "actor.optim.lr",
+    "actor.use_kl_loss",
+    "actor.ppo_epochs",
+    "actor.ppo_mini_batch_size",
+    "actor.megatron.tensor_model_parallel_size",
+    "actor.megatron.pipeline_model_parallel_size",
+    "actor.megatron.context_parallel_size",
+    "actor.megatron.expert_model_parallel_size",
+    "rollout.name",
+    "rollout.n",
+    "rollout.temperature",
+    "data.train_files",
+    "data.train_batch_size",
+    "data.max_response_length",
+    "trainer.total_training_steps",
+)
+"""Settings shown above the whole configuration, where the run has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryRow:
+    """One metric over the run, exactly as logged."""
+
+    key: str
+    first: float
+    last: float
+    best: float | None
+    """None where neither high nor low is better."""
+    best_step: int | None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` and `plots/` into the run folder and return the page's path.
+
+    Raises:
+        UserError: if the folder has no step in its metrics file, or a line that is not JSON.
+    """
+    metrics_path = run_dir / METRICS_FILE
+    records = read_records(metrics_path) if metrics_path.exists() else []
+    if not records:
+        raise UserError(
+            f"{metrics_path}: there is no logged step. Give the folder of a run that has done one."
+        )
+    columns = to_columns(records)
+    config = _load_config(run_dir / CONFIG_FILE)
+    pngs = {plot.name: plot.to_png(columns) for plot in PLOTS if matching(columns, plot.keys)}
+    (run_dir / "plots").mkdir(exist_ok=True)
+    for name, png in pngs.items():
+        (run_dir / "plots" / f"{name}.png").write_bytes(png)
+    title = OmegaConf.select(config, "trainer.experiment_name") or run_dir.resolve().name
+    page = _PAGE.format(
+        title=escape(str(title)),
+        cards=_cards(columns, num_steps=len(records)),
+        plots=_plots(pngs),
+        summary=_summary_table(summarize(columns)),
+        samples=_samples(run_dir / SAMPLES_FILE),
+        config=_config(config),
+    )
+    path = run_dir / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def summarize(columns: Columns) -> list[SummaryRow]:
+    """Return the rows of the summary table for the metrics that were logged."""
+    rows = []
+    for pattern, pick in SUMMARY.items():
+        for key in matching(columns, [pattern]):
+            steps, values = columns[key]
+            finite = [value for value in values if math.isfinite(value)]
+            best = pick(finite) if pick and finite else None
+            rows.append(
+                SummaryRow(
+                    key=key,
+                    first=values[0],
+                    last=values[-1],
+                    best=best,
+                    best_step=None if best is None else steps[values.index(best)],
+                )
+            )
+    return rows
+
+
+def _load_config(path: Path) -> Any:
+    return OmegaConf.load(path) if path.exists() else OmegaConf.create({})
+
+
+def _cards(columns: Columns, num_steps: int) -> str:
+    cards = [("steps", str(num_steps), "")]
+    for key in matching(columns, ["reward/mean", "eval/*/accuracy"]):
+        values = columns[key].values
+        cards.append((key, f"{values[-1]:.3f}", f"from {values[0]:.3f}"))
+    if mismatch := columns.get("mismatch/logprob_abs_diff/max"):
+        note = f"float32 tolerance {LOGPROB_TOLERANCE:g}"
+        cards.append(("largest logprob mismatch", f"{max(mismatch.values):.1e}", note))
+    if times := columns.get("time/step"):
+        seconds = sum(times.values)
+        note = f"{seconds / len(times.values):.1f} s per step"
+        cards.append(("time in steps", format_duration(seconds), note))
+    return "".join(
+        f'<div class="card"><small>{escape(name)}</small><b>{value}</b><small>{note}</small></div>'
+        for name, value, note in cards
+    )
+
+
+def _plots(pngs: dict[str, bytes]) -> str:
+    figures = "".join(
+        f'<figure><img alt="{escape(plot.title)}" src="data:image/png;base64,'
+        f'{base64.b64encode(pngs[plot.name]).decode()}">'
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>\n"
+        for plot in PLOTS
+        if plot.name in pngs
+    )
+    skipped = [
+        f"{escape(plot.title)} (needs {escape(' or '.join(plot.keys))})"
+        for plot in PLOTS
+        if plot.name not in pngs
+    ]
+    note = f"<p>Not drawn, because the run did not log it: {'; '.join(skipped)}.</p>"
+    return f'<div class="plots">{figures}</div>' + (note if skipped else "")
+
+
+def _summary_table(rows: Iterable[SummaryRow]) -> str:
+    body = [
+        (
+            row.key,
+            f"{row.first:.6g}",
+            f"{row.last:.6g}",
+            "" if row.best is None else f"{row.best:.6g}",
+            "" if row.best_step is None else str(row.best_step),
+        )
+        for row in rows
+    ]
+    return _table(("metric", "first", "last", "best", "at step"), body, css="numbers")
+
+
+def _samples(path: Path) -> str:
+    records = read_records(path) if path.exists() else []
+    if not records:
+        return f"<p>The run has no {SAMPLES_FILE}.</p>"
+    last_step = records[-1]["step"]
+    keys = ("uid", "prompt", "response", "ground_truth", "reward", "finish_reason")
+    rows = [
+        [value if isinstance(value := record.get(key), str) else json.dumps(value) for key in keys]
+        for record in records
+        if record["step"] == last_step
+    ]
+    return f"<p>Of step {last_step}.</p>" + _table(keys, rows, css="texts")
+
+
+def _config(config: Any) -> str:
+    if not config:
+        return f"<p>The run has no {CONFIG_FILE}.</p>"
+    values = ((key, OmegaConf.select(config, key)) for key in CONFIG_KEYS)
+    rows = [(key, str(value)) for key, value in values if value is not None]
+    everything = escape(OmegaConf.to_yaml(config))
+    return (
+        _table(("setting", "value"), rows, css="texts")
+        + f"<details><summary>The whole configuration</summary><pre>{everything}</pre></details>"
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], css: str) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
+    )
+    return f'<table class="{css}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; color: #0f172a;
+  background: #f8fafc; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }}
+h1 {{ margin: 0 0 20px; font-size: 28px; }}
+h2 {{ margin: 40px 0 12px; font-size: 19px; }}
+p, figcaption, small, summary {{ color: #64748b; }}
+.cards {{ display: flex; flex-wrap: wrap; gap: 12px; }}
+.card {{ flex: 1 1 150px; display: flex; flex-direction: column; padding: 12px 16px; }}
+.card b {{ font-size: 24px; line-height: 1.35; }}
+.card, figure, table, pre {{ background: #fff; border: 1px solid #e2e8f0; border-radius: 10px; }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }}
+figure {{ margin: 0; padding: 12px 16px; }}
+figure img {{ width: 100%; display: block; }}
+figcaption {{ font-size: 13px; }}
+table {{ border-spacing: 0; width: 100%; overflow: hidden; }}
+th, td {{ padding: 7px 14px; text-align: left; vertical-align: top; }}
+td {{ border-top: 1px solid #e2e8f0; white-space: pre-wrap; overflow-wrap: anywhere; }}
+td, pre {{ font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }}
+th {{ background: #f1f5f9; font-size: 13px; }}
+.numbers td:not(:first-child), .numbers th:not(:first-child) {{ text-align: right; }}
+pre {{ padding: 12px 16px; overflow-x: auto; }}
+details {{ margin-top: 12px; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div class="cards">{cards}</div>
+<h2>Curves</h2>
+{plots}
+<h2>Summary</h2>
+{summary}
+<h2>Last samples</h2>
+{samples}
+<h2>Configuration</h2>
+{config}
+</body>
+</html>
+"""

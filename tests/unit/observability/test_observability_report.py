@@ -1,0 +1,159 @@
+"""The report shows the numbers of the run folder, draws what was logged and names the rest."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+
+import pytest
+from matplotlib.image import imread
+
+from mcore_rl.errors import UserError
+from mcore_rl.observability.plots import PLOTS, to_columns
+from mcore_rl.observability.report import summarize, write_report
+
+NUM_STEPS = 5
+
+CONFIG = """
+trainer: {experiment_name: <gmpo>}
+actor: {policy_loss: {loss_mode: geo_mean}, clip_ratio_low: 0.4}
+"""
+
+
+def make_records():
+    records = []
+    for step in range(NUM_STEPS):
+        record = {
+            "step": step,
+            "reward/mean": 0.1 + math.sin(step),
+            "rollout/response_tokens/mean": 3.0 + step,
+            "rollout/response_tokens/min": 1.0,
+            "rollout/response_tokens/max": 9.0,
+            "actor/ratio/min": 0.25,
+            "actor/ratio/max": 1.0 + step,
+            "actor/ratio/mean": 1.0,
+            "actor/seq_ratio/min": 0.9,
+            "actor/seq_ratio/max": 1.1,
+            "mismatch/logprob_abs_diff/max": 3e-6 / (step + 1),
+            "mismatch/logprob_abs_diff/mean": 0.0,
+            "actor/grad_norm": math.nan if step == 2 else 1.0,
+            "actor/pg_loss": -0.01 * step,
+            "actor/entropy": 1.0,
+            "perf/tokens_per_s": 1000.0,
+            "time/step": 3.0,
+            "time/rollout": 1.0,
+            "time/train": 1.5,
+        }
+        if step % 2 == 0:
+            record["eval/gsm8k/accuracy"] = step / 10
+        records.append(record)
+    return records
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_run_dir(path):
+    write_lines(path / "metrics.jsonl", make_records())
+    sample = {"uid": "t:0", "ground_truth": "4", "reward": 1.0, "finish_reason": "stop"}
+    write_lines(
+        path / "samples.jsonl",
+        [
+            {"step": 3, "prompt": "old prompt", "response": "0", **sample},
+            {"step": 4, "prompt": "2+2=<|im_end|>", "response": "4 & more", **sample},
+        ],
+    )
+    (path / "config.yaml").write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reported_dir(tmp_path_factory):
+    """A run folder with its report; tests only read it."""
+    run_dir = make_run_dir(tmp_path_factory.mktemp("run"))
+    write_report(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def page(reported_dir):
+    return (reported_dir / "report.html").read_text()
+
+
+def num_colored_pixels(png):
+    """Pixels of a curve's color; text, grid and axes are nearly grey."""
+    rgb = imread(io.BytesIO(png), format="png")[..., :3]
+    return int((rgb.max(-1) - rgb.min(-1) > 0.4).sum())
+
+
+def test_every_plot_is_drawn_saved_and_embedded(reported_dir, page):
+    embedded = [base64.b64decode(text) for text in re.findall(r"base64,([^\"]+)\"", page)]
+    assert len(embedded) == len(PLOTS)
+    for plot, png in zip(PLOTS, embedded, strict=True):
+        assert num_colored_pixels(png) > 300, plot.name
+        assert (reported_dir / "plots" / f"{plot.name}.png").read_bytes() == png
+    assert "Not drawn" not in page
+
+
+def test_plots_without_metrics_are_left_out_and_named(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "reward/mean": 0.5}])
+    page = write_report(tmp_path).read_text()
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["reward.png"]
+    assert "Validation accuracy (needs eval/*/accuracy)" in page
+    assert "Gradient norm (needs actor/grad_norm)" in page
+
+
+def test_summary_numbers_are_those_of_the_file():
+    rows = {row.key: row for row in summarize(to_columns(make_records()))}
+    rewards = [0.1 + math.sin(step) for step in range(NUM_STEPS)]
+    reward = rows["reward/mean"]
+    assert (reward.first, reward.last) == (rewards[0], rewards[-1])
+    assert (reward.best, reward.best_step) == (rewards[2], 2)  # sin is largest at 2 of 0..4
+    accuracy = rows["eval/gsm8k/accuracy"]
+    assert (accuracy.first, accuracy.last, accuracy.best_step) == (0.0, 0.4, 4)
+    mismatch = rows["mismatch/logprob_abs_diff/max"]
+    assert (mismatch.best, mismatch.best_step) == (3e-6 / NUM_STEPS, NUM_STEPS - 1)
+    assert rows["actor/pg_loss"].best is None
+
+
+def test_the_page_shows_the_summary_to_six_digits(page):
+    for row in summarize(to_columns(make_records())):
+        cells = re.search(rf"<tr><td>{re.escape(row.key)}</td>(.*)</tr>", page)
+        assert cells is not None, row.key
+        shown = re.findall(r"<td>([^<]*)</td>", cells[1])
+        best = "" if row.best is None else f"{row.best:.6g}"
+        assert shown[:3] == [f"{row.first:.6g}", f"{row.last:.6g}", best]
+
+
+def test_a_value_that_is_not_finite_is_never_the_best():
+    records = [{"step": step, "reward/mean": x} for step, x in enumerate((math.nan, 0.5, math.inf))]
+    (row,) = summarize(to_columns(records))
+    assert (row.best, row.best_step) == (0.5, 1)
+
+
+def test_the_page_shows_the_last_samples_and_the_settings_escaped(page):
+    assert "<title>&lt;gmpo&gt;</title>" in page
+    assert "2+2=&lt;|im_end|&gt;" in page
+    assert "4 &amp; more" in page
+    assert "old prompt" not in page
+    assert "<td>actor.policy_loss.loss_mode</td><td>geo_mean</td>" in page
+
+
+def test_missing_samples_and_config_are_named(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "reward/mean": 0.5}])
+    page = write_report(tmp_path).read_text()
+    assert "The run has no samples.jsonl." in page
+    assert "The run has no config.yaml." in page
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path, page):
+    assert write_report(make_run_dir(tmp_path)).read_text() == page
+
+
+def test_a_folder_without_steps_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: there is no logged step"):
+        write_report(tmp_path)
