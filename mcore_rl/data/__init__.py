@@ -1,0 +1,1 @@
+"""Data: files to prompts, samples to micro-batches, micro-batches to tensors."""

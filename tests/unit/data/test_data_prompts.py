@@ -1,0 +1,176 @@
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from mcore_rl.data.prompts import DataConfig, load_prompts, load_sft_sequences
+from mcore_rl.errors import UserError
+
+ROW = {"prompt": "1+1=", "ground_truth": "2", "data_source": "arithmetic"}
+
+
+def test_a_plain_string_becomes_one_user_message(tokenizer, write_jsonl):
+    (prompt,) = load_prompts(write_jsonl([ROW]), DataConfig(), tokenizer)
+    assert prompt.text == "<|im_start|>u1+1=<|im_end|><|im_start|>a"
+    assert prompt.token_ids == tokenizer.convert_tokens_to_ids(
+        ["<|im_start|>", "u", "1", "+", "1", "=", "<|im_end|>", "<|im_start|>", "a"]
+    )
+    assert (prompt.uid, prompt.data_source, prompt.ground_truth) == (
+        "rows.jsonl:0",
+        "arithmetic",
+        "2",
+    )
+
+
+def test_verl_parquet_rows_load_unchanged(tokenizer, tmp_path):
+    row = {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "1+1"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"index": 5},
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    (prompt,) = load_prompts([str(tmp_path / "train.parquet")], DataConfig(), tokenizer)
+    assert prompt.text == "<|im_start|>sHi<|im_end|><|im_start|>u1+1<|im_end|><|im_start|>a"
+    assert (prompt.data_source, prompt.ground_truth) == ("openai/gsm8k", "2")
+    assert prompt.extra_info == {"index": 5}
+
+
+def test_column_names_come_from_the_config(tokenizer, write_jsonl):
+    path = write_jsonl([{"question": "a", "ground_truth": 0, "source": "s"}])
+    cfg = DataConfig(prompt_key="question", reward_fn_key="source")
+    (prompt,) = load_prompts(path, cfg, tokenizer)
+    assert (prompt.data_source, prompt.ground_truth) == ("s", 0)
+
+
+def test_template_variables_reach_the_template(tokenizer, write_jsonl):
+    cfg = DataConfig(apply_chat_template_kwargs={"think": True})
+    (prompt,) = load_prompts(write_jsonl([ROW]), cfg, tokenizer)
+    assert prompt.text.endswith("<|im_start|>a!")
+
+
+MALFORMED_ROWS = {
+    "no prompt": ({"prompt": None}, "column 'prompt': there is no value"),
+    "NaN prompt": ({"prompt": math.nan}, "column 'prompt': there is no value"),
+    "number as prompt": ({"prompt": 5}, "column 'prompt': .*int where a string"),
+    "object as prompt": ({"prompt": {"role": "user"}}, "column 'prompt': .*dict where a string"),
+    "blank prompt": ({"prompt": " \n"}, "column 'prompt': the text is empty"),
+    "lone surrogate": ({"prompt": "\ud800"}, "column 'prompt': .*not valid UTF-8"),
+    "no messages": ({"prompt": []}, "column 'prompt': the list of messages is empty"),
+    "message without role": ({"prompt": [{"content": "a"}]}, "column 'prompt': .*Message 0"),
+    "message that is text": ({"prompt": ["a"]}, "column 'prompt': message 0 is no object"),
+    "content of parts": (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        "column 'prompt': .*list where a string",
+    ),
+    "refused by the template": (
+        {"prompt": [{"role": "robot", "content": "a"}]},
+        "column 'prompt': the chat template refuses .*no robots",
+    ),
+    "no ground truth": ({"ground_truth": None}, "column 'ground_truth': there is no value"),
+    "NaN ground truth": ({"ground_truth": math.nan}, "column 'ground_truth': there is no value"),
+    "reward_model is text": (
+        {"ground_truth": None, "reward_model": "rule"},
+        "column 'reward_model': .*str where an object",
+    ),
+    "no data source": ({"data_source": None}, "column 'data_source': there is no value.*gsm8k"),
+    "data source is a number": ({"data_source": 3}, "column 'data_source': .*int where a string"),
+    "extra_info is a list": ({"extra_info": [1]}, "column 'extra_info': .*list where an object"),
+    "too long": (
+        {"prompt": "1" * 60},
+        "column 'prompt': 65 tokens, more than data.max_prompt_length=20.*data.truncation=left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_ROWS)
+def test_a_malformed_row_is_one_line_that_names_it(tokenizer, write_jsonl, name):
+    changes, problem = MALFORMED_ROWS[name]
+    path = write_jsonl([ROW, {**ROW, **changes}])
+    with pytest.raises(UserError, match=rf"rows\.jsonl row 1, {problem}") as caught:
+        load_prompts(path, DataConfig(max_prompt_length=20), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kept"), [("left", "56789"), ("right", "01234"), ("middle", "01789")]
+)
+def test_truncation_keeps_the_named_part(plain_tokenizer, write_jsonl, truncation, kept):
+    path = write_jsonl([{**ROW, "prompt": "0123456789"}, ROW])
+    cfg = DataConfig(max_prompt_length=5, truncation=truncation)
+    long, short = load_prompts(path, cfg, plain_tokenizer)
+    assert long.text == kept
+    assert plain_tokenizer.decode(long.token_ids) == kept
+    assert short.text == "1+1="
+
+
+@pytest.mark.parametrize("truncation", ["left", "right", "middle"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_truncation_leaves_exactly_the_limit(plain_tokenizer, write_jsonl, truncation, limit):
+    path = write_jsonl([{**ROW, "prompt": "0123456789"}])
+    cfg = DataConfig(max_prompt_length=limit, truncation=truncation)
+    assert len(load_prompts(path, cfg, plain_tokenizer)[0].token_ids) == limit
+
+
+def test_overlong_prompts_are_dropped_when_asked_and_the_rest_keep_their_names(
+    plain_tokenizer, write_jsonl
+):
+    path = write_jsonl([{**ROW, "prompt": "x" * n} for n in (5, 6, 4)])
+    cfg = DataConfig(max_prompt_length=5, filter_overlong_prompts=True)
+    prompts = load_prompts(path, cfg, plain_tokenizer)
+    assert [prompt.uid for prompt in prompts] == ["rows.jsonl:0", "rows.jsonl:2"]
+
+
+def test_dropping_every_prompt_is_refused(plain_tokenizer, write_jsonl):
+    cfg = DataConfig(max_prompt_length=2, filter_overlong_prompts=True)
+    with pytest.raises(UserError, match=r"data\.max_prompt_length=2 .*all are dropped"):
+        load_prompts(write_jsonl([ROW]), cfg, plain_tokenizer)
+
+
+def test_sft_trains_the_response_and_the_end_of_its_turn(tokenizer, write_jsonl):
+    path = write_jsonl([{"prompt": "1+1=", "response": "2"}])
+    (sequence,) = load_sft_sequences(path, DataConfig(), tokenizer)
+    text = "<|im_start|>u1+1=<|im_end|><|im_start|>a2<|im_end|>"
+    assert tokenizer.decode(sequence.token_ids) == text
+    trained = [t for t, m in zip(sequence.token_ids, sequence.loss_mask, strict=True) if m]
+    assert tokenizer.convert_ids_to_tokens(trained) == ["2", "<|im_end|>"]
+    assert sequence.loss_mask[-2:] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("response", "problem"),
+    [(None, "there is no value"), ("", "the text is empty"), ("12345", "6 tokens, more than")],
+)
+def test_a_malformed_sft_response_names_its_row(tokenizer, write_jsonl, response, problem):
+    path = write_jsonl([{"prompt": "a", "response": response}])
+    with pytest.raises(UserError, match=rf"rows\.jsonl row 0, column 'response': {problem}"):
+        load_sft_sequences(path, DataConfig(max_response_length=5), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_batch_size": 0}, r"data\.train_batch_size=0 must be > 0"),
+        ({"val_batch_size": 0}, r"data\.val_batch_size=0 must be > 0"),
+        ({"max_prompt_length": -1}, r"data\.max_prompt_length=-1 must be > 0"),
+        ({"truncation": "lft"}, r"data\.truncation='lft' .*Did you mean 'left'"),
+        ({"train_files": []}, r"data\.train_files=\[\] must be a path"),
+        ({"val_files": 3}, r"data\.val_files=3 must be a path"),
+    ],
+)
+def test_a_wrong_setting_names_its_key(change, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**change)
+
+
+def test_the_config_is_a_hydra_structured_config():
+    node = OmegaConf.merge(
+        OmegaConf.structured(DataConfig),
+        OmegaConf.from_dotlist(["train_files=[a.parquet,b.parquet]", "seed=3"]),
+    )
+    cfg = OmegaConf.to_object(node)
+    assert isinstance(cfg, DataConfig)
+    assert (cfg.train_files, cfg.seed) == (["a.parquet", "b.parquet"], 3)

@@ -1,0 +1,72 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mcore_rl.data.rows import read_rows
+from mcore_rl.errors import UserError
+
+ROWS = [{"prompt": "1+1=", "ground_truth": "2"}, {"prompt": "1+2=", "ground_truth": "3"}]
+
+
+def _write(path, rows, form):
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "array":
+        path.write_text(json.dumps(rows, indent=2))
+    else:
+        path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+@pytest.mark.parametrize("form", ["parquet", "array", "lines"])
+def test_every_format_gives_the_same_rows_whatever_the_file_is_called(tmp_path, form):
+    path = tmp_path / "train.data"
+    _write(path, ROWS, form)
+    rows = read_rows(str(path))
+    assert [dict(row.columns) for row in rows] == ROWS
+    assert [row.uid for row in rows] == ["train.data:0", "train.data:1"]
+
+
+def test_several_files_are_read_in_the_order_given(tmp_path):
+    for name, row in zip(("b", "a"), ROWS, strict=True):
+        _write(tmp_path / name, [row], "lines")
+    rows = read_rows([str(tmp_path / "b"), str(tmp_path / "a")])
+    assert [row.uid for row in rows] == ["b:0", "a:0"]
+
+
+def _damaged_parquet(path):
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _parquet_with_bad_text(path):
+    text = pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"uid": ["0", "1"], "prompt": text}), path)
+
+
+MALFORMED = {
+    "missing": (lambda path: None, "no such file"),
+    "a folder": (lambda path: path.mkdir(), "no such file"),
+    "empty": (lambda path: path.write_bytes(b" \n"), "holds no rows"),
+    "empty array": (lambda path: path.write_text("[]"), "holds no rows"),
+    "parquet without rows": (lambda path: pq.write_table(pa.table({"a": []}), path), "no rows"),
+    "no known format": (lambda path: path.write_text("prompt,answer\n"), "neither Parquet nor"),
+    "cut parquet": (_damaged_parquet, "damaged Parquet"),
+    "parquet with bad text": (_parquet_with_bad_text, "row 1, column 'prompt': .*UTF-8"),
+    "bad json in line 2": (lambda path: path.write_text('{"a": 1}\n{"a": \n'), "line 2: .*JSON"),
+    "line 2 no object": (lambda path: path.write_text('{"a": 1}\n[1]\n'), "line 2: .*list"),
+    "bad utf-8": (lambda path: path.write_bytes(b'{"a": 1}\n{"a": "\xff"}'), "line 2: .*UTF-8"),
+    "bad json array": (lambda path: path.write_text('[{"a": 1},'), "not valid JSON"),
+    "array of numbers": (lambda path: path.write_text('[{"a": 1}, 2]'), "row 1: .*int"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_one_line_that_names_it(tmp_path, name):
+    make, problem = MALFORMED[name]
+    path = tmp_path / "train.file"
+    make(path)
+    with pytest.raises(UserError, match=rf"train\.file.*{problem}") as caught:
+        read_rows(str(path))
+    assert "\n" not in str(caught.value)
