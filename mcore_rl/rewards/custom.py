@@ -1,0 +1,82 @@
+"""A user's reward function, loaded from a Python file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from mcore_rl.errors import UserError, closest_hint, require
+from mcore_rl.rewards.base import CustomRewardConfig, RewardFunction
+
+_MODULE_NAME = "mcore_rl_custom_reward"
+
+
+def load_custom_reward(cfg: CustomRewardConfig) -> RewardFunction | None:
+    """Return the function that the section names, or None if it names no file.
+
+    Raises:
+        UserError: if the file is missing or fails to import, or has no function of that name that
+            takes the arguments of a reward.
+    """
+    if cfg.path is None:
+        return None
+    path = Path(cfg.path).expanduser()
+    require(
+        path.is_file(), "custom_reward_function.path", cfg.path, "does not exist", "Mend the path."
+    )
+    module = _import_file(path)
+    if not hasattr(module, cfg.name):
+        functions = [name for name, _ in inspect.getmembers(module, inspect.isfunction)]
+        raise UserError(
+            f"custom_reward_function.name={cfg.name!r} is not defined in {path}."
+            f"{closest_hint(cfg.name, functions)} Functions: {', '.join(functions) or 'none'}."
+        )
+    function = getattr(module, cfg.name)
+    _check_signature(function, cfg.name, path)
+    return function
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_MODULE_NAME, path)
+    require(
+        spec is not None,
+        "custom_reward_function.path",
+        str(path),
+        "is not a Python file",
+        "Its name must end in .py.",
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE_NAME] = module  # dataclasses and pickle look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). Mend the file."
+        ) from error
+    return module
+
+
+def _check_signature(function: object, name: str, path: Path) -> None:
+    expected = "def compute_score(data_source, solution_str, ground_truth, extra_info=None)"
+    require(
+        callable(function),
+        "custom_reward_function.name",
+        name,
+        f"is not a function in {path}",
+        f"Define it as `{expected}`.",
+    )
+    assert callable(function)
+    try:
+        inspect.signature(function).bind(
+            data_source="", solution_str="", ground_truth="", extra_info=None
+        )
+    except TypeError as error:
+        raise UserError(
+            f"custom_reward_function.name={name!r} in {path} does not take the arguments of a "
+            f"reward ({error}). Define it as `{expected}`."
+        ) from None

@@ -1,0 +1,63 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcore_rl.rewards.gsm8k import compute_score, final_answer
+
+FORMS = [
+    "It costs 5 + 3 dollars.\n#### {n}",
+    "####{n}",
+    "#### ${n}.00",
+    "#### {n} apples for 3 friends",
+    "Thus \\boxed{{{n}}}.",
+    "$\\boxed{{\\${n} \\text{{ dollars}}}}$",
+    "The answer is ${n}.00.",
+    "The final answer is: **{n}**",
+    "Answer: {n}",
+    "The answer is\n\n{n}",
+    "#### 7\nNo, wait.\n#### {n}",
+    "\\boxed{{7}} no, \\boxed{{{n}}}",
+    "The answer is 7. So I write\n#### {n}\nThe answer is checked.",
+    "The answer is $\\boxed{{{n}}}$. I hope it is correct.",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(number=st.integers(-(10**7), 10**7))
+def test_a_stated_answer_scores_one_and_its_neighbours_zero(form, number):
+    for text in (f"{number}", f"{number:,}"):
+        response = form.format(n=text)
+        assert compute_score("gsm8k", response, str(number)) == 1.0
+        assert compute_score("gsm8k", response, str(number - 1)) == 0.0
+        assert compute_score("gsm8k", response, str(number + 1)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "72",
+        "So it is 72.",
+        "#### seventy-two",
+        "####",
+        "#### 1 2 3 72",
+        "#### 7\n72",
+        "\\boxed{71, 72}",
+        "\\boxed{\\frac{72}{1}}",
+        "\\boxed{72",
+        "The answer is \\boxed{}. 72",
+        "#### 71\n\\boxed{72}",
+        "#### 0.72",
+        "#### 7 2",
+    ],
+)
+def test_an_unstated_hedged_or_broken_answer_scores_zero(response):
+    assert compute_score("gsm8k", response, "72") == 0.0
+
+
+def test_no_final_answer_is_none_rather_than_a_number():
+    assert final_answer("I cannot say.") is None
+
+
+def test_a_reference_with_thousands_separators_is_understood():
+    assert compute_score("gsm8k", "#### 1080", "1,080") == 1.0
