@@ -131,9 +131,7 @@ def test_further_numbers_are_logged_by_name_over_the_samples_that_have_them(make
 FAILURES = {
     "raises": ("return 1 / (len(solution_str) - 2)", "ZeroDivisionError: division by zero"),
     "raises on two lines": (
-        "if solution_str == 'bb':
-    raise ValueError('a\nb')
-return 1",
+        "if solution_str == 'bb':\n    raise ValueError('a\\nb')\nreturn 1",
         "ValueError: a b",
     ),
     "returns None": ("return None if solution_str == 'bb' else 1", "returned None, not a number"),
@@ -152,6 +150,8 @@ return 1",
         "TimeLimitExceeded",
     ),
 }
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failing_reward_stops_the_run_with_one_line_that_names_the_sample(make_scorer, name):
     body, problem = FAILURES[name]
