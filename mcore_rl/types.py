@@ -150,3 +150,15 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where one worker stands, as the controller needs to know it."""
+
+    dp_rank: int
+    """Data-parallel rank: which micro-batches it gets."""
+    reports_tokens: bool
+    """Whether its results count; the other ranks of the same model return nothing."""
+    hosts_engine: bool
+    """Whether it can generate."""

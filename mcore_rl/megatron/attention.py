@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -160,18 +161,18 @@ class LocalSpec(LocalSpecProvider):
 
 
 def local_block_spec(
-    config: TransformerConfig, moe_layers: list[bool], vp_stage: int | None = None
+    config: TransformerConfig, moe_layers: Sequence[int], vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Return the layer specs of this pipeline stage without Transformer Engine.
 
     Args:
         config: Megatron's model config.
-        moe_layers: for each layer of the whole model, whether its MLP is a mixture of experts.
+        moe_layers: 1 for each layer of the whole model whose MLP is a mixture of experts, else 0.
         vp_stage: virtual pipeline stage, None without one.
     """
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [_layer_spec(config, is_moe) for is_moe in moe_layers[first : first + count]]
+    layers = [_layer_spec(config, bool(is_moe)) for is_moe in moe_layers[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 

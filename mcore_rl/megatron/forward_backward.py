@@ -35,6 +35,8 @@ from mcore_rl.types import MicroBatch
 Objective = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
 """(logprobs_T, entropy_T, batch) -> (sum_T w_T * loss_T over this micro-batch, metrics)."""
 
+PAD_TOKEN_ID = 0  # any valid token: padding is masked
+
 
 def forward_logprobs(
     chunks: Sequence[torch.nn.Module],
@@ -50,16 +52,18 @@ def forward_logprobs(
         By planned index, a list as long as the sequence's token_ids (0.0 at the first token);
         complete on ranks with `parallel.reports_tokens`, empty elsewhere.
     """
-    results: dict[int, list[float]] = {}
+    lists: list[list[float]] = []
 
     def objective(logprobs_T: Tensor, entropy_T: Tensor | None, batch: PackedBatch):
         if parallel.reports_tokens:
-            results.update(zip(batch.indices, unpack(logprobs_T, batch), strict=True))
+            lists.extend(unpack(logprobs_T, batch))
         return logprobs_T.new_zeros(()), {}
 
     with torch.no_grad():
         _run_schedule(chunks, micro_batches, parallel, device, objective, 0, False, True)
-    return results
+    # The schedule takes micro-batches in order.
+    indices = [index for micro_batch in micro_batches for index in micro_batch.indices]
+    return dict(zip(indices, lists, strict=True)) if parallel.reports_tokens else {}
 
 
 def forward_backward(
@@ -106,7 +110,8 @@ def _run_schedule(
         pack(
             micro_batch,
             align_sequence=2 * layout.cp if layout.cp > 1 else 1,
-            align_total=layout.tp,
+            align_total=layout.tp * layout.cp,
+            pad_token_id=PAD_TOKEN_ID,
             device=device,
         )
         for micro_batch in micro_batches

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
+from transformers import PreTrainedConfig
 
 from mcore_rl.errors import UserError, closest_hint
 from mcore_rl.megatron.attention import local_block_spec
@@ -34,7 +35,7 @@ from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.models.mappings import ParamEntry, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
-from mcore_rl.models.spec import HfModel
+from mcore_rl.models.spec import model_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -113,9 +114,9 @@ class PolicyModel(GPTModel):
 
 
 def build_transformer_config(
-    model: HfModel, cfg: MegatronConfig, parallel: Parallel
+    hf_config: PreTrainedConfig, cfg: MegatronConfig, parallel: Parallel
 ) -> TransformerConfig:
-    """Return Megatron's config of `model` in this layout.
+    """Return Megatron's config of the model in this layout.
 
     Raises:
         UserError: if `override_transformer_config` names a field that does not exist.
@@ -150,8 +151,6 @@ def build_transformer_config(
         "overlap_p2p_comm": layout.vpp > 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
         # The loss is a sum that finalize_model_grads divides once: see forward_backward.py.
         "calculate_per_token_loss": True,
         # Fusions off: rope and bias-activation fusions have caused logprob spikes in RL, and on
@@ -166,26 +165,26 @@ def build_transformer_config(
         "moe_permute_fusion": False,
         "moe_grouped_gemm": False,
     }
-    return TransformerConfig(
-        **{**settings, **model.transformer_kwargs(), **cfg.override_transformer_config}
-    )
+    architecture = model_family(hf_config).transformer_kwargs(hf_config)
+    return TransformerConfig(**{**settings, **architecture, **cfg.override_transformer_config})
 
 
 def build_chunks(
-    model: HfModel, config: TransformerConfig, parallel: Parallel, temperature: float
+    hf_config: PreTrainedConfig, config: TransformerConfig, parallel: Parallel, temperature: float
 ) -> list[PolicyModel]:
     """Return this rank's model chunks (one, or one per virtual stage), weights not yet loaded."""
     layout = parallel.layout
+    family = model_family(hf_config)
+    # [is the MLP of this layer a mixture of experts] over the whole model
+    moe_layers = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
-        gpt_kwargs = model.gpt_kwargs()
         chunk = PolicyModel(
             temperature=temperature,
-            real_vocab_size=model.vocab_size,
+            real_vocab_size=hf_config.vocab_size,
             config=config,
-            transformer_layer_spec=local_block_spec(config, model.moe_layers(), vp_stage),
-            vocab_size=model.padded_vocab_size(layout.tp),
+            transformer_layer_spec=local_block_spec(config, moe_layers, vp_stage),
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
@@ -193,7 +192,7 @@ def build_chunks(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
             vp_stage=vp_stage,
-            **gpt_kwargs,
+            **family.gpt_kwargs(hf_config, layout.tp),
         )
         _mark_expert_parameters(chunk)
         chunks.append(chunk)

@@ -30,6 +30,10 @@ class StepTimers:
             elapsed = time.perf_counter() - start
             self._seconds[stage] = self._seconds.get(stage, 0.0) + elapsed
 
+    def seconds(self, stage: str) -> float:
+        """Return what `stage` has taken since the last `metrics`."""
+        return self._seconds[stage]
+
     def metrics(self) -> Metrics:
         """Return `time/<stage>` in seconds since the last call and start again from nothing."""
         metrics = {f"time/{stage}": total(seconds) for stage, seconds in self._seconds.items()}

@@ -1,0 +1,22 @@
+"""The console script `mcore-rl`: `mcore-rl train ...` is `python -m mcore_rl.train ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, closest_hint
+
+COMMANDS = {"train": "mcore_rl.train", "sft": "mcore_rl.sft"}
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        sys.stdout.write(f"usage: mcore-rl {{{','.join(COMMANDS)}}} [--help] [key=value ...]\n")
+        return
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: {name!r} is no command.{closest_hint(name, COMMANDS)}\n")
+        sys.exit(USER_ERROR_EXIT_CODE)
+    importlib.import_module(COMMANDS[name]).main(sys.argv[2:])

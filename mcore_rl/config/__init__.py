@@ -1,0 +1,1 @@
+"""The configuration: typed sections, composition from files and command line, cross-checks."""

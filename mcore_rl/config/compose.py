@@ -1,0 +1,177 @@
+"""From the command line to a checked configuration object.
+
+    python -m mcore_rl.train --config-name gmpo model.path=... actor.optim.lr=1e-6
+
+Keys are checked against the typed tree before anything is composed, so a misspelt one stops with
+the closest key that exists. The prefix `actor_rollout_ref.` of other trainers means nothing more
+than its absence. `MCORE_RL_PLUGINS=my_pkg.my_loss,...` names modules that are imported first, so
+that what they register can be chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mcore_rl.errors import UserError, closest_hint
+
+Config = TypeVar("Config")
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+PLUGINS_VARIABLE = "MCORE_RL_PLUGINS"
+_RECIPES = Path(__file__).resolve().parents[2] / "configs"
+_PREFIX = "actor_rollout_ref."
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """What was asked for, before it is composed."""
+
+    config_name: str
+    config_dir: Path
+    overrides: tuple[str, ...]
+    show: bool
+    """Print the resolved configuration and stop."""
+
+
+def parse_command_line(program: str, description: str, argv: Sequence[str]) -> CommandLine:
+    """Return the parsed arguments; `--help` prints and exits as usual."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog="Overrides are key=value pairs of the configuration: data.train_batch_size=64. "
+        f"See all keys with: {program} --cfg job model.path=x data.train_files=x",
+    )
+    parser.add_argument("--config-name", "-cn", default=BASE, help="recipe, a file in configs/")
+    parser.add_argument("--config-dir", "-cd", default=None, help="folder of the recipe")
+    parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(list(argv))
+    config_dir = Path(args.config_dir).resolve() if args.config_dir else _RECIPES
+    return CommandLine(
+        config_name=args.config_name.removesuffix(".yaml"),
+        config_dir=config_dir,
+        overrides=tuple(args.overrides),
+        show=args.cfg is not None,
+    )
+
+
+def compose_config(root: type[Config], line: CommandLine) -> Config:
+    """Return the configuration object of type `root`.
+
+    Raises:
+        UserError: one line for a missing recipe, an unknown key, a wrong type or a refused value.
+    """
+    _import_plugins()
+    schema = OmegaConf.structured(root)
+    ConfigStore.instance().store(name=BASE, node=root)
+    overrides = [_checked_override(text, schema) for text in line.overrides]
+    if line.config_name == BASE:
+        search_path = initialize(config_path=None, version_base=None)
+    else:
+        _check_recipe(line)
+        search_path = initialize_config_dir(str(line.config_dir), version_base=None)
+    try:
+        with search_path:
+            composed = hydra_compose(line.config_name, overrides)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _one_line(error, schema) from error
+    assert isinstance(config, root)
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """Return the resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def _import_plugins() -> None:
+    for name in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(",")):
+        sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(name.strip())
+        except ImportError as error:
+            raise UserError(f"{PLUGINS_VARIABLE} names {name!r}: {error}.") from error
+        finally:
+            sys.path.pop(0)
+
+
+def _check_recipe(line: CommandLine) -> None:
+    if not line.config_dir.is_dir():
+        raise UserError(f"--config-dir {line.config_dir}: there is no such folder.")
+    recipes = [path.stem for path in line.config_dir.glob("*.yaml")]
+    if line.config_name not in recipes:
+        raise UserError(
+            f"--config-name {line.config_name}: there is no such recipe in {line.config_dir}."
+            f"{closest_hint(line.config_name, recipes)} There are: {', '.join(sorted(recipes))}."
+        )
+
+
+def _checked_override(text: str, schema: DictConfig) -> str:
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{text!r} is not of the form key=value ({reason}).") from error
+    key = override.key_or_group.removeprefix(_PREFIX)
+    if override.is_sweep_override():
+        raise UserError(f"{text!r} is a sweep. Quote the value if the commas belong to it.")
+    if not _exists(key, schema):
+        raise UserError(f"{key}: there is no such key.{closest_hint(key, _all_keys(schema))}")
+    return text.replace(_PREFIX, "", 1) if _PREFIX in text.split("=", 1)[0] else text
+
+
+def _exists(key: str, schema: DictConfig) -> bool:
+    """Whether `key` is in the tree; anything goes below an untyped dictionary."""
+    node: Any = schema
+    for part in key.split("."):
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
+            return True
+        if not isinstance(node, DictConfig) or part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in schema:
+        node = schema._get_node(name)
+        keys.append(f"{prefix}{name}")
+        if isinstance(node, DictConfig):
+            keys += _all_keys(node, f"{prefix}{name}.")
+    return keys
+
+
+def _one_line(error: Exception, schema: DictConfig) -> UserError:
+    """Turn an error of Hydra or OmegaConf into one line that names the key."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UserError):
+        return cause
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    reason = str(cause).splitlines()[0].rstrip(".")
+    if not key:
+        return UserError(f"{reason}.")
+    hint = "" if _exists(key, schema) else closest_hint(key, _all_keys(schema))
+    return UserError(f"{key}: {reason}.{hint}")

@@ -1,0 +1,212 @@
+"""The whole configuration of a run: sections that belong to no component, and the roots.
+
+`RunConfig` is what `mcore_rl.train` reads, `SftRunConfig` what `mcore_rl.sft` reads. Sections of a
+component stand in the component's file. After composition nothing writes to these objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mcore_rl.algorithms.advantages.base import AlgorithmConfig
+from mcore_rl.algorithms.objective import ObjectiveConfig
+from mcore_rl.data.packing import Cut, SequenceCount, TokenBudget
+from mcore_rl.data.prompts import DataConfig
+from mcore_rl.errors import require, require_one_of
+from mcore_rl.megatron.config import MegatronConfig, OptimConfig
+from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
+from mcore_rl.rollout.base import RolloutConfig
+from mcore_rl.types import Layout
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """`model`: the checkpoint that training starts from."""
+
+    path: str | None = None
+    """Hugging Face folder with config, tokenizer and safetensors."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What actors of every kind of training share: how a minibatch is cut, and the optimizer."""
+
+    ppo_micro_batch_size_per_gpu: int | None = None
+    """Sequences per micro-batch; None: cut by tokens."""
+    use_dynamic_bsz: bool | None = None
+    """Cut micro-batches by tokens; None: unless ppo_micro_batch_size_per_gpu is set."""
+    ppo_max_token_len_per_gpu: int = 16384
+    """Tokens per micro-batch when cut by tokens."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    def __post_init__(self) -> None:
+        size = self.ppo_micro_batch_size_per_gpu
+        require(
+            size is None or size >= 1,
+            "actor.ppo_micro_batch_size_per_gpu",
+            size,
+            "must be at least 1",
+        )
+        require(
+            not (self.use_dynamic_bsz and size is not None),
+            "actor.ppo_micro_batch_size_per_gpu",
+            size,
+            "has no effect with actor.use_dynamic_bsz=true",
+            "Leave one of them out.",
+        )
+        require(
+            self.use_dynamic_bsz is not False or size is not None,
+            "actor.use_dynamic_bsz",
+            self.use_dynamic_bsz,
+            "needs actor.ppo_micro_batch_size_per_gpu",
+            "Set it, or leave out actor.use_dynamic_bsz.",
+        )
+        require(
+            self.ppo_max_token_len_per_gpu >= 1,
+            "actor.ppo_max_token_len_per_gpu",
+            self.ppo_max_token_len_per_gpu,
+            "must be at least 1",
+        )
+        require(self.grad_clip >= 0, "actor.grad_clip", self.grad_clip, "must be >= 0")
+
+    @property
+    def cut(self) -> Cut:
+        """How a minibatch is cut into micro-batches."""
+        if self.ppo_micro_batch_size_per_gpu is not None:
+            return SequenceCount(num_sequences=self.ppo_micro_batch_size_per_gpu)
+        return TokenBudget(max_tokens=self.ppo_max_token_len_per_gpu)
+
+
+@dataclass(kw_only=True)
+class ActorConfig(TrainingConfig, ObjectiveConfig):
+    """`actor`: the policy that is trained, its loss and how a step is divided into updates."""
+
+    ppo_mini_batch_size: int = 256
+    """Prompts per optimizer update; must divide data.train_batch_size."""
+    ppo_epochs: int = 1
+    """Passes over the samples of a step."""
+    calculate_entropy: bool = True
+    """Log the entropy also where no bonus needs it."""
+
+    def __post_init__(self) -> None:
+        TrainingConfig.__post_init__(self)
+        ObjectiveConfig.__post_init__(self)
+        for name in ("ppo_mini_batch_size", "ppo_epochs"):
+            value = getattr(self, name)
+            require(value >= 1, f"actor.{name}", value, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """`trainer`: length of the run, what is logged, saved and resumed."""
+
+    total_epochs: int = 1
+    """Passes over data.train_files; total_training_steps, when set, decides instead."""
+    total_training_steps: int | None = None
+    n_gpus_per_node: int = 1
+    """Train processes per node, one per device; on CPU, processes."""
+    nnodes: int = 1
+    project_name: str = "mcore_rl"
+    experiment_name: str = "default"
+    default_local_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
+    """The run folder: config, metrics, samples, checkpoints, report."""
+    logger: list[str] = field(default_factory=lambda: ["console", "tensorboard"])
+    """Trackers: console, tensorboard, wandb; metrics.jsonl is always written."""
+    val_before_train: bool = True
+    """Validate before the first step."""
+    test_freq: int = -1
+    """Validate every so many steps, and after the last; -1: only after the last."""
+    save_freq: int = -1
+    """Save a checkpoint every so many steps, and after the last; -1: only after the last."""
+    max_ckpt_to_keep: int | None = None
+    """Delete older checkpoints than the last so many; None keeps all."""
+    resume_mode: str = "auto"
+    """auto: go on from the last checkpoint in the run folder if there is one; disable: start anew
+    and refuse a run folder that holds a run."""
+    export_hf_model: bool = True
+    """Write the trained weights as a Hugging Face folder after the last step."""
+    log_val_generations: int = 8
+    """Samples written per step and per validation."""
+
+    def __post_init__(self) -> None:
+        require_one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable"))
+        for name in ("total_epochs", "n_gpus_per_node", "nnodes"):
+            require(
+                getattr(self, name) >= 1,
+                f"trainer.{name}",
+                getattr(self, name),
+                "must be at least 1",
+            )
+        steps = self.total_training_steps
+        require(
+            steps is None or steps >= 1, "trainer.total_training_steps", steps, "must be at least 1"
+        )
+        for name in ("test_freq", "save_freq"):
+            value = getattr(self, name)
+            require(value == -1 or value >= 1, f"trainer.{name}", value, "must be -1 or at least 1")
+        keep = self.max_ckpt_to_keep
+        require(keep is None or keep >= 1, "trainer.max_ckpt_to_keep", keep, "must be at least 1")
+
+    @property
+    def world_size(self) -> int:
+        return self.n_gpus_per_node * self.nnodes
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that `mcore_rl.train` is told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    custom_reward_function: CustomRewardConfig = field(default_factory=CustomRewardConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SftRunConfig:
+    """Everything that `mcore_rl.sft` is told; data.train_batch_size counts sequences."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    actor: TrainingConfig = field(default_factory=TrainingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def train_layout(megatron: MegatronConfig, world_size: int) -> Layout:
+    """Return the layout of `world_size` train workers.
+
+    Raises:
+        UserError: if the parallel sizes do not divide the number of workers.
+    """
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    cp, ep = megatron.context_parallel_size, megatron.expert_model_parallel_size
+    etp = megatron.expert_tensor_parallel_size or tp
+    key = "trainer.n_gpus_per_node * trainer.nnodes"
+    require(
+        world_size % (tp * pp * cp) == 0,
+        key,
+        world_size,
+        f"is not a multiple of tensor {tp} x pipeline {pp} x context {cp} parallel size",
+    )
+    require(
+        world_size % (etp * ep * pp) == 0,
+        key,
+        world_size,
+        f"is not a multiple of expert {ep} x expert tensor {etp} x pipeline {pp} parallel size",
+    )
+    return Layout(
+        tp=tp,
+        pp=pp,
+        vpp=megatron.virtual_pipeline_model_parallel_size or 1,
+        cp=cp,
+        ep=ep,
+        etp=etp,
+        dp=world_size // (tp * pp * cp),
+    )

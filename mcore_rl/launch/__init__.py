@@ -1,0 +1,1 @@
+"""Starting worker processes and calling methods on all of them."""

@@ -1,0 +1,113 @@
+"""The controller's view of all workers: verbs for the loop, on top of a `WorkerGroup`.
+
+Two launchers give the same `WorkerGroup`: call a method on every worker, with common or per-rank
+arguments, and get the results by rank. `Cluster` turns sequences into micro-batches for the
+data-parallel ranks, requests into shares for the engines, and puts results back in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
+from mcore_rl.metrics import Metrics, merge
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.types import Layout, MinibatchPlan, Place, TokenSequence
+
+
+class WorkerGroup(Protocol):
+    """All workers of a run."""
+
+    world_size: int
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` with the same arguments on every worker; return results by rank."""
+        ...
+
+    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call `method` on every worker with its own arguments; return results by rank."""
+        ...
+
+
+class Cluster:
+    """What the loops ask for.
+
+    Args:
+        workers: running workers.
+        layout: the parallel layout of the actor.
+        cut: how a minibatch is cut into micro-batches.
+    """
+
+    def __init__(self, workers: WorkerGroup, layout: Layout, cut: Cut) -> None:
+        self.layout, self.cut = layout, cut
+        self._workers = workers
+        self._places: list[Place] = workers.call("place")
+
+    @property
+    def num_engines(self) -> int:
+        return sum(place.hosts_engine for place in self._places)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Return one result per request, in order, generated on all engines.
+
+        Requests are dealt out one by one, so that neighbours (samples of one prompt, likely of
+        like length) spread over the engines.
+        """
+        engines = [rank for rank, place in enumerate(self._places) if place.hosts_engine]
+        shares: list[list[GenerationRequest]] = [[] for _ in self._places]
+        for number, request in enumerate(requests):
+            shares[engines[number % len(engines)]].append(request)
+        by_rank = self._workers.call_each("generate", [(share,) for share in shares])
+        answers = [iter(by_rank[rank]) for rank in engines]
+        return [next(answers[number % len(engines)]) for number in range(len(requests))]
+
+    def sync_weights(self, version: int) -> Metrics:
+        """Give every engine the actor's weights as `version`."""
+        return merge(self._workers.call("sync_weights", version))
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Return logprobs of every trained token under the current weights, by sequence."""
+        return self._forward("actor.logprobs", sequences)
+
+    def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Return logprobs of every trained token under the reference weights, by sequence."""
+        return self._forward("actor.ref_logprobs", sequences)
+
+    def _forward(self, method: str, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        plan = self._plan(sequences)
+        by_rank = self._workers.call_each(method, self._shares(plan))
+        found: dict[int, list[float]] = {}
+        for result in by_rank:
+            found |= result
+        return [found[index] for index in range(len(sequences))]
+
+    def begin_step(self) -> None:
+        """Move the learning-rate schedule to the coming step."""
+        self._workers.call("actor.begin_step")
+
+    def update(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
+        """Do one optimizer update on a minibatch of sequences; return its metrics."""
+        plan = self._plan(sequences)
+        shares = [(*share, plan.denominators, objective) for share in self._shares(plan)]
+        metrics = merge(self._workers.call_each("actor.update", shares))
+        return merge([metrics, packing_metrics(plan, self.cut)])
+
+    def save(self, folder: str) -> None:
+        """Write the actor's training state into an existing empty folder."""
+        self._workers.call("actor.save", folder)
+
+    def load(self, folder: str) -> None:
+        """Read back what `save` wrote."""
+        self._workers.call("actor.load", folder)
+
+    def export_hf(self, folder: str) -> None:
+        """Write the actor's weights as a Hugging Face folder."""
+        self._workers.call("actor.export_hf", folder)
+
+    def _plan(self, sequences: Sequence[TokenSequence]) -> MinibatchPlan:
+        multiple_of = self.layout.pp if self.layout.vpp > 1 else 1
+        return plan_minibatch(sequences, self.layout.dp, self.cut, multiple_of=multiple_of)
+
+    def _shares(self, plan: MinibatchPlan) -> list[tuple[Any, ...]]:
+        return [(plan.micro_batches[place.dp_rank],) for place in self._places]

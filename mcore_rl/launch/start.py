@@ -1,0 +1,78 @@
+"""From a command line to a running program; shared by the commands `train` and `sft`.
+
+The command composes and checks its configuration, then either becomes one of the processes that
+torchrun started, or starts them itself on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
+from mcore_rl.errors import UserError
+from mcore_rl.launch import torchrun
+from mcore_rl.observability.log_setup import setup_logging
+from mcore_rl.workers.spec import WorkerSpec
+
+Config = TypeVar("Config")
+StartWorkers = Callable[[WorkerSpec], torchrun.TorchrunWorkers]
+
+
+def run_command(
+    module: str,
+    description: str,
+    argv: Sequence[str],
+    root: type[Config],
+    check: Callable[[Config], None],
+    program: Callable[[Config, StartWorkers], None],
+) -> None:
+    """Run one command to its end; a user's mistake is one line and exit code 2.
+
+    Args:
+        module: name for `python -m`, by which further processes are started.
+        description: one line for `--help`.
+        argv: arguments without the program's name.
+        root: type of the configuration.
+        check: cross-section rules.
+        program: the controller; it starts the workers when its inputs have proved good.
+    """
+    line = parse_command_line(f"python -m {module}", description, argv)
+    try:
+        config: Any = compose_config(root, line)
+        if line.show:
+            sys.stdout.write(to_yaml(config))
+            return
+        check(config)
+        world_size = config.trainer.world_size
+        if not torchrun.is_launched() and world_size > 1:
+            if config.trainer.nnodes > 1:
+                raise UserError(
+                    f"trainer.nnodes={config.trainer.nnodes} needs a launcher: start "
+                    f"torchrun --nnodes {config.trainer.nnodes} ... -m {module} on every node."
+                )
+            sys.exit(torchrun.launch_processes(module, argv, world_size))
+        _quiet_libraries()
+        setup_logging(torchrun.rank(), "controller" if torchrun.rank() == 0 else "worker")
+        torchrun.run_program(world_size, _make_worker, lambda start: program(config, start))
+    except Exception as error:  # noqa: BLE001  whatever it is, no process may outlive it
+        torchrun.end_process(error, role="controller")
+
+
+def _make_worker(spec: WorkerSpec, device: Any) -> Any:
+    from mcore_rl.workers.worker import Worker  # Megatron and vLLM: seconds, so only when needed
+
+    return Worker(spec, device)
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries off the network and off the terminal; children inherit it."""
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on it
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,204 @@
+"""Every rank runs the same program; rank 0 is controller and worker, the others serve commands.
+
+A command is a method name with arguments. Rank 0 scatters it over a gloo group of its own, takes
+part in it, and gathers the results. A worker that fails ends its process at once with rank and
+step in the message; the elastic agent then ends the others.
+
+Started by `torchrun`, or by `launch_processes` when the command was started as one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+# A worker waits for its next command as long as the controller judges, validates or writes.
+COMMAND_TIMEOUT = datetime.timedelta(days=7)
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def is_launched() -> bool:
+    """Whether this process is one of a launched set (torchrun or Slurm set RANK)."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """Return this process's global rank; 0 when it was started alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launch_processes(module: str, argv: Sequence[str], num_processes: int) -> int:
+    """Start `num_processes` of `python -m module argv` on this machine and return the exit code.
+
+    The exit code is that of the first process that failed, 0 if none did.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The failing process has said what is wrong; the agent would say it again with a traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *argv)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        # Killed by a signal: the shell's convention.
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def run_program(
+    world_size: int,
+    make_worker: Callable[[Any, torch.device], Any],
+    program: Callable[[Callable[[Any], TorchrunWorkers]], None],
+) -> None:
+    """Run `program` on rank 0 and serve its commands on the other ranks.
+
+    Args:
+        world_size: processes that the configuration asks for.
+        make_worker: (spec, device) -> this rank's worker, with a `call(method, args)` method.
+        program: the controller; it is given a function that starts the workers from a spec,
+            which it calls when its inputs have proved good.
+
+    Raises:
+        UserError: if another number of processes was launched.
+        Whatever the program raises, on rank 0; on other ranks a failure ends the process.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world_size:
+        raise UserError(
+            f"trainer.n_gpus_per_node * trainer.nnodes = {world_size}, but {launched} processes "
+            "were launched. Make them agree."
+        )
+    if rank() == 0:
+        program(lambda spec: TorchrunWorkers(spec, make_worker))
+        return
+    _serve(make_worker)
+
+
+class TorchrunWorkers:
+    """The `WorkerGroup` of rank 0; starts all workers from `spec`."""
+
+    def __init__(self, spec: Any, make_worker: Callable[[Any, torch.device], Any]) -> None:
+        self._commands, device = _join()
+        self.world_size = dist.get_world_size()
+        _broadcast(spec, self._commands)
+        self._worker = make_worker(spec, device)
+        _gather(None, self._commands)  # every worker is up
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` with the same arguments on every worker; return results by rank."""
+        return self.call_each(method, [args] * self.world_size)
+
+    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call `method` on every worker with its own arguments; return results by rank."""
+        own = _scatter([(method, args) for args in args_of_rank], self._commands)
+        result = self._worker.call(*own)
+        return _gather(result, self._commands)
+
+    def close(self) -> None:
+        """Let the other ranks end, then this one's worker."""
+        _scatter([None] * self.world_size, self._commands)
+        self._worker.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _join() -> tuple[dist.ProcessGroup, torch.device]:
+    """Create the default process group and that of the commands."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    commands = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
+    assert isinstance(commands, dist.ProcessGroup)
+    return commands, device
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(make_worker: Callable[[Any, torch.device], Any]) -> None:
+    """Do what rank 0 says until it says nothing more."""
+    commands, device = _join()
+    command: tuple[str, tuple[Any, ...]] | None = ("start", ())
+    try:
+        worker = make_worker(_broadcast(None, commands), device)
+        _gather(None, commands)
+        while (command := _scatter(None, commands)) is not None:
+            _gather(worker.call(*command), commands)
+        worker.close()
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception as error:  # noqa: BLE001  whatever it is, this process must end now
+        end_process(error, role=f"worker, command {command[0] if command else 'close'}")
+
+
+def end_process(error: BaseException, role: str, step: int | None = None) -> None:
+    """Report a failure with rank, role and step and end this process at once.
+
+    The exit is immediate: other ranks may wait in a collective for this one, and orderly
+    shutdown would wait for them.
+    """
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        code = USER_ERROR_EXIT_CODE
+    else:
+        traceback.print_exception(error)
+        where = (
+            error
+            if isinstance(error, RunError)
+            else RunError(f"{type(error).__name__}: {error}", rank=rank(), role=role, step=step)
+        )
+        print(f"error: {where}", file=sys.stderr, flush=True)  # noqa: T201
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _broadcast(value: Any, group: dist.ProcessGroup) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+    return box[0]
+
+
+def _scatter(values: list[Any] | None, group: dist.ProcessGroup) -> Any:
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, values, src=0, group=group)
+    return box[0]
+
+
+def _gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    box = [None] * group.size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, box, dst=0, group=group)
+    return box or []

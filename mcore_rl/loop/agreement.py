@@ -1,0 +1,60 @@
+"""The check before the first step: engine and trainer give the same log-probabilities.
+
+It runs right after a weight sync, on a few prompts. A difference beyond rounding means wrong or
+stale weights, another temperature or another tokenization, and every later update would be wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from mcore_rl.config.run import RunConfig
+from mcore_rl.errors import WeightSyncError
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.generate import generate_groups
+from mcore_rl.loop.inputs import RunInputs
+
+logger = logging.getLogger(__name__)
+
+NUM_PROMPTS = 8
+MAX_TOKENS = 32
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
+
+
+def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> float:
+    """Return the largest difference of log-probabilities between engines and trainer.
+
+    Raises:
+        WeightSyncError: if it exceeds `rollout.logprob_tolerance`.
+    """
+    prompts = inputs.prompts.peek(NUM_PROMPTS)
+    groups = generate_groups(
+        cluster,
+        prompts,
+        cluster.num_engines,  # neighbours go to different engines: each is checked on each prompt
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+        top_k=cfg.rollout.top_k,
+        max_tokens=min(MAX_TOKENS, cfg.data.max_response_length),
+        seed=f"{cfg.data.seed}:agreement",
+        tokenizer=inputs.tokenizer,
+    )
+    samples = [sample for group in groups for sample in group.samples]
+    by_trainer = cluster.logprobs([sample.to_sequence() for sample in samples])
+    largest = max(
+        abs(ours - theirs)
+        for sample, logprobs in zip(samples, by_trainer, strict=True)
+        for ours, theirs in zip(logprobs, sample.rollout_logprobs, strict=True)
+    )
+    tolerance = cfg.rollout.logprob_tolerance
+    if tolerance is None:
+        tolerance = TOLERANCE[cfg.actor.megatron.dtype]
+    if not largest <= tolerance:  # NaN fails too
+        raise WeightSyncError(
+            f"engine and trainer differ by {largest:.3g} in the log-probability of a token right "
+            f"after a weight sync, more than {tolerance:g} (rollout.logprob_tolerance)",
+            role="controller",
+            step=step,
+        )
+    logger.info("engine and trainer agree: log-probabilities differ by at most %.2g", largest)
+    return largest

@@ -1,0 +1,61 @@
+"""Validation: answer the validation prompts, score them, report by data source."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from mcore_rl.config.run import RunConfig
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.generate import generate_groups
+from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.metrics import Metrics, mean, merge
+from mcore_rl.types import SampleGroup
+
+
+def evaluate(
+    cfg: RunConfig, inputs: RunInputs, cluster: Cluster
+) -> tuple[list[SampleGroup], Metrics]:
+    """Return the scored validation groups and `eval/<data source>/...`.
+
+    `accuracy` is the mean score over all samples; with several samples per prompt
+    `best_at_<n>` is the mean over prompts of the best one.
+    """
+    val = cfg.rollout.val_kwargs
+    size = cfg.data.val_batch_size or max(1, len(inputs.val_prompts))
+    groups: list[SampleGroup] = []
+    for batch in _batches(inputs.val_prompts, size):
+        answered = generate_groups(
+            cluster,
+            batch,
+            val.n,
+            temperature=val.temperature if val.do_sample else 0.0,
+            top_p=val.top_p if val.do_sample else 1.0,
+            top_k=val.top_k if val.do_sample else -1,
+            max_tokens=cfg.data.max_response_length,
+            seed=f"{cfg.data.seed}:val",
+            tokenizer=inputs.tokenizer,
+        )
+        groups += inputs.scorer.score(answered)[0]
+    return groups, merge(_group_metrics(group) for group in groups)
+
+
+def _batches(items: Sequence, size: int):
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _group_metrics(group: SampleGroup) -> Metrics:
+    section = f"eval/{group.prompt.data_source}"
+    metrics = merge(
+        {
+            f"{section}/accuracy": mean(sample.reward),
+            f"{section}/response_tokens/mean": mean(sample.num_response_tokens),
+        }
+        for sample in group.samples
+    )
+    if len(group.samples) > 1:
+        best = max(sample.reward for sample in group.samples)
+        metrics[f"{section}/best_at_{len(group.samples)}"] = mean(best)
+    return metrics

@@ -1,0 +1,105 @@
+"""Prompts to groups of samples, on the engines of a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mcore_rl.data.chat import decode_response
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.metrics import Metrics, maximum, mean, merge, minimum
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
+from mcore_rl.types import Prompt, Sample, SampleGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate_groups(
+    cluster: Cluster,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_tokens: int,
+    seed: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[SampleGroup]:
+    """Return `n` samples of every prompt.
+
+    Args:
+        cluster: running workers.
+        prompts: what to answer.
+        n: samples per prompt.
+        temperature: 0.0 for greedy.
+        top_p: 1.0 for all.
+        top_k: -1 for all.
+        max_tokens: of a response.
+        seed: with a prompt's uid and a sample's index it fixes what is drawn, whichever engine
+            draws it.
+        tokenizer: decodes responses.
+    """
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=prompt.token_ids,
+            sampling=SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                seed=_request_seed(f"{seed}:{prompt.uid}:{index}"),
+            ),
+        )
+        for prompt in prompts
+        for index in range(n)
+    ]
+    results = iter(cluster.generate(requests))
+    return [
+        SampleGroup(
+            prompt=prompt,
+            samples=[_sample(prompt, index, next(results), tokenizer) for index in range(n)],
+        )
+        for prompt in prompts
+    ]
+
+
+def _request_seed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+
+
+def _sample(
+    prompt: Prompt, index: int, result: GenerationResult, tokenizer: PreTrainedTokenizerBase
+) -> Sample:
+    num_prompt = len(prompt.token_ids)
+    return Sample(
+        prompt=prompt,
+        index=index,
+        token_ids=[*prompt.token_ids, *result.token_ids],
+        loss_mask=[False] * num_prompt + [True] * len(result.token_ids),
+        rollout_logprobs=[0.0] * num_prompt + list(result.logprobs),
+        finish_reason=result.finish_reason,
+        weight_version=result.weight_version,
+        response_text=decode_response(tokenizer, result.token_ids),
+    )
+
+
+def rollout_metrics(groups: Sequence[SampleGroup], step: int) -> Metrics:
+    """Return length, truncation and staleness of the samples, under `rollout/`."""
+    parts = []
+    for group in groups:
+        for sample in group.samples:
+            length, staleness = sample.num_response_tokens, step - sample.weight_version
+            parts.append(
+                {
+                    "rollout/response_tokens/mean": mean(length),
+                    "rollout/response_tokens/max": maximum(length),
+                    "rollout/response_tokens/min": minimum(length),
+                    "rollout/truncated_frac": mean(float(sample.finish_reason == "length")),
+                    "rollout/failed_frac": mean(float(sample.finish_reason == "abort")),
+                    "rollout/staleness/max": maximum(staleness),
+                }
+            )
+    return merge(parts)

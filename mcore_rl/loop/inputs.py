@@ -1,0 +1,97 @@
+"""Everything that a run reads before any worker starts, so that bad input stops it early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
+from mcore_rl.data.chat import end_token_ids, load_tokenizer
+from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
+from mcore_rl.models.layout import check_layout
+from mcore_rl.models.spec import load_hf_config
+from mcore_rl.rewards.score import RewardScorer
+from mcore_rl.types import Prompt, TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInputs:
+    """Inputs of a reinforcement-learning run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: ItemStream[Prompt]
+    val_prompts: Sequence[Prompt]
+    scorer: RewardScorer
+    stop_token_ids: Sequence[int]
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftInputs:
+    """Inputs of a supervised fine-tuning run."""
+
+    sequences: ItemStream[TokenSequence]
+    total_steps: int
+
+
+def load_run_inputs(cfg: RunConfig) -> RunInputs:
+    """Read model config, tokenizer, data and rewards.
+
+    Raises:
+        UserError: one line for whatever is missing, malformed or does not fit together.
+    """
+    tokenizer = _load_model_side(cfg)
+    scorer = RewardScorer(cfg.reward, cfg.custom_reward_function)
+    prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer)
+    val_prompts = []
+    if cfg.data.val_files is not None:
+        val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
+    scorer.check(prompt.data_source for prompt in [*prompts, *val_prompts])
+    stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
+    return RunInputs(
+        tokenizer=tokenizer,
+        prompts=stream,
+        val_prompts=val_prompts,
+        scorer=scorer,
+        stop_token_ids=end_token_ids(tokenizer, _generation_config(cfg)),
+        total_steps=_total_steps(cfg.trainer, stream, cfg.data.train_batch_size),
+    )
+
+
+def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:
+    """Read model config, tokenizer and data.
+
+    Raises:
+        UserError: one line for whatever is missing, malformed or does not fit together.
+    """
+    tokenizer = _load_model_side(cfg)
+    sequences = load_sft_sequences(cfg.data.train_files, cfg.data, tokenizer)
+    stream = ItemStream(sequences, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
+    return SftInputs(
+        sequences=stream, total_steps=_total_steps(cfg.trainer, stream, cfg.data.train_batch_size)
+    )
+
+
+def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
+    assert cfg.model.path is not None
+    hf_config = load_hf_config(cfg.model.path)
+    check_layout(hf_config, train_layout(cfg.actor.megatron, cfg.trainer.world_size))
+    return load_tokenizer(cfg.model.path)
+
+
+def _generation_config(cfg: RunConfig):
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(cfg.model.path)
+    except OSError:  # the file is optional
+        return None
+
+
+def _total_steps(trainer: TrainerConfig, stream: ItemStream, batch_size: int) -> int:
+    per_epoch = stream.num_batches_per_epoch(batch_size)
+    return trainer.total_training_steps or trainer.total_epochs * per_epoch

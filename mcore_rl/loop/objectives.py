@@ -1,0 +1,81 @@
+"""What a minibatch minimizes, as an object that travels from the loop to the train workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mcore_rl.algorithms.corrections import mismatch_metrics
+from mcore_rl.algorithms.losses.base import PolicyLossInputs
+from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
+from mcore_rl.algorithms.segments import Segments
+from mcore_rl.data.batch import PackedBatch
+from mcore_rl.metrics import Metrics
+from mcore_rl.types import Denominators
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """The objective of reinforcement learning.
+
+    Sequences without `old_logprobs` are trained before any weight of the step changed, so this
+    forward's own logprobs are the old ones and the ratio is 1. Where a sequence carries the
+    engine's logprobs, the old ones are compared with them (`mismatch/*`).
+    """
+
+    spec: ActorObjective
+    log_entropy: bool
+
+    @property
+    def with_entropy(self) -> bool:
+        return self.log_entropy or self.spec.needs_entropy
+
+    def __call__(
+        self,
+        logprobs_T: Tensor,
+        entropy_T: Tensor | None,
+        batch: PackedBatch,
+        denominators: Denominators,
+    ) -> tuple[Tensor, Metrics]:
+        assert batch.advantages_T is not None, "policy losses need advantages"
+        old_logprobs_T = batch.old_logprobs_T
+        if old_logprobs_T is None:
+            old_logprobs_T = logprobs_T.detach()
+        objective, metrics = actor_objective(
+            PolicyLossInputs(
+                logprobs_T=logprobs_T,
+                advantages_T=batch.advantages_T,
+                segments=_segments(batch),
+                old_logprobs_T=old_logprobs_T,
+            ),
+            entropy_T=entropy_T,
+            ref_logprobs_T=batch.ref_logprobs_T,
+            denominators=denominators,
+            spec=self.spec,
+        )
+        if batch.rollout_logprobs_T is not None:
+            metrics |= mismatch_metrics(old_logprobs_T, batch.rollout_logprobs_T, batch.mask_T)
+        return objective, metrics
+
+
+@dataclass(frozen=True, slots=True)
+class SftObjective:
+    """Mean negative log-likelihood of the trained tokens."""
+
+    with_entropy: bool = False
+
+    def __call__(
+        self,
+        logprobs_T: Tensor,
+        entropy_T: Tensor | None,
+        batch: PackedBatch,
+        denominators: Denominators,
+    ) -> tuple[Tensor, Metrics]:
+        return sft_objective(logprobs_T, _segments(batch), denominators)
+
+
+def _segments(batch: PackedBatch) -> Segments:
+    return Segments(
+        sequence_T=batch.sequence_T, mask_T=batch.mask_T, num_tokens_S=batch.num_tokens_S
+    )

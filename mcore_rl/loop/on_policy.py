@@ -1,0 +1,161 @@
+"""On-policy training: one rollout, its updates, one weight sync, again.
+
+This is the page to read first. A step takes prompts, lets the engines answer them with the weights
+of version `step`, scores the answers, turns scores into advantages, trains on them in minibatches,
+and gives the engines the new weights as version `step + 1`. What is logged as step s describes
+weights s: the validation of s, the samples drawn with s, and the update that led from s to s + 1.
+The last validation is logged as one more step, without an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mcore_rl.algorithms.advantages import assign_advantages
+from mcore_rl.algorithms.kl_in_reward import KlController
+from mcore_rl.algorithms.objective import resolve_objective
+from mcore_rl.config.run import RunConfig
+from mcore_rl.data.packing import split_minibatches
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.agreement import check_agreement
+from mcore_rl.loop.evaluate import evaluate
+from mcore_rl.loop.generate import generate_groups, rollout_metrics
+from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.loop.objectives import PolicyObjective
+from mcore_rl.loop.resume import resume, save
+from mcore_rl.metrics import Metrics, mean, merge
+from mcore_rl.observability.samples import SampleLog
+from mcore_rl.observability.timers import StepTimers
+from mcore_rl.observability.trackers import RunLog
+from mcore_rl.types import Prompt, SampleGroup
+
+
+def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) -> None:
+    """Train to the last step, from the run folder's latest checkpoint if it has one."""
+    trainer, total_steps = cfg.trainer, inputs.total_steps
+    objective = PolicyObjective(
+        resolve_objective(cfg.actor, cfg.data.max_response_length), cfg.actor.calculate_entropy
+    )
+    kl = KlController(cfg.algorithm.kl_ctrl, cfg.algorithm.kl_penalty)
+    kept = {"prompts": inputs.prompts, "kl": kl}
+    start = resume(run_dir, cluster, kept)
+    log = RunLog(
+        run_dir, trainer.logger, total_steps, start, trainer.project_name, trainer.experiment_name
+    )
+    samples = SampleLog(run_dir, start, trainer.log_val_generations)
+    timers = StepTimers()
+
+    cluster.sync_weights(version=start)
+    check_agreement(cfg, inputs, cluster, start)
+
+    for step in range(start, total_steps):
+        metrics: list[Metrics] = []
+        with timers.time("step"):
+            if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
+                with log.stage("eval"), timers.time("eval"):
+                    groups, eval_metrics = evaluate(cfg, inputs, cluster)
+                    metrics.append(eval_metrics)
+            with log.stage("rollout"), timers.time("rollout"):
+                prompts = inputs.prompts.next(cfg.data.train_batch_size)
+                groups = generate(cfg, inputs, cluster, prompts, step)
+                metrics.append(rollout_metrics(groups, step))
+            with log.stage("reward"), timers.time("reward"):
+                groups, reward_metrics = inputs.scorer.score(groups)
+                samples.log(step, groups)
+                metrics.append(reward_metrics)
+            with log.stage("logprobs"), timers.time("old_logprobs"):
+                groups = with_logprobs(cfg, cluster, objective, groups)
+            if cfg.algorithm.use_kl_in_reward:
+                groups, kl_metrics = kl.penalize(groups)
+                metrics.append(kl_metrics)
+            groups, advantage_metrics = assign_advantages(groups, cfg.algorithm)
+            metrics.append(advantage_metrics)
+            with log.stage("train"), timers.time("train"):
+                metrics.append(update(cfg, cluster, objective, groups))
+            with log.stage("weight_sync"), timers.time("weight_sync"):
+                metrics.append(cluster.sync_weights(version=step + 1))
+            if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
+                with log.stage("checkpoint"), timers.time("checkpoint"):
+                    save(run_dir, step + 1, cluster, kept, trainer.max_ckpt_to_keep)
+        log.log(step, merge([*metrics, throughput(groups, timers), timers.metrics()]))
+
+    if inputs.val_prompts:
+        groups, eval_metrics = evaluate(cfg, inputs, cluster)
+        samples.log(total_steps, groups)
+        log.log(total_steps, eval_metrics)
+    log.close()
+
+
+def is_due(step: int, frequency: int) -> bool:
+    return frequency > 0 and step % frequency == 0
+
+
+def generate(
+    cfg: RunConfig, inputs: RunInputs, cluster: Cluster, prompts: Sequence[Prompt], step: int
+) -> list[SampleGroup]:
+    """Return `rollout.n` samples of each prompt, drawn with the weights of `step`."""
+    groups = generate_groups(
+        cluster,
+        prompts,
+        cfg.rollout.n,
+        temperature=cfg.rollout.temperature,
+        top_p=cfg.rollout.top_p,
+        top_k=cfg.rollout.top_k,
+        max_tokens=cfg.data.max_response_length,
+        seed=f"{cfg.data.seed}:{step}",
+        tokenizer=inputs.tokenizer,
+    )
+    versions = {sample.weight_version for group in groups for sample in group.samples}
+    assert versions == {step}, f"weights of versions {versions} answered in step {step}"
+    return groups
+
+
+def with_logprobs(
+    cfg: RunConfig, cluster: Cluster, objective: PolicyObjective, groups: list[SampleGroup]
+) -> list[SampleGroup]:
+    """Return the groups with what the losses need of `old_logprobs` and `ref_logprobs`.
+
+    A step of one update needs no pass for the old ones: they are those of its own forward.
+    """
+    in_reward = cfg.algorithm.use_kl_in_reward
+    sequences = [sample.to_sequence() for group in groups for sample in group.samples]
+    several = len(groups) > cfg.actor.ppo_mini_batch_size or cfg.actor.ppo_epochs > 1
+    if in_reward or (several and objective.spec.needs_old_logprobs):
+        groups = _with(groups, "old_logprobs", cluster.logprobs(sequences))
+    if in_reward or objective.spec.needs_ref_logprobs:
+        groups = _with(groups, "ref_logprobs", cluster.ref_logprobs(sequences))
+    return groups
+
+
+def _with(
+    groups: Sequence[SampleGroup], field: str, values: Sequence[Sequence[float]]
+) -> list[SampleGroup]:
+    of_sample = iter(values)
+    return [
+        replace(group, samples=[replace(s, **{field: next(of_sample)}) for s in group.samples])
+        for group in groups
+    ]
+
+
+def update(
+    cfg: RunConfig, cluster: Cluster, objective: PolicyObjective, groups: Sequence[SampleGroup]
+) -> Metrics:
+    """Do the optimizer updates of a step and return their metrics."""
+    cluster.begin_step()
+    parts = []
+    for _ in range(cfg.actor.ppo_epochs):
+        for minibatch in split_minibatches(groups, cfg.actor.ppo_mini_batch_size):
+            sequences = [sample.to_sequence() for group in minibatch for sample in group.samples]
+            if parts and not sequences[0].old_logprobs:
+                # The weights have moved: their distance from the engine's is no longer a mismatch.
+                sequences = [replace(sequence, rollout_logprobs=()) for sequence in sequences]
+            parts.append(cluster.update(sequences, objective))
+    return merge(parts)
+
+
+def throughput(groups: Sequence[SampleGroup], timers: StepTimers) -> Metrics:
+    """Return trained tokens, prompts included, per second of the whole step."""
+    tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
+    return {"perf/tokens_per_s": mean(tokens / timers.seconds("step"))}

@@ -1,0 +1,37 @@
+"""Supervised fine-tuning through the same actor: the warm start of a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mcore_rl.config.run import SftRunConfig
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.inputs import SftInputs
+from mcore_rl.loop.objectives import SftObjective
+from mcore_rl.loop.on_policy import is_due
+from mcore_rl.loop.resume import resume, save
+from mcore_rl.metrics import merge
+from mcore_rl.observability.timers import StepTimers
+from mcore_rl.observability.trackers import RunLog
+
+
+def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path) -> None:
+    """Train to the last step, from the run folder's latest checkpoint if it has one."""
+    trainer, total_steps = cfg.trainer, inputs.total_steps
+    kept = {"sequences": inputs.sequences}
+    start = resume(run_dir, cluster, kept)
+    log = RunLog(
+        run_dir, trainer.logger, total_steps, start, trainer.project_name, trainer.experiment_name
+    )
+    timers = StepTimers()
+    for step in range(start, total_steps):
+        with timers.time("step"):
+            sequences = inputs.sequences.next(cfg.data.train_batch_size)
+            with log.stage("train"), timers.time("train"):
+                cluster.begin_step()
+                metrics = cluster.update(sequences, SftObjective())
+            if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
+                with log.stage("checkpoint"), timers.time("checkpoint"):
+                    save(run_dir, step + 1, cluster, kept, trainer.max_ckpt_to_keep)
+        log.log(step, merge([metrics, timers.metrics()]))
+    log.close()

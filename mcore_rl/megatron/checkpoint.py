@@ -1,0 +1,83 @@
+"""Training checkpoints in Megatron's distributed format: model, optimizer, schedule.
+
+Any layout reads what any other wrote ("fully_reshardable"). There are no random states in it:
+training draws no random numbers, since dropout is refused. What the controller knows (step, place
+in the data) is saved beside it by `loop/resume.py`, which also makes the folder appear at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.distributed import DistributedDataParallel
+
+from mcore_rl.megatron.optimizer import PolicyOptimizer
+from mcore_rl.megatron.parallel import Parallel
+
+
+def save_checkpoint(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    parallel: Parallel,
+) -> None:
+    """Write everything that training needs to go on; collective.
+
+    Args:
+        folder: exists, is empty and is seen by every rank.
+        chunks: model chunks wrapped for training.
+        optimizer: theirs.
+        parallel: process groups.
+    """
+    state = _sharded_state(chunks, optimizer, parallel, is_loading=False)
+    state["schedule"] = optimizer.schedule.state_dict()
+    dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy("torch_dist"))
+
+
+def load_checkpoint(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    parallel: Parallel,
+) -> None:
+    """Read back what `save_checkpoint` wrote; collective, whatever layout wrote it."""
+    wanted = _sharded_state(chunks, optimizer, parallel, is_loading=True)
+    state = dist_checkpointing.load(
+        wanted, str(folder), get_default_load_sharded_strategy(str(folder))
+    )
+    for index, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(state[f"model{index}"])
+    with torch.no_grad():  # float32 parameters are views into leaves
+        optimizer.inner.load_state_dict(state["optimizer"])
+    optimizer.schedule.load_state_dict(state["schedule"])
+
+
+def _sharded_state(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: PolicyOptimizer,
+    parallel: Parallel,
+    is_loading: bool,
+) -> dict[str, Any]:
+    metadata = {
+        # The default of 0.16.1 is a type that it can no longer load (distrib_optimizer.py:1226).
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel.dp_cp,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    state: dict[str, Any] = {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(chunks)
+    }
+    state["optimizer"] = optimizer.inner.sharded_state_dict(
+        dict(state), is_loading=is_loading, metadata=metadata
+    )
+    return state

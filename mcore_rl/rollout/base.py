@@ -1,0 +1,199 @@
+"""What a rollout engine is: token ids in; token ids, log-probabilities and finish reason out.
+
+An engine holds weights of a known version and takes new ones through an update session
+(`start_weight_update`, `update_weights` any number of times, `finish_weight_update`), which is
+vLLM's own lifecycle. Engines sample; they neither tokenize nor judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mcore_rl.errors import require, require_one_of
+from mcore_rl.registry import Registry
+
+
+@dataclass(kw_only=True, slots=True)
+class ValKwargsConfig:
+    """`rollout.val_kwargs`: sampling at validation."""
+
+    n: int = 1
+    """Samples per prompt."""
+    do_sample: bool = False
+    """False: greedy."""
+    temperature: float = 1.0
+    """Read with do_sample=True."""
+    top_p: float = 1.0
+    top_k: int = -1
+
+    def __post_init__(self) -> None:
+        require(self.n >= 1, "rollout.val_kwargs.n", self.n, "must be at least 1")
+        require(
+            self.temperature > 0,
+            "rollout.val_kwargs.temperature",
+            self.temperature,
+            "must be > 0",
+            "Set rollout.val_kwargs.do_sample=false for greedy decoding.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """`rollout`: the engine and how it samples while training."""
+
+    name: str = "vllm"
+    """Engine: vllm, or fake (a deterministic engine without a model, for tests and dry runs)."""
+    n: int = 1
+    """Samples per prompt: the size of a group."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Only 1.0: the trainer cannot reproduce renormalised log-probabilities."""
+    top_k: int = -1
+    """Only -1, for the same reason."""
+    tensor_model_parallel_size: int = 1
+    """Ranks per engine."""
+    dtype: str | None = None
+    """Type of the engine's weights; None: that of the actor."""
+    max_model_len: int | None = None
+    """Longest prompt plus response; None: the sum of both limits in `data`."""
+    max_num_seqs: int = 256
+    """Requests that the engine runs at one time."""
+    gpu_memory_utilization: float = 0.5
+    """Share of a CUDA device's memory for the engine."""
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache; None: by gpu_memory_utilization on CUDA, 256 MiB on CPU."""
+    enforce_eager: bool | None = None
+    """Run without graphs and compilation; None: yes on CPU, no on CUDA."""
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the engine, handed on as they are."""
+    weight_transport: str = "direct"
+    """How weights reach the engine: direct (engine in the train worker's process)."""
+    logprob_tolerance: float | None = None
+    """Largest difference of log-probabilities between engine and trainer that the check before
+    step 0 accepts; None: 1e-3 in float32, 1.0 in bfloat16 (one flipped expert moves a token)."""
+    val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+
+    def __post_init__(self) -> None:
+        require(self.n >= 1, "rollout.n", self.n, "must be at least 1")
+        require(
+            self.temperature > 0,
+            "rollout.temperature",
+            self.temperature,
+            "must be > 0",
+            "Greedy rollouts carry no policy gradient; use rollout.val_kwargs to validate.",
+        )
+        require(
+            self.top_p == 1.0,
+            "rollout.top_p",
+            self.top_p,
+            "would make the engine's log-probabilities differ from the trainer's",
+            "Leave it at 1.0; rollout.val_kwargs.top_p is free.",
+        )
+        require(
+            self.top_k == -1,
+            "rollout.top_k",
+            self.top_k,
+            "would make the engine's log-probabilities differ from the trainer's",
+            "Leave it at -1; rollout.val_kwargs.top_k is free.",
+        )
+        require_one_of("rollout.dtype", self.dtype or "float32", ("float32", "bfloat16"))
+        require(
+            self.max_num_seqs >= 1, "rollout.max_num_seqs", self.max_num_seqs, "must be at least 1"
+        )
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            "rollout.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "must lie in (0, 1]",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled."""
+
+    temperature: float
+    """0.0: greedy."""
+    top_p: float
+    top_k: int
+    max_tokens: int
+    """Response tokens at most, the end token included."""
+    seed: int
+    """Same weights, prompt and seed: same response, whatever runs beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One response wanted."""
+
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult:
+    """One response."""
+
+    token_ids: Sequence[int]
+    """Response tokens, the end token included when it was produced."""
+    logprobs: Sequence[float]
+    """Natural log-probability of each response token after temperature."""
+    finish_reason: str
+    """"stop", "length" or "abort"."""
+    weight_version: int
+    """Version of the weights that produced it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine needs to start; its weights arrive by the first sync."""
+
+    model_path: str
+    """Hugging Face folder; only its config is read."""
+    dtype: str
+    max_model_len: int
+    stop_token_ids: Sequence[int]
+    """Tokens that end a response."""
+    config: RolloutConfig
+
+
+class RolloutEngine(Protocol):
+    """What the loop asks of an engine. Every call blocks until it is done."""
+
+    weight_version: int
+    """Version of the last finished update; -1 before the first."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Return one result per request, in order.
+
+        Raises:
+            RolloutError: if a result is missing or malformed, or no weights have arrived yet.
+        """
+        ...
+
+    def start_weight_update(self) -> None:
+        """Open an update session; no generation until it is finished."""
+        ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one bucket of weights; `update_info` is what the weight transport made of it."""
+        ...
+
+    def finish_weight_update(self, version: int) -> None:
+        """Close the session, forget cached keys and values, and take the version."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine's resources."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Makes an engine; registered under the engine's name."""
+
+    def __call__(self, spec: EngineSpec) -> RolloutEngine: ...
+
+
+ENGINES: Registry[EngineFactory] = Registry("rollout engine", "rollout.name")

@@ -1,0 +1,69 @@
+"""A deterministic engine without a model, for tests of the loop and for dry runs.
+
+Its response to a prompt depends only on prompt and seed: tokens drawn uniformly from the
+vocabulary, each with log-probability -log(vocabulary), ended by a stop token after a drawn length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.errors import RolloutError
+from mcore_rl.rollout.base import ENGINES, EngineSpec, GenerationRequest, GenerationResult
+
+
+class FakeEngine:
+    """A `RolloutEngine` that draws tokens uniformly; counts what it is given."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        config = json.loads((Path(spec.model_path) / "config.json").read_text())
+        self.vocab_size = int(config["vocab_size"])
+        self.weight_version = -1
+        self.num_updated_tensors = 0
+        self._stop_token_ids = list(spec.stop_token_ids)
+        self._updating = False
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Return one drawn response per request."""
+        if self.weight_version < 0 or self._updating:
+            raise RolloutError("generate was called without complete weights", role="rollout")
+        return [self._draw(request) for request in requests]
+
+    def _draw(self, request: GenerationRequest) -> GenerationResult:
+        sampling = request.sampling
+        source = random.Random(f"{sampling.seed}:{list(request.prompt_token_ids)}")
+        length = source.randint(1, sampling.max_tokens + 1)
+        tokens = [
+            source.randrange(self.vocab_size) for _ in range(min(length, sampling.max_tokens))
+        ]
+        finish_reason = "length"
+        if length <= sampling.max_tokens and self._stop_token_ids:
+            tokens[-1], finish_reason = self._stop_token_ids[0], "stop"
+        return GenerationResult(
+            token_ids=tokens,
+            logprobs=[-math.log(self.vocab_size)] * len(tokens),
+            finish_reason=finish_reason,
+            weight_version=self.weight_version,
+        )
+
+    def start_weight_update(self) -> None:
+        self._updating = True
+        self.num_updated_tensors = 0
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.num_updated_tensors += len(update_info["named_tensors"])
+
+    def finish_weight_update(self, version: int) -> None:
+        self._updating = False
+        self.weight_version = version
+
+    def close(self) -> None:
+        pass
+
+
+ENGINES.add("fake", FakeEngine)

@@ -1,0 +1,144 @@
+"""vLLM in the process of the train worker.
+
+The engine starts without weights (`load_format="dummy"`) and without a tokenizer; weights arrive
+by its native update lifecycle. Log-probabilities are those after temperature. vLLM seeds and
+consumes torch's global random state and replaces `torch.set_num_threads`; both are put back, so a
+trainer in the same process does not notice it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# vLLM reads these while it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # run in this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import numpy as np
+import torch
+import vllm
+from vllm.config.weight_transfer import WeightTransferConfig
+
+from mcore_rl.errors import RolloutError
+from mcore_rl.rollout.base import (
+    ENGINES,
+    EngineSpec,
+    GenerationRequest,
+    GenerationResult,
+)
+
+CPU_KV_CACHE_BYTES = 256 << 20
+
+
+@contextlib.contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Put back the global random states and the thread setter that vLLM changes."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    torch_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+        torch.set_num_threads = set_num_threads
+
+
+class VllmEngine:
+    """A `RolloutEngine` on `vllm.LLM`; start it after the process group of the trainer exists,
+    or vLLM makes a default group of its own.
+
+    Args:
+        spec: model, limits and the `rollout` section.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.weight_version = -1
+        self._stop_token_ids = list(spec.stop_token_ids)
+        cfg = spec.config
+        on_cpu = not torch.cuda.is_available()
+        settings: dict[str, Any] = {
+            "model": spec.model_path,
+            "dtype": spec.dtype,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": spec.max_model_len,
+            "max_num_seqs": cfg.max_num_seqs,
+            "tensor_parallel_size": cfg.tensor_model_parallel_size,
+            "enforce_eager": on_cpu if cfg.enforce_eager is None else cfg.enforce_eager,
+            "logprobs_mode": "processed_logprobs",
+            "weight_transfer_config": WeightTransferConfig(backend="direct"),  # pyright: ignore
+            "worker_extension_cls": "mcore_rl.rollout.vllm_worker.WorkerExtension",
+            "generation_config": "vllm",  # sampling comes from the request alone
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        kv_cache_bytes = cfg.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None)
+        if kv_cache_bytes is not None:
+            settings["kv_cache_memory_bytes"] = kv_cache_bytes
+        else:
+            settings["gpu_memory_utilization"] = cfg.gpu_memory_utilization
+        with _process_state_kept():
+            self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Return one result per request, in order; see `RolloutEngine.generate`."""
+        if self.weight_version < 0:
+            raise RolloutError("generate was called before any weights arrived", role="rollout")
+        if not requests:
+            return []
+        prompts: Any = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]
+        params = [self._sampling_params(request) for request in requests]
+        with _process_state_kept():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        if len(outputs) != len(requests):
+            raise RolloutError(f"{len(requests)} requests, {len(outputs)} results", role="rollout")
+        return [self._result(output.outputs[0]) for output in outputs]
+
+    def _sampling_params(self, request: GenerationRequest) -> vllm.SamplingParams:
+        sampling = request.sampling
+        return vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop_token_ids=self._stop_token_ids,
+            logprobs=0,  # the sampled token's own
+            detokenize=False,
+        )
+
+    def _result(self, output: Any) -> GenerationResult:
+        token_ids = list(output.token_ids)
+        logprobs = [at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True)]
+        return GenerationResult(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason or "abort",
+            weight_version=self.weight_version,
+        )
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, version: int) -> None:
+        self._llm.finish_weight_update(weight_version=str(version))
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("cached keys and values survived a weight update", role="rollout")
+        self.weight_version = version
+
+    def close(self) -> None:
+        del self._llm
+
+
+ENGINES.add("vllm", VllmEngine)

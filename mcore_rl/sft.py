@@ -1,0 +1,59 @@
+"""`python -m mcore_rl.sft`: supervised fine-tuning with the same actor and configuration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mcore_rl.config.checks import check_sft
+from mcore_rl.config.run import SftRunConfig, train_layout
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.launch.start import StartWorkers, run_command
+from mcore_rl.train import export_model
+from mcore_rl.workers.spec import ActorSpec, WorkerSpec
+
+
+def run(cfg: SftRunConfig, start_workers: StartWorkers) -> None:
+    """Read the inputs, start the workers, train and export the model."""
+    from mcore_rl.loop.inputs import load_sft_inputs
+    from mcore_rl.loop.resume import open_run_folder
+    from mcore_rl.loop.sft import train
+
+    inputs = load_sft_inputs(cfg)
+    run_dir = open_run_folder(cfg, may_resume=cfg.trainer.resume_mode == "auto")
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    workers = start_workers(
+        WorkerSpec(
+            layout=layout,
+            actor=ActorSpec(
+                model_path=str(cfg.model.path),
+                megatron=cfg.actor.megatron,
+                optim=cfg.actor.optim,
+                grad_clip=cfg.actor.grad_clip,
+                total_steps=inputs.total_steps,
+                temperature=1.0,
+                with_reference=False,
+            ),
+            engine=None,
+        )
+    )
+    cluster = Cluster(workers, layout, cfg.actor.cut)
+    train(cfg, inputs, cluster, run_dir)
+    export_model(cluster, run_dir, cfg.trainer.export_hf_model)
+    workers.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command(
+        "mcore_rl.sft",
+        "Fine-tune a model on prompts with given responses.",
+        sys.argv[1:] if argv is None else argv,
+        SftRunConfig,
+        check_sft,
+        run,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""`python -m mcore_rl.train`: reinforcement learning from a configuration.
+
+python -m mcore_rl.train --config-name gmpo model.path=... data.train_files=train.parquet
+torchrun --nproc-per-node 8 -m mcore_rl.train --config-name gmpo ...
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcore_rl.config.checks import check_run
+from mcore_rl.config.run import RunConfig, train_layout
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.launch.start import StartWorkers, run_command
+from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.workers.spec import ActorSpec, WorkerSpec
+
+
+def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
+    """Read the inputs, start the workers, train, export the model and write the report."""
+    from mcore_rl.loop.inputs import load_run_inputs
+    from mcore_rl.loop.on_policy import train
+    from mcore_rl.loop.resume import open_run_folder
+    from mcore_rl.observability.report import write_report
+
+    inputs = load_run_inputs(cfg)
+    run_dir = open_run_folder(cfg, may_resume=cfg.trainer.resume_mode == "auto")
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    workers = start_workers(
+        WorkerSpec(
+            layout=layout,
+            actor=ActorSpec(
+                model_path=str(cfg.model.path),
+                megatron=cfg.actor.megatron,
+                optim=cfg.actor.optim,
+                grad_clip=cfg.actor.grad_clip,
+                total_steps=inputs.total_steps,
+                temperature=cfg.rollout.temperature,
+                with_reference=cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward,
+            ),
+            engine=EngineSpec(
+                model_path=str(cfg.model.path),
+                dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,
+                max_model_len=cfg.rollout.max_model_len
+                or cfg.data.max_prompt_length + cfg.data.max_response_length,
+                stop_token_ids=inputs.stop_token_ids,
+                config=cfg.rollout,
+            ),
+        )
+    )
+    cluster = Cluster(workers, layout, cfg.actor.cut)
+    train(cfg, inputs, cluster, run_dir)
+    export_model(cluster, run_dir, cfg.trainer.export_hf_model)
+    workers.close()
+    sys.stdout.write(f"report  {write_report(run_dir)}\n")
+
+
+def export_model(cluster: Cluster, run_dir: Path, wanted: bool) -> None:
+    """Write the trained weights to `hf_model` in the run folder; the folder appears when whole."""
+    final = run_dir / "hf_model"
+    if not wanted:
+        return
+    partial = run_dir / "hf_model.partial"
+    for leftover in (partial, final):  # of an earlier end of this same run
+        shutil.rmtree(leftover, ignore_errors=True)
+    cluster.export_hf(str(partial))
+    partial.rename(final)
+    sys.stdout.write(f"model   {final}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    run_command(
+        "mcore_rl.train",
+        "Train a policy by reinforcement learning.",
+        sys.argv[1:] if argv is None else argv,
+        RunConfig,
+        check_run,
+        run,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What runs in the worker processes: the actor's steps and the engine's host."""

@@ -1,0 +1,35 @@
+"""What worker processes are built from. No Megatron, no vLLM here: the controller makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mcore_rl.megatron.config import MegatronConfig, OptimConfig
+from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.types import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSpec:
+    """What every rank of the actor is built from."""
+
+    model_path: str
+    megatron: MegatronConfig
+    optim: OptimConfig
+    grad_clip: float
+    total_steps: int
+    """Steps of the run, for decaying schedules."""
+    temperature: float
+    """Logits are divided by it, as the engine does."""
+    with_reference: bool
+    """Whether a frozen copy of the initial weights is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What every worker process is built from; the same on all of them."""
+
+    layout: Layout
+    actor: ActorSpec
+    engine: EngineSpec | None
+    """None where nothing is generated (supervised fine-tuning)."""

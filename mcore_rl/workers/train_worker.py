@@ -1,0 +1,143 @@
+"""One rank of the actor: owns model shard and optimizer; its methods are the steps of training.
+
+Every method is collective: the launcher calls it on all ranks together. Only small host objects
+come in and go out; weights leave through `export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mcore_rl.data.batch import PackedBatch
+from mcore_rl.megatron.checkpoint import load_checkpoint, save_checkpoint
+from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
+from mcore_rl.megatron.model import (
+    build_chunks,
+    build_transformer_config,
+    load_weights,
+    named_local_parameters,
+    wrap_for_training,
+)
+from mcore_rl.megatron.optimizer import PolicyOptimizer
+from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.metrics import Metrics, maximum, mean, to_host, total
+from mcore_rl.models.safetensors_io import CheckpointReader, copy_model_files, write_checkpoint
+from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.types import Denominators, MicroBatch
+from mcore_rl.weight_sync.export import WeightExporter
+from mcore_rl.workers.spec import ActorSpec
+
+
+class TrainObjective(Protocol):
+    """What a minibatch minimizes; picklable, since it travels from the controller."""
+
+    @property
+    def with_entropy(self) -> bool:
+        """Whether the model computes the entropy."""
+        ...
+
+    def __call__(
+        self,
+        logprobs_T: Tensor,
+        entropy_T: Tensor | None,
+        batch: PackedBatch,
+        denominators: Denominators,
+    ) -> tuple[Tensor, Metrics]:
+        """Return (sum_T w_T * loss_T over this micro-batch, metrics)."""
+        ...
+
+
+class TrainWorker:
+    """One rank of the actor.
+
+    Args:
+        spec: model, optimizer and their configuration.
+        parallel: process groups, initialized.
+        device: where this rank's shard lives.
+    """
+
+    def __init__(self, spec: ActorSpec, parallel: Parallel, device: torch.device) -> None:
+        self.parallel, self.device = parallel, device
+        self.model_path = spec.model_path
+        hf_config = load_hf_config(spec.model_path)
+        self.entries = model_family(hf_config).entries(hf_config)
+        config = build_transformer_config(hf_config, spec.megatron, parallel)
+        reader = CheckpointReader(spec.model_path)
+
+        def build() -> list[Any]:
+            chunks = build_chunks(hf_config, config, parallel, spec.temperature)
+            params = named_local_parameters(chunks, parallel)
+            load_weights(params, self.entries, reader, parallel)
+            return chunks
+
+        self.reference = build() if spec.with_reference else None
+        chunks = build()
+        self.params = named_local_parameters(chunks, parallel)
+        self.chunks = wrap_for_training(chunks, config, spec.megatron)
+        self.optimizer = PolicyOptimizer(
+            self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
+        )
+        self.exporter = WeightExporter(self.params, self.entries, parallel)
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+        """Return logprobs of every token under the current weights, by planned index."""
+        return forward_logprobs(self.chunks, micro_batches, self.parallel, self.device)
+
+    def ref_logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+        """Return logprobs of every token under the reference weights, by planned index."""
+        assert self.reference is not None, "built without a reference model"
+        return forward_logprobs(self.reference, micro_batches, self.parallel, self.device)
+
+    def begin_step(self) -> None:
+        """Move the learning-rate schedule to the coming step."""
+        self.optimizer.advance_schedule()
+
+    def update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        denominators: Denominators,
+        objective: TrainObjective,
+    ) -> Metrics:
+        """Do one optimizer update and return its metrics (on ranks that report tokens)."""
+        self.optimizer.zero_grad()
+        metrics = forward_backward(
+            self.chunks,
+            micro_batches,
+            self.parallel,
+            self.device,
+            lambda *args: objective(*args, denominators),
+            denominators.num_tokens,
+            objective.with_entropy,
+        )
+        grad_norm, applied = self.optimizer.step()
+        if self.parallel.reports_tokens and self.parallel.dp.rank() == 0:
+            # The same on every rank: one of them reports.
+            metrics["actor/num_skipped_updates"] = total(0.0 if applied else 1.0)
+            metrics["actor/lr"] = maximum(self.optimizer.lr)
+            if applied:
+                metrics["actor/grad_norm"] = mean(grad_norm)
+        return to_host(metrics)
+
+    def save(self, folder: str) -> None:
+        """Write model, optimizer, schedule and random states into `folder`."""
+        save_checkpoint(Path(folder), self.chunks, self.optimizer, self.parallel)
+
+    def load(self, folder: str) -> None:
+        """Read back what `save` wrote, in this or another layout."""
+        load_checkpoint(Path(folder), self.chunks, self.optimizer, self.parallel)
+
+    def export_hf(self, folder: str) -> None:
+        """Write the weights as a Hugging Face folder with config and tokenizer."""
+        tensors = (item for bucket in self.exporter for item in bucket)
+        if self.parallel.rank == 0:
+            target = Path(folder)
+            copy_model_files(Path(self.model_path), target)
+            write_checkpoint(target, tensors)
+        else:
+            for _ in tensors:  # the gathers are collective
+                pass
