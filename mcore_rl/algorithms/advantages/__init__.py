@@ -1,0 +1,24 @@
+"""Advantage estimators, one file each, chosen by `algorithm.adv_estimator`.
+
+To add one: a file with a function of (`AdvantageInputs`, `AlgorithmConfig`) and `ADVANTAGES.add`,
+and a line below.
+"""
+
+from mcore_rl.algorithms.advantages import gpg, grpo
+from mcore_rl.algorithms.advantages.assign import assign_advantages
+from mcore_rl.algorithms.advantages.base import (
+    ADVANTAGES,
+    AdvantageEstimator,
+    AdvantageInputs,
+    AlgorithmConfig,
+)
+
+__all__ = [
+    "ADVANTAGES",
+    "AdvantageEstimator",
+    "AdvantageInputs",
+    "AlgorithmConfig",
+    "assign_advantages",
+    "gpg",
+    "grpo",
+]

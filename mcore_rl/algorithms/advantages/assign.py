@@ -1,0 +1,58 @@
+"""From scored groups to samples that carry an advantage per token.
+
+Pure and on the host; the estimator sees the whole batch of all ranks, so its group and batch
+statistics do not depend on any layout.
+
+Shapes: N samples, T tokens of the N samples laid end to end, first tokens and prompts included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs, AlgorithmConfig
+from mcore_rl.algorithms.segments import Segments
+from mcore_rl.metrics import Metrics, masked_max, masked_mean, mean
+from mcore_rl.types import SampleGroup
+
+
+def assign_advantages(
+    groups: Sequence[SampleGroup], cfg: AlgorithmConfig
+) -> tuple[list[SampleGroup], Metrics]:
+    """Return copies of the groups whose samples have `advantages`, and metrics.
+
+    Advantages are as long as `token_ids`, 0.0 where `loss_mask` is False and on first tokens.
+    `advantage/*` are over trained tokens; `reward/zero_std_group_frac` is the share of groups whose
+    rewards are all equal, which train nothing.
+
+    Args:
+        groups: all groups of the step, rewards final; none empty.
+        cfg: the estimator and its options.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    group_N = [number for number, group in enumerate(groups) for _ in group.samples]
+    inputs = AdvantageInputs(
+        rewards_N=torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
+        group_N=torch.tensor(group_N, dtype=torch.int64),
+        segments=Segments.from_loss_masks([sample.loss_mask for sample in samples]),
+    )
+    advantages_T = ADVANTAGES.get(cfg.adv_estimator).compute(inputs, cfg)
+    per_sample = iter(advantages_T.split([len(sample.loss_mask) for sample in samples]))
+    assigned = [
+        replace(
+            group,
+            samples=[replace(s, advantages=next(per_sample).tolist()) for s in group.samples],
+        )
+        for group in groups
+    ]
+    mask_T, num_groups = inputs.segments.mask_T, len(groups)
+    num_useless = inputs.has_equal_rewards_P.sum()
+    return assigned, {
+        "advantage/mean": masked_mean(advantages_T, mask_T),
+        "advantage/abs_mean": masked_mean(advantages_T.abs(), mask_T),
+        "advantage/max": masked_max(advantages_T, mask_T),
+        "reward/zero_std_group_frac": mean(num_useless / max(num_groups, 1), num_groups),
+    }

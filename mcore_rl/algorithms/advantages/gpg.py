@@ -1,0 +1,48 @@
+"""GPG: centered rewards, scaled up for the groups that teach nothing.
+
+    A = alpha * (r - mean_G) / f_norm
+
+    valid_groups    alpha = B / (B - M): B samples of the batch, M of them in groups whose rewards
+                    are all equal; the paper's, default
+    nonzero_reward  alpha = B / samples with a reward other than 0; verl's
+    none            alpha = 1
+
+Both divisors are at least 1. The counts are over the whole batch, all ranks: the controller holds
+it. Source: GPG, arXiv:2504.02546, eq. 7-8. Shapes: N samples, P groups, T tokens.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mcore_rl.algorithms.advantages.base import (
+    ADVANTAGES,
+    AdvantageEstimator,
+    AdvantageInputs,
+    AlgorithmConfig,
+)
+
+
+def gpg(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+    """Return the scaled, centered reward of each token's sample, [T] float64."""
+    alpha = _ALPHAS[cfg.gpg_alpha](inputs)
+    return inputs.segments.expand(alpha * inputs.centered_rewards_N / cfg.gpg_f_norm)
+
+
+def _valid_groups(inputs: AdvantageInputs) -> float:
+    num_samples = len(inputs.rewards_N)
+    num_useless = int(inputs.has_equal_rewards_P[inputs.group_N].sum())
+    return num_samples / max(num_samples - num_useless, 1)
+
+
+def _nonzero_reward(inputs: AdvantageInputs) -> float:
+    return len(inputs.rewards_N) / max(int(inputs.rewards_N.count_nonzero()), 1)
+
+
+def _none(inputs: AdvantageInputs) -> float:
+    return 1.0
+
+
+_ALPHAS = {"valid_groups": _valid_groups, "nonzero_reward": _nonzero_reward, "none": _none}
+
+ADVANTAGES.add("gpg", AdvantageEstimator(compute=gpg, reads=("gpg_alpha", "gpg_f_norm")))

@@ -1,0 +1,74 @@
+"""Sums over sequences of values that lie packed in one row of tokens.
+
+Every sequence-level quantity (a mean log-ratio, a sequence's weight) goes through `Segments`, so a
+loss need not know that context parallelism may have cut its sequences over ranks: a subclass for
+that case overrides `sum` alone.
+
+Invariants: untrained tokens take no part, whatever their value (NaN included), and receive 0 from
+`expand`; `num_tokens_S` counts the whole sequence, also where this rank holds a part of it.
+
+Shapes: T packed tokens on this rank, S sequences. S may be 0, and a sequence may have no trained
+token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """Which sequence each of T packed tokens belongs to.
+
+    Example: two sequences of 3 and 2 tokens, the first token of each untrained:
+    sequence_T = [0, 0, 0, 1, 1], mask_T = [F, T, T, F, T], num_tokens_S = [2, 1].
+    """
+
+    sequence_T: Tensor
+    """[T] int64 in [0, S); read on trained tokens only."""
+    mask_T: Tensor
+    """[T] bool, True on tokens that train."""
+    num_tokens_S: Tensor
+    """[S] float, trained tokens of each whole sequence."""
+
+    @classmethod
+    def from_loss_masks(cls, loss_masks: Sequence[Sequence[bool]]) -> Segments:
+        """Return the segments of whole sequences laid end to end, counts in float64.
+
+        The first token of a sequence is never predicted and never trains, whatever its mask says.
+        """
+        lengths = torch.tensor([len(mask) for mask in loss_masks], dtype=torch.int64)
+        mask_T = torch.tensor(
+            [trains and i > 0 for mask in loss_masks for i, trains in enumerate(mask)],
+            dtype=torch.bool,
+        )
+        sequence_T = torch.arange(len(lengths)).repeat_interleave(lengths)
+        num_tokens_S = torch.zeros(len(lengths), dtype=torch.float64)
+        num_tokens_S.index_add_(0, sequence_T, mask_T.double())
+        return cls(sequence_T=sequence_T, mask_T=mask_T, num_tokens_S=num_tokens_S)
+
+    def sum(self, x_T: Tensor) -> Tensor:
+        """Return the sum of `x_T` [T] over the trained tokens of each sequence, [S]."""
+        sums = x_T.new_zeros(len(self.num_tokens_S) + 1)
+        return sums.index_add(0, self._bucket_T(), x_T)[:-1]
+
+    def mean(self, x_T: Tensor) -> Tensor:
+        """Return the mean of `x_T` [T] over the trained tokens of each sequence, [S].
+
+        0 for a sequence without trained tokens.
+        """
+        sum_S = self.sum(x_T)
+        return sum_S / self.num_tokens_S.clamp(min=1).to(sum_S.dtype)
+
+    def expand(self, x_S: Tensor) -> Tensor:
+        """Return the value of `x_S` [S] of each token's sequence, [T]; 0 on untrained tokens."""
+        return torch.cat([x_S, x_S.new_zeros(1)])[self._bucket_T()]
+
+    def _bucket_T(self) -> Tensor:
+        # Untrained tokens share bucket S, which `sum` drops and `expand` fills with 0: their
+        # values and gradients vanish without a product 0 * nan, and S = 0 needs no special case.
+        return torch.where(self.mask_T, self.sequence_T, len(self.num_tokens_S))

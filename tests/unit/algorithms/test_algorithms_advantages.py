@@ -1,0 +1,205 @@
+"""Advantages: hand-worked numbers, exact zeros, invariances, refused options."""
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcore_rl.algorithms.advantages import AlgorithmConfig, assign_advantages
+from mcore_rl.algorithms.advantages.base import ESTIMATOR_OPTIONS, GPG_ALPHAS
+from mcore_rl.errors import UserError
+from mcore_rl.metrics import to_floats
+from mcore_rl.types import Prompt, Sample, SampleGroup
+
+PROMPT = Prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
+MASK = [False, True, False, True]
+
+
+def make_groups(rewards):
+    """Return one group per list of rewards, every sample with the loss mask `MASK`."""
+    return [
+        SampleGroup(
+            prompt=PROMPT,
+            samples=[
+                Sample(
+                    prompt=PROMPT,
+                    index=i,
+                    token_ids=[1, 2, 3, 4],
+                    loss_mask=MASK,
+                    rollout_logprobs=[0.0] * 4,
+                    finish_reason="stop",
+                    weight_version=0,
+                    reward=reward,
+                )
+                for i, reward in enumerate(group)
+            ],
+        )
+        for group in rewards
+    ]
+
+
+def advantages_of(rewards, **options):
+    """Return each sample's advantage, group by group; every trained token must agree."""
+    groups, _ = assign_advantages(make_groups(rewards), AlgorithmConfig(**options))
+    values = []
+    for group in groups:
+        rows = [list(sample.advantages) for sample in group.samples]
+        assert all(row == [0.0, row[1], 0.0, row[1]] for row in rows)
+        values.append([row[1] for row in rows])
+    return values
+
+
+REWARDS = st.lists(
+    st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), min_size=2, max_size=5),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(rewards=REWARDS)
+def test_grpo_is_the_standard_score_of_the_group(rewards):
+    for group, advantages in zip(rewards, advantages_of(rewards), strict=True):
+        mean, std = statistics.fmean(group), statistics.stdev(group)
+        expected = [(r - mean) / (std + 1e-6) for r in group]
+        if len(set(group)) == 1:
+            assert advantages == [0.0] * len(group)
+        else:
+            # float64; a spread of 1e-3 beside rewards of 2 costs three digits.
+            assert advantages == pytest.approx(expected, abs=1e-11)
+
+
+@given(rewards=REWARDS)
+def test_without_std_grpo_only_centers(rewards):
+    centered = advantages_of(rewards, norm_adv_by_std_in_grpo=False)
+    for group, advantages in zip(rewards, centered, strict=True):
+        mean = statistics.fmean(group)
+        assert advantages == pytest.approx([r - mean for r in group], abs=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_adv_by_std_in_grpo": False}])
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3, -1e9])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_equal_rewards_give_exactly_zero(options, reward, size):
+    # 0.1 + 0.1 + 0.1 is not 0.3: a plain mean leaves dust that the division by std amplifies.
+    assert advantages_of([[reward] * size], **options) == [[0.0] * size]
+    assert advantages_of([[reward] * size], adv_estimator="gpg") == [[0.0] * size]
+
+
+def test_a_group_of_one_has_mean_zero_and_std_one():
+    assert advantages_of([[0.5]]) == [[0.5 / (1 + 1e-6)]]
+    assert advantages_of([[0.5]], norm_adv_by_std_in_grpo=False) == [[0.5]]
+    assert advantages_of([[0.5]], adv_estimator="gpg") == [[0.5]]
+
+
+@given(rewards=REWARDS, data=st.data())
+def test_the_order_of_groups_and_samples_does_not_matter(rewards, data):
+    for options in ({}, {"adv_estimator": "gpg"}):
+        advantages = advantages_of(rewards, **options)
+        order = data.draw(st.permutations(range(len(rewards))))
+        within = [data.draw(st.permutations(range(len(rewards[i])))) for i in order]
+        shuffled = [[rewards[i][j] for j in js] for i, js in zip(order, within, strict=True)]
+        expected = [[advantages[i][j] for j in js] for i, js in zip(order, within, strict=True)]
+        for actual, want in zip(advantages_of(shuffled, **options), expected, strict=True):
+            # float64; the order of additions within a group differs.
+            assert actual == pytest.approx(want, abs=1e-11)
+
+
+def test_gpg_scales_up_by_the_share_of_samples_that_teach():
+    # B = 7, M = 3 + 2: alpha = 7 / 2.
+    rewards = [[1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0]]
+    assert advantages_of(rewards, adv_estimator="gpg") == [
+        [3.5 * 0.5, -3.5 * 0.5],
+        [0.0] * 3,
+        [0.0] * 2,
+    ]
+    assert advantages_of(rewards, adv_estimator="gpg", gpg_f_norm=7.0)[0] == [0.25, -0.25]
+
+
+def test_gpg_alpha_counts_a_lone_sample_as_one_that_teaches():
+    # B = 3, M = 2: alpha = 3.
+    rewards = [[1.0], [0.0, 0.0]]
+    assert advantages_of(rewards, adv_estimator="gpg") == [[3.0], [0.0, 0.0]]
+
+
+def test_gpg_alpha_by_nonzero_rewards_and_without_alpha():
+    rewards = [[1.0, 0.0], [0.0, 0.0]]
+    options = {"adv_estimator": "gpg", "gpg_alpha": "nonzero_reward"}
+    assert advantages_of(rewards, **options) == [[4 * 0.5, -4 * 0.5], [0.0, 0.0]]
+    options = {"adv_estimator": "gpg", "gpg_alpha": "none"}
+    assert advantages_of(rewards, **options) == [[0.5, -0.5], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("gpg_alpha", GPG_ALPHAS)
+def test_gpg_alpha_stays_finite_when_nothing_teaches(gpg_alpha):
+    options = {"adv_estimator": "gpg", "gpg_alpha": gpg_alpha}
+    assert advantages_of([[0.0, 0.0], [0.0, 0.0]], **options) == [[0.0] * 2] * 2
+
+
+def test_a_first_token_never_gets_an_advantage():
+    (group,) = make_groups([[1.0, 0.0]])
+    samples = [
+        Sample(**{**{f: getattr(s, f) for f in s.__slots__}, "loss_mask": [True] * 4})
+        for s in group.samples
+    ]
+    (assigned,), _ = assign_advantages(
+        [SampleGroup(prompt=PROMPT, samples=samples)],
+        AlgorithmConfig(norm_adv_by_std_in_grpo=False),
+    )
+    assert [list(s.advantages) for s in assigned.samples] == [
+        [0.0, 0.5, 0.5, 0.5],
+        [0.0, -0.5, -0.5, -0.5],
+    ]
+
+
+def test_metrics_are_over_trained_tokens_and_groups():
+    _, metrics = assign_advantages(
+        make_groups([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [3.0]]),
+        AlgorithmConfig(norm_adv_by_std_in_grpo=False),
+    )
+    assert to_floats(metrics) == pytest.approx(
+        {
+            "advantage/mean": 3.0 / 9,
+            "advantage/abs_mean": (0.75 + 3 * 0.25 + 3.0) / 9,
+            "advantage/max": 3.0,
+            "reward/zero_std_group_frac": 1 / 3,
+        },
+        rel=1e-6,  # metrics are float32
+    )
+
+
+def test_no_groups_give_no_advantages():
+    assigned, metrics = assign_advantages([], AlgorithmConfig())
+    assert assigned == []
+    assert to_floats(metrics) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpg_alpha": "none"}, r"algorithm\.gpg_alpha='none' is not read with .*=grpo"),
+        ({"gpg_f_norm": 2.0}, r"algorithm\.gpg_f_norm=2\.0 is not read with .*=grpo"),
+        ({"gamma": 0.9}, r"algorithm\.gamma=0\.9 is not read"),
+        ({"lam": 0.9}, r"algorithm\.lam=0\.9 is not read"),
+        (
+            {"adv_estimator": "gpg", "norm_adv_by_std_in_grpo": False},
+            r"algorithm\.norm_adv_by_std_in_grpo=False is not read with .*=gpg",
+        ),
+        ({"adv_estimator": "gpg", "gpg_alpha": "valid"}, "Did you mean 'valid_groups'"),
+        ({"adv_estimator": "gpg", "gpg_f_norm": 0.0}, r"gpg_f_norm=0\.0 must be > 0"),
+        ({"gamma": 1.5}, r"algorithm\.gamma=1\.5 must be in \[0, 1\]"),
+        ({"kl_penalty": "k3+"}, r"algorithm\.kl_penalty='k3\+' is not one of"),
+        ({"adv_estimator": "grp"}, "Did you mean 'grpo'"),
+    ],
+)
+def test_options_that_are_wrong_or_unread_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        AlgorithmConfig(**options)
+
+
+def test_options_at_their_default_are_never_refused():
+    defaults = AlgorithmConfig()
+    for estimator in ("grpo", "gpg"):
+        AlgorithmConfig(
+            adv_estimator=estimator, **{name: getattr(defaults, name) for name in ESTIMATOR_OPTIONS}
+        )

@@ -1,0 +1,264 @@
+"""The actor's objective: one value and gradient per minibatch, however it is cut.
+
+Proven for the local `Segments`, micro-batch by micro-batch; that ranks add up is proven where the
+ranks are (Megatron's schedule and context parallelism).
+"""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minibatches import count, objective_of, objective_spec, packed, random_sequences
+
+from mcore_rl.algorithms.aggregate import AGG_MODES
+from mcore_rl.algorithms.kl import KL_KINDS
+from mcore_rl.algorithms.losses import POLICY_LOSSES, PolicyLossConfig
+from mcore_rl.algorithms.objective import (
+    ObjectiveConfig,
+    actor_objective,
+    resolve_objective,
+    sft_objective,
+)
+from mcore_rl.errors import UserError
+from mcore_rl.metrics import merge, to_floats
+
+LOSSES = POLICY_LOSSES.names()
+ALL_TERMS = {"kl_loss_type": "low_var_kl", "kl_loss_coef": 0.3, "entropy_coeff": 0.2}
+
+
+def cut(sequences, num_parts):
+    """Return `num_parts` parts, as equal as they get."""
+    return [sequences[i::num_parts] for i in range(num_parts)]
+
+
+def gradients(objective, sequences):
+    leaves = [leaf for s in sequences for leaf in (s.logprobs, s.entropy)]
+    found = torch.autograd.grad(objective, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+@pytest.mark.parametrize("agg_mode", AGG_MODES)
+@pytest.mark.parametrize("loss_mode", LOSSES)
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    order=st.permutations(range(8)),
+    num_parts=st.sampled_from([2, 4, 8, 11]),  # 11 leaves empty micro-batches
+)
+def test_every_cut_of_a_minibatch_gives_one_objective_and_gradient(
+    loss_mode, agg_mode, seed, order, num_parts
+):
+    spec = objective_spec(loss_mode, agg_mode, **ALL_TERMS)
+    sequences = random_sequences(seed)
+    denominators = count(sequences)
+    whole, whole_metrics = objective_of(sequences, denominators, spec)
+    parts = cut([sequences[i] for i in order], num_parts)
+    results = [objective_of(part, denominators, spec) for part in parts]
+    total = torch.stack([objective for objective, _ in results]).sum()
+    # float64, 37 tokens of order 1: the order of additions differs.
+    assert torch.allclose(total, whole, rtol=1e-12, atol=1e-13)
+    for actual, expected in zip(
+        gradients(total, sequences), gradients(whole, sequences), strict=True
+    ):
+        assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-14)
+    merged = to_floats(merge(metrics for _, metrics in results))
+    # Masked metrics are float32.
+    assert merged == pytest.approx(to_floats(whole_metrics), rel=1e-5, abs=1e-6)
+
+
+def test_the_objective_is_the_sum_of_its_terms_with_their_coefficients():
+    sequences = random_sequences(3)
+    denominators = count(sequences)
+    objective, metrics = objective_of(
+        sequences, denominators, objective_spec("vanilla", "token-mean", **ALL_TERMS)
+    )
+    inputs, entropy_T, ref_T = packed(sequences)
+    mask_T = inputs.segments.mask_T
+    x_T = (ref_T - inputs.logprobs_T)[mask_T]
+    kl_loss = (x_T.exp() - x_T - 1).mean()
+    entropy = entropy_T[mask_T].mean()
+    pg_loss, _ = objective_of(sequences, denominators, objective_spec("vanilla", "token-mean"))
+    # float64, 37 terms.
+    assert torch.allclose(objective, pg_loss + 0.3 * kl_loss - 0.2 * entropy, rtol=1e-12)
+    numbers = to_floats(metrics)
+    assert numbers["actor/loss"] == pytest.approx(objective.item(), rel=1e-12)
+    assert numbers["actor/pg_loss"] == pytest.approx(pg_loss.item(), rel=1e-12)
+    assert numbers["actor/kl_loss"] == pytest.approx(kl_loss.item(), rel=1e-12)
+    assert numbers["actor/entropy"] == pytest.approx(entropy.item(), rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize("loss_mode", LOSSES)
+def test_what_stands_on_untrained_tokens_changes_nothing(loss_mode):
+    spec = objective_spec(loss_mode, "seq-mean-token-mean", **ALL_TERMS)
+    sequences = random_sequences(5)
+    denominators = count(sequences)
+    clean, clean_metrics = objective_of(sequences, denominators, spec)
+
+    def spoil(x, mask, value):
+        return torch.where(mask, x.detach(), value).requires_grad_()
+
+    spoilt = [
+        replace(
+            s,
+            logprobs=spoil(s.logprobs, s.mask, -math.inf),
+            old_logprobs=spoil(s.old_logprobs, s.mask, math.nan).detach(),
+            ref_logprobs=spoil(s.ref_logprobs, s.mask, math.nan).detach(),
+            entropy=spoil(s.entropy, s.mask, math.nan),
+            advantages=spoil(s.advantages, s.mask, math.inf).detach(),
+            rollout_is_weights=spoil(s.rollout_is_weights, s.mask, math.nan).detach(),
+        )
+        for s in sequences
+    ]
+    dirty, dirty_metrics = objective_of(spoilt, denominators, spec)
+    assert dirty.item() == clean.item()
+    assert to_floats(dirty_metrics) == to_floats(clean_metrics)
+    clean_gradients = gradients(clean, sequences)
+    for actual, expected in zip(gradients(dirty, spoilt), clean_gradients, strict=True):
+        assert torch.equal(actual, expected)
+    for s, gradient in zip(sequences, clean_gradients[::2], strict=True):
+        assert not gradient[~s.mask].any()
+
+
+@pytest.mark.parametrize("agg_mode", AGG_MODES)
+@pytest.mark.parametrize("loss_mode", LOSSES)
+def test_an_empty_micro_batch_gives_a_zero_that_reaches_the_graph(loss_mode, agg_mode):
+    spec = objective_spec(loss_mode, agg_mode, **ALL_TERMS)
+    *trained, untrained = random_sequences(1)
+    for part in ([], [untrained]):
+        inputs, entropy_T, ref_T = packed(part)
+        logprobs_T = inputs.logprobs_T.detach().requires_grad_()
+        objective, metrics = actor_objective(
+            replace(inputs, logprobs_T=logprobs_T),
+            entropy_T=entropy_T,
+            ref_logprobs_T=ref_T,
+            denominators=count(trained),
+            spec=spec,
+        )
+        assert objective.item() == 0.0
+        (gradient_T,) = torch.autograd.grad(objective, logprobs_T)
+        assert gradient_T.tolist() == [0.0] * len(logprobs_T)
+        assert set(to_floats(metrics)) == {"actor/loss", "actor/pg_loss", "actor/kl_loss"}
+
+
+def test_geo_mean_objective_is_the_mean_over_sequences_of_minus_advantage_times_ratio():
+    sequences = random_sequences(11)
+    objective, _ = objective_of(
+        sequences, count(sequences), objective_spec("geo_mean", "seq-mean-token-mean")
+    )
+    losses = []
+    for s in sequences[:-1]:
+        d = (s.logprobs - s.old_logprobs)[s.mask]
+        advantage = s.advantages[0]
+        e = d.clamp(max=0.4) if advantage >= 0 else d.clamp(min=-0.4)
+        weight = s.rollout_is_weights[s.mask].log().mean().exp()
+        losses.append(-advantage * e.mean().exp() * weight)
+    # float64, 7 sequences.
+    assert torch.allclose(objective, torch.stack(losses).mean(), rtol=1e-12)
+
+
+def test_on_policy_losses_have_the_policy_gradient():
+    sequences = [
+        replace(s, old_logprobs=s.logprobs.detach(), rollout_is_weights=torch.ones_like(s.entropy))
+        for s in random_sequences(2)
+    ]
+    denominators = count(sequences)
+
+    def gradients_of(loss_mode):
+        spec = objective_spec(loss_mode, "seq-mean-token-mean")
+        return gradients(objective_of(sequences, denominators, spec)[0], sequences)
+
+    expected = gradients_of("gpg")
+    assert any(gradient.any() for gradient in expected)
+    for loss_mode in LOSSES:
+        for actual, want in zip(gradients_of(loss_mode), expected, strict=True):
+            # float64, a mean of at most 9 terms.
+            assert torch.allclose(actual, want, rtol=1e-12, atol=1e-15)
+
+
+def test_sft_objective_is_the_mean_negative_log_likelihood_over_the_minibatch():
+    sequences = random_sequences(4)
+    denominators = count(sequences)
+    results = []
+    for part in cut(sequences, 4):
+        inputs, _, _ = packed(part)
+        results.append(sft_objective(inputs.logprobs_T, inputs.segments, denominators))
+    expected = -torch.cat([s.logprobs[s.mask] for s in sequences]).mean()
+    total = torch.stack([objective for objective, _ in results]).sum()
+    # float64, 37 terms.
+    assert torch.allclose(total, expected, rtol=1e-12)
+    merged = to_floats(merge(metrics for _, metrics in results))
+    assert merged == {"sft/loss": pytest.approx(expected.item(), rel=1e-12)}
+    (gradient,) = torch.autograd.grad(total, sequences[0].logprobs)
+    assert torch.allclose(gradient, -sequences[0].mask.double() / denominators.num_tokens)
+
+
+def test_only_what_the_objective_uses_is_asked_for():
+    plain = resolve_objective(ObjectiveConfig(), 100)
+    assert plain.needs_old_logprobs
+    assert not plain.needs_ref_logprobs
+    assert not plain.needs_entropy
+    rich = resolve_objective(
+        ObjectiveConfig(
+            policy_loss=PolicyLossConfig(loss_mode="gpg"), use_kl_loss=True, entropy_coeff=0.01
+        ),
+        100,
+    )
+    assert not rich.needs_old_logprobs
+    assert rich.needs_ref_logprobs
+    assert rich.needs_entropy
+    assert (rich.kl_loss_type, rich.kl_loss_coef) == ("low_var_kl", 0.001)
+
+
+def test_the_scale_factor_defaults_to_the_response_length_where_it_is_read():
+    cfg = ObjectiveConfig(loss_agg_mode="seq-mean-token-sum-norm")
+    assert resolve_objective(cfg, 100).loss_scale_factor == 100.0
+    cfg = ObjectiveConfig(loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=7.0)
+    assert resolve_objective(cfg, 100).loss_scale_factor == 7.0
+    assert resolve_objective(ObjectiveConfig(), 100).loss_scale_factor is None
+    with pytest.raises(UserError, match=r"actor\.loss_scale_factor=7\.0 is not read"):
+        resolve_objective(ObjectiveConfig(loss_scale_factor=7.0), 100)
+
+
+@pytest.mark.parametrize("loss_mode", ["geo_mean", "gspo"])
+def test_an_aggregation_that_does_not_apply_warns_once_and_is_not_used(loss_mode, caplog):
+    policy_loss = PolicyLossConfig(loss_mode=loss_mode)
+    with caplog.at_level(logging.WARNING):
+        spec = resolve_objective(ObjectiveConfig(policy_loss=policy_loss), 100)
+    assert spec.agg_mode == "seq-mean-token-mean"
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        cfg = ObjectiveConfig(policy_loss=policy_loss, loss_agg_mode="token-sum")
+        assert resolve_objective(cfg, 100).agg_mode == "seq-mean-token-mean"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "token-sum does not apply" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_agg_mode": "mean"}, r"actor\.loss_agg_mode='mean' is not one of"),
+        ({"kl_loss_type": "k4"}, r"actor\.kl_loss_type='k4' is not one of"),
+        ({"kl_loss_coef": -1.0}, r"actor\.kl_loss_coef=-1\.0 must be >= 0"),
+        ({"loss_scale_factor": 0.0}, r"actor\.loss_scale_factor=0\.0 must be > 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ObjectiveConfig(**options)
+
+
+@pytest.mark.parametrize("kind", KL_KINDS)
+def test_every_kl_kind_can_be_a_loss(kind):
+    cfg = ObjectiveConfig(use_kl_loss=True, kl_loss_type=kind, kl_loss_coef=1.0)
+    sequences = random_sequences(6)
+    with_kl, metrics = objective_of(sequences, count(sequences), resolve_objective(cfg, 100))
+    without, _ = objective_of(
+        sequences, count(sequences), resolve_objective(ObjectiveConfig(), 100)
+    )
+    expected = to_floats(metrics)["actor/kl_loss"]
+    assert (with_kl - without).item() == pytest.approx(expected, abs=1e-12)
+    assert expected != 0
