@@ -95,15 +95,19 @@ class Plot:
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=(6.4, 3.3), layout="constrained")
             axes = figure.subplots()
-            self.draw(axes, columns, matching(columns, self.keys))
+            keys = matching(columns, self.keys)
+            self.draw(axes, columns, keys)
             axes.set_title(self.title)
             axes.set_xlabel("step")
-            axes.margins(x=0.01)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            steps = [step for key in keys for step in columns[key].steps]
+            axes.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
+            axes.xaxis.set_major_locator(
+                MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+            )
             if axes.get_legend() is None and len(axes.get_legend_handles_labels()[1]) > 1:
                 axes.legend(loc="best")
             png = io.BytesIO()
-            figure.savefig(png, dpi=150, metadata={"Software": None})
+            figure.savefig(png, dpi=150)
         return png.getvalue()
 
 
@@ -114,11 +118,15 @@ def draw_lines(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
         label = key.partition("/")[2]
         smooth = _running_mean(values)
         if smooth is None:
-            marker = "o" if len(steps) <= 40 else ""
-            axes.plot(steps, values, color=color, label=label, marker=marker, markersize=3)
+            axes.plot(steps, values, color=color, label=label, marker=_marker(steps), markersize=3)
         else:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             axes.plot(steps, smooth, color=color, label=label)
+
+
+def _marker(steps: Sequence[int]) -> str:
+    """Return dots for a short run, whose line may have a single point."""
+    return "o" if len(steps) <= 40 else ""
 
 
 def _running_mean(values: Sequence[float], min_length: int = 60) -> list[float] | None:
@@ -158,9 +166,11 @@ def draw_ranges(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
             axes.fill_between(*lows, highs.values, color=color, alpha=0.15, linewidth=0)
         for series in (lows, highs):
             if series:
-                axes.plot(*series, color=color, linewidth=0.8, alpha=0.7)
+                style = {"linewidth": 0.8, "alpha": 0.7, "markersize": 2}
+                axes.plot(*series, color=color, marker=_marker(series.steps), **style)
         if f"{name}/mean" in columns:
-            axes.plot(*columns[f"{name}/mean"], color=color, label=label)
+            means = columns[f"{name}/mean"]
+            axes.plot(*means, color=color, label=label, marker=_marker(means.steps), markersize=3)
         else:
             axes.plot([], [], color=color, label=label)
 

@@ -261,6 +261,7 @@ class LogLineTracker(Tracker):
     HEADLINE = (
         "reward/mean",
         "rollout/response_tokens/mean",
+        "sft/loss",
         "actor/pg_loss",
         "actor/grad_norm",
         "mismatch/logprob_abs_diff/max",

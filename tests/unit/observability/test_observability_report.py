@@ -99,6 +99,12 @@ def test_every_plot_is_drawn_saved_and_embedded(reported_dir, page):
     assert "Not drawn" not in page
 
 
+def test_a_run_of_one_step_shows_in_every_plot():
+    columns = to_columns(make_records()[:1])
+    for plot in PLOTS:
+        assert num_colored_pixels(plot.to_png(columns)) > 20, plot.name
+
+
 def test_plots_without_metrics_are_left_out_and_named(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "reward/mean": 0.5}])
     page = write_report(tmp_path).read_text()
