@@ -155,6 +155,13 @@ def test_gspo_clips_whole_sequences_on_one_side():
     assert metrics["actor/clip_frac"] == 0
 
 
+def test_gspo_cuts_absurd_sequence_ratios_before_they_overflow():
+    clip = ClipBounds(low=0.05, high=0.05)
+    loss_T, gradient_T, _ = loss_and_gradient("gspo", clip, [800.0, 900.0], -1.0)
+    assert close(loss_T, [math.exp(10.0)] * 2)
+    assert gradient_T.tolist() == [0.0, 0.0]
+
+
 def test_gpg_is_the_plain_policy_gradient_without_old_logprobs():
     inputs = PolicyLossInputs(
         logprobs_T=torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True),

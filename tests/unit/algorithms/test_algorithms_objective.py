@@ -196,6 +196,18 @@ def test_sft_objective_is_the_mean_negative_log_likelihood_over_the_minibatch():
     assert torch.allclose(gradient, -sequences[0].mask.double() / denominators.num_tokens)
 
 
+def test_sft_objective_does_not_read_untrained_tokens():
+    (sequence,) = random_sequences(4, lengths=(6,))
+    mask = torch.tensor([True, False, True, False, False, True])
+    logprobs_T = torch.where(mask, sequence.logprobs.detach(), -math.inf).requires_grad_()
+    trained = replace(sequence, logprobs=logprobs_T, mask=mask)
+    inputs, _, _ = packed([trained])
+    objective, _ = sft_objective(inputs.logprobs_T, inputs.segments, count([trained]))
+    assert torch.allclose(objective, -logprobs_T[mask].mean(), rtol=1e-12)
+    (gradient_T,) = torch.autograd.grad(objective, logprobs_T)
+    assert torch.equal(gradient_T, -mask.double() / 3)
+
+
 def test_only_what_the_objective_uses_is_asked_for():
     plain = resolve_objective(ObjectiveConfig(), 100)
     assert plain.needs_old_logprobs
