@@ -286,7 +286,7 @@ PLOTS = (
         title="Loss",
         caption="Policy loss and, where used, the KL term. A policy loss says little by itself: "
         "its mean is near 0 whether or not the policy improves.",
-        keys=("actor/pg_loss", "actor/kl_loss"),
+        keys=("sft/loss", "actor/pg_loss", "actor/kl_loss"),
         draw=draw_lines,
     ),
     Plot(

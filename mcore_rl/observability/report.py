@@ -21,12 +21,13 @@ from omegaconf import OmegaConf
 from mcore_rl.errors import UserError
 from mcore_rl.observability.jsonl import read_records
 from mcore_rl.observability.plots import LOGPROB_TOLERANCE, PLOTS, Columns, matching, to_columns
-from mcore_rl.observability.samples import SAMPLES_FILE
+from mcore_rl.observability.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+)
 from mcore_rl.observability.timers import format_duration
-from mcore_rl.observability.trackers import METRICS_FILE
-
-CONFIG_FILE = "config.yaml"
-REPORT_FILE = "report.html"
 
 SUMMARY = {
     "reward/mean": max,
@@ -36,6 +37,7 @@ SUMMARY = {
     "rollout/truncated_frac": min,
     "mismatch/logprob_abs_diff/max": min,
     "mismatch/logprob_abs_diff/mean": min,
+    "sft/loss": min,
     "actor/pg_loss": None,
     "actor/kl_loss": None,
     "actor/entropy": None,
@@ -105,7 +107,7 @@ def write_report(run_dir: Path) -> Path:
     title = OmegaConf.select(config, "trainer.experiment_name") or run_dir.resolve().name
     page = _PAGE.format(
         title=escape(str(title)),
-        cards=_cards(columns, num_steps=len(records)),
+        cards=_cards(columns),
         plots=_plots(pngs),
         summary=_summary_table(summarize(columns)),
         samples=_samples(run_dir / SAMPLES_FILE),
@@ -140,8 +142,8 @@ def _load_config(path: Path) -> Any:
     return OmegaConf.load(path) if path.exists() else OmegaConf.create({})
 
 
-def _cards(columns: Columns, num_steps: int) -> str:
-    cards = [("steps", str(num_steps), "")]
+def _cards(columns: Columns) -> str:
+    cards = []
     for key in matching(columns, ["reward/mean", "eval/*/accuracy"]):
         values = columns[key].values
         cards.append((key, f"{values[-1]:.3f}", f"from {values[0]:.3f}"))
@@ -149,9 +151,9 @@ def _cards(columns: Columns, num_steps: int) -> str:
         note = f"float32 tolerance {LOGPROB_TOLERANCE:g}"
         cards.append(("largest logprob mismatch", f"{max(mismatch.values):.1e}", note))
     if times := columns.get("time/step"):
-        seconds = sum(times.values)
-        note = f"{seconds / len(times.values):.1f} s per step"
-        cards.append(("time in steps", format_duration(seconds), note))
+        seconds, num_steps = sum(times.values), len(times.values)
+        note = f"{num_steps} steps of {seconds / num_steps:.1f} s"
+        cards.append(("time", format_duration(seconds), note))
     return "".join(
         f'<div class="card"><small>{escape(name)}</small><b>{value}</b><small>{note}</small></div>'
         for name, value, note in cards

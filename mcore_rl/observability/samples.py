@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mcore_rl.observability.jsonl import StepFile
+from mcore_rl.observability.run_folder import SAMPLES_FILE
 from mcore_rl.types import SampleGroup
-
-SAMPLES_FILE = "samples.jsonl"
 
 
 class SampleLog:

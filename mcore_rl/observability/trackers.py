@@ -1,7 +1,8 @@
 """Where the metrics of a step go: `metrics.jsonl` always, and what `trainer.logger` names.
 
-Lives in the controller only. Steps count from 0 and each is logged once, in order. A tracker that
-cannot write ends the run; none of them changes what the run computes.
+Lives in the controller only. Steps count from 0 and each is logged once, in order; what is measured
+after the last step, a final validation, is logged as step `total_steps`. A tracker that cannot
+write ends the run; none of them changes what the run computes.
 
 Adding one: a class with `__init__(run)`, `log` and `close`, registered in TRACKERS.
 """
@@ -28,12 +29,11 @@ from rich.table import Table
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import Metrics, to_floats
 from mcore_rl.observability.jsonl import StepFile, failed_write_ends_run
+from mcore_rl.observability.run_folder import METRICS_FILE
 from mcore_rl.observability.timers import format_duration
 from mcore_rl.registry import Registry
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +217,7 @@ class TerminalTracker(Tracker):
     """
 
     def __init__(self, run: RunInfo, console: Console | None = None) -> None:
+        self._run = run
         self._clock = RemainingTime(run)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -243,12 +244,11 @@ class TerminalTracker(Tracker):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._progress.console.print(step_table(step, metrics))
+        if "reward/mean" in metrics:
+            self._progress.update(self._task, reward=_format(metrics["reward/mean"]))
+        num_done = min(step + 1, self._run.total_steps)
         self._progress.update(
-            self._task,
-            completed=step + 1,
-            stage="",
-            reward=_format(metrics["reward/mean"]) if "reward/mean" in metrics else "-",
-            left=self._clock.after(step),
+            self._task, completed=num_done, stage="", left=self._clock.after(step)
         )
 
     def close(self) -> None:
@@ -263,6 +263,7 @@ class LogLineTracker(Tracker):
         "rollout/response_tokens/mean",
         "sft/loss",
         "actor/pg_loss",
+        "sft/loss",
         "actor/grad_norm",
         "mismatch/logprob_abs_diff/max",
         "time/step",

@@ -18,7 +18,9 @@ def test_an_outer_stage_contains_its_inner_ones_and_repeats_add_up():
         for _ in range(2):
             with timers.time("rollout"):
                 time.sleep(PAUSE_S)
+    rollout_s = timers.seconds("rollout")
     seconds = to_floats(timers.metrics())
+    assert seconds["time/rollout"] == rollout_s
     assert set(seconds) == {"time/step", "time/rollout"}
     # sleep never returns early; an upper bound would depend on the machine's load
     assert seconds["time/rollout"] >= 2 * PAUSE_S

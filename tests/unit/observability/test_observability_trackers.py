@@ -151,6 +151,20 @@ def test_terminal_shows_stage_reward_and_progress(tmp_path):
         assert shown in text, shown
 
 
+def test_a_final_validation_keeps_the_reward_and_does_not_overrun_the_progress(tmp_path):
+    screen = io.StringIO()
+    run = RunInfo(dir=tmp_path, total_steps=1, start_step=0, project="p", experiment="e")
+    tracker = TerminalTracker(run, Console(file=screen, force_terminal=True, width=120))
+    tracker.stage("rollout")
+    tracker.log(0, {"reward/mean": 0.375})
+    tracker.log(1, {"eval/gsm8k/accuracy": 0.5})
+    tracker.close()
+    last_line = screen.getvalue().rpartition("step 1")[2]
+    assert "1/1" in last_line
+    assert "reward 0.375" in last_line
+    assert "2/1" not in last_line
+
+
 def test_step_table_has_a_row_per_section_and_every_metric():
     screen = io.StringIO()
     metrics = {"actor/lr": 1e-6, "actor/ratio/max": 1.25, "reward/[x]/mean": 0.5}
