@@ -15,7 +15,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mcore_rl.data.chat import ChatTemplateError, Message, encode_prompt, encode_response
 from mcore_rl.data.rows import Row, read_rows
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 
 def _cut_middle(token_ids: list[int], length: int) -> list[int]:
@@ -144,20 +146,20 @@ def load_sft_sequences(
     return sequences
 
 
-class PromptStream:
-    """Batches of prompts, epoch after epoch, resumable from two integers.
+class ItemStream(Generic[Item]):
+    """Batches of prompts or sequences, epoch after epoch, resumable from two integers.
 
     Each epoch visits the prompts in an order derived from (seed, epoch); what is left of it when
     fewer than a batch remain is not visited in that epoch.
 
     Args:
-        prompts: all prompts, in the order of their files.
+        items: all of them, in the order of their files.
         seed: of the order.
         shuffle: False visits them as they stand.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int = 0, shuffle: bool = True) -> None:
-        self._prompts = prompts
+    def __init__(self, items: Sequence[Item], *, seed: int = 0, shuffle: bool = True) -> None:
+        self._items = items
         self._seed, self._shuffle = seed, shuffle
         self._enter(epoch=0, position=0)
 
@@ -167,27 +169,31 @@ class PromptStream:
         return self._epoch
 
     def num_batches_per_epoch(self, n: int) -> int:
-        """Return how many batches of `n` prompts an epoch has."""
-        return len(self._prompts) // n
+        """Return how many batches of `n` items an epoch has."""
+        return len(self._items) // n
 
-    def next(self, n: int) -> list[Prompt]:
-        """Return the next `n` prompts, all of one epoch.
+    def next(self, n: int) -> list[Item]:
+        """Return the next `n` items, all of one epoch.
 
         Raises:
-            UserError: if there are fewer than `n` prompts in all.
+            UserError: if there are fewer than `n` items in all.
         """
         require(
-            n <= len(self._prompts),
+            n <= len(self._items),
             "data.train_batch_size",
             n,
-            f"is more than the {len(self._prompts)} prompts of data.train_files",
+            f"is more than the {len(self._items)} rows of data.train_files",
             "Lower it or add data.",
         )
-        if self._position + n > len(self._prompts):
+        if self._position + n > len(self._items):
             self._enter(epoch=self._epoch + 1, position=0)
         batch = self._order[self._position : self._position + n]
         self._position += n
-        return [self._prompts[i] for i in batch]
+        return [self._items[i] for i in batch]
+
+    def peek(self, n: int) -> list[Item]:
+        """Return the first `n` items of the files, fewer if there are not as many."""
+        return list(self._items[:n])
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands and what it runs over."""
@@ -197,7 +203,7 @@ class PromptStream:
         """Continue where the stream that made `state` stood.
 
         Raises:
-            UserError: if that stream had another number of prompts, seed or shuffle.
+            UserError: if that stream had another number of items, seed or shuffle.
         """
         for key, value in self._identity().items():
             require(
@@ -210,11 +216,11 @@ class PromptStream:
         self._enter(epoch=state["epoch"], position=state["position"])
 
     def _identity(self) -> dict[str, Any]:
-        return {"num_prompts": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle}
+        return {"num_items": len(self._items), "seed": self._seed, "shuffle": self._shuffle}
 
     def _enter(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
-        self._order = list(range(len(self._prompts)))
+        self._order = list(range(len(self._items)))
         if self._shuffle:
             random.Random(f"{self._seed}:{epoch}").shuffle(self._order)
 

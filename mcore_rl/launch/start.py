@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -76,3 +77,7 @@ def _quiet_libraries() -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on it
     }.items():
         os.environ.setdefault(name, value)
+    # Megatron says at each import that Apex and Transformer Engine are absent, and torch renames
+    # collectives that Megatron calls: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

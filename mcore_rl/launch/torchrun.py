@@ -121,9 +121,7 @@ class TorchrunWorkers:
     def close(self) -> None:
         """Let the other ranks end, then this one's worker."""
         _scatter([None] * self.world_size, self._commands)
-        self._worker.close()
-        dist.barrier()
-        dist.destroy_process_group()
+        _leave(self._worker)
 
 
 def _join() -> tuple[dist.ProcessGroup, torch.device]:
@@ -142,6 +140,14 @@ def _join() -> tuple[dist.ProcessGroup, torch.device]:
     return commands, device
 
 
+def _leave(worker: Any) -> None:
+    """Close the worker when every rank has come this far."""
+    dist.barrier()
+    worker.close()
+    if dist.is_initialized():  # vLLM destroys the default group with its engine
+        dist.destroy_process_group()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -157,9 +163,7 @@ def _serve(make_worker: Callable[[Any, torch.device], Any]) -> None:
         _gather(None, commands)
         while (command := _scatter(None, commands)) is not None:
             _gather(worker.call(*command), commands)
-        worker.close()
-        dist.barrier()
-        dist.destroy_process_group()
+        _leave(worker)
     except Exception as error:  # noqa: BLE001  whatever it is, this process must end now
         end_process(error, role=f"worker, command {command[0] if command else 'close'}")
 

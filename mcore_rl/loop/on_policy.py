@@ -23,12 +23,11 @@ from mcore_rl.loop.agreement import check_agreement
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.generate import generate_groups, rollout_metrics
 from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.loop.resume import resume, save
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
-from mcore_rl.observability.timers import StepTimers
-from mcore_rl.observability.trackers import RunLog
 from mcore_rl.types import Prompt, SampleGroup
 
 
@@ -41,51 +40,48 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
     kl = KlController(cfg.algorithm.kl_ctrl, cfg.algorithm.kl_penalty)
     kept = {"prompts": inputs.prompts, "kl": kl}
     start = resume(run_dir, cluster, kept)
-    log = RunLog(
-        run_dir, trainer.logger, total_steps, start, trainer.project_name, trainer.experiment_name
-    )
     samples = SampleLog(run_dir, start, trainer.log_val_generations)
-    timers = StepTimers()
 
     cluster.sync_weights(version=start)
     check_agreement(cfg, inputs, cluster, start)
 
-    for step in range(start, total_steps):
-        metrics: list[Metrics] = []
-        with timers.time("step"):
+    with open_log(trainer, run_dir, start, total_steps) as log:
+        for step in range(start, total_steps):
+            metrics: list[Metrics] = []
             if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
-                with log.stage("eval"), timers.time("eval"):
-                    groups, eval_metrics = evaluate(cfg, inputs, cluster)
-                    metrics.append(eval_metrics)
-            with log.stage("rollout"), timers.time("rollout"):
+                with log.stage("eval"):
+                    metrics.append(evaluate(cfg, inputs, cluster)[1])
+            with log.stage("rollout"):
                 prompts = inputs.prompts.next(cfg.data.train_batch_size)
                 groups = generate(cfg, inputs, cluster, prompts, step)
                 metrics.append(rollout_metrics(groups, step))
-            with log.stage("reward"), timers.time("reward"):
+            with log.stage("reward"):
                 groups, reward_metrics = inputs.scorer.score(groups)
                 samples.log(step, groups)
                 metrics.append(reward_metrics)
-            with log.stage("logprobs"), timers.time("old_logprobs"):
+            with log.stage("old_logprobs"):
                 groups = with_logprobs(cfg, cluster, objective, groups)
             if cfg.algorithm.use_kl_in_reward:
                 groups, kl_metrics = kl.penalize(groups)
                 metrics.append(kl_metrics)
             groups, advantage_metrics = assign_advantages(groups, cfg.algorithm)
             metrics.append(advantage_metrics)
-            with log.stage("train"), timers.time("train"):
+            with log.stage("train"):
                 metrics.append(update(cfg, cluster, objective, groups))
-            with log.stage("weight_sync"), timers.time("weight_sync"):
+            with log.stage("weight_sync"):
                 metrics.append(cluster.sync_weights(version=step + 1))
+            log.log(step, with_times(merge(metrics), log.times()))
+            # After the log line, which a resumed run does not write again; so the time that this
+            # takes is that of the next step.
             if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
-                with log.stage("checkpoint"), timers.time("checkpoint"):
+                with log.stage("checkpoint"):
                     save(run_dir, step + 1, cluster, kept, trainer.max_ckpt_to_keep)
-        log.log(step, merge([*metrics, throughput(groups, timers), timers.metrics()]))
 
-    if inputs.val_prompts:
-        groups, eval_metrics = evaluate(cfg, inputs, cluster)
-        samples.log(total_steps, groups)
-        log.log(total_steps, eval_metrics)
-    log.close()
+        if inputs.val_prompts:
+            with log.stage("eval"):
+                groups, eval_metrics = evaluate(cfg, inputs, cluster)
+            samples.log(total_steps, groups)
+            log.log(total_steps, merge([eval_metrics, log.times()]))
 
 
 def is_due(step: int, frequency: int) -> bool:
@@ -155,7 +151,7 @@ def update(
     return merge(parts)
 
 
-def throughput(groups: Sequence[SampleGroup], timers: StepTimers) -> Metrics:
-    """Return trained tokens, prompts included, per second of the whole step."""
-    tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
-    return {"perf/tokens_per_s": mean(tokens / timers.seconds("step"))}
+def with_times(metrics: Metrics, times: Metrics) -> Metrics:
+    """Return the metrics of a step with its times and the tokens trained per second of it."""
+    tokens_per_s = metrics["batch/tokens"].value / times["time/step"].value
+    return {**metrics, **times, "perf/tokens_per_s": mean(tokens_per_s)}

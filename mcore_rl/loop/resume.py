@@ -23,11 +23,11 @@ from omegaconf import OmegaConf
 from mcore_rl.config.compose import to_yaml
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.launch.cluster import Cluster
+from mcore_rl.observability.run_folder import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
 POINTER = "latest_checkpointed_iteration.txt"
-CONFIG_FILE = "config.yaml"
 
 # A resumed run may change where and how long it runs, not what it computes.
 _MAY_CHANGE = (

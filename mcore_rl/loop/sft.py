@@ -7,12 +7,11 @@ from pathlib import Path
 from mcore_rl.config.run import SftRunConfig
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.inputs import SftInputs
+from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.loop.on_policy import is_due
 from mcore_rl.loop.resume import resume, save
 from mcore_rl.metrics import merge
-from mcore_rl.observability.timers import StepTimers
-from mcore_rl.observability.trackers import RunLog
 
 
 def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path) -> None:
@@ -20,18 +19,13 @@ def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path)
     trainer, total_steps = cfg.trainer, inputs.total_steps
     kept = {"sequences": inputs.sequences}
     start = resume(run_dir, cluster, kept)
-    log = RunLog(
-        run_dir, trainer.logger, total_steps, start, trainer.project_name, trainer.experiment_name
-    )
-    timers = StepTimers()
-    for step in range(start, total_steps):
-        with timers.time("step"):
+    with open_log(trainer, run_dir, start, total_steps) as log:
+        for step in range(start, total_steps):
             sequences = inputs.sequences.next(cfg.data.train_batch_size)
-            with log.stage("train"), timers.time("train"):
+            with log.stage("train"):
                 cluster.begin_step()
                 metrics = cluster.update(sequences, SftObjective())
+            log.log(step, merge([metrics, log.times()]))
             if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
-                with log.stage("checkpoint"), timers.time("checkpoint"):
+                with log.stage("checkpoint"):
                     save(run_dir, step + 1, cluster, kept, trainer.max_ckpt_to_keep)
-        log.log(step, merge([metrics, timers.metrics()]))
-    log.close()

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
 SUPPORTED_VERSION = "0.16.1"
@@ -348,7 +349,7 @@ class GroupStepAdam(torch.optim.Optimizer):
                     self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
             # The kernel adds one to the counters it is given.
             steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
-            torch.optim.adam.adam(
+            adam(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],

@@ -19,6 +19,7 @@ class StepTimers:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -30,15 +31,15 @@ class StepTimers:
             elapsed = time.perf_counter() - start
             self._seconds[stage] = self._seconds.get(stage, 0.0) + elapsed
 
-    def seconds(self, stage: str) -> float:
-        """Return what `stage` has taken since the last `metrics`."""
-        return self._seconds[stage]
-
     def metrics(self) -> Metrics:
-        """Return `time/<stage>` in seconds since the last call and start again from nothing."""
-        metrics = {f"time/{stage}": total(seconds) for stage, seconds in self._seconds.items()}
-        self._seconds = {}
-        return metrics
+        """Return `time/<stage>` and `time/step` in seconds since the last call; start again.
+
+        `time/step` is all wall time since then, so the sum over steps is that of the run.
+        """
+        now = time.perf_counter()
+        seconds = {**self._seconds, "step": now - self._start}
+        self._seconds, self._start = {}, now
+        return {f"time/{stage}": total(value) for stage, value in seconds.items()}
 
 
 def format_duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from mcore_rl.errors import UserError
 from mcore_rl.metrics import Metrics, to_floats
 from mcore_rl.observability.jsonl import StepFile, failed_write_ends_run
 from mcore_rl.observability.run_folder import METRICS_FILE
-from mcore_rl.observability.timers import format_duration
+from mcore_rl.observability.timers import StepTimers, format_duration
 from mcore_rl.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -107,13 +107,19 @@ class RunLog:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._trackers = [factory(run) for factory in factories]
         self._run_dir = run_dir
+        self._timers = StepTimers()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Show `name` on the live progress line while the block runs."""
+        """Show `name` on the live progress line while the block runs, and time it."""
         for tracker in self._trackers:
             tracker.stage(name)
-        yield
+        with self._timers.time(name):
+            yield
+
+    def times(self) -> Metrics:
+        """Return `time/<stage>` of the stages since the last call; see `StepTimers.metrics`."""
+        return self._timers.metrics()
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Reduce the metrics to numbers and hand them to every tracker.

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.data.prompts import PromptStream
+from mcore_rl.data.prompts import ItemStream
 from mcore_rl.errors import UserError
 from mcore_rl.types import Prompt
 
@@ -19,36 +19,36 @@ def _uids(batch):
 
 
 @given(
-    num_prompts=st.integers(1, 20),
+    num_items=st.integers(1, 20),
     data=st.data(),
     seed=st.integers(0, 3),
     shuffle=st.booleans(),
 )
 def test_an_epoch_visits_each_prompt_at_most_once_and_drops_less_than_a_batch(
-    num_prompts, data, seed, shuffle
+    num_items, data, seed, shuffle
 ):
-    n = data.draw(st.integers(1, num_prompts))
-    stream = PromptStream(_prompts(num_prompts), seed=seed, shuffle=shuffle)
+    n = data.draw(st.integers(1, num_items))
+    stream = ItemStream(_prompts(num_items), seed=seed, shuffle=shuffle)
     for epoch in range(3):
         visited = []
         for _ in range(stream.num_batches_per_epoch(n)):
             visited += _uids(stream.next(n))
             assert stream.epoch == epoch
-        assert len(set(visited)) == len(visited) > num_prompts - n
+        assert len(set(visited)) == len(visited) > num_items - n
 
 
 @given(
-    num_prompts=st.integers(1, 20),
+    num_items=st.integers(1, 20),
     data=st.data(),
     num_before=st.integers(0, 12),
     shuffle=st.booleans(),
 )
-def test_a_resumed_stream_continues_exactly(num_prompts, data, num_before, shuffle):
-    n = data.draw(st.integers(1, num_prompts))
-    stream = PromptStream(_prompts(num_prompts), seed=5, shuffle=shuffle)
+def test_a_resumed_stream_continues_exactly(num_items, data, num_before, shuffle):
+    n = data.draw(st.integers(1, num_items))
+    stream = ItemStream(_prompts(num_items), seed=5, shuffle=shuffle)
     for _ in range(num_before):
         stream.next(n)
-    resumed = PromptStream(_prompts(num_prompts), seed=5, shuffle=shuffle)
+    resumed = ItemStream(_prompts(num_items), seed=5, shuffle=shuffle)
     resumed.load_state_dict(stream.state_dict())
     for _ in range(8):
         assert _uids(resumed.next(n)) == _uids(stream.next(n))
@@ -57,7 +57,7 @@ def test_a_resumed_stream_continues_exactly(num_prompts, data, num_before, shuff
 
 def test_epochs_and_seeds_differ_in_order_and_unshuffled_keeps_it():
     def epochs(**options):
-        stream = PromptStream(_prompts(30), **options)
+        stream = ItemStream(_prompts(30), **options)
         return [_uids(stream.next(30)) for _ in range(2)]
 
     (a0, a1), (b0, _) = epochs(seed=1), epochs(seed=2)
@@ -69,23 +69,23 @@ def test_epochs_and_seeds_differ_in_order_and_unshuffled_keeps_it():
 
 def test_the_order_of_a_seed_does_not_change_between_versions():
     # A resumed run relies on it; change it only together with the checkpoint version.
-    stream = PromptStream(_prompts(6), seed=0)
+    stream = ItemStream(_prompts(6), seed=0)
     assert _uids(stream.next(6)) == ["t:2", "t:3", "t:1", "t:0", "t:5", "t:4"]
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UserError, match=r"data\.train_batch_size=4 is more than the 3 prompts"):
-        PromptStream(_prompts(3)).next(4)
+    with pytest.raises(UserError, match=r"data\.train_batch_size=4 is more than the 3 rows"):
+        ItemStream(_prompts(3)).next(4)
 
 
 @pytest.mark.parametrize(
     ("other", "key"),
     [
-        (PromptStream(_prompts(4), seed=1), "num_prompts"),
-        (PromptStream(_prompts(3), seed=2), "seed"),
-        (PromptStream(_prompts(3), seed=1, shuffle=False), "shuffle"),
+        (ItemStream(_prompts(4), seed=1), "num_items"),
+        (ItemStream(_prompts(3), seed=2), "seed"),
+        (ItemStream(_prompts(3), seed=1, shuffle=False), "shuffle"),
     ],
 )
 def test_a_state_of_other_data_is_refused(other, key):
     with pytest.raises(UserError, match=f"data {key}="):
-        PromptStream(_prompts(3), seed=1).load_state_dict(other.state_dict())
+        ItemStream(_prompts(3), seed=1).load_state_dict(other.state_dict())
