@@ -10,6 +10,7 @@ Keys are `section/name[/statistic]`, lower case, with the unit in the name: `act
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -89,8 +90,10 @@ def _merge_two(key: str, a: Metric, b: Metric) -> Metric:
     assert a.reduce == b.reduce, f"{key}: reduced by {a.reduce} and by {b.reduce}"
     if a.reduce in ("mean", "sum"):
         return Metric(a.value + b.value, a.reduce, a.weight + b.weight)
+    values = float(a.value), float(b.value)
+    # Python's max and min keep a NaN or drop it by its position.
     pick = max if a.reduce == "max" else min
-    return Metric(pick(float(a.value), float(b.value)), a.reduce)
+    return Metric(math.nan if any(map(math.isnan, values)) else pick(values), a.reduce)
 
 
 def to_host(metrics: Mapping[str, Metric]) -> Metrics:
@@ -113,7 +116,7 @@ def to_floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
             if weight == 0:
                 continue
             value /= weight
-        elif metric.reduce in ("max", "min") and value in (float("inf"), float("-inf")):
+        elif (metric.reduce, value) in (("max", -math.inf), ("min", math.inf)):
             continue
         numbers[key] = value
     return numbers

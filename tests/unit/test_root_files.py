@@ -1,0 +1,221 @@
+"""The root files: errors that cross processes, registries, metrics that merge exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcore_rl import errors, metrics
+from mcore_rl.errors import RunError, UserError, closest_hint, require, require_one_of
+from mcore_rl.metrics import (
+    Metric,
+    masked_max,
+    masked_mean,
+    masked_min,
+    maximum,
+    mean,
+    merge,
+    minimum,
+    to_floats,
+    to_host,
+    total,
+)
+from mcore_rl.registry import Registry
+
+RUN_ERRORS = [RunError, errors.RolloutError, errors.WeightSyncError, errors.CheckpointError]
+
+
+@pytest.mark.parametrize("kind", RUN_ERRORS)
+def test_a_run_error_crosses_processes_with_rank_role_and_step(kind):
+    error = kind("the pipe broke", rank=3, role="actor", step=17)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert (copy.message, copy.rank, copy.role, copy.step) == ("the pipe broke", 3, "actor", 17)
+    assert str(copy) == str(error) == "[role actor, rank 3, step 17] the pipe broke"
+
+
+def test_every_run_error_of_the_module_is_among_those_tested():
+    found = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, RunError)]
+    assert set(found) == set(RUN_ERRORS)
+
+
+def test_a_run_error_shows_only_what_is_known_of_its_place():
+    assert str(RunError("x")) == "x"
+    assert str(RunError("x", step=0)) == "[step 0] x"
+    assert str(RunError("x", rank=0, role="rollout")) == "[role rollout, rank 0] x"
+
+
+def test_a_user_error_crosses_processes():
+    copy = pickle.loads(pickle.dumps(UserError("a.b=1 must be > 1.")))
+    assert type(copy) is UserError
+    assert str(copy) == "a.b=1 must be > 1."
+
+
+def test_require_names_key_value_rule_and_way_out():
+    require(True, "a.b", 0, "must be > 0")
+    with pytest.raises(UserError, match=r"^a\.b='x' must be > 0\. Try 1\.$"):
+        require(False, "a.b", "x", "must be > 0", "Try 1.")
+
+
+def test_require_one_of_lists_the_allowed_and_names_the_closest():
+    require_one_of("a.b", "linear", ("linear", "cosine"))
+    with pytest.raises(
+        UserError, match=r"^a\.b='cosin' is not one of linear, cosine\. Did you mean 'cosine'\?$"
+    ):
+        require_one_of("a.b", "cosin", ("linear", "cosine"))
+
+
+def test_no_hint_is_given_when_nothing_is_close():
+    assert closest_hint("zzz", ["grpo", "gpg"]) == ""
+
+
+def test_a_registry_returns_what_was_registered_and_lists_names_in_order():
+    registry: Registry = Registry("reward", "data_source")
+
+    @registry.register("b")
+    def second() -> int:
+        return 2
+
+    first = registry.add("a", object())
+    assert registry.get("b") is second
+    assert registry.get("a") is first
+    assert registry.names() == list(registry) == ["a", "b"]
+    assert "a" in registry
+    assert "c" not in registry
+
+
+def test_a_registry_takes_an_entry_twice_but_no_second_entry_of_the_name():
+    registry: Registry = Registry("reward", "data_source")
+    entry = registry.add("a", object())
+    assert registry.add("a", entry) is entry  # a module that is imported again
+    with pytest.raises(ValueError, match="reward 'a' is registered twice"):
+        registry.add("a", object())
+    assert registry.get("a") is entry
+
+
+def test_a_registry_miss_names_key_closest_entry_and_all_entries():
+    registry: Registry = Registry("policy loss", "actor.policy_loss.loss_mode")
+    registry.add("geo_mean", 1)
+    registry.add("vanilla", 2)
+    with pytest.raises(UserError) as caught:
+        registry.get("geomean")
+    assert str(caught.value) == (
+        "actor.policy_loss.loss_mode='geomean': there is no such policy loss. "
+        "Did you mean 'geo_mean'? Registered: geo_mean, vanilla."
+    )
+
+
+# Merging: items are integers, so that sums are exact in float64 and equality can be demanded.
+ITEMS = st.lists(st.integers(-(2**20), 2**20), min_size=1, max_size=12)
+
+
+@st.composite
+def split_items(draw):
+    """Draw items, and the same items cut into consecutive parts, some of them empty."""
+    items = draw(ITEMS)
+    cuts = sorted(draw(st.lists(st.integers(0, len(items)), max_size=4)))
+    edges = [0, *cuts, len(items)]
+    return items, [items[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def describe(part: list[int]) -> metrics.Metrics:
+    """Return what a micro-batch that holds `part` reports: tensors, as a device would."""
+    values = torch.tensor(part, dtype=torch.float64)
+    every = torch.ones(len(part), dtype=torch.bool)
+    return {
+        "x/mean": Metric(values.sum(), "mean", torch.tensor(float(len(part)))),
+        "x/sum": total(values.sum()),
+        "x/max": masked_max(values, every),
+        "x/min": masked_min(values, every),
+    }
+
+
+@given(split_items())
+@settings(deadline=None, max_examples=60)
+def test_merged_metrics_do_not_depend_on_how_the_items_were_split(drawn):
+    """Also proves that a part without items changes nothing."""
+    items, parts = drawn
+    expected = {
+        "x/mean": sum(items) / len(items),
+        "x/sum": sum(items),
+        "x/max": max(items),
+        "x/min": min(items),
+    }
+    assert to_floats(merge(map(describe, parts))) == expected
+
+
+@given(ITEMS, ITEMS, ITEMS)
+@settings(deadline=None, max_examples=40)
+def test_merging_is_associative_also_across_the_copy_to_the_host(a, b, c):
+    a, b, c = describe(a), describe(b), describe(c)
+    left = merge([to_host(merge([a, b])), to_host(c)])
+    right = merge([a, to_host(merge([to_host(b), c]))])
+    assert to_floats(left) == to_floats(right)
+
+
+def test_means_are_weighted_by_what_they_average():
+    merged = merge([{"k": mean(1.0, 3)}, {"k": mean(5.0, 1)}])
+    assert to_floats(merged) == {"k": 2.0}
+
+
+def test_a_mean_over_nothing_and_an_extreme_of_nothing_are_left_out():
+    nothing = torch.zeros(2, dtype=torch.bool)
+    values = torch.tensor([1.0, 2.0])
+    empty = {
+        "mean": masked_mean(values, nothing),
+        "max": masked_max(values, nothing),
+        "min": masked_min(values, nothing),
+        "kept": total(0.0),
+    }
+    assert to_floats(empty) == {"kept": 0.0}
+    assert to_floats(merge([empty, {"max": maximum(-3.0), "min": minimum(4.0)}])) == {
+        "kept": 0.0,
+        "max": -3.0,
+        "min": 4.0,
+    }
+
+
+def test_masked_statistics_ignore_what_is_masked_even_if_it_is_not_a_number():
+    values = torch.tensor([math.nan, 3.0, 1.0, math.inf])
+    mask = torch.tensor([False, True, True, False])
+    numbers = to_floats(
+        {
+            "mean": masked_mean(values, mask),
+            "max": masked_max(values, mask),
+            "min": masked_min(values, mask),
+        }
+    )
+    assert numbers == {"mean": 2.0, "max": 3.0, "min": 1.0}
+
+
+def test_what_is_not_finite_is_shown():
+    """An overflow must not look like a statistic over nothing."""
+    numbers = to_floats({"mean": mean(math.nan), "max": maximum(math.nan)})
+    assert math.isnan(numbers["mean"])
+    assert math.isnan(numbers["max"])
+    infinite = {"max": maximum(math.inf), "min": minimum(-math.inf), "mean": mean(-math.inf)}
+    assert to_floats(infinite) == {"max": math.inf, "min": -math.inf, "mean": -math.inf}
+
+
+@pytest.mark.parametrize("numbers", [(math.nan, 1.0), (1.0, math.nan)])
+@pytest.mark.parametrize("kind", [maximum, minimum])
+def test_a_nan_survives_the_merging_of_extremes_in_either_order(kind, numbers):
+    merged = merge({"k": kind(number)} for number in numbers)
+    assert math.isnan(to_floats(merged)["k"])
+
+
+def test_metrics_of_one_key_must_reduce_alike():
+    with pytest.raises(AssertionError, match="k: reduced by sum and by max"):
+        merge([{"k": total(1.0)}, {"k": maximum(1.0)}])
+
+
+def test_the_copy_to_the_host_keeps_values_weights_and_rules():
+    moved = to_host({"a": Metric(torch.tensor(6.0), "mean", torch.tensor(3.0)), "b": maximum(2.0)})
+    assert moved == {"a": Metric(6.0, "mean", 3.0), "b": Metric(2.0, "max")}
+    assert all(isinstance(m.value, float) and isinstance(m.weight, float) for m in moved.values())
