@@ -1,0 +1,193 @@
+"""Who may import what: the walls between the packages, read from the source.
+
+A package may import what its row names, and itself. Imports inside functions count too: a wall is
+a wall whenever it is crossed. Names loaded by string (plug-ins, wandb) are not seen.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "mcore_rl"
+
+ROOT_FILES = ("types", "registry", "errors", "metrics")
+
+# Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
+MAY_IMPORT = {
+    "types": (),
+    "errors": (),
+    "registry": (),
+    "metrics": (),
+    "algorithms": (),
+    "data": (),
+    "rewards": (),
+    "observability": (),
+    "models": (),
+    "rollout": (),
+    "megatron": ("models", "data.batch"),
+    "weight_sync": ("rollout.base",),
+    # Only the sections that belong to components, and the types they are made of.
+    "config": (
+        "algorithms.advantages.base",
+        "algorithms.objective",
+        "data.packing",
+        "data.prompts",
+        "megatron.config",
+        "rewards.base",
+        "rollout.base",
+    ),
+    "workers": ("megatron", "models", "data.batch", "rollout", "weight_sync"),
+    "launch": ("config", "workers", "data.packing", "observability", "rollout.base"),
+    "loop": (
+        "algorithms",
+        "config",
+        "data",
+        "launch.cluster",
+        "models.layout",
+        "models.spec",
+        "observability",
+        "rewards",
+        "rollout.base",
+    ),
+    "train": ("config", "launch", "loop", "observability.report", "rollout.base", "workers.spec"),
+    "sft": ("config", "launch", "loop", "train", "workers.spec"),
+    "cli": (),
+}
+
+# What single modules may import beyond their package's row.
+EXCEPTIONS = {"weight_sync.export": ("megatron.parallel", "models.mappings")}
+
+# Distributions that only some modules may import; torch and numpy are free.
+LIBRARY_OWNERS = {
+    "vllm": ("rollout.vllm_",),
+    "megatron": ("megatron.",),
+    "hydra": ("config.",),
+    "omegaconf": ("config.", "loop.resume", "observability.report"),
+    "transformers": ("data.chat", "data.prompts", "models.", "megatron.", "loop."),
+    "huggingface_hub": ("models.",),
+    "safetensors": ("models.",),
+    "pyarrow": ("data.",),
+    "jinja2": ("data.chat",),
+    "matplotlib": ("observability.",),
+    "rich": ("observability.",),
+    "torch": ("",),
+    "numpy": ("",),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Return the syntax trees of the package by name, without the leading `mcore_rl.`."""
+    trees = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+        trees[name.removesuffix(".__init__")] = ast.parse(file.read_text(encoding="utf-8"))
+    return trees
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Yield every module that is imported anywhere in a file, in full."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide what is imported"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                is_module = full.removeprefix("mcore_rl.") in MODULES
+                yield full if node.module.startswith("mcore_rl") and is_module else node.module
+
+
+def is_within(name: str, places: tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def test_every_package_has_a_row():
+    packages = {name.split(".")[0] for name in MODULES} - {"__init__"}
+    assert packages == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_its_row_allows(package):
+    crossings = []
+    for name, tree in MODULES.items():
+        if name.split(".")[0] != package:
+            continue
+        allowed = (*ROOT_FILES, package, *MAY_IMPORT[package], *EXCEPTIONS.get(name, ()))
+        for imported in imports(tree):
+            if not imported.startswith("mcore_rl."):
+                continue
+            if not is_within(imported.removeprefix("mcore_rl."), allowed):
+                crossings.append(f"{name} imports {imported}")
+    assert crossings == []
+
+
+def test_libraries_are_imported_by_their_owners_only():
+    strangers = []
+    for name, tree in MODULES.items():
+        for imported in imports(tree):
+            library = imported.split(".")[0]
+            if library in sys.stdlib_module_names or library == "mcore_rl":
+                continue
+            if not f"{name}.".startswith(LIBRARY_OWNERS.get(library, ())):
+                strangers.append(f"{name} imports {imported}")
+    assert strangers == []
+
+
+def test_nothing_prints_but_the_last_words_of_a_process():
+    """Programs write results with sys.stdout.write; a worker's last words go to stderr."""
+    prints = []
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "print"
+            ):
+                to_stderr = any(
+                    keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr"
+                    for keyword in node.keywords
+                )
+                if name != "launch.torchrun" or not to_stderr:
+                    prints.append(f"{name}:{node.lineno}")
+    assert prints == []
+
+
+def loaded_modules(code: str) -> set[str]:
+    """Return the names in sys.modules after `code` ran in a fresh process."""
+    script = f"{code}\nimport sys\nsys.stdout.write(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_no_torch():
+    loaded = loaded_modules("import mcore_rl, mcore_rl.cli, mcore_rl.errors, mcore_rl.types")
+    assert "mcore_rl.types" in loaded
+    assert not loaded & {"torch", "numpy", "hydra", "transformers", "vllm"}
+
+
+def test_a_configuration_composes_without_megatron_vllm_and_transformers():
+    """The seconds these imports take would stand between a typing error and its message."""
+    loaded = loaded_modules(
+        "from mcore_rl.config.checks import check_run\n"
+        "from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml\n"
+        "from mcore_rl.config.run import RunConfig\n"
+        "argv = ['--config-name', 'gmpo', 'model.path=m', 'data.train_files=d']\n"
+        "config = compose_config(RunConfig, parse_command_line('p', 'd', argv))\n"
+        "check_run(config)\n"
+        "to_yaml(config)\n"
+        "import mcore_rl.train, mcore_rl.sft\n"
+    )
+    assert "mcore_rl.config.run" in loaded
+    assert not loaded & {"megatron.core", "vllm", "transformers", "pyarrow", "matplotlib", "rich"}
