@@ -24,10 +24,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mcore_rl.errors import UserError, closest_hint
 
@@ -91,10 +92,18 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
         search_path = initialize_config_dir(str(line.config_dir), version_base=None)
     try:
         with search_path:
+            if OmegaConf.get_type(hydra_compose(line.config_name)) is not root:
+                raise UserError(
+                    f"--config-name {line.config_name}: the recipe does not build on the typed "
+                    "tree. Begin it with `defaults: [base, _self_]`."
+                )
             composed = hydra_compose(line.config_name, overrides)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise _one_line(error, schema) from error
+    except YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config-name {line.config_name}: {reason}.") from error
     assert isinstance(config, root)
     return config
 
@@ -137,19 +146,31 @@ def _checked_override(text: str, schema: DictConfig) -> str:
         raise UserError(f"{text!r} is a sweep. Quote the value if the commas belong to it.")
     if not _exists(key, schema):
         raise UserError(f"{key}: there is no such key.{closest_hint(key, _all_keys(schema))}")
-    return text.replace(_PREFIX, "", 1) if _PREFIX in text.split("=", 1)[0] else text
+    text = text.replace(_PREFIX, "", 1) if _PREFIX in text.split("=", 1)[0] else text
+    # Hydra wants `+` before a key that is not there yet: below an untyped dictionary, all of them.
+    is_plain = override.type is OverrideType.CHANGE
+    return f"++{text}" if is_plain and _is_untyped(_find(key, schema)) else text
 
 
 def _exists(key: str, schema: DictConfig) -> bool:
     """Whether `key` is in the tree; anything goes below an untyped dictionary."""
+    return _find(key, schema) is not None
+
+
+def _find(key: str, schema: DictConfig) -> Any:
+    """Return the node of `key`, or the untyped dictionary that it is below; None without either."""
     node: Any = schema
     for part in key.split("."):
-        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
-            return True
+        if _is_untyped(node):
+            break
         if not isinstance(node, DictConfig) or part not in node:
-            return False
+            return None
         node = node._get_node(part)
-    return True
+    return node
+
+
+def _is_untyped(node: Any) -> bool:
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
 
 
 def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
@@ -165,8 +186,9 @@ def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
 def _one_line(error: Exception, schema: DictConfig) -> UserError:
     """Turn an error of Hydra or OmegaConf into one line that names the key."""
     cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    # Hydra hides the cause of an error in a recipe: it stands in the context alone.
+    while inner := cause.__cause__ or (isinstance(cause, HydraException) and cause.__context__):
+        cause = inner
     if isinstance(cause, UserError):
         return cause
     key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)

@@ -1,0 +1,267 @@
+"""From recipe and command line to a typed configuration, or to one line that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
+from mcore_rl.config.run import RunConfig, SftRunConfig
+from mcore_rl.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
+ON_BASE = "defaults: [base, _self_]\n"
+
+
+def compose(*argv, root=RunConfig):
+    return compose_config(root, parse_command_line("train", "", argv))
+
+
+def refusal(*argv, root=RunConfig) -> str:
+    """Return the one line with which a command line is refused."""
+    with pytest.raises(UserError) as caught:
+        compose(*argv, root=root)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Return a function (text) -> arguments that choose a recipe with that text."""
+
+    def write(text: str) -> list[str]:
+        (tmp_path / "mine.yaml").write_text(text)
+        return ["--config-dir", str(tmp_path), "--config-name", "mine"]
+
+    return write
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_composes_to_what_its_file_says(name):
+    root = SftRunConfig if "sft" in name.split("_") else RunConfig
+    config = compose("--config-name", name, root=root)
+    assert isinstance(config, root)
+    said = OmegaConf.load(REPOSITORY / "configs" / f"{name}.yaml")
+    assert isinstance(said, DictConfig)
+    del said["defaults"]
+    resolved = OmegaConf.create(to_yaml(config))
+    assert OmegaConf.merge(resolved, said) == resolved
+    assert said
+
+
+def test_the_recipes_choose_what_their_names_say():
+    chosen = {
+        name: (config.algorithm.adv_estimator, config.actor.policy_loss.loss_mode)
+        for name in ("gmpo", "gpg", "grpo")
+        for config in [compose("--config-name", name)]
+    }
+    assert chosen == {
+        "gmpo": ("grpo", "geo_mean"),
+        "gpg": ("gpg", "gpg"),
+        "grpo": ("grpo", "vanilla"),
+    }
+
+
+def test_without_a_recipe_every_value_is_the_default_of_its_field():
+    assert compose() == RunConfig(
+        trainer=type(RunConfig().trainer)(default_local_dir="outputs/mcore_rl/default")
+    )
+    assert isinstance(compose(root=SftRunConfig), SftRunConfig)
+
+
+def test_an_override_wins_over_the_recipe():
+    assert compose("-cn", "gmpo").actor.clip_ratio_low == 0.4
+    assert compose("-cn", "gmpo", "actor.clip_ratio_low=0.3").actor.clip_ratio_low == 0.3
+
+
+def test_the_run_folder_follows_project_and_experiment():
+    config = compose("trainer.project_name=p", "trainer.experiment_name=e")
+    assert config.trainer.default_local_dir == "outputs/p/e"
+
+
+def test_the_prefix_of_other_trainers_equals_its_absence():
+    keys = ["actor.optim.lr=3e-5", "model.path=m", "rollout.n=4", "actor.clip_ratio_low=0.1"]
+    prefixed = [f"actor_rollout_ref.{key}" for key in keys]
+    assert compose(*prefixed) == compose(*keys) != compose()
+    extra = "actor.megatron.override_transformer_config.moe_aux_loss_coeff=0.1"
+    assert compose(f"+actor_rollout_ref.{extra}") == compose(f"+{extra}")
+
+
+def test_the_prefix_inside_a_value_stays():
+    assert compose("model.path=actor_rollout_ref.m").model.path == "actor_rollout_ref.m"
+
+
+@pytest.mark.parametrize(
+    ("override", "closest"),
+    [
+        ("actor.optim.lrr=1", "actor.optim.lr"),
+        ("actor_rollout_ref.rollout.temperatur=1", "rollout.temperature"),
+        ("trainer.total_epoch=3", "trainer.total_epochs"),
+        ("data.train_file=x", "data.train_files"),
+        ("algorithm.kl_ctrl.coef=1", "algorithm.kl_ctrl.kl_coef"),
+        ("+rollout.nn=1", "rollout.n"),
+    ],
+)
+def test_a_misspelt_key_names_itself_and_the_closest(override, closest):
+    key = override.split("=")[0].removeprefix("+").removeprefix("actor_rollout_ref.")
+    assert refusal(override) == f"{key}: there is no such key. Did you mean {closest!r}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("actor.optim.lr=abc", "actor.optim.lr: Value 'abc' of type 'str'"),
+        ("trainer.n_gpus_per_node=2.5", "trainer.n_gpus_per_node: Value '2.5'"),
+        ("trainer.logger=console", "trainer.logger: "),
+        ("trainer.total_epochs=null", "trainer.total_epochs: "),
+        ("actor=vanilla", "actor: Invalid type assigned: str"),
+        ("actor.optim=3", "actor.optim: Invalid type assigned: int"),
+        ("data.train_files=3", "data.train_files=3 must be a path or a list of paths."),
+        ("rollout.n=0", "rollout.n=0 must be at least 1."),
+        ("trainer.default_local_dir=${nowhere}", "trainer.default_local_dir: Interpolation key"),
+        ("~actor.optim.lr", "actor.optim.lr: "),
+        ("+rollout.n=2", "Could not append to config. An item is already at 'rollout.n'."),
+        ("model.path", "'model.path' is not of the form key=value"),
+        ("model.path=a=b", "'model.path=a=b' is not of the form key=value"),
+    ],
+)
+def test_a_value_that_cannot_be_taken_names_its_key(override, expected):
+    assert refusal(override).startswith(expected)
+
+
+def test_a_choice_that_is_not_registered_lists_what_is():
+    text = refusal("algorithm.adv_estimator=grop")
+    assert text.startswith("algorithm.adv_estimator='grop': there is no such advantage estimator.")
+    assert "Did you mean 'grpo'?" in text
+    assert "gpg" in text
+    assert "geo_mean" in refusal("actor.policy_loss.loss_mode=geomean")
+
+
+@pytest.mark.parametrize(
+    "override", ["rollout.n=2,4", "data.train_files=a,b", "rollout.n=range(3)"]
+)
+def test_a_sweep_is_refused(override):
+    text = refusal(override)
+    assert text == f"{override!r} is a sweep. Quote the value if the commas belong to it."
+
+
+def test_commas_are_taken_when_quoted_and_several_files_as_a_list():
+    assert compose("model.path='a,b'").model.path == "a,b"
+    assert compose("data.train_files=[a,b]").data.train_files == ["a", "b"]
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_keys_below_an_untyped_dictionary_need_no_plus(plus):
+    config = compose(
+        f"{plus}rollout.engine_kwargs.block_size=32",
+        f"{plus}actor.megatron.override_transformer_config.moe_aux_loss_coeff=0.1",
+        f"{plus}data.apply_chat_template_kwargs.enable_thinking=false",
+    )
+    assert config.rollout.engine_kwargs == {"block_size": 32}
+    assert config.actor.megatron.override_transformer_config == {"moe_aux_loss_coeff": 0.1}
+    assert config.data.apply_chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_an_untyped_dictionary_takes_a_whole_one():
+    config = compose("rollout.engine_kwargs={block_size: 32, nested: {a: 1}}")
+    assert config.rollout.engine_kwargs == {"block_size": 32, "nested": {"a": 1}}
+
+
+def test_an_unknown_recipe_names_the_closest_and_lists_all():
+    text = refusal("--config-name", "gmpoo")
+    assert "--config-name gmpoo: there is no such recipe" in text
+    assert "Did you mean 'gmpo'?" in text
+    for name in RECIPES:
+        assert name in text
+
+
+def test_a_missing_folder_of_recipes_is_named(tmp_path):
+    text = refusal("--config-dir", str(tmp_path / "none"), "--config-name", "gmpo")
+    assert text == f"--config-dir {tmp_path / 'none'}: there is no such folder."
+
+
+def test_a_recipe_of_ones_own_is_read(recipe):
+    argv = recipe(ON_BASE + "rollout:\n  n: 3\n  engine_kwargs: {block_size: 32}\n")
+    config = compose(*argv)
+    assert config.rollout.n == 3
+    assert config.rollout.engine_kwargs == {"block_size": 32}
+    name_with_suffix = [*argv[:-1], "mine.yaml"]
+    assert compose(*name_with_suffix) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ON_BASE + "rollout:\n  nn: 3\n", "rollout.nn: Key 'nn' not in 'RolloutConfig'."),
+        (ON_BASE + "rollout:\n  n: abc\n", "rollout.n: Value 'abc' of type 'str'"),
+        (ON_BASE + "rollout:\n  n: 0\n", "rollout.n=0 must be at least 1."),
+        (ON_BASE + "rolout:\n  n: 3\n", "rolout: Key 'rolout' not in 'RunConfig'."),
+        (ON_BASE + "rollout: [\n", "--config-name mine: while parsing"),
+        ("defaults: [bsae]\n", "In 'mine': Could not load 'bsae'."),
+        ("rollout:\n  n: 3\n", "--config-name mine: the recipe does not build on the typed tree."),
+        ("", "--config-name mine: the recipe does not build on the typed tree."),
+        ("- rollout\n", "primary config 'mine' must be a DictConfig"),
+    ],
+)
+def test_a_broken_recipe_is_refused_with_key_or_file(recipe, text, expected):
+    assert refusal(*recipe(text), "model.path=m").startswith(expected)
+
+
+def test_a_misspelt_key_of_a_recipe_names_the_closest(recipe):
+    text = refusal(*recipe(ON_BASE + "trainer:\n  total_epoch: 3\n"))
+    assert "trainer.total_epoch: " in text
+    assert "Did you mean 'trainer.total_epochs'?" in text
+
+
+def test_reinforcement_learning_keys_are_unknown_to_supervised_fine_tuning():
+    assert refusal("rollout.n=2", root=SftRunConfig).startswith("rollout.n: there is no such key.")
+
+
+PLUGIN = """
+from mcore_rl.algorithms.losses.base import POLICY_LOSSES, PolicyLoss, TokenLoss
+
+def mine(inputs, clip):
+    return TokenLoss(-inputs.advantages_T * inputs.logprobs_T, {})
+
+POLICY_LOSSES.add("my_own", PolicyLoss(compute=mine))
+"""
+
+
+def run_train(folder: Path, *argv: str, plugins: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mcore_rl.train", *argv],
+        cwd=folder,
+        env=os.environ | {"MCORE_RL_PLUGINS": plugins},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_plugin_s_loss_can_be_chosen_and_the_printed_configuration_composes_again(
+    tmp_path, recipe
+):
+    """The command, `--cfg job` and all: what it prints, under a defaults list, is a recipe."""
+    (tmp_path / "my_loss.py").write_text(PLUGIN)
+    argv = ["actor.policy_loss.loss_mode=my_own", "-cn", "gmpo", "rollout.n=5", "--cfg", "job"]
+    done = run_train(tmp_path, *argv, plugins="my_loss")
+    assert done.returncode == 0, done.stderr
+    assert "loss_mode: my_own" in done.stdout
+    printed = done.stdout.replace("my_own", "geo_mean")  # registered in that process alone
+    assert compose(*recipe(ON_BASE + printed)) == compose("-cn", "gmpo", "rollout.n=5")
+
+
+def test_a_missing_plugin_is_one_line_and_exit_code_2(tmp_path):
+    done = run_train(tmp_path, "--cfg", "job", plugins="no_such_module")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: MCORE_RL_PLUGINS names 'no_such_module': No module named 'no_such_module'.\n"
+    )
+    assert done.stdout == ""
