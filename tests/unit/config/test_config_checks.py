@@ -1,0 +1,175 @@
+"""Every rule that spans sections refuses what it forbids, names the key, and lets the rest pass."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from mcore_rl.config import checks
+from mcore_rl.config.checks import check_run, check_sft
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
+from mcore_rl.errors import UserError
+from mcore_rl.types import Layout
+
+NAMED = ["model.path=m", "data.train_files=d"]
+
+# rule: (overrides that break it, how its message begins, the nearest overrides that keep it)
+RULES = {
+    "a_model_is_named": (
+        ["data.train_files=d"],
+        "model.path=None is not set.",
+        [],
+    ),
+    "training_data_is_named": (
+        ["model.path=m"],
+        "data.train_files=None is not set.",
+        ["data.train_files=[d,e]"],
+    ),
+    "parallel_sizes_divide_the_workers": (
+        ["trainer.n_gpus_per_node=4", "actor.megatron.tensor_model_parallel_size=3"],
+        "trainer.n_gpus_per_node * trainer.nnodes=4 is not a multiple of tensor 3 x pipeline 1",
+        ["trainer.n_gpus_per_node=6", "actor.megatron.tensor_model_parallel_size=3"],
+    ),
+    "pipelines_are_interleaved_only_with_stages": (
+        ["actor.megatron.virtual_pipeline_model_parallel_size=2"],
+        "actor.megatron.virtual_pipeline_model_parallel_size=2 needs",
+        [
+            "trainer.n_gpus_per_node=2",
+            "actor.megatron.pipeline_model_parallel_size=2",
+            "actor.megatron.virtual_pipeline_model_parallel_size=2",
+        ],
+    ),
+    "context_parallelism_is_off": (
+        ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=2"],
+        "actor.megatron.context_parallel_size=2 is not supported yet.",
+        ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=1"],
+    ),
+    "expert_tensor_size_fits_sequence_parallelism": (
+        [
+            "trainer.n_gpus_per_node=4",
+            "actor.megatron.tensor_model_parallel_size=2",
+            "actor.megatron.expert_model_parallel_size=2",
+            "actor.megatron.sequence_parallel=false",
+        ],
+        "actor.megatron.sequence_parallel=False cannot train experts",
+        [
+            "trainer.n_gpus_per_node=4",
+            "actor.megatron.tensor_model_parallel_size=2",
+            "actor.megatron.expert_model_parallel_size=2",
+        ],
+    ),
+    "minibatches_divide_a_step": (
+        ["data.train_batch_size=100", "actor.ppo_mini_batch_size=64"],
+        "actor.ppo_mini_batch_size=64 does not divide data.train_batch_size=100.",
+        ["data.train_batch_size=128", "actor.ppo_mini_batch_size=64"],
+    ),
+    "a_micro_batch_holds_the_longest_sample": (
+        ["actor.ppo_max_token_len_per_gpu=2047"],
+        "actor.ppo_max_token_len_per_gpu=2047 is less than "
+        "data.max_prompt_length + data.max_response_length = 2048.",
+        ["actor.ppo_max_token_len_per_gpu=2048"],
+    ),
+    "the_engine_holds_the_longest_sample": (
+        ["rollout.max_model_len=2047"],
+        "rollout.max_model_len=2047 is less than "
+        "data.max_prompt_length + data.max_response_length = 2048.",
+        ["rollout.max_model_len=2048"],
+    ),
+    "engines_hold_whole_models": (
+        ["trainer.n_gpus_per_node=2", "rollout.tensor_model_parallel_size=2"],
+        "rollout.tensor_model_parallel_size=2 is not supported yet",
+        ["trainer.n_gpus_per_node=2"],
+    ),
+    "validation_data_is_named_when_asked_for": (
+        ["trainer.test_freq=5"],
+        "trainer.test_freq=5 asks for validation without data.val_files.",
+        ["trainer.test_freq=5", "data.val_files=v"],
+    ),
+}
+NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
+
+# Rules about sections that supervised fine-tuning does not have.
+NOT_OF_SFT = {
+    "minibatches_divide_a_step",
+    "the_engine_holds_the_longest_sample",
+    "engines_hold_whole_models",
+    "validation_data_is_named_when_asked_for",
+}
+
+
+def compose(overrides, root=RunConfig):
+    return compose_config(root, parse_command_line("train", "", overrides))
+
+
+def test_every_rule_of_the_module_is_in_the_table():
+    functions = {
+        name
+        for name, function in inspect.getmembers(checks, inspect.isfunction)
+        if function.__module__ == checks.__name__
+    }
+    assert functions - {"check_run", "check_sft"} == set(RULES)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_training_refuses_what_a_rule_forbids(rule):
+    breaking, expected, _ = RULES[rule]
+    config = compose([*(NAMED if rule in NEED_NAMES else []), *breaking])
+    for check in (getattr(checks, rule), check_run):
+        with pytest.raises(UserError) as caught:
+            check(config)
+        assert str(caught.value).startswith(expected)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_training_accepts_the_nearest_configuration_that_keeps_a_rule(rule):
+    config = compose([*NAMED, *RULES[rule][2]])
+    getattr(checks, rule)(config)
+    check_run(config)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - NOT_OF_SFT))
+def test_fine_tuning_refuses_what_a_rule_forbids(rule):
+    breaking, expected, keeping = RULES[rule]
+    config = compose([*(NAMED if rule in NEED_NAMES else []), *breaking], SftRunConfig)
+    with pytest.raises(UserError) as caught:
+        check_sft(config)
+    assert str(caught.value).startswith(expected)
+    check_sft(compose([*NAMED, *keeping], SftRunConfig))
+
+
+def test_the_token_budget_is_not_read_when_sequences_are_counted():
+    config = compose(
+        [*NAMED, "actor.ppo_micro_batch_size_per_gpu=2", "actor.ppo_max_token_len_per_gpu=1"]
+    )
+    check_run(config)
+
+
+def test_experts_with_tensor_parallelism_need_sequence_parallelism_only():
+    overrides = [
+        *NAMED,
+        "trainer.n_gpus_per_node=8",
+        "actor.megatron.tensor_model_parallel_size=2",
+        "actor.megatron.expert_model_parallel_size=4",
+        "actor.megatron.expert_tensor_parallel_size=1",
+    ]
+    check_run(compose(overrides))
+    with pytest.raises(UserError, match=r"actor\.megatron\.sequence_parallel=False"):
+        check_run(compose([*overrides, "actor.megatron.sequence_parallel=false"]))
+
+
+def test_a_layout_counts_experts_over_the_whole_world():
+    """Expert parallelism takes its ranks from tensor and data parallelism, not beside them."""
+    megatron = compose(
+        [
+            "actor.megatron.tensor_model_parallel_size=2",
+            "actor.megatron.pipeline_model_parallel_size=2",
+            "actor.megatron.expert_model_parallel_size=4",
+            "actor.megatron.expert_tensor_parallel_size=1",
+        ]
+    ).actor.megatron
+    assert train_layout(megatron, 8) == Layout(tp=2, pp=2, ep=4, etp=1, dp=2)
+    with pytest.raises(UserError, match="4 is not a multiple of expert 4 x expert tensor 1 x pipe"):
+        train_layout(megatron, 4)
