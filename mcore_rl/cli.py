@@ -7,7 +7,11 @@ import sys
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, closest_hint
 
-COMMANDS = {"train": "mcore_rl.train", "sft": "mcore_rl.sft"}
+COMMANDS = {
+    "train": "mcore_rl.train",
+    "sft": "mcore_rl.sft",
+    "report": "mcore_rl.report",
+}
 
 
 def main() -> None:

@@ -74,10 +74,11 @@ def _quiet_libraries() -> None:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on it
     }.items():
         os.environ.setdefault(name, value)
     # Megatron says at each import that Apex and Transformer Engine are absent, and torch renames
     # collectives that Megatron calls: nothing that a user could mend.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|vllm)\.")

@@ -87,7 +87,7 @@ def _generation_config(cfg: RunConfig):
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(cfg.model.path)
+        return GenerationConfig.from_pretrained(str(cfg.model.path))
     except OSError:  # the file is optional
         return None
 

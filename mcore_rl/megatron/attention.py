@@ -100,9 +100,11 @@ def packed_causal_attention(
         lengths = [stop - start for start, stop in batch]
         first, last, longest = batch[0][0], batch[-1][1], max(lengths)
         index = _padded_index(lengths, longest, query_T.device)
-        rows = [x[first:last][index].transpose(1, 2) for x in (query_T, key_T, value_T)]
+        query, key, value = (
+            x[first:last][index].transpose(1, 2) for x in (query_T, key_T, value_T)
+        )
         padded = F.scaled_dot_product_attention(
-            *rows, is_causal=True, scale=scale, enable_gqa=grouped
+            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
         ).transpose(1, 2)
         if min(lengths) == longest:
             outputs.append(padded.flatten(0, 1))
@@ -173,10 +175,12 @@ def local_block_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [_layer_spec(config, bool(is_moe)) for is_moe in moe_layers[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    final_norm: Any = RMSNorm  # a class where the annotation says module
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 
 def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
+    bias_dropout_add: Any = get_bias_dropout_add  # a function where the annotation says type
     backend = LocalSpec()
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -205,10 +209,10 @@ def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.layer_norm(),
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm(),
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),
     )

@@ -50,11 +50,11 @@ def load_checkpoint(
 ) -> None:
     """Read back what `save_checkpoint` wrote; collective, whatever layout wrote it."""
     wanted = _sharded_state(chunks, optimizer, parallel, is_loading=True)
-    state = dist_checkpointing.load(
+    state: Any = dist_checkpointing.load(
         wanted, str(folder), get_default_load_sharded_strategy(str(folder))
     )
     for index, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(state[f"model{index}"])
+        _model(chunk).load_state_dict(state[f"model{index}"])
     with torch.no_grad():  # float32 parameters are views into leaves
         optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.load_state_dict(state["schedule"])
@@ -74,10 +74,14 @@ def _sharded_state(
         "chained_optim_avoid_prefix": True,
     }
     state: dict[str, Any] = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+        f"model{index}": _model(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)
     }
     state["optimizer"] = optimizer.inner.sharded_state_dict(
         dict(state), is_loading=is_loading, metadata=metadata
     )
     return state
+
+
+def _model(chunk: DistributedDataParallel) -> Any:
+    return chunk.module

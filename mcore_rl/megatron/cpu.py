@@ -10,7 +10,8 @@ What is replaced (line numbers of 0.16.1, relative to megatron/core):
 1. `torch.cuda` calls that raise without CUDA: devices, streams, events.
 2. The random state tracker (tensor_parallel/random.py): forks the CPU generator.
 3. Literal `device="cuda"`, `.cuda()` and `.type()` string tests: a module-level stand-in for
-   `torch` in four modules, and a function mode that is entered only inside the optimizer.
+   `torch` in four modules, and a function mode that is entered only inside the optimizer and where
+   tied embeddings are set up.
 4. Four defects that show only without Transformer Engine or with gloo.
 5. Adam: shaped like the fused Adam that the checkpoint code of the optimizer expects.
 """
@@ -53,6 +54,7 @@ def install() -> None:
     _track_random_states_on_cpu()
     _redirect_device_literals()
     _enter_mode_inside_optimizer()
+    _enter_mode_where_embeddings_are_tied()
     _repair_missing_transformer_engine()
     _repair_unequal_collectives()
     _use_group_step_adam()
@@ -206,18 +208,19 @@ class CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _under_mode(method: Any) -> Any:
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with CudaMeansCpu():
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
 def _enter_mode_inside_optimizer() -> None:
     """Enter the mode in optimizer methods (optimizer.py:375, 473, 671; distrib_optimizer.py:361;
-    clip_grads.py:90) and nowhere else: as a process-wide mode it costs about a tenth of a step."""
+    clip_grads.py:90), not everywhere: as a process-wide mode it costs about a tenth of a step."""
     from megatron.core.optimizer import distrib_optimizer, optimizer
-
-    def under_mode(method):
-        @functools.wraps(method)
-        def wrapped(*args, **kwargs):
-            with CudaMeansCpu():
-                return method(*args, **kwargs)
-
-        return wrapped
 
     entry_points = (
         "__init__",
@@ -242,7 +245,19 @@ def _enter_mode_inside_optimizer() -> None:
         for name in entry_points:
             method = cls.__dict__.get(name)
             if inspect.isfunction(method) and not getattr(method, "__isabstractmethod__", False):
-                setattr(cls, name, under_mode(method))
+                setattr(cls, name, _under_mode(method))
+
+
+def _enter_mode_where_embeddings_are_tied() -> None:
+    """`.cuda()` where the first and last stage agree on tied weights (language_module.py:244)."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    name = "setup_embeddings_and_output_layer"
+    _replace(
+        "megatron.core.models.common.language_module.language_module:LanguageModule",
+        name,
+        _under_mode(getattr(LanguageModule, name)),
+    )
 
 
 # ------------------------------------------------------------------ 4. defects
@@ -268,9 +283,9 @@ def _repair_missing_transformer_engine() -> None:
     )
 
     # random.py:629 says `self.fp8 = fp8 is not None`: the default False counts as True.
-    original_init = mcore_random.CheckpointWithoutOutput.__init__
+    original_init: Any = mcore_random.CheckpointWithoutOutput.__init__
 
-    def init_without_fp8(self, fp8=None):
+    def init_without_fp8(self, fp8: Any = None):
         original_init(self, fp8 or None)
 
     _replace(
@@ -336,7 +351,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "bias_correction": True})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one AdamW step on every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

@@ -57,7 +57,8 @@ class LogprobLayer(ColumnParallelLinear):
         `hidden` is [T, 1, H], or this rank's part [T / tp, 1, H] under sequence parallelism;
         `weight` is the tied embedding, None for the layer's own.
         """
-        group = self.tp_group
+        group: Any = self.tp_group
+        own_weight: Any = self.weight
         if self.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=group
@@ -66,7 +67,7 @@ class LogprobLayer(ColumnParallelLinear):
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         return vocab_parallel_logprobs(
             hidden.squeeze(1),
-            self.weight if weight is None else weight,
+            own_weight if weight is None else weight,
             labels_T,
             temperature=temperature,
             vocab_size=vocab_size,
@@ -176,7 +177,7 @@ def build_chunks(
     layout = parallel.layout
     family = model_family(hf_config)
     # [is the MLP of this layer a mixture of experts] over the whole model
-    moe_layers = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    moe_layers: Any = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
@@ -225,12 +226,13 @@ def wrap_for_training(
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    schedule: Any = config  # where the schedule looks for these functions
     one = len(wrapped) == 1
-    config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = wrapped[0].no_sync if one else [w.no_sync for w in wrapped]
+    schedule.finalize_model_grads_func = finalize_model_grads
+    schedule.no_sync_func = wrapped[0].no_sync if one else [w.no_sync for w in wrapped]
     if cfg.overlap_grad_reduce:
         starts = [w.start_grad_sync for w in wrapped]
-        config.grad_sync_func = starts[0] if one else starts
+        schedule.grad_sync_func = starts[0] if one else starts
     return wrapped
 
 
@@ -261,7 +263,7 @@ def _canonical_name(local_name: str, chunk: PolicyModel, parallel: Parallel) -> 
     match = _LAYER.match(local_name)
     if not match:
         return local_name
-    layer = chunk.decoder.layers[int(match[1])]
+    layer: Any = chunk.decoder.layers[int(match[1])]
     name = f"decoder.layers.{layer.layer_number - 1}.{local_name[match.end() :]}"
     if expert := _EXPERT.search(name):
         per_rank = (chunk.config.num_moe_experts or 0) // parallel.ep.size()

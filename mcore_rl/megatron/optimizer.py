@@ -38,7 +38,7 @@ class PolicyOptimizer:
         total_steps: int,
     ) -> None:
         bfloat16 = megatron.dtype == "bfloat16"
-        self.chunks = list(chunks)
+        self.chunks: list[Any] = list(chunks)
         self.inner: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",

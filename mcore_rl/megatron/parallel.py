@@ -6,6 +6,7 @@ Nothing outside `megatron/` asks a module-level getter for a group: groups trave
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -64,18 +65,19 @@ def initialize(layout: Layout, seed: int) -> Parallel:
         create_gloo_process_groups=dist.get_backend() != "gloo",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    groups: Any = parallel_state  # its annotations also allow lists and absent groups
     return Parallel(
         layout=layout,
         rank=dist.get_rank(),
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        cp=parallel_state.get_context_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        ep=parallel_state.get_expert_model_parallel_group(),
-        etp=parallel_state.get_expert_tensor_parallel_group(),
-        tp_ep=parallel_state.get_expert_tensor_and_model_parallel_group(),
-        expert_dp=parallel_state.get_expert_data_parallel_group(),
+        tp=groups.get_tensor_model_parallel_group(),
+        pp=groups.get_pipeline_model_parallel_group(),
+        cp=groups.get_context_parallel_group(),
+        dp=groups.get_data_parallel_group(),
+        dp_cp=groups.get_data_parallel_group(with_context_parallel=True),
+        ep=groups.get_expert_model_parallel_group(),
+        etp=groups.get_expert_tensor_parallel_group(),
+        tp_ep=groups.get_expert_tensor_and_model_parallel_group(),
+        expert_dp=groups.get_expert_data_parallel_group(),
     )
 
 

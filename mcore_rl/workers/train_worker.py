@@ -110,7 +110,9 @@ class TrainWorker:
             micro_batches,
             self.parallel,
             self.device,
-            lambda *args: objective(*args, denominators),
+            lambda logprobs_T, entropy_T, batch: objective(
+                logprobs_T, entropy_T, batch, denominators
+            ),
             denominators.num_tokens,
             objective.with_entropy,
         )

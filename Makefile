@@ -1,0 +1,37 @@
+# make quickstart   install into .venv and watch a small mixture of experts learn by GMPO
+# make test         install into .venv and run the whole default test suite
+# make lint         ruff, pyright, codespell
+# make clean        remove .venv and outputs
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Settings of the quickstart: make quickstart ARGS="actor.policy_loss.loss_mode=vanilla"
+OUT ?= outputs/quickstart
+ARGS ?=
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/codespell
+
+# The stamp is newer than what was installed from, so this runs once.
+$(STAMP): requirements/cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the CPU lock is for Python 3.11: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) outputs
