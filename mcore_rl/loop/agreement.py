@@ -7,6 +7,7 @@ stale weights, another temperature or another tokenization, and every later upda
 from __future__ import annotations
 
 import logging
+import math
 
 from mcore_rl.config.run import RunConfig
 from mcore_rl.errors import WeightSyncError
@@ -41,11 +42,13 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     )
     samples = [sample for group in groups for sample in group.samples]
     by_trainer = cluster.logprobs([sample.to_sequence() for sample in samples])
-    largest = max(
+    differences = [
         abs(ours - theirs)
         for sample, logprobs in zip(samples, by_trainer, strict=True)
         for ours, theirs in zip(logprobs, sample.rollout_logprobs, strict=True)
-    )
+    ]
+    # `max` alone passes over a NaN that is not the first.
+    largest = max(differences, key=lambda difference: (math.isnan(difference), difference))
     tolerance = cfg.rollout.logprob_tolerance
     if tolerance is None:
         tolerance = TOLERANCE[cfg.actor.megatron.dtype]

@@ -1,0 +1,269 @@
+"""Two workers in one process behind the `WorkerGroup` protocol, with a model of one vector.
+
+The policy ignores its context: every token is drawn from softmax(w / temperature). It trains for
+real (autograd, the loop's own objective, plain gradient descent), reaches its engines through a
+real weight sync, and is saved and loaded, so that a loop which forgets one of these ends with other
+numbers. Everything that the loop asks for is written down.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig
+from mcore_rl.data.batch import pack, unpack
+from mcore_rl.data.prompts import ItemStream
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.metrics import maximum, merge, to_host
+from mcore_rl.rewards.base import CustomRewardConfig
+from mcore_rl.rewards.score import RewardScorer
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.types import Layout, Place, Prompt
+from mcore_rl.weight_sync.base import send_directly
+from mcore_rl.weight_sync.sync import sync_weights
+
+VOCABULARY = 12
+END = 0
+
+
+class UnigramEngine:
+    """A `RolloutEngine` that answers with the weights it was given."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.weight_version = -1
+        self.weights = torch.zeros(0)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        return [self._draw(request) for request in requests]
+
+    def _draw(self, request: GenerationRequest) -> GenerationResult:
+        sampling = request.sampling
+        temperature = sampling.temperature or self.temperature
+        logprobs = torch.log_softmax(self.weights / temperature, dim=0)
+        probabilities = logprobs.exp().tolist()
+        source = random.Random(f"{sampling.seed}:{list(request.prompt_token_ids)}")
+        tokens: list[int] = []
+        while len(tokens) < sampling.max_tokens and END not in tokens:
+            if sampling.temperature == 0:
+                tokens.append(int(logprobs.argmax()))
+            else:
+                tokens += source.choices(range(VOCABULARY), probabilities)
+        return GenerationResult(
+            token_ids=tokens,
+            logprobs=[float(logprobs[token]) for token in tokens],
+            finish_reason="stop" if END in tokens else "length",
+            weight_version=self.weight_version,
+        )
+
+    def start_weight_update(self) -> None:
+        self.weights = torch.zeros(0)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        [(_, tensor)] = update_info["named_tensors"]
+        self.weights = tensor.clone()
+
+    def finish_weight_update(self, version: int) -> None:
+        self.weight_version = version
+
+    def close(self) -> None:
+        pass
+
+
+class UnigramActor:
+    """The trained vector, its frozen copy and what a checkpoint keeps of it."""
+
+    def __init__(self, temperature: float, learning_rate: float) -> None:
+        self.temperature, self.learning_rate = temperature, learning_rate
+        self.weights = torch.linspace(0.0, 1.0, VOCABULARY)
+        self.reference = self.weights.clone()
+        self.num_begun = 0
+
+    def log_softmax(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(weights / self.temperature, dim=0)
+
+    def forward(self, micro_batches, weights) -> dict[int, list[float]]:
+        found: dict[int, list[float]] = {}
+        for micro_batch in micro_batches:
+            batch = pack(micro_batch, pad_token_id=END, device="cpu")
+            lists = unpack(self.log_softmax(weights)[batch.labels_T], batch)
+            found |= dict(zip(micro_batch.indices, lists, strict=True))
+        return found
+
+    def update(self, shares) -> list:
+        """Do one update on the micro-batches of all ranks; return the metrics of each rank."""
+        weights = self.weights.clone().requires_grad_(True)
+        metrics = []
+        for micro_batches, denominators, objective in shares:
+            parts = []
+            for micro_batch in micro_batches:
+                batch = pack(micro_batch, pad_token_id=END, device="cpu")
+                logprobs_V = self.log_softmax(weights)
+                entropy_T = -(logprobs_V.exp() * logprobs_V).sum().expand(len(batch.labels_T))
+                loss, part = objective(logprobs_V[batch.labels_T], entropy_T, batch, denominators)
+                loss.backward()
+                parts.append(part)
+            metrics.append(to_host(merge(parts)))
+        assert weights.grad is not None
+        # A rate that depends on the schedule, so that a forgotten or repeated step shows.
+        rate = self.learning_rate / self.num_begun
+        self.weights = self.weights - rate * weights.grad
+        metrics[0]["actor/grad_norm"] = maximum(float(weights.grad.norm()))
+        metrics[0]["actor/lr"] = maximum(rate)
+        return metrics
+
+    def save(self, folder: str) -> None:
+        state = {"weights": self.weights.tolist(), "num_begun": self.num_begun}
+        (Path(folder) / "state.json").write_text(json.dumps(state))
+
+    def load(self, folder: str) -> None:
+        state = json.loads((Path(folder) / "state.json").read_text())
+        self.weights, self.num_begun = torch.tensor(state["weights"]), state["num_begun"]
+
+
+class CrashError(Exception):
+    """Stands for the death of the process."""
+
+
+class FakeWorkers:
+    """A `WorkerGroup` of two ranks, each with an engine.
+
+    `calls` is what was asked, in order, `versions` the engines' version at the time of each call.
+
+    Args:
+        temperature: of engines and actor.
+        learning_rate: of the actor.
+        crash_at: (method, number): the crash comes in place of that call, counted from 0.
+        engine: class of the engines.
+    """
+
+    world_size = 2
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        learning_rate: float = 5.0,
+        crash_at: tuple[str, int] | None = None,
+        engine: type[UnigramEngine] = UnigramEngine,
+    ) -> None:
+        self.actor = UnigramActor(temperature, learning_rate)
+        self.engines = [engine(temperature) for _ in range(self.world_size)]
+        self.crash_at = crash_at
+        self.calls: list[tuple[str, Any]] = []
+        self.versions: list[int] = []
+
+    @property
+    def methods(self) -> list[str]:
+        return [method for method, _ in self.calls]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return self.call_each(method, [args] * self.world_size)
+
+    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        number = self.methods.count(method)
+        self.calls.append((method, args_of_rank))
+        self.versions.append(self.engines[0].weight_version)
+        if self.crash_at == (method, number):
+            raise CrashError(f"{method} {number}")
+        match method:
+            case "place":
+                return [
+                    Place(dp_rank=rank, reports_tokens=True, hosts_engine=True)
+                    for rank in range(self.world_size)
+                ]
+            case "generate":
+                return [
+                    engine.generate(requests)
+                    for engine, (requests,) in zip(self.engines, args_of_rank, strict=True)
+                ]
+            case "sync_weights":
+                export = [[("w", self.actor.weights)]]
+                return [
+                    sync_weights(export, send_directly, engine, version)
+                    for engine, (version,) in zip(self.engines, args_of_rank, strict=True)
+                ]
+            case "actor.logprobs":
+                return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
+            case "actor.ref_logprobs":
+                return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]
+            case "actor.begin_step":
+                self.actor.num_begun += 1
+            case "actor.update":
+                return self.actor.update(args_of_rank)
+            case "actor.save":
+                self.actor.save(args_of_rank[0][0])
+            case "actor.load":
+                self.actor.load(args_of_rank[0][0])
+            case _:
+                raise AssertionError(f"the loop asked for {method}")
+        return [None] * self.world_size
+
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    words = solution_str.split()
+    return words.count(ground_truth) - 0.1 * len(words)
+"""
+
+
+def make_prompts(num: int, first: int, source: str) -> list[Prompt]:
+    return [
+        Prompt(
+            uid=f"{source}:{first + i}",
+            token_ids=[1 + (first + i) % 5, 2, 3 + (first + i) // 5][: 1 + i % 3],
+            text="",
+            data_source=source,
+            ground_truth=f"w{1 + i % 4}",
+        )
+        for i in range(num)
+    ]
+
+
+def make_tokenizer() -> Any:
+    """Return a real tokenizer whose token i is the word w<i>; token 0 ends a response."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="w0")
+
+
+def make_config(*overrides: str) -> RunConfig:
+    base = [
+        "data.train_batch_size=4",
+        "data.max_prompt_length=4",
+        "data.max_response_length=6",
+        "data.train_files=unread",
+        "model.path=unread",
+        "actor.megatron.dtype=float32",
+        "actor.ppo_mini_batch_size=2",
+        "rollout.n=3",
+        "trainer.logger=[]",
+    ]
+    return compose_config(RunConfig, parse_command_line("train", "", [*base, *overrides]))
+
+
+def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: int) -> RunInputs:
+    custom = CustomRewardConfig(path=str(reward_file))
+    return RunInputs(
+        tokenizer=make_tokenizer(),
+        prompts=ItemStream(make_prompts(10, 0, "train"), seed=cfg.data.seed),
+        val_prompts=make_prompts(num_val, 100, "val"),
+        scorer=RewardScorer(cfg.reward, custom),
+        stop_token_ids=[END],
+        total_steps=total_steps,
+    )
+
+
+def make_cluster(workers: FakeWorkers, cfg: RunConfig) -> Cluster:
+    return Cluster(workers, Layout(dp=workers.world_size), cfg.actor.cut)

@@ -1,0 +1,338 @@
+"""The on-policy loop on fake workers: what it asks for, in which order, and what it logs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from fake_workers import VOCABULARY, UnigramEngine
+
+from mcore_rl.errors import WeightSyncError
+
+GMPO = "actor.policy_loss.loss_mode=geo_mean"
+GPG = ["algorithm.adv_estimator=gpg", "actor.policy_loss.loss_mode=gpg"]
+ONE_UPDATE = "actor.ppo_mini_batch_size=4"
+
+
+def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
+    run = run_loop(GMPO, steps=2)
+    trained = ["actor.logprobs", "actor.begin_step", "actor.update", "actor.update"]
+    assert run.calls == [
+        "place",
+        "sync to 0",
+        "generate with 0",  # the agreement check
+        "actor.logprobs",
+        "generate with 0",
+        *trained,
+        "sync to 1",
+        "generate with 1",
+        *trained,
+        "sync to 2",
+        "actor.save",
+    ]
+
+
+def test_samples_of_a_step_carry_the_version_of_its_weights(run_loop):
+    run = run_loop(steps=3)
+    assert [line["rollout/staleness/max"] for line in run.metrics] == [0.0, 0.0, 0.0]
+    assert [engine.weight_version for engine in run.workers.engines] == [3, 3]
+
+
+def test_engines_answer_with_the_weights_that_the_last_update_left(run_loop):
+    """The trainer's old logprobs of each step equal what the engine said when it drew.
+
+    Proves that a sync follows the updates of every step, not that real weights survive it.
+    """
+    run = run_loop(GMPO, steps=4)
+    weights = [engine.weights for engine in run.workers.engines]
+    assert all(weight.equal(run.workers.actor.weights) for weight in weights)
+    # float32 on both sides, the same expression: 0.0 observed.
+    assert max(line["mismatch/logprob_abs_diff/max"] for line in run.metrics) < 1e-6
+    actor = run.workers.actor
+    assert (actor.weights - actor.reference).abs().max() > 0.1  # and they did move
+
+
+def test_the_reward_rises(run_loop):
+    """Signs, masks and advantages end up right: the policy learns to say the rewarded word."""
+    reward = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return solution_str.split().count("w3") / 6
+"""
+    run = run_loop(GMPO, "rollout.n=8", steps=20, reward=reward)
+    rewards = [line["reward/mean"] for line in run.metrics]
+    # 0.19 and 0.86 observed; 0.15 to 0.21 and 0.84 to 0.86 over three seeds.
+    assert sum(rewards[:5]) / 5 < 0.3
+    assert sum(rewards[-5:]) / 5 > 0.7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "with_old"),
+    [
+        ([GMPO], True),
+        (["actor.policy_loss.loss_mode=gspo"], True),
+        ([GMPO, ONE_UPDATE], False),
+        ([GMPO, ONE_UPDATE, "actor.ppo_epochs=2"], True),
+        (GPG, False),
+        ([*GPG, "actor.ppo_epochs=2"], False),
+    ],
+)
+def test_old_logprobs_are_computed_only_when_a_loss_reads_them_twice(run_loop, overrides, with_old):
+    run = run_loop(*overrides, steps=1)
+    assert run.counts["actor.logprobs"] == 1 + with_old  # one belongs to the agreement check
+    for update in run.updates:
+        for sequence in update:
+            assert len(sequence.old_logprobs) == (len(sequence.token_ids) if with_old else 0)
+
+
+def test_skipping_the_pass_for_old_logprobs_changes_no_number(run_loop):
+    """One update with and without it: the forward of the update gives the same logprobs.
+
+    KL in the reward with coefficient 0 is what asks for the pass in the second run.
+    """
+    without = run_loop(GMPO, ONE_UPDATE, folder="without")
+    forced = run_loop(
+        *(GMPO, ONE_UPDATE, "algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0"),
+        folder="with",
+    )
+    assert (without.counts["actor.logprobs"], forced.counts["actor.logprobs"]) == (1, 4)
+    assert without.workers.actor.weights.equal(forced.workers.actor.weights)
+    for mine, theirs in zip(without.metrics, forced.metrics, strict=True):
+        assert {k: v for k, v in theirs.items() if not k.startswith("reward/kl")} == mine
+
+
+def test_engine_logprobs_are_dropped_once_the_weights_moved_and_no_old_ones_are_there(run_loop):
+    """Otherwise the distance of the second update would be reported as a mismatch."""
+    first, second = run_loop(*GPG, steps=1).updates
+    assert all(len(s.rollout_logprobs) == len(s.token_ids) for s in first)
+    assert all(len(s.rollout_logprobs) == 0 for s in second)
+    for update in run_loop(GMPO, folder="kept", steps=1).updates:
+        assert all(len(s.rollout_logprobs) == len(s.token_ids) for s in update)
+
+
+def test_the_mismatch_of_a_loss_without_old_logprobs_stays_that_of_the_engine(run_loop):
+    run = run_loop(*GPG, steps=3)
+    # The weights move by units between the updates: without the drop this is above 0.1.
+    assert max(line["mismatch/logprob_abs_diff/max"] for line in run.metrics) < 1e-6
+
+
+def test_every_epoch_trains_on_the_same_minibatches_under_one_schedule_step(run_loop):
+    run = run_loop(GMPO, "actor.ppo_epochs=3", steps=2)
+    assert run.counts["actor.begin_step"] == 2
+    assert len(run.updates) == 2 * 3 * 2
+    tokens = [sorted(tuple(s.token_ids) for s in update) for update in run.updates]
+    assert tokens[0:2] == tokens[2:4] == tokens[4:6] != tokens[6:8]
+    assert run.metrics[0]["batch/tokens"] == 3 * sum(len(t) for u in tokens[0:2] for t in u)
+
+
+def test_a_step_trains_on_every_sample_of_its_prompts_once(run_loop):
+    run = run_loop(GMPO, steps=2)
+    for step in range(2):
+        sequences = [s for update in run.updates[2 * step : 2 * step + 2] for s in update]
+        assert len(sequences) == 4 * 3
+        num_response_tokens = sum(s.num_trained_tokens for s in sequences)
+        mean = run.metrics[step]["rollout/response_tokens/mean"]
+        # One rounding of a division by 12.
+        assert mean * 12 == pytest.approx(num_response_tokens, rel=1e-12)
+
+
+def test_a_kl_loss_asks_for_the_reference_and_not_for_the_old_pass(run_loop):
+    run = run_loop(GMPO, ONE_UPDATE, "actor.use_kl_loss=true", steps=2)
+    assert run.counts["actor.ref_logprobs"] == 2
+    assert run.counts["actor.logprobs"] == 1
+    assert all(len(s.ref_logprobs) == len(s.token_ids) for u in run.updates for s in u)
+    kl = [line["actor/kl_loss"] for line in run.metrics]
+    assert kl[0] == 0.0  # the policy still is the reference
+    assert kl[1] > 1e-3
+
+
+def test_kl_in_the_reward_is_taken_off_before_advantages_and_not_from_the_logged_score(run_loop):
+    overrides = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5", ONE_UPDATE]
+    run = run_loop(GMPO, *overrides, steps=2)
+    plain = run_loop(GMPO, ONE_UPDATE, steps=2, folder="plain")
+    assert run.calls[5:8] == ["actor.logprobs", "actor.ref_logprobs", "actor.begin_step"]
+    first, second = run.metrics
+    assert first["reward/kl"] == 0.0
+    assert first["advantage/abs_mean"] == plain.metrics[0]["advantage/abs_mean"]
+    assert second["reward/kl"] != 0.0
+    assert second["reward/kl_coef"] == 0.5
+    assert second["reward/mean"] == plain.metrics[1]["reward/mean"]  # drawn with equal weights
+    assert second["advantage/abs_mean"] != plain.metrics[1]["advantage/abs_mean"]
+
+
+def test_every_step_draws_new_responses_of_new_prompts(run_loop):
+    run = run_loop(GMPO, steps=2)
+    requests = [
+        [request for (share,) in args for request in share] for args in run.arguments("generate")
+    ]
+    seeds = [request.sampling.seed for call in requests for request in call]
+    assert len(set(seeds)) == len(seeds)
+    assert [len(call) for call in requests] == [8 * 2, 4 * 3, 4 * 3]
+
+
+def test_sampling_while_training_follows_the_configuration(run_loop):
+    run = run_loop(GMPO, "rollout.temperature=0.7", steps=1, num_val=2)
+    agreement, validation, rollout, _ = run.arguments("generate")
+    for args in (agreement, rollout):
+        sampling = args[0][0][0].sampling
+        assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 1.0, -1)
+        assert sampling.max_tokens == 6
+    assert validation[0][0][0].sampling.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "logged"),
+    [
+        ([], [0, 5]),
+        (["trainer.val_before_train=false"], [5]),
+        (["trainer.test_freq=2"], [0, 2, 4, 5]),
+        (["trainer.test_freq=5", "trainer.val_before_train=false"], [5]),
+        (["trainer.test_freq=1"], [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_validation_is_logged_at_these_steps(run_loop, overrides, logged):
+    run = run_loop(GMPO, *overrides, "data.val_files=unread", steps=5, num_val=3)
+    steps = [line["step"] for line in run.metrics if "eval/val/accuracy" in line]
+    assert steps == logged
+    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4, 5]
+    assert run.counts["generate"] == 1 + 5 + len(logged)
+
+
+def test_validation_of_a_step_reads_the_weights_of_that_step(run_loop):
+    run = run_loop(GMPO, "trainer.test_freq=1", "data.val_files=unread", steps=3, num_val=4)
+    generated = [call for call in run.calls if call.startswith("generate")]
+    versions = [int(call.split()[-1]) for call in generated]
+    assert versions == [0, 0, 0, 1, 1, 2, 2, 3]  # check, then validation and rollout, at last one
+
+
+def test_the_last_line_holds_the_final_validation_and_no_update(run_loop):
+    run = run_loop(GMPO, "data.val_files=unread", steps=2, num_val=2)
+    last = run.lines("metrics.jsonl")[-1]
+    assert last["step"] == 2
+    assert {key.split("/")[0] for key in last} == {"step", "eval", "time"}
+    assert {line["step"] for line in run.lines("samples.jsonl")} == {0, 1, 2}
+
+
+def test_without_validation_data_nothing_is_validated(run_loop):
+    run = run_loop(GMPO, steps=2)
+    assert run.counts["generate"] == 1 + 2
+    assert [line["step"] for line in run.metrics] == [0, 1]
+
+
+def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_loop):
+    overrides = [
+        "data.val_files=unread",
+        "data.val_batch_size=3",
+        "rollout.val_kwargs.n=4",
+        "rollout.val_kwargs.do_sample=true",
+        "rollout.val_kwargs.temperature=0.9",
+        "rollout.val_kwargs.top_p=0.8",
+        "rollout.val_kwargs.top_k=5",
+    ]
+    run = run_loop(GMPO, *overrides, steps=1, num_val=5)
+    first, second = run.arguments("generate")[1:3]
+    assert [sum(len(share) for (share,) in args) for args in (first, second)] == [12, 8]
+    sampling = first[0][0][0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 0.8, 5)
+    line = run.metrics[0]
+    assert line["eval/val/best_at_4"] > line["eval/val/accuracy"]
+
+
+def test_every_validation_draws_with_the_same_seeds(run_loop):
+    run = run_loop(
+        *(GMPO, "data.val_files=unread", "rollout.val_kwargs.do_sample=true"), steps=1, num_val=3
+    )
+    seeds = [
+        sorted(r.sampling.seed for (share,) in args for r in share)
+        for args in run.arguments("generate")
+    ]
+    assert seeds[1] == seeds[3] != seeds[2]
+
+
+class PerturbedEngine(UnigramEngine):
+    """Reports logprobs that are off by 0.01."""
+
+    shift = 0.01
+
+    def generate(self, requests):
+        return [
+            replace(result, logprobs=[*result.logprobs[:-1], result.logprobs[-1] + self.shift])
+            for result in super().generate(requests)
+        ]
+
+
+class NanEngine(PerturbedEngine):
+    shift = math.nan
+
+
+class StaleEngine(UnigramEngine):
+    """Takes every version and goes on answering for the first one."""
+
+    def generate(self, requests):
+        return [replace(result, weight_version=0) for result in super().generate(requests)]
+
+
+class DeafEngine(UnigramEngine):
+    """Ends a weight update without taking the version."""
+
+    def finish_weight_update(self, version):
+        self.weight_version = min(version, 1)
+
+
+def test_an_engine_that_disagrees_with_the_trainer_stops_the_run_before_any_update(run_loop):
+    with pytest.raises(WeightSyncError, match=r"differ by 0\.01 .*more than 0\.001") as caught:
+        run_loop(GMPO, engine=PerturbedEngine)
+    assert (caught.value.role, caught.value.step) == ("controller", 0)
+
+
+@pytest.mark.parametrize("tolerance", ["0.02", "null"])
+def test_the_tolerance_of_the_agreement_check_is_the_configured_one(run_loop, tolerance):
+    overrides = [GMPO, f"rollout.logprob_tolerance={tolerance}", "actor.megatron.dtype=bfloat16"]
+    run = run_loop(*overrides, engine=PerturbedEngine, steps=1)
+    # In float32 log-probabilities around -2: the shift of 0.01 to 3e-8.
+    assert run.metrics[0]["mismatch/logprob_abs_diff/max"] == pytest.approx(0.01, abs=1e-6)
+
+
+def test_logprobs_that_are_no_numbers_do_not_pass_as_agreement(run_loop):
+    with pytest.raises(WeightSyncError, match="differ by nan"):
+        run_loop(GMPO, engine=NanEngine)
+
+
+def test_the_agreement_check_asks_every_engine_and_leaves_the_data_where_it_was(run_loop):
+    run = run_loop(GMPO, steps=1)
+    check, rollout = run.arguments("generate")
+    by_engine = [[tuple(r.prompt_token_ids) for r in share] for (share,) in check]
+    assert by_engine[0] == by_engine[1]
+    assert len(by_engine[0]) == 8
+    drawn = {tuple(r.prompt_token_ids) for (share,) in rollout for r in share}
+    assert len(drawn) == 4
+
+
+def test_answers_of_old_weights_are_refused(run_loop):
+    with pytest.raises(AssertionError, match=r"weights of versions \{0\} answered in step 1"):
+        run_loop(GMPO, engine=StaleEngine)
+
+
+def test_an_engine_that_does_not_take_a_version_stops_the_run(run_loop):
+    with pytest.raises(WeightSyncError, match="reports weights 1 after a sync of 2"):
+        run_loop(GMPO, engine=DeafEngine)
+
+
+def test_two_runs_are_equal_in_every_metric_and_every_sample(run_loop):
+    runs = [run_loop(GMPO, folder=name, num_val=3, steps=4) for name in ("a", "b")]
+    assert runs[0].metrics == runs[1].metrics
+    assert runs[0].lines("samples.jsonl") == runs[1].lines("samples.jsonl")
+    other = run_loop(GMPO, "data.seed=1", folder="c", num_val=3, steps=4)
+    assert other.metrics != runs[0].metrics
+
+
+def test_times_of_the_stages_and_tokens_per_second_are_logged(run_loop):
+    line = run_loop(GMPO, steps=1).lines("metrics.jsonl")[0]
+    stages = ("rollout", "reward", "old_logprobs", "train", "weight_sync")
+    assert all(line[f"time/{stage}"] > 0 for stage in stages)
+    assert line["time/step"] >= sum(line[f"time/{stage}"] for stage in stages)
+    # One float64 division.
+    assert line["perf/tokens_per_s"] == pytest.approx(
+        line["batch/tokens"] / line["time/step"], rel=1e-12
+    )
+    assert line["weight_sync/bytes"] == 4 * VOCABULARY
