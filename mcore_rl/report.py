@@ -13,7 +13,9 @@ from mcore_rl.observability.report import write_report
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
-    parser = argparse.ArgumentParser(prog="mcore-rl report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="mcore-rl report", description="Write the report of a run again."
+    )
     parser.add_argument("run_folder", type=Path)
     try:
         sys.stdout.write(f"{write_report(parser.parse_args(argv).run_folder)}\n")

@@ -6,11 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from mcore_rl.config.checks import check_sft
-from mcore_rl.config.run import SftRunConfig, train_layout
-from mcore_rl.launch.cluster import Cluster
-from mcore_rl.launch.start import StartWorkers, run_command
-from mcore_rl.train import export_model
-from mcore_rl.workers.spec import ActorSpec, WorkerSpec
+from mcore_rl.config.run import SftRunConfig
+from mcore_rl.launch.start import StartWorkers, export_model, run_command, start_cluster
 
 
 def run(cfg: SftRunConfig, start_workers: StartWorkers) -> None:
@@ -21,26 +18,18 @@ def run(cfg: SftRunConfig, start_workers: StartWorkers) -> None:
 
     inputs = load_sft_inputs(cfg)
     run_dir = open_run_folder(cfg, may_resume=cfg.trainer.resume_mode == "auto")
-    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
-    workers = start_workers(
-        WorkerSpec(
-            layout=layout,
-            actor=ActorSpec(
-                model_path=str(cfg.model.path),
-                megatron=cfg.actor.megatron,
-                optim=cfg.actor.optim,
-                grad_clip=cfg.actor.grad_clip,
-                total_steps=inputs.total_steps,
-                temperature=1.0,
-                with_reference=False,
-            ),
-            engine=None,
-        )
+    cluster = start_cluster(
+        cfg,
+        start_workers,
+        total_steps=inputs.total_steps,
+        temperature=1.0,
+        with_reference=False,
+        engine=None,
     )
-    cluster = Cluster(workers, layout, cfg.actor.cut)
     train(cfg, inputs, cluster, run_dir)
-    export_model(cluster, run_dir, cfg.trainer.export_hf_model)
-    workers.close()
+    if cfg.trainer.export_hf_model:
+        export_model(cluster, run_dir)
+    cluster.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

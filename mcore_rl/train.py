@@ -6,17 +6,13 @@ torchrun --nproc-per-node 8 -m mcore_rl.train --config-name gmpo ...
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mcore_rl.config.checks import check_run
-from mcore_rl.config.run import RunConfig, train_layout
-from mcore_rl.launch.cluster import Cluster
-from mcore_rl.launch.start import StartWorkers, run_command
+from mcore_rl.config.run import RunConfig
+from mcore_rl.launch.start import StartWorkers, export_model, run_command, start_cluster
 from mcore_rl.rollout.base import EngineSpec
-from mcore_rl.workers.spec import ActorSpec, WorkerSpec
 
 
 def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
@@ -28,47 +24,26 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
 
     inputs = load_run_inputs(cfg)
     run_dir = open_run_folder(cfg, may_resume=cfg.trainer.resume_mode == "auto")
-    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
-    workers = start_workers(
-        WorkerSpec(
-            layout=layout,
-            actor=ActorSpec(
-                model_path=str(cfg.model.path),
-                megatron=cfg.actor.megatron,
-                optim=cfg.actor.optim,
-                grad_clip=cfg.actor.grad_clip,
-                total_steps=inputs.total_steps,
-                temperature=cfg.rollout.temperature,
-                with_reference=cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward,
-            ),
-            engine=EngineSpec(
-                model_path=str(cfg.model.path),
-                dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,
-                max_model_len=cfg.rollout.max_model_len
-                or cfg.data.max_prompt_length + cfg.data.max_response_length,
-                stop_token_ids=inputs.stop_token_ids,
-                config=cfg.rollout,
-            ),
-        )
+    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
+    cluster = start_cluster(
+        cfg,
+        start_workers,
+        total_steps=inputs.total_steps,
+        temperature=cfg.rollout.temperature,
+        with_reference=cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward,
+        engine=EngineSpec(
+            model_path=str(cfg.model.path),
+            dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,
+            max_model_len=cfg.rollout.max_model_len or longest,
+            stop_token_ids=inputs.stop_token_ids,
+            config=cfg.rollout,
+        ),
     )
-    cluster = Cluster(workers, layout, cfg.actor.cut)
     train(cfg, inputs, cluster, run_dir)
-    export_model(cluster, run_dir, cfg.trainer.export_hf_model)
-    workers.close()
+    if cfg.trainer.export_hf_model:
+        export_model(cluster, run_dir)
+    cluster.close()
     sys.stdout.write(f"report  {write_report(run_dir)}\n")
-
-
-def export_model(cluster: Cluster, run_dir: Path, wanted: bool) -> None:
-    """Write the trained weights to `hf_model` in the run folder; the folder appears when whole."""
-    final = run_dir / "hf_model"
-    if not wanted:
-        return
-    partial = run_dir / "hf_model.partial"
-    for leftover in (partial, final):  # of an earlier end of this same run
-        shutil.rmtree(leftover, ignore_errors=True)
-    cluster.export_hf(str(partial))
-    partial.rename(final)
-    sys.stdout.write(f"model   {final}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

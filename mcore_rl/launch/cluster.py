@@ -20,6 +20,8 @@ class WorkerGroup(Protocol):
     """All workers of a run."""
 
     world_size: int
+    step: int | None
+    """Step of the loop, for the messages of failures; the loop sets it."""
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call `method` with the same arguments on every worker; return results by rank."""
@@ -27,6 +29,10 @@ class WorkerGroup(Protocol):
 
     def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call `method` on every worker with its own arguments; return results by rank."""
+        ...
+
+    def close(self) -> None:
+        """End all workers."""
         ...
 
 
@@ -43,6 +49,10 @@ class Cluster:
         self.layout, self.cut = layout, cut
         self._workers = workers
         self._places: list[Place] = workers.call("place")
+
+    def enter_step(self, step: int) -> None:
+        """Have failures from here on name `step`."""
+        self._workers.step = step
 
     @property
     def num_engines(self) -> int:
@@ -104,6 +114,10 @@ class Cluster:
     def export_hf(self, folder: str) -> None:
         """Write the actor's weights as a Hugging Face folder."""
         self._workers.call("actor.export_hf", folder)
+
+    def close(self) -> None:
+        """End all workers."""
+        self._workers.close()
 
     def _plan(self, sequences: Sequence[TokenSequence]) -> MinibatchPlan:
         multiple_of = self.layout.pp if self.layout.vpp > 1 else 1

@@ -7,16 +7,21 @@ torchrun started, or starts them itself on this machine.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
+from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
 from mcore_rl.errors import UserError
 from mcore_rl.launch import torchrun
+from mcore_rl.launch.cluster import Cluster
 from mcore_rl.observability.log_setup import setup_logging
-from mcore_rl.workers.spec import WorkerSpec
+from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.workers.spec import ActorSpec, WorkerSpec
 
 Config = TypeVar("Config")
 StartWorkers = Callable[[WorkerSpec], torchrun.TorchrunWorkers]
@@ -59,7 +64,50 @@ def run_command(
         setup_logging(torchrun.rank(), "controller" if torchrun.rank() == 0 else "worker")
         torchrun.run_program(world_size, _make_worker, lambda start: program(config, start))
     except Exception as error:  # noqa: BLE001  whatever it is, no process may outlive it
-        torchrun.end_process(error, role="controller")
+        torchrun.end_process(error)
+
+
+def start_cluster(
+    cfg: RunConfig | SftRunConfig,
+    start_workers: StartWorkers,
+    *,
+    total_steps: int,
+    temperature: float,
+    with_reference: bool,
+    engine: EngineSpec | None,
+) -> Cluster:
+    """Start all workers as `cfg` describes them.
+
+    Args:
+        cfg: the run.
+        start_workers: given to the program by `run_command`.
+        total_steps: steps of the run.
+        temperature: of the logits.
+        with_reference: keep a frozen copy of the initial weights.
+        engine: None where nothing is generated.
+    """
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    actor = ActorSpec(
+        model_path=str(cfg.model.path),
+        megatron=cfg.actor.megatron,
+        optim=cfg.actor.optim,
+        grad_clip=cfg.actor.grad_clip,
+        total_steps=total_steps,
+        temperature=temperature,
+        with_reference=with_reference,
+    )
+    workers = start_workers(WorkerSpec(layout=layout, actor=actor, engine=engine))
+    return Cluster(workers, layout, cfg.actor.cut)
+
+
+def export_model(cluster: Cluster, run_dir: Path) -> None:
+    """Write the trained weights to `hf_model` in the run folder; the folder appears when whole."""
+    final, partial = run_dir / "hf_model", run_dir / "hf_model.partial"
+    for leftover in (partial, final):  # of an earlier end of this same run
+        shutil.rmtree(leftover, ignore_errors=True)
+    cluster.export_hf(str(partial))
+    partial.rename(final)
+    sys.stdout.write(f"model   {final}\n")
 
 
 def _make_worker(spec: WorkerSpec, device: Any) -> Any:

@@ -104,6 +104,7 @@ class TorchrunWorkers:
     def __init__(self, spec: Any, make_worker: Callable[[Any, torch.device], Any]) -> None:
         self._commands, device = _join()
         self.world_size = dist.get_world_size()
+        self.step: int | None = None
         _broadcast(spec, self._commands)
         self._worker = make_worker(spec, device)
         _gather(None, self._commands)  # every worker is up
@@ -114,8 +115,12 @@ class TorchrunWorkers:
 
     def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call `method` on every worker with its own arguments; return results by rank."""
-        own = _scatter([(method, args) for args in args_of_rank], self._commands)
-        result = self._worker.call(*own)
+        commands = [(method, args, self.step) for args in args_of_rank]
+        _, own_args, _ = _scatter(commands, self._commands)
+        try:
+            result = self._worker.call(method, own_args)
+        except Exception as error:
+            raise _located(error, f"worker, {method}", self.step) from error
         return _gather(result, self._commands)
 
     def close(self) -> None:
@@ -157,35 +162,44 @@ def _free_port() -> int:
 def _serve(make_worker: Callable[[Any, torch.device], Any]) -> None:
     """Do what rank 0 says until it says nothing more."""
     commands, device = _join()
-    command: tuple[str, tuple[Any, ...]] | None = ("start", ())
+    method, step = "start", None
     try:
         worker = make_worker(_broadcast(None, commands), device)
         _gather(None, commands)
         while (command := _scatter(None, commands)) is not None:
-            _gather(worker.call(*command), commands)
+            method, args, step = command
+            _gather(worker.call(method, args), commands)
         _leave(worker)
     except Exception as error:  # noqa: BLE001  whatever it is, this process must end now
-        end_process(error, role=f"worker, command {command[0] if command else 'close'}")
+        end_process(_located(error, f"worker, {method}", step))
 
 
-def end_process(error: BaseException, role: str, step: int | None = None) -> None:
-    """Report a failure with rank, role and step and end this process at once.
+def _located(error: Exception, role: str, step: int | None) -> Exception:
+    """Return the error with what it lacks of rank, role and step; a user's mistake as it is."""
+    if isinstance(error, UserError):
+        return error
+    known = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")
+    located = type(known)(
+        known.message,
+        rank=rank() if known.rank is None else known.rank,
+        role=known.role or role,
+        step=step if known.step is None else known.step,
+    )
+    located.__cause__ = error
+    return located
+
+
+def end_process(error: Exception) -> None:
+    """Say what went wrong and end this process at once, with exit code 2 for a user's mistake.
 
     The exit is immediate: other ranks may wait in a collective for this one, and orderly
     shutdown would wait for them.
     """
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        code = USER_ERROR_EXIT_CODE
-    else:
+    code = USER_ERROR_EXIT_CODE
+    if not isinstance(error, UserError):
         traceback.print_exception(error)
-        where = (
-            error
-            if isinstance(error, RunError)
-            else RunError(f"{type(error).__name__}: {error}", rank=rank(), role=role, step=step)
-        )
-        print(f"error: {where}", file=sys.stderr, flush=True)  # noqa: T201
-        code = 1
+        error, code = _located(error, "controller", None), 1
+    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
     sys.stdout.flush()
     os._exit(code)
 

@@ -47,6 +47,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
 
     with open_log(trainer, run_dir, start, total_steps) as log:
         for step in range(start, total_steps):
+            cluster.enter_step(step)
             metrics: list[Metrics] = []
             if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
                 with log.stage("eval"):

@@ -21,6 +21,7 @@ def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path)
     start = resume(run_dir, cluster, kept)
     with open_log(trainer, run_dir, start, total_steps) as log:
         for step in range(start, total_steps):
+            cluster.enter_step(step)
             sequences = inputs.sequences.next(cfg.data.train_batch_size)
             with log.stage("train"):
                 cluster.begin_step()
