@@ -55,8 +55,9 @@ MAY_IMPORT = {
         "rewards",
         "rollout.base",
     ),
-    "train": ("config", "launch", "loop", "observability.report", "rollout.base", "workers.spec"),
-    "sft": ("config", "launch", "loop", "train", "workers.spec"),
+    "train": ("config", "launch", "loop", "observability.report", "rollout.base"),
+    "sft": ("config", "launch", "loop"),
+    "report": ("observability.report",),
     "cli": (),
 }
 
@@ -68,6 +69,7 @@ LIBRARY_OWNERS = {
     "vllm": ("rollout.vllm_",),
     "megatron": ("megatron.",),
     "hydra": ("config.",),
+    "yaml": ("config.",),
     "omegaconf": ("config.", "loop.resume", "observability.report"),
     "transformers": ("data.chat", "data.prompts", "models.", "megatron.", "loop."),
     "huggingface_hub": ("models.",),

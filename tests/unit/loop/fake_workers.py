@@ -136,7 +136,8 @@ class CrashError(Exception):
 class FakeWorkers:
     """A `WorkerGroup` of two ranks, each with an engine.
 
-    `calls` is what was asked, in order, `versions` the engines' version at the time of each call.
+    `calls` is what was asked, in order, `versions` the engines' version at the time of each call,
+    `steps` the step that a failure of the call would name.
 
     Args:
         temperature: of engines and actor.
@@ -159,6 +160,8 @@ class FakeWorkers:
         self.crash_at = crash_at
         self.calls: list[tuple[str, Any]] = []
         self.versions: list[int] = []
+        self.step: int | None = None
+        self.steps: list[int | None] = []
 
     @property
     def methods(self) -> list[str]:
@@ -171,6 +174,7 @@ class FakeWorkers:
         number = self.methods.count(method)
         self.calls.append((method, args_of_rank))
         self.versions.append(self.engines[0].weight_version)
+        self.steps.append(self.step)
         if self.crash_at == (method, number):
             raise CrashError(f"{method} {number}")
         match method:
@@ -205,6 +209,9 @@ class FakeWorkers:
             case _:
                 raise AssertionError(f"the loop asked for {method}")
         return [None] * self.world_size
+
+    def close(self) -> None:
+        raise AssertionError("a loop leaves its workers to whoever started them")
 
 
 REWARD = """

@@ -1,0 +1,38 @@
+"""The `rollout` section refuses what would make engine and trainer disagree."""
+
+from __future__ import annotations
+
+import pytest
+
+from mcore_rl.errors import UserError
+from mcore_rl.rollout.base import RolloutConfig, ValKwargsConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("n", 0, "must be at least 1"),
+        ("temperature", 0.0, "must be > 0"),
+        ("temperature", -1.0, "must be > 0"),
+        ("top_p", 0.9, "log-probabilities differ"),
+        ("top_k", 50, "log-probabilities differ"),
+        ("dtype", "float16", "is not one of float32, bfloat16"),
+        ("max_num_seqs", 0, "must be at least 1"),
+        ("gpu_memory_utilization", 0.0, r"must lie in \(0, 1\]"),
+        ("gpu_memory_utilization", 1.1, r"must lie in \(0, 1\]"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field, value, rule):
+    with pytest.raises(UserError, match=rf"^rollout\.{field}=.*{rule}"):
+        RolloutConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("n", 0), ("temperature", 0.0)])
+def test_validation_sampling_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(UserError, match=rf"^rollout\.val_kwargs\.{field}="):
+        ValKwargsConfig(**{field: value})
+
+
+def test_validation_may_sample_from_a_part_of_the_vocabulary():
+    val = ValKwargsConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
+    assert RolloutConfig(val_kwargs=val).val_kwargs == val

@@ -1,0 +1,98 @@
+"""The engine without a model: the same answers to the same requests, and the rules of weights."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from mcore_rl.errors import RolloutError, UserError
+from mcore_rl.rollout import load_engine
+from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
+
+VOCABULARY = 50
+
+
+@pytest.fixture
+def make_engine(tmp_path):
+    """Return a function (**fields of EngineSpec) -> a fake engine that holds weights."""
+
+    def make(version=0, name="fake", **fields):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY}))
+        spec = EngineSpec(
+            **{
+                "model_path": str(tmp_path),
+                "dtype": "float32",
+                "max_model_len": 64,
+                "stop_token_ids": [7],
+                "config": RolloutConfig(name=name),
+                **fields,
+            }
+        )
+        engine = load_engine(spec)
+        if version >= 0:
+            engine.start_weight_update()
+            engine.finish_weight_update(version)
+        return engine
+
+    return make
+
+
+def request(prompt, seed, max_tokens=8):
+    sampling = SamplingParams(
+        temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens, seed=seed
+    )
+    return GenerationRequest(prompt_token_ids=prompt, sampling=sampling)
+
+
+REQUESTS = [request([1, 2, i % 3], seed=i // 3) for i in range(60)]
+
+
+def test_answers_depend_on_prompt_and_seed_alone(make_engine):
+    first, second = make_engine(), make_engine()
+    forward = first.generate(REQUESTS)
+    assert second.generate(REQUESTS[::-1])[::-1] == forward
+    assert [first.generate([r])[0] for r in REQUESTS] == forward
+    assert len({tuple(result.token_ids) for result in forward}) > 50
+
+
+def test_answers_end_within_the_limit_with_a_stop_token_or_by_length(make_engine):
+    results = make_engine().generate(REQUESTS)
+    assert {result.finish_reason for result in results} == {"stop", "length"}
+    for result in results:
+        assert 1 <= len(result.token_ids) <= 8
+        if result.finish_reason == "stop":
+            assert result.token_ids[-1] == 7
+        else:
+            assert len(result.token_ids) == 8
+        assert result.logprobs == [-math.log(VOCABULARY)] * len(result.token_ids)
+        assert all(0 <= token < VOCABULARY for token in result.token_ids)
+
+
+def test_without_stop_tokens_every_answer_ends_by_length(make_engine):
+    results = make_engine(stop_token_ids=[]).generate(REQUESTS)
+    assert {result.finish_reason for result in results} == {"length"}
+
+
+def test_nothing_is_generated_without_complete_weights(make_engine):
+    engine = make_engine(version=-1)
+    assert engine.weight_version == -1
+    with pytest.raises(RolloutError, match="without complete weights"):
+        engine.generate(REQUESTS)
+    engine.start_weight_update()
+    engine.update_weights({"named_tensors": [("a", torch.zeros(2)), ("b", torch.zeros(2))]})
+    with pytest.raises(RolloutError, match="without complete weights"):
+        engine.generate(REQUESTS)
+    engine.finish_weight_update(3)
+    assert {result.weight_version for result in engine.generate(REQUESTS)} == {3}
+    assert engine.num_updated_tensors == 2
+    engine.start_weight_update()
+    with pytest.raises(RolloutError):
+        engine.generate(REQUESTS)
+
+
+def test_an_unknown_engine_is_a_user_error(make_engine):
+    with pytest.raises(UserError, match=r"rollout\.name='vlm': there is no such rollout engine"):
+        make_engine(name="vlm")
