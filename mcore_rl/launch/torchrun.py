@@ -14,7 +14,9 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 # A worker waits for its next command as long as the controller judges, validates or writes.
 COMMAND_TIMEOUT = datetime.timedelta(days=7)
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# torchrun's agent looks after its processes every 0.1 s and ends them when one has failed.
+AGENT_GRACE_S = 5.0
 
 
 def is_launched() -> bool:
@@ -55,6 +59,7 @@ def launch_processes(module: str, argv: Sequence[str], num_processes: int) -> in
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
@@ -63,9 +68,13 @@ def launch_processes(module: str, argv: Sequence[str], num_processes: int) -> in
     try:
         elastic_launch(config, sys.executable)("-m", module, *argv)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        # Killed by a signal: the shell's convention.
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        failed_rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        # Ended by a signal, so it could not speak; the exit code is the shell's convention.
+        ended = RunError(f"the process was ended by {failure.signal_name()}", rank=failed_rank)
+        print(f"error: {ended}", file=sys.stderr, flush=True)  # noqa: T201
+        return 128 - failure.exitcode
     return 0
 
 
@@ -193,8 +202,10 @@ def end_process(error: Exception) -> None:
     """Say what went wrong and end this process at once, with exit code 2 for a user's mistake.
 
     The exit is immediate: other ranks may wait in a collective for this one, and orderly
-    shutdown would wait for them.
+    shutdown would wait for them. What another rank says better waits, to be ended unsaid.
     """
+    if _is_said_elsewhere(error):
+        time.sleep(AGENT_GRACE_S)
     code = USER_ERROR_EXIT_CODE
     if not isinstance(error, UserError):
         traceback.print_exception(error)
@@ -202,6 +213,19 @@ def end_process(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
     sys.stdout.flush()
     os._exit(code)
+
+
+def _is_said_elsewhere(error: Exception) -> bool:
+    """Whether this is but the echo of another rank's failure, or a mistake that rank 0 names too.
+
+    Then the agent that started the processes ends this one before long; where there is none, it
+    speaks after all.
+    """
+    if isinstance(error, UserError):
+        return rank() > 0
+    return any(
+        text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")
+    )
 
 
 def _broadcast(value: Any, group: dist.ProcessGroup) -> Any:
