@@ -10,3 +10,19 @@ def processes():
     pool = ProcessPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """Return a function: name in `tiny_checkpoints.CHECKPOINTS` -> its folder, written once."""
+    from tiny_checkpoints import save_tiny_checkpoint
+
+    folders = {}
+
+    def folder_of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("checkpoints") / name
+            save_tiny_checkpoint(name, folders[name])
+        return folders[name]
+
+    return folder_of

@@ -7,7 +7,8 @@ in the data) is saved beside it by `loop/resume.py`, which also makes the folder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,39 @@ def _sharded_state(
         f"model{index}": _model(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)
     }
-    state["optimizer"] = optimizer.inner.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=metadata
-    )
+    with _padding_kept(optimizer.inner):
+        state["optimizer"] = optimizer.inner.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=metadata
+        )
     return state
+
+
+@contextlib.contextmanager
+def _padding_kept(optimizer: Any) -> Iterator[None]:
+    """Have the state of a distributed optimizer gathered with the padding between its buckets.
+
+    Megatron gathers it without (distrib_optimizer.py:1027) and then cuts each parameter out at its
+    place with it (:1500), so after a padded bucket every parameter would be saved with a
+    neighbour's numbers and the last ones with zeros. There is more than one bucket with tied
+    embeddings on two stages, and with `overlap_grad_reduce` in a large model.
+    """
+    parts = [
+        (part, numel)
+        for one in getattr(optimizer, "chained_optimizers", [optimizer])
+        for buffer in getattr(one, "buffers", [])
+        for part, numel in (
+            (buffer, buffer.numel),
+            *((bucket, bucket.grad_data.numel()) for bucket in buffer.buckets),
+        )
+    ]
+    unpadded = [part.numel_unpadded for part, _ in parts]
+    for part, numel in parts:
+        part.numel_unpadded = numel
+    try:
+        yield
+    finally:
+        for (part, _), numel in zip(parts, unpadded, strict=True):
+            part.numel_unpadded = numel
 
 
 def _model(chunk: DistributedDataParallel) -> Any:

@@ -1,0 +1,177 @@
+"""What the processes of `processes.py` do with an actor: one rank's part of each case.
+
+Every function builds workers from an `ActorSpec` in the layout that its sizes and the number of
+processes give, the way the launcher does, and plans micro-batches the way `launch.cluster` does.
+"""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from actor_inputs import ONE_MICRO_BATCH
+
+from mcore_rl.config.run import train_layout
+from mcore_rl.data.packing import plan_minibatch
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.objectives import SftObjective
+from mcore_rl.metrics import to_floats
+from mcore_rl.workers.spec import WorkerSpec
+
+CPU = torch.device("cpu")
+
+
+class SpmdWorkers:
+    """A `WorkerGroup` in which every rank is its own controller: calls reach this rank alone, and
+    the results of all ranks are gathered to every rank."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.world_size = dist.get_world_size()
+
+    def call(self, method, *args):
+        return self.call_each(method, [args] * self.world_size)
+
+    def call_each(self, method, args_of_rank):
+        results = [None] * self.world_size
+        dist.all_gather_object(results, self.worker.call(method, args_of_rank[dist.get_rank()]))
+        return results
+
+
+@contextlib.contextmanager
+def running_worker(spec):
+    """Yield this rank's worker, built from an ActorSpec."""
+    from mcore_rl.workers.worker import Worker
+
+    layout = train_layout(spec.megatron, dist.get_world_size())
+    worker = Worker(WorkerSpec(layout=layout, actor=spec, engine=None), CPU)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+@contextlib.contextmanager
+def running_cluster(spec, cut):
+    """Yield the loop's view of the workers, and this rank's worker."""
+    with running_worker(spec) as worker:
+        yield Cluster(SpmdWorkers(worker), worker.parallel.layout, cut), worker
+
+
+def exported(worker):
+    """Return every tensor of the export, by Hugging Face name."""
+    return {name: tensor.clone() for bucket in worker.actor.exporter for name, tensor in bucket}
+
+
+def logprobs(spec, sequences, cut):
+    """Return logprobs of every token by sequence."""
+    with running_cluster(spec, cut) as (cluster, _):
+        return cluster.logprobs(sequences)
+
+
+def train(spec, minibatches, objective, cut):
+    """Do a step of one update on each minibatch; return (metrics of each, exported weights).
+
+    Every rank returns the same metrics, those that the controller sees.
+    """
+    with running_cluster(spec, cut) as (cluster, worker):
+        metrics = []
+        for sequences in minibatches:
+            cluster.begin_step()
+            metrics.append(to_floats(cluster.update(sequences, objective)))
+        return metrics, exported(worker)
+
+
+def logits(spec, sequences):
+    """Return the logits of every sequence's tokens but the last, [n - 1, vocab] each, from one
+    packed row: the output layer's input times its weight, on one process."""
+    captured = []
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, worker):
+        (chunk,) = worker.actor.chunks
+        model = chunk.module
+        model.output_layer.register_forward_pre_hook(
+            lambda _, args: captured.append(args[0].squeeze(1))
+        )
+        cluster.logprobs(sequences)
+        weight = model.output_layer.weight
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        (hidden_TH,) = captured
+        logits_TV = (hidden_TH @ weight.t())[:, : model.real_vocab_size].detach()
+    rows = [len(sequence.token_ids) - 1 for sequence in sequences]
+    parts = logits_TV.split([max(1, n) for n in rows])  # one token alone is a row of padding
+    return [part[:n].clone() for part, n in zip(parts, rows, strict=True)]
+
+
+def gradients(spec, sequences, objective, cut):
+    """Return the gradient of the objective for every Hugging Face tensor, and its metrics.
+
+    For layouts in which no data-parallel rank holds a part of the gradient.
+    """
+    from mcore_rl.megatron.forward_backward import forward_backward
+    from mcore_rl.weight_sync.export import WeightExporter
+
+    with running_worker(spec) as worker:
+        actor, layout = worker.actor, worker.parallel.layout
+        plan = plan_minibatch(sequences, layout.dp, cut)
+        actor.optimizer.zero_grad()
+        metrics = forward_backward(
+            actor.chunks,
+            plan.micro_batches[worker.place().dp_rank],
+            worker.parallel,
+            CPU,
+            lambda *args: objective(*args, plan.denominators),
+            plan.denominators.num_tokens,
+            objective.with_entropy,
+        )
+        found = {name: param.main_grad for name, param in actor.params.items()}
+        exporter = WeightExporter(found, actor.entries, worker.parallel)
+        return {n: t.clone() for bucket in exporter for n, t in bucket}, to_floats(metrics)
+
+
+def policy_and_reference_logprobs(spec, sequences, cut):
+    """Return logprobs of the initial policy, of the reference after training and of the policy
+    after training."""
+    with running_cluster(spec, cut) as (cluster, _):
+        initial = cluster.logprobs(sequences)
+        for _ in range(10):
+            cluster.begin_step()
+            cluster.update(sequences, SftObjective())
+        return initial, cluster.ref_logprobs(sequences), cluster.logprobs(sequences)
+
+
+def round_trip(spec, folder):
+    """Export the loaded weights to this rank and to a model folder; return (names by bucket,
+    tensors)."""
+    with running_worker(spec) as worker:
+        names = [[name for name, _ in bucket] for bucket in worker.actor.exporter]
+        tensors = exported(worker)
+        worker.actor.export_hf(folder)
+        return names, tensors
+
+
+def optimizer_state(worker):
+    """Return this rank's part of Adam's state: (steps, moments), in the order of parameters."""
+    inner = worker.actor.optimizer.inner
+    steps, moments = [], []
+    for one in getattr(inner, "chained_optimizers", [inner]):
+        for group in one.optimizer.param_groups:
+            steps.append(group.get("step", 0))
+            for param in group["params"]:
+                state = one.optimizer.state[param]
+                moments += [state[key].clone() for key in ("exp_avg", "exp_avg_sq") if key in state]
+    return steps, moments
+
+
+def run_script(spec, script, cut=ONE_MICRO_BATCH):
+    """Do the commands of `script` and return after each (metrics or None, weights, Adam's state).
+
+    Commands: ("begin_step",), ("update", sequences, objective), ("save", folder),
+    ("load", folder).
+    """
+    with running_cluster(spec, cut) as (cluster, worker):
+        answers = []
+        for method, *args in script:
+            answer = getattr(cluster, method)(*args)
+            metrics = to_floats(answer) if answer else None
+            answers.append((metrics, exported(worker), optimizer_state(worker)))
+        return answers
