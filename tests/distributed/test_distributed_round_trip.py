@@ -1,0 +1,82 @@
+"""Hugging Face -> Megatron in a layout -> Hugging Face: every tensor comes back bit by bit."""
+
+import actor_cases
+import pytest
+import torch
+from actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id
+from transformers import AutoModelForCausalLM
+
+from mcore_rl.models.safetensors_io import CheckpointReader
+from mcore_rl.models.spec import load_hf_config, model_family
+
+CASES = [
+    ("qwen2", 1, {}),
+    ("qwen2", 2, TP2),
+    ("qwen3", 2, {}),
+    ("qwen3_one_group", 2, TP2),
+    ("qwen2_tied", 2, TP2),
+    ("qwen2_tied", 2, PP2),
+    ("qwen2_tied", 2, VPP2),
+    ("qwen3_moe_mixed", 1, {}),
+    ("qwen3_moe_mixed", 2, EP2),
+    ("qwen3_moe_mixed", 2, PP2),
+    ("qwen3_moe", 2, TP2),
+    ("qwen3_moe", 2, TP2 | EP2 | ETP1),
+    ("qwen3_moe_four_layers", 2, VPP2),
+    ("qwen3_moe", 4, TP2 | EP2),
+    ("qwen3_moe", 4, TP2 | PP2 | EP2 | ETP1),
+]
+
+
+@pytest.mark.parametrize(("name", "world_size", "megatron"), CASES, ids=layout_id)
+def test_weights_come_back_bit_by_bit_on_every_rank_and_as_a_folder(
+    processes, tiny_checkpoint, tmp_path, name, world_size, megatron
+):
+    """Proves loading and export through the real model, whole layers in order, one per bucket, and
+    that transformers computes the same from the exported folder. The vocabulary of 61 is padded
+    for two tensor-parallel ranks.
+    """
+    source, target = tiny_checkpoint(name), tmp_path / "exported"
+    spec = actor_spec(source, **megatron)
+    by_rank = processes.run(actor_cases.round_trip, world_size, spec, str(target))
+
+    config = load_hf_config(source)
+    reader = CheckpointReader(source)
+    layers = [None, *range(config.num_hidden_layers), None]
+    entries = model_family(config).entries(config)
+    in_order = [hf.name for entry in entries for hf in entry.mapping.sources]
+    for buckets, tensors in by_rank:
+        assert sorted(tensors) == reader.names()
+        for tensor_name, tensor in tensors.items():
+            assert torch.equal(tensor, reader.read(tensor_name)), tensor_name
+        assert [layer_of(names) for names in buckets] == layers
+        in_order = [
+            hf.name for e in model_family(config).entries(config) for hf in e.mapping.sources
+        ]
+        assert [tensor_name for names in buckets for tensor_name in names] == in_order
+
+    assert (target / "config.json").read_text() == (source / "config.json").read_text()
+    token_ids = torch.arange(61).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(folder)(token_ids).logits
+            for folder in (target, source)
+        )
+    assert torch.equal(ours, theirs)
+
+
+def layer_of(names):
+    """Return the one layer that the tensors of a bucket belong to, None outside layers."""
+    layers = {int(n.split(".")[2]) if n.startswith("model.layers.") else None for n in names}
+    assert len(layers) == 1, names
+    return layers.pop()
+
+
+def test_a_bfloat16_model_exports_the_rounded_weights(processes, tiny_checkpoint, tmp_path):
+    spec = actor_spec(tiny_checkpoint("qwen3_moe"), dtype="bfloat16", **TP2, **EP2, **ETP1)
+    reader = CheckpointReader(tiny_checkpoint("qwen3_moe"))
+    args = spec, str(tmp_path / "exported")
+    for _, tensors in processes.run(actor_cases.round_trip, 2, *args):
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, reader.read(name).bfloat16()), name
+    assert CheckpointReader(tmp_path / "exported").dtype("lm_head.weight") == torch.bfloat16
