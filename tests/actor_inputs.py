@@ -31,6 +31,7 @@ _SHORT = {
     "sequence_parallel": "sp",
     "use_distributed_optimizer": "distopt",
     "overlap_grad_reduce": "overlap",
+    "dtype": "",
 }
 
 
@@ -38,7 +39,8 @@ def layout_id(value):
     """Return a test id of MegatronConfig's settings: "tp2-etp1"; None for other parameters."""
     if not isinstance(value, dict):
         return None
-    return "-".join(f"{_SHORT[key]}{int(size)}" for key, size in value.items()) or "dp"
+    sizes = {key: size if isinstance(size, str) else int(size) for key, size in value.items()}
+    return "-".join(f"{_SHORT[key]}{size}" for key, size in sizes.items()) or "dp"
 
 
 def actor_spec(

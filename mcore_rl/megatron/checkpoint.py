@@ -38,6 +38,9 @@ def save_checkpoint(
         optimizer: theirs.
         parallel: process groups.
     """
+    for one in _parts(optimizer.inner):
+        # Adam makes its moments in its first update; a run may have skipped all so far.
+        one.init_state_fn(one.optimizer, one.config)
     state = _sharded_state(chunks, optimizer, parallel, is_loading=False)
     state["schedule"] = optimizer.schedule.state_dict()
     dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy("torch_dist"))
@@ -85,6 +88,11 @@ def _sharded_state(
     return state
 
 
+def _parts(optimizer: Any) -> list[Any]:
+    """Return Megatron's optimizers, of which a chain has one for experts apart."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 @contextlib.contextmanager
 def _padding_kept(optimizer: Any) -> Iterator[None]:
     """Have the state of a distributed optimizer gathered with the padding between its buckets.
@@ -96,7 +104,7 @@ def _padding_kept(optimizer: Any) -> Iterator[None]:
     """
     parts = [
         (part, numel)
-        for one in getattr(optimizer, "chained_optimizers", [optimizer])
+        for one in _parts(optimizer)
         for buffer in getattr(one, "buffers", [])
         for part, numel in (
             (buffer, buffer.numel),

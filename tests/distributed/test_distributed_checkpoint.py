@@ -68,6 +68,7 @@ def continued(processes, tiny_checkpoint, tmp_path):
         ("qwen2_tied", 2, VPP2),
         ("qwen3_moe", 2, EP2),
         ("qwen3_moe", 2, TP2 | ETP1),
+        ("qwen3_moe", 2, EP2 | {"dtype": "bfloat16"}),  # masters in float32
     ],
     ids=layout_id,
 )
@@ -113,8 +114,8 @@ def test_another_layout_goes_on_alike(continued, name, saved_in, loaded_in):
             found_steps, expected_steps, strict=True
         ):
             assert metrics["actor/lr"] == expected["actor/lr"]
-            # float32 sums in another order; observed 3.1e-7 (gradient norm), 3e-8 (loss) and, of the
-            # largest weight of a tensor, 1.6e-7.
+            # float32 sums in another order; observed 3.1e-7 (gradient norm), 3e-8 (loss), and
+            # 1.6e-7 of the largest weight of a tensor.
             for key in ("actor/loss", "actor/grad_norm"):
                 assert metrics[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6)
             for key, weight in expected_weights.items():

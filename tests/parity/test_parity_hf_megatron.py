@@ -110,7 +110,7 @@ def test_gradients_are_those_of_transformers(processes, tiny_checkpoint, transfo
         losses.append(-logprobs.gather(-1, labels).squeeze(-1)[trains])
     loss = torch.cat(losses).mean()
     loss.backward()
-    # float32; observed 2e-7.
+    # float32; observed 1.3e-7.
     assert metrics["sft/loss"] == pytest.approx(loss.item(), rel=1e-6)
     expected = checkpoint_gradients(model)
     assert found.keys() == expected.keys()
