@@ -9,6 +9,10 @@ Writes four files, the same bytes for the same arguments:
     val.parquet    held-out prompts, in the form of train.parquet
     sft.parquet    prompt and response, for a supervised warm-up before reinforcement learning
 
+The warm-up's answers come from a teacher who adds column by column and often forgets every carry:
+37+48=75. A model that imitates it well is mediocre at adding, and what it lacks can be learned
+from the reward alone, since it carries sometimes. `--forgets 0` gives a teacher without fault.
+
 Two numbers that are added in val.parquet are not added in any other file, in either order. Within
 a file no two numbers are added twice. train and sft share additions only where --low to --high has
 too few for both.
@@ -60,12 +64,20 @@ def to_json_row(row: Row) -> Row:
     return {**row, "data_source": "arithmetic"}
 
 
-def to_sft_row(row: Row) -> Row:
-    """Return a row of sft.parquet: the right answer as the response."""
+def to_sft_row(row: Row, forgets: bool) -> Row:
+    """Return a row of sft.parquet: the teacher's answer, with or without the carries."""
     return {
         "prompt": [{"role": "user", "content": row["prompt"]}],
-        "response": row["ground_truth"],
+        "response": add_without_carry(row["prompt"]) if forgets else row["ground_truth"],
     }
+
+
+def add_without_carry(prompt: str) -> str:
+    """Return the sum of each column, its last digit only: "37+48=" gives "75"."""
+    a, b = prompt.removesuffix("=").split("+")
+    width = max(len(a), len(b))
+    columns = zip(a.zfill(width), b.zfill(width), strict=True)
+    return "".join(str((int(x) + int(y)) % 10) for x, y in columns)
 
 
 @contextmanager
@@ -92,16 +104,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--low", type=int, default=0, help="smallest number added (0)")
+    parser.add_argument("--low", type=int, default=10, help="smallest number added (10)")
     parser.add_argument("--high", type=int, default=99, help="largest number added (99)")
-    parser.add_argument("--train", type=int, default=2048, help="rows of train (2048)")
+    parser.add_argument("--train", type=int, default=1024, help="rows of train (1024)")
     parser.add_argument("--val", type=int, default=256, help="rows of val (256)")
-    parser.add_argument("--sft", type=int, default=2048, help="rows of sft (2048)")
+    parser.add_argument("--sft", type=int, default=2815, help="rows of sft (2815)")
+    parser.add_argument(
+        "--forgets", type=float, default=0.6, help="share of sft without carries (0.6)"
+    )
     args = parser.parse_args(argv)
     size = args.high - args.low + 1
     num_pairs = size * (size + 1) // 2
     if args.low < 0 or size < 1:
         parser.error(f"--low {args.low} --high {args.high}: give 0 <= low <= high")
+    if not 0 <= args.forgets <= 1:
+        parser.error(f"--forgets {args.forgets}: give a share from 0 to 1")
     if min(args.train, args.val, args.sft) < 1:
         parser.error("--train, --val and --sft are at least 1")
     if args.val + max(args.train, args.sft) > num_pairs:
@@ -119,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_parquet(args.out / "train.parquet", [to_prompt_row(row) for row in train])
     write_json(args.out / "train.json", [to_json_row(row) for row in train])
     write_parquet(args.out / "val.parquet", [to_prompt_row(row) for row in val])
-    write_parquet(args.out / "sft.parquet", [to_sft_row(row) for row in sft])
+    rng = random.Random(f"{args.seed}:forgets")
+    sft_rows = [to_sft_row(row, rng.random() < args.forgets) for row in sft]
+    write_parquet(args.out / "sft.parquet", sft_rows)
     print(f"{args.out}: {len(train)} train, {len(val)} val and {len(sft)} sft rows")
 
 

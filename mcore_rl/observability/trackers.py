@@ -269,7 +269,6 @@ class LogLineTracker(Tracker):
         "rollout/response_tokens/mean",
         "sft/loss",
         "actor/pg_loss",
-        "sft/loss",
         "actor/grad_norm",
         "mismatch/logprob_abs_diff/max",
         "time/step",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 FILES = ("train.parquet", "train.json", "val.parquet", "sft.parquet")
-SIZES = ["--train", "40", "--val", "10", "--sft", "20", "--high", "15"]
+SIZES = ["--train", "40", "--val", "10", "--sft", "20", "--low", "0", "--high", "15"]
 
 
 def numbers(prompt):
@@ -80,15 +80,39 @@ def test_the_files_hold_the_same_rows_in_their_own_forms(make_data, tmp_path):
     assert len(sft) == 20
     for row in sft:
         ((role, text),) = (message.values() for message in row["prompt"])
-        assert (role, row["response"]) == ("user", str(sum(numbers(text))))
+        assert role == "user"
+        a, b = numbers(text)
+        # low 0, high 15: of the carries only the units' can be forgotten
+        forgotten = str(a // 10 + b // 10) * (max(a, b) > 9) + str((a + b) % 10)
+        assert row["response"] in (str(a + b), forgotten)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("37+48=", "75"), ("85+47=", "22"), ("50+50=", "00"), ("12+34=", "46"), ("7+95=", "92")],
+)
+def test_a_forgetful_teacher_adds_each_column_alone(make_data, prompt, answer):
+    assert make_data.add_without_carry(prompt) == answer
+
+
+def test_the_teacher_forgets_in_the_share_of_rows_asked_for(make_data, tmp_path):
+    for share, expected in (("0", (0, 0)), ("1", (1, 1)), ("0.6", (0.55, 0.65))):
+        make_data.main(["--out", str(tmp_path / share), "--forgets", share])
+        rows = pq.read_table(tmp_path / share / "sft.parquet").to_pylist()
+        answers = [(numbers(row["prompt"][0]["content"]), row["response"]) for row in rows]
+        carrying = [(a, b, answer) for (a, b), answer in answers if a % 10 + b % 10 > 9]
+        forgot = sum(answer != str(a + b) for a, b, answer in carrying) / len(carrying)
+        # 1200 rows: 0.05 is 3.5 standard deviations, and the seed is fixed
+        assert expected[0] <= forgot <= expected[1]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--high", "9"], "gives 55 additions"),
+        (["--low", "0", "--high", "9"], "gives 55 additions"),
         (["--low", "5", "--high", "4"], "give 0 <= low <= high"),
         (["--val", "0"], "at least 1"),
+        (["--forgets", "1.5"], "a share from 0 to 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(make_data, tmp_path, capsys, options, message):
