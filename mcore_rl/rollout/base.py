@@ -163,13 +163,13 @@ class RolloutEngine(Protocol):
     """What the loop asks of an engine. Every call blocks until it is done."""
 
     weight_version: int
-    """Version of the last finished update; -1 before the first."""
+    """Version of the weights; -1 before the first update is finished and while one is open."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one result per request, in order.
 
         Raises:
-            RolloutError: if a result is missing or malformed, or no weights have arrived yet.
+            RolloutError: if a result is missing or malformed, or the weights are not complete.
         """
         ...
 

@@ -26,11 +26,10 @@ class FakeEngine:
         self.weight_version = -1
         self.num_updated_tensors = 0
         self._stop_token_ids = list(spec.stop_token_ids)
-        self._updating = False
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one drawn response per request."""
-        if self.weight_version < 0 or self._updating:
+        if self.weight_version < 0:
             raise RolloutError("generate was called without complete weights", role="rollout")
         return [self._draw(request) for request in requests]
 
@@ -52,14 +51,13 @@ class FakeEngine:
         )
 
     def start_weight_update(self) -> None:
-        self._updating = True
+        self.weight_version = -1
         self.num_updated_tensors = 0
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.num_updated_tensors += len(update_info["named_tensors"])
 
     def finish_weight_update(self, version: int) -> None:
-        self._updating = False
         self.weight_version = version
 
     def close(self) -> None:

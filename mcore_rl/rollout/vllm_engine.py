@@ -91,7 +91,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one result per request, in order; see `RolloutEngine.generate`."""
         if self.weight_version < 0:
-            raise RolloutError("generate was called before any weights arrived", role="rollout")
+            raise RolloutError("generate was called without complete weights", role="rollout")
         if not requests:
             return []
         prompts: Any = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]
@@ -126,6 +126,7 @@ class VllmEngine:
         )
 
     def start_weight_update(self) -> None:
+        self.weight_version = -1
         self._llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:

@@ -89,6 +89,7 @@ def test_nothing_is_generated_without_complete_weights(make_engine):
     assert {result.weight_version for result in engine.generate(REQUESTS)} == {3}
     assert engine.num_updated_tensors == 2
     engine.start_weight_update()
+    assert engine.weight_version == -1
     with pytest.raises(RolloutError):
         engine.generate(REQUESTS)
 

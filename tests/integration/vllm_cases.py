@@ -1,0 +1,103 @@
+"""What runs in the process that holds real vLLM engines; the tests ask for it by name.
+
+One process serves all tests: importing vLLM takes seconds, an engine starts in three. It holds one
+engine at a time, beside a gloo group, as a train worker does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mcore_rl.models.mappings import hf_shapes
+from mcore_rl.models.safetensors_io import CheckpointReader
+from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.rollout import load_engine
+from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, RolloutEngine
+from mcore_rl.weight_sync.base import TRANSPORTS
+from mcore_rl.weight_sync.sync import sync_weights
+
+_engine: RolloutEngine | None = None
+
+
+def start(folder: str, stop_token_ids=(), **rollout) -> None:
+    """Start an engine for the model in `folder`, in place of the one before."""
+    global _engine
+    stop()
+    if not dist.is_initialized():
+        store = dist.HashStore()
+        dist.init_process_group(
+            "gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60)
+        )
+    _engine = load_engine(
+        EngineSpec(
+            model_path=folder,
+            dtype="float32",
+            max_model_len=256,
+            stop_token_ids=list(stop_token_ids),
+            config=RolloutConfig(**{"kv_cache_memory_bytes": 32 << 20, **rollout}),
+        )
+    )
+
+
+def stop() -> None:
+    """Close the engine, if there is one."""
+    global _engine
+    if _engine is not None:
+        _engine.close()
+    _engine = None
+
+
+def engine() -> Any:
+    assert _engine is not None, "no engine was started"
+    return _engine
+
+
+def buckets(folder: str):
+    """Yield the tensors of a checkpoint as the trainer exports them: in layer order, by layer."""
+    config = load_hf_config(folder)
+    reader = CheckpointReader(folder)
+    entries = model_family(config).entries(config)
+    for _, layer in itertools.groupby(entries, key=lambda entry: entry.layer):
+        yield [(name, reader.read(name)) for entry in layer for name in hf_shapes(entry)]
+
+
+def sync(folder: str, version: int) -> None:
+    """Give the engine the weights in `folder` through the transport of the train worker."""
+    sync_weights(buckets(folder), TRANSPORTS.get("direct"), engine(), version)
+
+
+def generate(requests: list[GenerationRequest]):
+    """Return the results of the engine."""
+    return engine().generate(requests)
+
+
+def start_update() -> None:
+    """Open an update session and leave it open."""
+    engine().start_weight_update()
+
+
+def weight_version() -> int:
+    return engine().weight_version
+
+
+def set_random_states(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_draws() -> tuple[float, float, float]:
+    """Return the next number of each global random state."""
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def thread_state() -> tuple[str, int]:
+    """Return whose function sets torch's threads, and how many there are."""
+    return torch.set_num_threads.__module__ or "torch", torch.get_num_threads()

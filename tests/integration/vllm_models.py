@@ -1,0 +1,61 @@
+"""Tiny models that vLLM can run on CPU, as transformers makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+# vLLM's CPU attention wants heads of 32; qwen2 has them as hidden_size / heads.
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
+QWEN3 = SIZES | {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+MOE = QWEN3 | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
+MODELS = {
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**QWEN3),
+    "qwen3_tied": Qwen3Config(**QWEN3, tie_word_embeddings=True),
+    "qwen3_moe": Qwen3MoeConfig(**MOE),
+}
+
+
+def make_model(name: str, seed: int) -> Any:
+    """Return a model in which no parameter is without effect and logits spread over some units."""
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.3 * noise + (1.0 if "norm" in parameter_name else 0.0))
+            elif "embed" in parameter_name:
+                parameter.copy_(0.4 * noise)
+            else:
+                parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
+    return model.float().eval()
+
+
+@torch.no_grad()
+def hf_logprobs(
+    model: Any, prompt: list[int], response: list[int], temperature: float
+) -> torch.Tensor:
+    """Return log_softmax(logits / temperature) of the R response tokens' predictions.
+
+    [R, V] float32.
+    """
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
