@@ -69,16 +69,17 @@ def logprobs(spec, sequences, cut):
 
 
 def train(spec, minibatches, objective, cut):
-    """Do a step of one update on each minibatch; return (metrics of each, exported weights).
+    """Do a step of one update on each minibatch; return (metrics of each, exported weights,
+    logprobs of the last minibatch's sequences under them).
 
-    Every rank returns the same metrics, those that the controller sees.
+    Every rank returns the same metrics and logprobs, those that the controller sees.
     """
     with running_cluster(spec, cut) as (cluster, worker):
         metrics = []
         for sequences in minibatches:
             cluster.begin_step()
             metrics.append(to_floats(cluster.update(sequences, objective)))
-        return metrics, exported(worker)
+        return metrics, exported(worker), cluster.logprobs(minibatches[-1] if minibatches else [])
 
 
 def logits(spec, sequences):

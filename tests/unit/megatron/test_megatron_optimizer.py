@@ -108,6 +108,14 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
     assert all(map(torch.equal, moments, good[2][2][1]))
 
 
+def test_a_minibatch_without_trained_tokens_has_gradient_zero(run):
+    untrained = [replace(s, loss_mask=[False] * len(s.token_ids)) for s in SEQUENCES]
+    metrics, weights, _ = run([("begin_step",), ("update", untrained, SFT)])[1]
+    assert metrics["actor/grad_norm"] == 0
+    assert metrics["sft/loss"] == 0
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
 def test_a_run_whose_first_update_was_skipped_can_be_saved_and_goes_on(run, tmp_path):
     """No moments exist yet when the checkpoint is written."""
     spoilt = ("update", SEQUENCES, PoisonedObjective(SEQUENCES[0].token_ids[0], math.nan))
