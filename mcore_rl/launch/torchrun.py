@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -95,6 +96,8 @@ def run_program(
         UserError: if another number of processes was launched.
         Whatever the program raises, on rank 0; on other ranks a failure ends the process.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != world_size:
         raise UserError(
@@ -105,6 +108,17 @@ def run_program(
         program(lambda spec: TorchrunWorkers(spec, make_worker))
         return
     _serve(make_worker)
+
+
+def _end_with_agent(agent: int) -> None:
+    """End this process when the agent that started it is gone.
+
+    The agent gives every process a session of its own, so what kills the agent spares them, and
+    they would go on writing the run folder that the user has begun to resume.
+    """
+    while os.getppid() == agent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class TorchrunWorkers:

@@ -11,21 +11,24 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 # A rank that waits for a dead one would wait for half an hour.
-LIMIT_S = 60
+LIMIT_S = 120
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+def command(case: str) -> list[str]:
+    return [sys.executable, "-m", "torchrun_programs", case]
 
 
 def run(case: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "torchrun_programs", case],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S + 30,
+        command(case), env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S + 60
     )
     assert time.monotonic() - start < LIMIT_S, "a rank waited for a dead one"
     return done
@@ -100,3 +103,17 @@ def test_a_mistake_that_every_rank_finds_is_named_once():
         "error: trainer.n_gpus_per_node * trainer.nnodes = 3, but 2 processes were launched. "
         "Make them agree.\n"
     )
+
+
+def test_no_rank_outlives_a_launcher_that_was_killed():
+    """It would go on writing the run folder beside the run that resumes it."""
+    launcher = subprocess.Popen(command("wait"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    pids = [int(launcher.stdout.readline()) for _ in range(2)]
+    ranks = [psutil.Process(pid) for pid in pids]
+    launcher.kill()
+    launcher.wait()
+    gone, alive = psutil.wait_procs(ranks, timeout=LIMIT_S)
+    for process in alive:
+        process.kill()
+    assert len(gone) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import torch.distributed as dist
 
@@ -33,6 +34,11 @@ class Worker:
         dist.all_gather_object(total, self.rank)
         return sum(x for x in total if x is not None)
 
+    def say_pid_and_wait(self):
+        sys.stdout.write(f"{os.getpid()}\n")
+        sys.stdout.flush()
+        time.sleep(600)
+
     def fail_on(self, rank, kind):
         """Fail on one rank while the other waits for it in a collective."""
         if self.rank == rank:
@@ -59,6 +65,8 @@ def program(case, start):
         workers.close()
     elif case == "user_error_while_running":
         raise UserError("the reward of 'x' failed.")
+    elif case == "wait":
+        workers.call("say_pid_and_wait")
     elif case == "controller_fails":
         raise ZeroDivisionError("in the loop")
     else:
