@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 MAX_NEW_TOKENS = 8
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--data", type=Path, required=True, help="validation file")
     args = parser.parse_args()
+    logging.disable_progress_bar()
     rows = pyarrow.parquet.read_table(args.data).to_pylist()
     answers = greedy_answers(args.run / "hf_model", rows)
     right = sum(
