@@ -8,6 +8,7 @@ in the data) is saved beside it by `loop/resume.py`, which also makes the folder
 from __future__ import annotations
 
 import contextlib
+import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 
 from mcore_rl.megatron.optimizer import PolicyOptimizer
@@ -43,6 +45,9 @@ def save_checkpoint(
         one.init_state_fn(one.optimizer, one.config)
     state = _sharded_state(chunks, optimizer, parallel, is_loading=False)
     state["schedule"] = optimizer.schedule.state_dict()
+    # Written while this call lasts, so the results need no queue in a process of its own
+    # (filesystem_async.py:51), which takes seconds to start and outlives a rank that is killed.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy("torch_dist"))
 
 
