@@ -16,7 +16,6 @@ def check_run(cfg: RunConfig) -> None:
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
     context_parallelism_is_off(cfg)
-    expert_tensor_size_fits_sequence_parallelism(cfg)
     minibatches_divide_a_step(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
@@ -31,7 +30,6 @@ def check_sft(cfg: SftRunConfig) -> None:
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
     context_parallelism_is_off(cfg)
-    expert_tensor_size_fits_sequence_parallelism(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
 
 
@@ -73,20 +71,6 @@ def pipelines_are_interleaved_only_with_stages(cfg: RunConfig | SftRunConfig) ->
 def context_parallelism_is_off(cfg: RunConfig | SftRunConfig) -> None:
     cp = cfg.actor.megatron.context_parallel_size
     require(cp == 1, "actor.megatron.context_parallel_size", cp, "is not supported yet", "Use 1.")
-
-
-def expert_tensor_size_fits_sequence_parallelism(cfg: RunConfig | SftRunConfig) -> None:
-    """Megatron's MoE layers refuse to train with TP and without SP (moe_layer.py:380)."""
-    megatron = cfg.actor.megatron
-    ep = megatron.expert_model_parallel_size
-    tp = megatron.tensor_model_parallel_size
-    require(
-        ep == 1 or tp == 1 or megatron.uses_sequence_parallel,
-        "actor.megatron.sequence_parallel",
-        megatron.sequence_parallel,
-        f"cannot train experts with tensor_model_parallel_size={tp}",
-        "Leave it out.",
-    )
 
 
 def minibatches_divide_a_step(cfg: RunConfig) -> None:

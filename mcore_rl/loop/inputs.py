@@ -79,7 +79,12 @@ def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:
 def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
     assert cfg.model.path is not None
     hf_config = load_hf_config(cfg.model.path)
-    check_layout(hf_config, train_layout(cfg.actor.megatron, cfg.trainer.world_size))
+    megatron = cfg.actor.megatron
+    check_layout(
+        hf_config,
+        train_layout(megatron, cfg.trainer.world_size),
+        sequence_parallel=megatron.uses_sequence_parallel,
+    )
     return load_tokenizer(cfg.model.path)
 
 

@@ -13,13 +13,20 @@ from mcore_rl.models.spec import model_family
 from mcore_rl.types import Layout
 
 
-def check_layout(config: PreTrainedConfig, layout: Layout, key: str = "actor.megatron") -> None:
+def check_layout(
+    config: PreTrainedConfig,
+    layout: Layout,
+    key: str = "actor.megatron",
+    *,
+    sequence_parallel: bool = True,
+) -> None:
     """Raise a UserError naming `key` and the model's field if `layout` does not divide the model.
 
     Args:
         config: of a supported family.
         layout: sizes of the parallel axes.
         key: config section that holds the sizes.
+        sequence_parallel: whether it is on where tensor parallelism is.
     """
     arch = model_family(config).transformer_kwargs(config)
     moe_layers = arch.get("moe_layer_freq", [0] * arch["num_layers"])
@@ -52,6 +59,13 @@ def check_layout(config: PreTrainedConfig, layout: Layout, key: str = "actor.meg
 
     ep, etp = "expert_model_parallel_size", "expert_tensor_parallel_size"
     if any(moe_layers):
+        require(  # moe_layer.py:380 refuses to train so
+            layout.tp == 1 or sequence_parallel,
+            f"{key}.sequence_parallel",
+            sequence_parallel,
+            f"cannot train experts with {tp}={layout.tp}",
+            "Leave it out.",
+        )
         require_divides(ep, layout.ep, "num_experts", arch["num_moe_experts"])
         require_divides(etp, layout.etp, "moe_intermediate_size", arch["moe_ffn_hidden_size"])
     else:

@@ -46,20 +46,6 @@ RULES = {
         "actor.megatron.context_parallel_size=2 is not supported yet.",
         ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=1"],
     ),
-    "expert_tensor_size_fits_sequence_parallelism": (
-        [
-            "trainer.n_gpus_per_node=4",
-            "actor.megatron.tensor_model_parallel_size=2",
-            "actor.megatron.expert_model_parallel_size=2",
-            "actor.megatron.sequence_parallel=false",
-        ],
-        "actor.megatron.sequence_parallel=False cannot train experts",
-        [
-            "trainer.n_gpus_per_node=4",
-            "actor.megatron.tensor_model_parallel_size=2",
-            "actor.megatron.expert_model_parallel_size=2",
-        ],
-    ),
     "minibatches_divide_a_step": (
         ["data.train_batch_size=100", "actor.ppo_mini_batch_size=64"],
         "actor.ppo_mini_batch_size=64 does not divide data.train_batch_size=100.",

@@ -278,3 +278,11 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_by_key(
 ):
     with pytest.raises(UserError, match=rf"actor\.megatron\.{message}"):
         check_layout(make_config(case, **overrides), layout)
+
+
+def test_experts_under_tensor_parallelism_need_sequence_parallelism(make_config):
+    layout = Layout(tp=2, etp=2)
+    with pytest.raises(UserError, match=r"actor\.megatron\.sequence_parallel=False cannot train"):
+        check_layout(make_config("qwen3_moe"), layout, sequence_parallel=False)
+    check_layout(make_config("qwen3_moe"), layout, sequence_parallel=True)
+    check_layout(make_config("qwen3"), Layout(tp=2), sequence_parallel=False)
