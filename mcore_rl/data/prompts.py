@@ -169,7 +169,12 @@ class ItemStream(Generic[Item]):
         return self._epoch
 
     def num_batches_per_epoch(self, n: int) -> int:
-        """Return how many batches of `n` items an epoch has."""
+        """Return how many batches of `n` items an epoch has.
+
+        Raises:
+            UserError: if there are fewer than `n` items in all.
+        """
+        self._require_a_batch(n)
         return len(self._items) // n
 
     def next(self, n: int) -> list[Item]:
@@ -178,6 +183,14 @@ class ItemStream(Generic[Item]):
         Raises:
             UserError: if there are fewer than `n` items in all.
         """
+        self._require_a_batch(n)
+        if self._position + n > len(self._items):
+            self._enter(epoch=self._epoch + 1, position=0)
+        batch = self._order[self._position : self._position + n]
+        self._position += n
+        return [self._items[i] for i in batch]
+
+    def _require_a_batch(self, n: int) -> None:
         require(
             n <= len(self._items),
             "data.train_batch_size",
@@ -185,11 +198,6 @@ class ItemStream(Generic[Item]):
             f"is more than the {len(self._items)} rows of data.train_files",
             "Lower it or add data.",
         )
-        if self._position + n > len(self._items):
-            self._enter(epoch=self._epoch + 1, position=0)
-        batch = self._order[self._position : self._position + n]
-        self._position += n
-        return [self._items[i] for i in batch]
 
     def peek(self, n: int) -> list[Item]:
         """Return the first `n` items of the files, fewer if there are not as many."""

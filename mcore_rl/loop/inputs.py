@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
+from mcore_rl.errors import require
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import load_hf_config
+from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, TokenSequence
 
@@ -78,7 +80,17 @@ def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:
 
 def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
     assert cfg.model.path is not None
+    for name in cfg.trainer.logger:
+        TRACKERS.get(name)
     hf_config = load_hf_config(cfg.model.path)
+    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
+    require(
+        longest <= hf_config.max_position_embeddings,
+        "data.max_prompt_length + data.max_response_length",
+        longest,
+        f"is more than max_position_embeddings={hf_config.max_position_embeddings} of the model",
+        "Lower one of them.",
+    )
     megatron = cfg.actor.megatron
     check_layout(
         hf_config,

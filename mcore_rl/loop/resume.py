@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from mcore_rl.config.compose import to_yaml
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.launch.cluster import Cluster
-from mcore_rl.observability.run_folder import CONFIG_FILE
+from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def open_run_folder(cfg: Any, *, may_resume: bool) -> Path:
     """
     folder = Path(cfg.trainer.default_local_dir)
     config_file = folder / CONFIG_FILE
-    if config_file.exists():
+    if config_file.exists() and _has_begun(folder):
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if not may_resume:
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
@@ -69,6 +69,13 @@ def open_run_folder(cfg: Any, *, may_resume: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(config_file, to_yaml(cfg))
     return folder
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run logged or saved a step here; one that failed before may be mended."""
+    metrics = folder / METRICS_FILE
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or (folder / "checkpoints" / POINTER).exists()
 
 
 def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:

@@ -76,6 +76,7 @@ class RolloutConfig:
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
     def __post_init__(self) -> None:
+        require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")
         require(
             self.temperature > 0,
@@ -195,5 +196,8 @@ class EngineFactory(Protocol):
 
     def __call__(self, spec: EngineSpec) -> RolloutEngine: ...
 
+
+BUILT_IN_ENGINES = ("vllm", "fake")
+"""Registered when they are loaded: `mcore_rl.rollout.load_engine`."""
 
 ENGINES: Registry[EngineFactory] = Registry("rollout engine", "rollout.name")

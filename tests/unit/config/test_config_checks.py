@@ -133,19 +133,6 @@ def test_the_token_budget_is_not_read_when_sequences_are_counted():
     check_run(config)
 
 
-def test_experts_with_tensor_parallelism_need_sequence_parallelism_only():
-    overrides = [
-        *NAMED,
-        "trainer.n_gpus_per_node=8",
-        "actor.megatron.tensor_model_parallel_size=2",
-        "actor.megatron.expert_model_parallel_size=4",
-        "actor.megatron.expert_tensor_parallel_size=1",
-    ]
-    check_run(compose(overrides))
-    with pytest.raises(UserError, match=r"actor\.megatron\.sequence_parallel=False"):
-        check_run(compose([*overrides, "actor.megatron.sequence_parallel=false"]))
-
-
 def test_a_layout_counts_experts_over_the_whole_world():
     """Expert parallelism takes its ranks from tensor and data parallelism, not beside them."""
     megatron = compose(
