@@ -18,7 +18,12 @@ import pytest
 LIMIT_S = 120
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(__file__).parent),
+    "OMP_NUM_THREADS": "1",
+    # As run_command sets it: without a resolver torch warns about host names on stderr.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 def command(case: str) -> list[str]:
