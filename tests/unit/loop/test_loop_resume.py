@@ -141,6 +141,12 @@ def open_with(tmp_path, *overrides, may_resume=True):
     return open_run_folder(cfg, may_resume=may_resume)
 
 
+def begin(folder):
+    """Leave what a run leaves that logged its first step."""
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    return folder
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -157,7 +163,7 @@ def open_with(tmp_path, *overrides, may_resume=True):
     ],
 )
 def test_a_folder_of_a_run_that_computes_something_else_is_refused(tmp_path, override):
-    folder = open_with(tmp_path)
+    folder = begin(open_with(tmp_path))
     before = (folder / "config.yaml").read_bytes()
     key = override.split("=")[0]
     with pytest.raises(UserError) as caught:
@@ -171,11 +177,11 @@ def test_a_folder_of_a_run_that_computes_something_else_is_refused(tmp_path, ove
 
 
 def test_keys_below_an_untyped_dictionary_count_too(tmp_path):
-    open_with(tmp_path, "custom_reward_function.path=a.py")
+    begin(open_with(tmp_path, "custom_reward_function.path=a.py"))
     with pytest.raises(UserError, match=r"^custom_reward_function\.path=None differs from 'a\.py'"):
         open_with(tmp_path)
     second = tmp_path / "second"
-    open_with(second, "data.apply_chat_template_kwargs.think=true")
+    begin(open_with(second, "data.apply_chat_template_kwargs.think=true"))
     with pytest.raises(UserError, match=r"^data\.apply_chat_template_kwargs\.think=False differs"):
         open_with(second, "data.apply_chat_template_kwargs.think=false")
 
@@ -195,16 +201,33 @@ def test_keys_below_an_untyped_dictionary_count_too(tmp_path):
     ],
 )
 def test_where_and_how_long_a_run_runs_may_change(tmp_path, override):
-    open_with(tmp_path)
+    begin(open_with(tmp_path))
     folder = open_with(tmp_path, override)
     key, value = override.split("=")
     assert str(OmegaConf.select(OmegaConf.load(folder / "config.yaml"), key)) == value
 
 
 def test_a_used_folder_is_refused_when_resuming_is_disabled(tmp_path):
-    open_with(tmp_path, may_resume=False)
+    begin(open_with(tmp_path, may_resume=False))
     with pytest.raises(UserError, match=r"holds a run and trainer\.resume_mode=disable"):
         open_with(tmp_path, may_resume=False)
+
+
+@pytest.mark.parametrize("may_resume", [True, False])
+def test_a_run_that_failed_before_its_first_step_can_be_mended(tmp_path, may_resume):
+    """Its folder holds a configuration, and what wrote it did not get far: no memory, wrong key."""
+    folder = open_with(tmp_path, may_resume=may_resume)
+    (folder / "metrics.jsonl").touch()
+    open_with(tmp_path, "rollout.n=7", may_resume=may_resume)
+    assert OmegaConf.load(folder / "config.yaml").rollout.n == 7
+
+
+def test_a_checkpoint_alone_makes_a_folder_that_of_a_run(tmp_path):
+    folder = open_with(tmp_path)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / POINTER).write_text("1")
+    with pytest.raises(UserError, match=r"^rollout\.n=7 differs from 3"):
+        open_with(tmp_path, "rollout.n=7")
 
 
 def test_the_configuration_in_the_folder_is_the_resolved_one(tmp_path):

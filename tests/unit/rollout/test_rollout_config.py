@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mcore_rl.errors import UserError
-from mcore_rl.rollout.base import RolloutConfig, ValKwargsConfig
+from mcore_rl.rollout.base import ENGINES, RolloutConfig, ValKwargsConfig
+from mcore_rl.rollout.fake_engine import FakeEngine
 
 
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
+        ("name", "vlm", r"is not one of .*vllm\. Did you mean 'vllm'\?"),
         ("n", 0, "must be at least 1"),
         ("temperature", 0.0, "must be > 0"),
         ("temperature", -1.0, "must be > 0"),
@@ -36,3 +38,10 @@ def test_validation_sampling_out_of_range_is_refused_by_name(field, value):
 def test_validation_may_sample_from_a_part_of_the_vocabulary():
     val = ValKwargsConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
     assert RolloutConfig(val_kwargs=val).val_kwargs == val
+
+
+def test_an_engine_of_a_plugin_can_be_chosen():
+    with pytest.raises(UserError):
+        RolloutConfig(name="of_a_plugin")
+    ENGINES.add("of_a_plugin", FakeEngine)
+    assert RolloutConfig(name="of_a_plugin").name == "of_a_plugin"

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from mcore_rl.errors import RolloutError, UserError
+from mcore_rl.errors import RolloutError
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
 
@@ -19,7 +19,7 @@ VOCABULARY = 50
 def make_engine(tmp_path):
     """Return a function (**fields of EngineSpec) -> a fake engine that holds weights."""
 
-    def make(version=0, name="fake", **fields):
+    def make(version=0, **fields):
         (tmp_path / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY}))
         spec = EngineSpec(
             **{
@@ -27,7 +27,7 @@ def make_engine(tmp_path):
                 "dtype": "float32",
                 "max_model_len": 64,
                 "stop_token_ids": [7],
-                "config": RolloutConfig(name=name),
+                "config": RolloutConfig(name="fake"),
                 **fields,
             }
         )
@@ -92,8 +92,3 @@ def test_nothing_is_generated_without_complete_weights(make_engine):
     assert engine.weight_version == -1
     with pytest.raises(RolloutError):
         engine.generate(REQUESTS)
-
-
-def test_an_unknown_engine_is_a_user_error(make_engine):
-    with pytest.raises(UserError, match=r"rollout\.name='vlm': there is no such rollout engine"):
-        make_engine(name="vlm")
