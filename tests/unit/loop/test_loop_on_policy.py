@@ -165,14 +165,14 @@ def test_kl_in_the_reward_is_taken_off_before_advantages_and_not_from_the_logged
     assert second["advantage/abs_mean"] != plain.metrics[1]["advantage/abs_mean"]
 
 
-def test_every_step_draws_new_responses_of_new_prompts(run_loop):
-    run = run_loop(GMPO, steps=2)
+def test_every_step_draws_new_responses_also_of_prompts_seen_before(run_loop):
+    run = run_loop(GMPO, steps=4)  # two epochs
     requests = [
         [request for (share,) in args for request in share] for args in run.arguments("generate")
     ]
     seeds = [request.sampling.seed for call in requests for request in call]
     assert len(set(seeds)) == len(seeds)
-    assert [len(call) for call in requests] == [8 * 2, 4 * 3, 4 * 3]
+    assert [len(call) for call in requests] == [8 * 2, *[4 * 3] * 4]
 
 
 def test_sampling_while_training_follows_the_configuration(run_loop):
