@@ -19,6 +19,7 @@ LENGTHS = (9, 3, 14, 5, 2, 11, 7, 6)
 
 # Settings of MegatronConfig that make layouts.
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 EP2, ETP1 = {"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 
@@ -26,6 +27,7 @@ _SHORT = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
     "virtual_pipeline_model_parallel_size": "vpp",
+    "context_parallel_size": "cp",
     "expert_model_parallel_size": "ep",
     "expert_tensor_parallel_size": "etp",
     "sequence_parallel": "sp",

@@ -15,7 +15,6 @@ def check_run(cfg: RunConfig) -> None:
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
-    context_parallelism_is_off(cfg)
     minibatches_divide_a_step(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
@@ -29,7 +28,6 @@ def check_sft(cfg: SftRunConfig) -> None:
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
-    context_parallelism_is_off(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
 
 
@@ -68,11 +66,6 @@ def pipelines_are_interleaved_only_with_stages(cfg: RunConfig | SftRunConfig) ->
     )
 
 
-def context_parallelism_is_off(cfg: RunConfig | SftRunConfig) -> None:
-    cp = cfg.actor.megatron.context_parallel_size
-    require(cp == 1, "actor.megatron.context_parallel_size", cp, "is not supported yet", "Use 1.")
-
-
 def minibatches_divide_a_step(cfg: RunConfig) -> None:
     size, step = cfg.actor.ppo_mini_batch_size, cfg.data.train_batch_size
     require(
@@ -88,12 +81,14 @@ def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> Non
         return
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     budget = cfg.actor.ppo_max_token_len_per_gpu
+    cp = cfg.actor.megatron.context_parallel_size
     require(
-        budget >= longest,
+        budget * cp >= longest,
         "actor.ppo_max_token_len_per_gpu",
         budget,
-        f"is less than data.max_prompt_length + data.max_response_length = {longest}",
-        f"Raise it to at least {longest}.",
+        (f"times actor.megatron.context_parallel_size={cp} " if cp > 1 else "")
+        + f"is less than data.max_prompt_length + data.max_response_length = {longest}",
+        f"Raise it to at least {-(-longest // cp)}.",
     )
 
 

@@ -36,7 +36,8 @@ class TrainingConfig:
     use_dynamic_bsz: bool | None = None
     """Cut micro-batches by tokens; None: unless ppo_micro_batch_size_per_gpu is set."""
     ppo_max_token_len_per_gpu: int = 16384
-    """Tokens per micro-batch when cut by tokens."""
+    """Tokens per micro-batch and device when cut by tokens; a micro-batch is spread over the
+    context-parallel ranks, so it holds context_parallel_size times as many."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -77,7 +78,9 @@ class TrainingConfig:
         """How a minibatch is cut into micro-batches."""
         if self.ppo_micro_batch_size_per_gpu is not None:
             return SequenceCount(num_sequences=self.ppo_micro_batch_size_per_gpu)
-        return TokenBudget(max_tokens=self.ppo_max_token_len_per_gpu)
+        cp = self.megatron.context_parallel_size
+        key = "actor.ppo_max_token_len_per_gpu" + (" * context_parallel_size" if cp > 1 else "")
+        return TokenBudget(max_tokens=self.ppo_max_token_len_per_gpu * cp, key=key)
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ Worked example: tokens [7, 8, 9] with loss mask [F, T, T], tokens [5, 6] with [F
     sequence_T      0 0 | 1 1      max_seqlen         2
     mask_T          T T | T F
 
-It does not cut rows for context parallelism (`megatron/` does, from whole rows).
+It does not cut rows for context parallelism (`megatron/context_parallel.py` does).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mcore_rl.algorithms.segments import Segments
 from mcore_rl.types import MicroBatch, TokenSequence
 
 _OPTIONAL = ("rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
@@ -50,12 +51,8 @@ class PackedBatch:
     """[T] int64, the token that follows each input."""
     position_ids_T: Tensor
     """[T] int64, restarting at 0 in every sequence and running on through its padding."""
-    sequence_T: Tensor
-    """[T] int64, number of the sequence that each position belongs to, its padding included."""
-    mask_T: Tensor
-    """[T] bool, True where the label trains."""
-    num_tokens_S: Tensor
-    """[S] float32, trained tokens of each sequence."""
+    segments: Segments
+    """Which sequence each position belongs to, its padding included, and where the label trains."""
     cu_seqlens: Tensor
     """[S + 1] int32, running total of positions without padding."""
     cu_seqlens_padded: Tensor
@@ -69,6 +66,11 @@ class PackedBatch:
     advantages_T: Tensor | None = None
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
+
+    @property
+    def mask_T(self) -> Tensor:
+        """[T] bool, True where the label trains."""
+        return self.segments.mask_T
 
 
 def pack(
@@ -116,10 +118,12 @@ def pack(
         input_ids_T=row(lambda s: s.token_ids[:-1], pad_token_id, torch.int64),
         labels_T=row(lambda s: s.token_ids[1:], pad_token_id, torch.int64),
         position_ids_T=torch.cat([torch.arange(length, device=device) for length in padded]),
-        sequence_T=torch.arange(len(padded), device=device).repeat_interleave(padded_S),
-        mask_T=row(lambda s: s.loss_mask[1:], False, torch.bool),
-        num_tokens_S=torch.tensor(
-            [s.num_trained_tokens for s in sequences], dtype=torch.float32, device=device
+        segments=Segments(
+            sequence_T=torch.arange(len(padded), device=device).repeat_interleave(padded_S),
+            mask_T=row(lambda s: s.loss_mask[1:], False, torch.bool),
+            num_tokens_S=torch.tensor(
+                [s.num_trained_tokens for s in sequences], dtype=torch.float32, device=device
+            ),
         ),
         cu_seqlens=per_position(num_positions),
         cu_seqlens_padded=per_position(padded),

@@ -9,7 +9,6 @@ from torch import Tensor
 from mcore_rl.algorithms.corrections import mismatch_metrics
 from mcore_rl.algorithms.losses.base import PolicyLossInputs
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.data.batch import PackedBatch
 from mcore_rl.metrics import Metrics
 from mcore_rl.types import Denominators
@@ -46,7 +45,7 @@ class PolicyObjective:
             PolicyLossInputs(
                 logprobs_T=logprobs_T,
                 advantages_T=batch.advantages_T,
-                segments=_segments(batch),
+                segments=batch.segments,
                 old_logprobs_T=old_logprobs_T,
             ),
             entropy_T=entropy_T,
@@ -72,10 +71,4 @@ class SftObjective:
         batch: PackedBatch,
         denominators: Denominators,
     ) -> tuple[Tensor, Metrics]:
-        return sft_objective(logprobs_T, _segments(batch), denominators)
-
-
-def _segments(batch: PackedBatch) -> Segments:
-    return Segments(
-        sequence_T=batch.sequence_T, mask_T=batch.mask_T, num_tokens_S=batch.num_tokens_S
-    )
+        return sft_objective(logprobs_T, batch.segments, denominators)

@@ -3,7 +3,8 @@
 `PackedAttention` is causal grouped-query attention over packed sequences (the "thd" format) by
 torch's scaled-dot-product attention; `RMSNorm` carries the sequence-parallel mark that Megatron's
 own wrapper refuses to give. `local_block_spec` puts both into the local spec. Both are neutral to
-the device; context parallelism is refused here until its rows are gathered.
+the device. Under context parallelism queries stay where they are, and keys and values of the whole
+row are gathered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from mcore_rl.megatron.context_parallel import gather_positions
+
 
 class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a packed row; the `core_attention` of the spec."""
@@ -52,9 +55,9 @@ class PackedAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "context parallelism is not implemented here"
         assert not config.attention_dropout, "attention dropout is not implemented here"
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -66,79 +69,118 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Return [T, heads * d], attention within each packed sequence.
+        """Return [L, heads * d], attention within each packed sequence.
 
-        `query` is [T, heads, d], `key` and `value` are [T, groups, d], of any float dtype;
-        `packed_seq_params` holds the boundaries ("thd" format). The signature is Megatron's.
+        `query` is [L, heads, d], `key` and `value` are [L, groups, d], of any float dtype; L is
+        this rank's part of the row. `packed_seq_params` holds the boundaries of the whole row
+        ("thd" format). The signature is Megatron's.
         """
         assert packed_seq_params is not None and attention_mask is None, "packed rows only"
-        boundaries = packed_seq_params.cu_seqlens_q_padded
-        if boundaries is None:
-            boundaries = packed_seq_params.cu_seqlens_q
-        out = packed_causal_attention(query, key, value, boundaries.tolist(), self.scale)
-        return out.flatten(-2)
+        padded = packed_seq_params.cu_seqlens_q_padded
+        boundaries = (packed_seq_params.cu_seqlens_q if padded is None else padded).tolist()
+        if self.cp_group.size() > 1:
+            both = torch.cat([key, value], dim=-1)
+            key, value = gather_positions(both, boundaries, self.cp_group).chunk(2, dim=-1)
+        spans = causal_spans(boundaries, self.cp_group.rank(), self.cp_group.size())
+        return packed_causal_attention(query, key, value, spans, self.scale).flatten(-2)
+
+
+class Span(NamedTuple):
+    """Neighbouring queries and the keys up to and including that of the last query."""
+
+    queries: range
+    """Positions in this rank's part of the row."""
+    keys: range
+    """Positions in the whole row, from the first of the sequence on; at least as many."""
+
+
+def causal_spans(boundaries: Sequence[int], rank: int = 0, size: int = 1) -> list[Span]:
+    """Return what each run of this rank's queries sees, in order.
+
+    Args:
+        boundaries: cumulative lengths of the whole row's sequences, first 0, last T.
+        rank: in the context-parallel group; see `context_parallel` for the positions it holds.
+        size: ranks of that group.
+    """
+    spans = []
+    for start, stop in itertools.pairwise(boundaries):
+        if size == 1:
+            spans.append(Span(range(start, stop), range(start, stop)))
+            continue
+        chunk = (stop - start) // (2 * size)
+        for half, number in enumerate((rank, 2 * size - 1 - rank)):
+            first = start // size + half * chunk
+            keys = range(start, start + (number + 1) * chunk)
+            spans.append(Span(range(first, first + chunk), keys))
+    return [span for span in spans if span.queries]
 
 
 def packed_causal_attention(
-    query_T: Tensor, key_T: Tensor, value_T: Tensor, boundaries: list[int], scale: float
+    query_L: Tensor, key_T: Tensor, value_T: Tensor, spans: Sequence[Span], scale: float
 ) -> Tensor:
-    """Return causal attention of each sequence to itself, [T, heads, d].
+    """Return causal attention within each span, [L, heads, d].
 
-    Neighbouring sequences of similar length are padded to one batch: right padding cannot reach
+    Neighbouring spans of similar length are padded to one batch: right padding cannot reach
     earlier tokens through a causal mask, and the padded rows are dropped.
 
     Args:
-        query_T: [T, heads, d] float.
+        query_L: [L, heads, d] float.
         key_T: [T, groups, d] float; groups divides heads.
         value_T: as `key_T`.
-        boundaries: cumulative lengths, first 0, last T.
+        spans: cover the queries, in order; the last query of a span sits at its last key.
         scale: factor on the scores.
     """
     outputs = []
-    grouped = query_T.shape[1] != key_T.shape[1]
-    for batch in _batches_of_similar_length(boundaries):
-        lengths = [stop - start for start, stop in batch]
-        first, last, longest = batch[0][0], batch[-1][1], max(lengths)
-        index = _padded_index(lengths, longest, query_T.device)
-        query, key, value = (
-            x[first:last][index].transpose(1, 2) for x in (query_T, key_T, value_T)
-        )
+    grouped = query_L.shape[1] != key_T.shape[1]
+    for batch in _batches_of_similar_length(spans):
+        queries, keys = [span.queries for span in batch], [span.keys for span in batch]
+        mask = None if queries == keys else _causal_mask(queries, keys, query_L.device)
         padded = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+            *(
+                x[_padded_index(ranges, x.device)].transpose(1, 2)
+                for x, ranges in ((query_L, queries), (key_T, keys), (value_T, keys))
+            ),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=grouped,
         ).transpose(1, 2)
-        if min(lengths) == longest:
-            outputs.append(padded.flatten(0, 1))
-        else:
-            real = torch.arange(longest, device=index.device) < torch.tensor(
-                lengths, device=index.device
-            ).unsqueeze(1)
-            outputs.append(padded[real])
+        lengths = torch.tensor([len(q) for q in queries], device=query_L.device)
+        real = torch.arange(padded.shape[1], device=query_L.device) < lengths.unsqueeze(1)
+        outputs.append(padded[real])
     return torch.cat(outputs)
 
 
-def _batches_of_similar_length(boundaries: list[int]) -> list[list[tuple[int, int]]]:
-    """Cut the sequences, in order, into runs whose padding at most doubles their tokens."""
-    batches: list[list[tuple[int, int]]] = []
+def _batches_of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
+    """Cut the spans, in order, into runs whose padding at most doubles their keys."""
+    batches: list[list[Span]] = []
     real = longest = 0
-    for start, stop in itertools.pairwise(boundaries):
-        length = stop - start
-        if length == 0:
-            continue
+    for span in spans:
+        length = len(span.keys)
         longest, real = max(longest, length), real + length
         if batches and longest * (len(batches[-1]) + 1) <= 2 * real:
-            batches[-1].append((start, stop))
+            batches[-1].append(span)
         else:
-            batches.append([(start, stop)])
+            batches.append([span])
             longest = real = length
     return batches
 
 
-def _padded_index(lengths: list[int], longest: int, device: torch.device) -> Tensor:
-    """Return [n, longest] row numbers; rows past the end of a sequence repeat its last one."""
-    lengths_n = torch.tensor(lengths, device=device)
-    starts_n = lengths_n.cumsum(0) - lengths_n
-    within = torch.arange(longest, device=device).unsqueeze(0)
-    return starts_n.unsqueeze(1) + torch.minimum(within, lengths_n.unsqueeze(1) - 1)
+def _padded_index(ranges: Sequence[range], device: torch.device) -> Tensor:
+    """Return [n, longest] positions; those past the end of a range repeat its last one."""
+    firsts_n, lasts_n = torch.tensor([[r[0], r[-1]] for r in ranges], device=device).unbind(1)
+    within = torch.arange(max(map(len, ranges)), device=device)
+    return torch.minimum(firsts_n.unsqueeze(1) + within, lasts_n.unsqueeze(1))
+
+
+def _causal_mask(queries: Sequence[range], keys: Sequence[range], device: torch.device) -> Tensor:
+    """Return [n, 1, queries, keys] bool: the last query sees the last key, earlier ones less."""
+    ahead_n = torch.tensor(
+        [len(k) - len(q) for q, k in zip(queries, keys, strict=True)], device=device
+    )
+    query = torch.arange(max(map(len, queries)), device=device).unsqueeze(1)
+    key = torch.arange(max(map(len, keys)), device=device)
+    return (key <= query + ahead_n.view(-1, 1, 1)).unsqueeze(1)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mcore_rl.data.batch import PackedBatch, pack, unpack
+from mcore_rl.megatron.context_parallel import cut_batch, gather_positions
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.types import MicroBatch
@@ -50,20 +51,23 @@ def forward_logprobs(
 
     Returns:
         By planned index, a list as long as the sequence's token_ids (0.0 at the first token);
-        complete on ranks with `parallel.reports_tokens`, empty elsewhere.
+        complete on ranks with `parallel.reports_sequences`, empty elsewhere.
     """
     lists: list[list[float]] = []
+    rows = _packed_rows(micro_batches, parallel, device)
+    whole_rows = iter(rows)
 
-    def objective(logprobs_T: Tensor, entropy_T: Tensor | None, batch: PackedBatch):
+    def objective(logprobs_L: Tensor, entropy_L: Tensor | None, _: PackedBatch):
         if parallel.reports_tokens:
-            lists.extend(unpack(logprobs_T, batch))
-        return logprobs_T.new_zeros(()), {}
+            row = next(whole_rows)  # the schedule takes micro-batches in order
+            boundaries = row.cu_seqlens_padded.tolist()
+            lists.extend(unpack(gather_positions(logprobs_L, boundaries, parallel.cp), row))
+        return logprobs_L.new_zeros(()), {}
 
     with torch.no_grad():
-        _run_schedule(chunks, micro_batches, parallel, device, objective, 0, False, True)
-    # The schedule takes micro-batches in order.
+        _run_schedule(chunks, rows, parallel, objective, 0, False, True)
     indices = [index for micro_batch in micro_batches for index in micro_batch.indices]
-    return dict(zip(indices, lists, strict=True)) if parallel.reports_tokens else {}
+    return dict(zip(indices, lists, strict=True)) if parallel.reports_sequences else {}
 
 
 def forward_backward(
@@ -89,24 +93,19 @@ def forward_backward(
     Returns:
         Metrics of this rank's micro-batches; empty where `parallel.reports_tokens` is False.
     """
+    rows = _packed_rows(micro_batches, parallel, device)
     metrics = _run_schedule(
-        chunks, micro_batches, parallel, device, objective, num_trained_tokens, with_entropy, False
+        chunks, rows, parallel, objective, num_trained_tokens, with_entropy, False
     )
     return merge(metrics) if parallel.reports_tokens else {}
 
 
-def _run_schedule(
-    chunks: Sequence[torch.nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    parallel: Parallel,
-    device: torch.device,
-    objective: Objective,
-    num_trained_tokens: int,
-    with_entropy: bool,
-    forward_only: bool,
-) -> list[Metrics]:
+def _packed_rows(
+    micro_batches: Sequence[MicroBatch], parallel: Parallel, device: torch.device
+) -> list[PackedBatch]:
+    """Return the whole rows, of lengths that context and sequence parallelism can cut."""
     layout = parallel.layout
-    batches = [
+    return [
         pack(
             micro_batch,
             align_sequence=2 * layout.cp if layout.cp > 1 else 1,
@@ -116,6 +115,18 @@ def _run_schedule(
         )
         for micro_batch in micro_batches
     ]
+
+
+def _run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    rows: Sequence[PackedBatch],
+    parallel: Parallel,
+    objective: Objective,
+    num_trained_tokens: int,
+    with_entropy: bool,
+    forward_only: bool,
+) -> list[Metrics]:
+    batches = [cut_batch(row, parallel.cp) for row in rows]
 
     def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module):
         batch = next(iterator)

@@ -43,8 +43,15 @@ class Parallel:
 
     @property
     def reports_tokens(self) -> bool:
-        """Whether this rank answers for its micro-batches: last stage, first of its TP and CP."""
-        return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
+        """Whether this rank answers for its positions of its micro-batches: last stage, first of
+        its tensor-parallel group."""
+        return self.is_last_stage and self.tp.rank() == 0
+
+    @property
+    def reports_sequences(self) -> bool:
+        """Whether this rank answers for whole sequences: besides, first of its context-parallel
+        group."""
+        return self.reports_tokens and self.cp.rank() == 0
 
 
 def initialize(layout: Layout, seed: int) -> Parallel:

@@ -117,7 +117,7 @@ class TrainWorker:
             objective.with_entropy,
         )
         grad_norm, applied = self.optimizer.step()
-        if self.parallel.reports_tokens and self.parallel.dp.rank() == 0:
+        if self.parallel.reports_sequences and self.parallel.dp.rank() == 0:
             # The same on every rank: one of them reports.
             metrics["actor/num_skipped_updates"] = total(0.0 if applied else 1.0)
             metrics["actor/lr"] = maximum(self.optimizer.lr)

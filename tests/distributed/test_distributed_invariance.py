@@ -6,6 +6,7 @@ import actor_cases
 import pytest
 import torch
 from actor_inputs import (
+    CP2,
     EP2,
     ETP1,
     ONE_MICRO_BATCH,
@@ -41,6 +42,7 @@ LAYOUTS = [
     ("qwen3", 2, {"use_distributed_optimizer": False}),
     ("qwen3", 2, TP2 | {"sequence_parallel": False}),
     ("qwen3", 2, TP2),
+    ("qwen3", 2, CP2),
     ("qwen3", 2, PP2 | {"overlap_grad_reduce": True}),
     ("qwen3_one_group", 2, TP2),  # both ranks compute the one key and value head
     ("qwen2_tied", 2, TP2),
@@ -48,6 +50,8 @@ LAYOUTS = [
     ("qwen2_tied", 2, VPP2),
     ("qwen3_moe", 2, {"overlap_grad_reduce": True}),
     ("qwen3_moe", 2, EP2),
+    ("qwen3_moe", 2, CP2),
+    ("qwen3_moe", 2, CP2 | EP2),
     ("qwen3_moe", 2, TP2),  # experts cut too
     ("qwen3_moe", 2, TP2 | ETP1),
     ("qwen3_moe", 2, TP2 | EP2 | ETP1),
@@ -55,6 +59,8 @@ LAYOUTS = [
     ("qwen3_moe_four_layers", 2, VPP2),
     ("qwen3_moe", 4, EP2),  # each expert on two ranks
     ("qwen3_moe", 4, TP2 | EP2 | PP2 | ETP1),
+    ("qwen3_moe", 4, TP2 | EP2 | CP2 | ETP1),
+    ("qwen2_tied", 4, PP2 | CP2),
 ]
 
 NAMED_METRICS = {"actor/loss", "actor/pg_loss", "actor/grad_norm"}

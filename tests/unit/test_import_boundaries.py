@@ -25,12 +25,12 @@ MAY_IMPORT = {
     "registry": (),
     "metrics": (),
     "algorithms": (),
-    "data": (),
+    "data": ("algorithms.segments",),
     "rewards": (),
     "observability": (),
     "models": (),
     "rollout": (),
-    "megatron": ("models", "data.batch"),
+    "megatron": ("models", "data.batch", "algorithms.segments"),
     "weight_sync": ("rollout.base",),
     # Only the sections that belong to components, and the types they are made of.
     "config": (

@@ -41,11 +41,6 @@ RULES = {
             "actor.megatron.virtual_pipeline_model_parallel_size=2",
         ],
     ),
-    "context_parallelism_is_off": (
-        ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=2"],
-        "actor.megatron.context_parallel_size=2 is not supported yet.",
-        ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=1"],
-    ),
     "minibatches_divide_a_step": (
         ["data.train_batch_size=100", "actor.ppo_mini_batch_size=64"],
         "actor.ppo_mini_batch_size=64 does not divide data.train_batch_size=100.",

@@ -50,11 +50,11 @@ def test_the_worked_example_of_the_module():
     assert batch.input_ids_T.tolist() == [7, 8, 5, 0]
     assert batch.labels_T.tolist() == [8, 9, 6, 0]
     assert batch.position_ids_T.tolist() == [0, 1, 0, 1]
-    assert batch.sequence_T.tolist() == [0, 0, 1, 1]
+    assert batch.segments.sequence_T.tolist() == [0, 0, 1, 1]
     assert batch.mask_T.tolist() == [True, True, True, False]
     assert batch.cu_seqlens.tolist() == [0, 2, 3]
     assert batch.cu_seqlens_padded.tolist() == [0, 2, 4]
-    assert batch.num_tokens_S.tolist() == [2, 1]
+    assert batch.segments.num_tokens_S.tolist() == [2, 1]
     assert batch.max_seqlen == 2
     assert batch.lengths == (3, 2)
 
@@ -62,15 +62,16 @@ def test_the_worked_example_of_the_module():
 def test_a_mask_on_the_first_token_has_no_prediction_to_train():
     batch = _pack(_micro_batch(_sequence([7, 8], [1, 1])))
     assert batch.mask_T.tolist() == [True]
-    assert batch.num_tokens_S.tolist() == [1]
+    assert batch.segments.num_tokens_S.tolist() == [1]
 
 
 def test_dtypes_are_those_the_losses_and_attention_expect():
     batch = _pack(_micro_batch(_sequence([7, 8], [0, 1], advantages=[0.0, 1.0])))
     dtypes = {
-        field.name: getattr(batch, field.name).dtype
-        for field in dataclasses.fields(batch)
-        if isinstance(getattr(batch, field.name), torch.Tensor)
+        field.name: getattr(part, field.name).dtype
+        for part in (batch, batch.segments)
+        for field in dataclasses.fields(part)
+        if isinstance(getattr(part, field.name), torch.Tensor)
     }
     assert dtypes == {
         "input_ids_T": torch.int64,
@@ -94,9 +95,9 @@ def test_an_empty_micro_batch_is_one_untrained_sequence_with_every_value(
     size = math.lcm(align_sequence, align_total)
     assert batch.input_ids_T.tolist() == [0] * size
     assert batch.labels_T.tolist() == [0] * size
-    assert batch.sequence_T.tolist() == [0] * size
+    assert batch.segments.sequence_T.tolist() == [0] * size
     assert not batch.mask_T.any()
-    assert batch.num_tokens_S.tolist() == [0]
+    assert batch.segments.num_tokens_S.tolist() == [0]
     assert batch.cu_seqlens_padded.tolist() == [0, size]
     for name in VALUES:
         assert getattr(batch, f"{name}_T").tolist() == [0.0] * size
@@ -148,10 +149,10 @@ def test_rows_are_aligned_and_padding_is_inert(micro_batch, align_sequence, alig
         assert batch.input_ids_T[start:end].tolist() == tokens[:-1] + padding
         assert batch.labels_T[start:end].tolist() == tokens[1:] + padding
         assert batch.position_ids_T[start:end].tolist() == list(range(end - start))
-        assert set(batch.sequence_T[start:end].tolist()) == {number}
+        assert set(batch.segments.sequence_T[start:end].tolist()) == {number}
         assert not batch.mask_T[start + real[number] : end].any()
-    trained = torch.zeros(len(real)).index_add(0, batch.sequence_T, batch.mask_T.float())
-    assert trained.tolist() == batch.num_tokens_S.tolist()
+    trained = torch.zeros(len(real)).index_add(0, batch.segments.sequence_T, batch.mask_T.float())
+    assert trained.tolist() == batch.segments.num_tokens_S.tolist()
 
 
 @given(micro_batches())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_rl.megatron.attention import packed_causal_attention
+from mcore_rl.megatron.attention import causal_spans, packed_causal_attention
 
 SIZE = 6
 SCALE = 0.37
@@ -29,6 +29,11 @@ def random_inputs(seed, lengths, heads=4, groups=2):
 
 def boundaries_of(lengths):
     return [0, *itertools.accumulate(lengths)]
+
+
+def attention(query_T, key_T, value_T, boundaries, scale):
+    spans = causal_spans(boundaries)
+    return packed_causal_attention(query_T, key_T, value_T, spans, scale)
 
 
 def naive_attention(query_T, key_T, value_T, boundaries, scale):
@@ -61,7 +66,7 @@ def test_values_and_gradients_are_those_of_a_softmax_per_sequence(heads, groups,
     inputs = random_inputs(0, RAGGED, heads, groups)
     expected = with_gradients(naive_attention, *inputs, RAGGED)
     inputs = [x.to(dtype) for x in inputs]
-    found = with_gradients(packed_causal_attention, *inputs, RAGGED)
+    found = with_gradients(attention, *inputs, RAGGED)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
@@ -75,7 +80,7 @@ def test_values_and_gradients_are_those_of_a_softmax_per_sequence(heads, groups,
 def test_any_lengths_give_the_softmax_per_sequence(lengths, seed):
     """Lengths of 0 too: a boundary that is there twice."""
     *inputs, _ = random_inputs(seed, lengths)
-    found = packed_causal_attention(*inputs, boundaries_of(lengths), SCALE)
+    found = attention(*inputs, boundaries_of(lengths), SCALE)
     expected = naive_attention(*inputs, boundaries_of(lengths), SCALE)
     # float64, sums of at most 12 products; observed 1e-15.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
@@ -87,10 +92,8 @@ def test_a_permutation_of_the_sequences_permutes_outputs_and_gradients(order):
     inputs = random_inputs(1, RAGGED)
     parts = [x.split(RAGGED) for x in inputs]
     moved_inputs = [torch.cat([of_input[i] for i in order]) for of_input in parts]
-    moved = with_gradients(packed_causal_attention, *moved_inputs, [RAGGED[i] for i in order])
-    for ours, plain in zip(
-        moved, with_gradients(packed_causal_attention, *inputs, RAGGED), strict=True
-    ):
+    moved = with_gradients(attention, *moved_inputs, [RAGGED[i] for i in order])
+    for ours, plain in zip(moved, with_gradients(attention, *inputs, RAGGED), strict=True):
         expected = torch.cat([plain.split(RAGGED)[i] for i in order])
         # float64; other neighbours give other paddings and other blocks; observed 1e-15.
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
@@ -100,10 +103,10 @@ def test_a_sequence_and_later_tokens_cannot_reach_others():
     """Replacing a token by one of size 1000 changes bits only from it on, in its own sequence."""
     *inputs, _ = random_inputs(2, RAGGED)
     boundaries = boundaries_of(RAGGED)
-    before = packed_causal_attention(*inputs, boundaries, SCALE)
+    before = attention(*inputs, boundaries, SCALE)
     changed_token = boundaries[3] + 4
     for x in inputs:
         x[changed_token] = 1000 * torch.randn(x.shape[1:], dtype=x.dtype)
-    after = packed_causal_attention(*inputs, boundaries, SCALE)
+    after = attention(*inputs, boundaries, SCALE)
     changed_T = (before != after).flatten(1).any(-1)
     assert changed_T.nonzero().flatten().tolist() == list(range(changed_token, boundaries[4]))
