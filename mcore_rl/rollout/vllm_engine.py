@@ -34,6 +34,7 @@ from mcore_rl.rollout.base import (
 )
 
 CPU_KV_CACHE_BYTES = 256 << 20
+CPU_TOKENS_PER_FORWARD = 4096
 
 
 @contextlib.contextmanager
@@ -79,6 +80,13 @@ class VllmEngine:
             "disable_log_stats": True,
             "seed": 0,
         }
+        if on_cpu:
+            # The last draw of a prompt that is computed in chunks is taken back by setting the
+            # generator's offset (gpu_model_runner.py:3502), which a CPU generator does not have.
+            settings["enable_chunked_prefill"] = False
+            settings["max_num_batched_tokens"] = max(
+                CPU_TOKENS_PER_FORWARD, spec.max_model_len, cfg.max_num_seqs
+            )
         kv_cache_bytes = cfg.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None)
         if kv_cache_bytes is not None:
             settings["kv_cache_memory_bytes"] = kv_cache_bytes

@@ -103,6 +103,14 @@ def test_no_requests_give_no_results(in_vllm, before_weights):
     assert in_vllm(vllm_cases.generate, []) == []
 
 
+def test_more_prompt_tokens_than_one_forward_takes_are_answered(in_vllm, before_weights):
+    """30 prompts of 150 tokens, of which no two begin alike; a forward takes 4096 tokens."""
+    wanted = [request([i, *range(50), *range(50), *range(49)], seed=i) for i in range(30)]
+    results = in_vllm(vllm_cases.generate, wanted)
+    alone = in_vllm(vllm_cases.generate, wanted[27:28])
+    assert list(results[27].token_ids) == list(alone[0].token_ids)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_tokens_are_drawn_with_the_probabilities_that_are_reported(
     in_vllm, before_weights, models, temperature
