@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -61,6 +63,11 @@ class Sample:
     """Recomputed by the trainer before the first update of the step; empty until then."""
     ref_logprobs: Sequence[float] = ()
     """Under the reference model; empty unless a KL term asks for it."""
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    """[len(token_ids) - 1, MoE layers, topk] unsigned integers: at i the experts of token i as an
+    input, in the order of the layers; the last token is no input. None unless routes are replayed:
+    of the engine (R3) or of the pass that computed `old_logprobs` (R2). Not compared: arrays are
+    not equal or unequal as a whole."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -75,6 +82,7 @@ class Sample:
             advantages=self.advantages,
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
+            routed_experts=self.routed_experts,
         )
 
 
@@ -100,6 +108,8 @@ class TokenSequence:
     advantages: Sequence[float] = ()
     old_logprobs: Sequence[float] = ()
     ref_logprobs: Sequence[float] = ()
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    """See `Sample.routed_experts`; None: the router chooses."""
 
     @property
     def num_trained_tokens(self) -> int:
@@ -133,6 +143,18 @@ class MinibatchPlan:
     micro_batches: Sequence[Sequence[MicroBatch]]
     """Outer: one entry per data-parallel rank; inner: as many on every rank."""
     denominators: Denominators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """The experts of a model, for everyone who handles routes."""
+
+    layers: Sequence[int]
+    """Decoder layers with experts, from 0: (0, 1, 2, 3), or (1, 3) where every second is dense."""
+    num_experts: int
+    """Routed experts in each of these layers: 128."""
+    topk: int
+    """Experts per token: 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,7 @@ def _sample(
         rollout_logprobs=[0.0] * num_prompt + list(result.logprobs),
         finish_reason=result.finish_reason,
         weight_version=result.weight_version,
+        routed_experts=result.routed_experts,
         response_text=decode_response(tokenizer, result.token_ids),
     )
 

@@ -31,6 +31,7 @@ from mcore_rl.models.mappings import (
     padded_vocab_size,
 )
 from mcore_rl.registry import Registry
+from mcore_rl.types import Routing
 
 CONFIG_FILE = "config.json"
 
@@ -114,6 +115,15 @@ def model_family(config: PreTrainedConfig) -> ModelFamily:
     family = MODEL_FAMILIES.get(config.model_type)
     family.check(config)
     return family
+
+
+def routing(config: PreTrainedConfig) -> Routing | None:
+    """Return the experts of the model; None if it has none."""
+    arch = model_family(config).transformer_kwargs(config)
+    layers = [layer for layer, is_moe in enumerate(arch.get("moe_layer_freq", ())) if is_moe]
+    if not layers:
+        return None
+    return Routing(layers=layers, num_experts=arch["num_moe_experts"], topk=arch["moe_router_topk"])
 
 
 def load_hf_config(folder: str | Path) -> PreTrainedConfig:

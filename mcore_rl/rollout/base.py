@@ -1,4 +1,5 @@
-"""What a rollout engine is: token ids in; token ids, log-probabilities and finish reason out.
+"""What a rollout engine is: token ids in; token ids, log-probabilities and finish reason out, and
+the experts that each token was routed to when they are asked for.
 
 An engine holds weights of a known version and takes new ones through an update session
 (`start_weight_update`, `update_weights` any number of times, `finish_weight_update`), which is
@@ -11,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.registry import Registry
+from mcore_rl.types import Routing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -145,6 +149,8 @@ class GenerationResult:
     """"stop", "length" or "abort"."""
     weight_version: int
     """Version of the weights that produced it."""
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    """See `Sample.routed_experts`; None unless `EngineSpec.routing` asks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +164,8 @@ class EngineSpec:
     stop_token_ids: Sequence[int]
     """Tokens that end a response."""
     config: RolloutConfig
+    routing: Routing | None = None
+    """The model's experts, to have results carry those of every token; None: they do not."""
 
 
 class RolloutEngine(Protocol):

@@ -2,6 +2,7 @@
 
 Its response to a prompt depends only on prompt and seed: tokens drawn uniformly from the
 vocabulary, each with log-probability -log(vocabulary), ended by a stop token after a drawn length.
+Routes, when asked for, are drawn uniformly too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import ENGINES, EngineSpec, GenerationRequest, GenerationResult
@@ -26,6 +29,7 @@ class FakeEngine:
         self.weight_version = -1
         self.num_updated_tensors = 0
         self._stop_token_ids = list(spec.stop_token_ids)
+        self._routing = spec.routing
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one drawn response per request."""
@@ -43,12 +47,26 @@ class FakeEngine:
         finish_reason = "length"
         if length <= sampling.max_tokens and self._stop_token_ids:
             tokens[-1], finish_reason = self._stop_token_ids[0], "stop"
+        num_inputs = len(request.prompt_token_ids) + len(tokens) - 1
         return GenerationResult(
             token_ids=tokens,
             logprobs=[-math.log(self.vocab_size)] * len(tokens),
             finish_reason=finish_reason,
             weight_version=self.weight_version,
+            routed_experts=self._draw_routes(source, num_inputs),
         )
+
+    def _draw_routes(self, source: random.Random, num_inputs: int) -> np.ndarray | None:
+        if self._routing is None:
+            return None
+        experts, topk = range(self._routing.num_experts), self._routing.topk
+        return np.array(
+            [
+                [source.sample(experts, topk) for _ in self._routing.layers]
+                for _ in range(num_inputs)
+            ],
+            np.uint16,
+        ).reshape(num_inputs, len(self._routing.layers), topk)
 
     def start_weight_update(self) -> None:
         self.weight_version = -1

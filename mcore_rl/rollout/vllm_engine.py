@@ -1,9 +1,10 @@
 """vLLM in the process of the train worker.
 
 The engine starts without weights (`load_format="dummy"`) and without a tokenizer; weights arrive
-by its native update lifecycle. Log-probabilities are those after temperature. vLLM seeds and
-consumes torch's global random state and replaces `torch.set_num_threads`; both are put back, so a
-trainer in the same process does not notice it.
+by its native update lifecycle. Log-probabilities are those after temperature. Routed experts, when
+asked for, are vLLM's own on CUDA and those of `vllm_routes.py` on CPU. vLLM seeds and consumes
+torch's global random state and replaces `torch.set_num_threads`; both are put back, so a trainer in
+the same process does not notice it.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.weight_version = -1
         self._stop_token_ids = list(spec.stop_token_ids)
+        self._routing = spec.routing
         cfg = spec.config
-        on_cpu = not torch.cuda.is_available()
+        self._on_cpu = on_cpu = not torch.cuda.is_available()
         settings: dict[str, Any] = {
             "model": spec.model_path,
             "dtype": spec.dtype,
@@ -77,6 +79,7 @@ class VllmEngine:
             "weight_transfer_config": WeightTransferConfig(backend="direct"),  # pyright: ignore
             "worker_extension_cls": "mcore_rl.rollout.vllm_worker.WorkerExtension",
             "generation_config": "vllm",  # sampling comes from the request alone
+            "enable_return_routed_experts": spec.routing is not None and not on_cpu,
             "disable_log_stats": True,
             "seed": 0,
         }
@@ -95,6 +98,8 @@ class VllmEngine:
         with _process_state_kept():
             self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        if spec.routing is not None and on_cpu:
+            self._llm.collective_rpc("record_routes", args=(spec.routing.layers,))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one result per request, in order; see `RolloutEngine.generate`."""
@@ -108,7 +113,11 @@ class VllmEngine:
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if len(outputs) != len(requests):
             raise RolloutError(f"{len(requests)} requests, {len(outputs)} results", role="rollout")
-        return [self._result(output.outputs[0]) for output in outputs]
+        routes = self._routed_experts(outputs)
+        return [
+            self._result(output.outputs[0], experts)
+            for output, experts in zip(outputs, routes, strict=True)
+        ]
 
     def _sampling_params(self, request: GenerationRequest) -> vllm.SamplingParams:
         sampling = request.sampling
@@ -123,7 +132,26 @@ class VllmEngine:
             detokenize=False,
         )
 
-    def _result(self, output: Any) -> GenerationResult:
+    def _routed_experts(self, outputs: Sequence[Any]) -> list[np.ndarray | None]:
+        """Return the experts of each output's tokens but the last, None where vLLM has none."""
+        if self._routing is None:
+            return [None] * len(outputs)
+        if self._on_cpu:
+            recorded = self._llm.collective_rpc("take_routes")[0]
+            # vLLM appends a suffix to the id that it gave a request.
+            by_id = {name.rpartition("-")[0]: routes for name, routes in recorded.items()}
+            found = [by_id.get(output.request_id) for output in outputs]
+        else:
+            layers = list(self._routing.layers)  # vLLM has a row for every layer
+            found = [output.outputs[0].routed_experts for output in outputs]
+            found = [None if routes is None else routes[:, layers] for routes in found]
+        # A token is an input only if the engine went on after it.
+        lengths = [len(o.prompt_token_ids) + len(o.outputs[0].token_ids) - 1 for o in outputs]
+        return [
+            None if routes is None else routes[:n] for routes, n in zip(found, lengths, strict=True)
+        ]
+
+    def _result(self, output: Any, routed_experts: np.ndarray | None) -> GenerationResult:
         token_ids = list(output.token_ids)
         logprobs = [at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True)]
         return GenerationResult(
@@ -131,6 +159,7 @@ class VllmEngine:
             logprobs=logprobs,
             finish_reason=output.finish_reason or "abort",
             weight_version=self.weight_version,
+            routed_experts=routed_experts,
         )
 
     def start_weight_update(self) -> None:

@@ -1,4 +1,4 @@
-"""Inside vLLM's worker: weight-update backends of this project and two CPU repairs.
+"""Inside vLLM's worker: weight-update backends of this project, routes, and two CPU repairs.
 
 vLLM imports this module in every worker process, because `worker_extension_cls` names
 `WorkerExtension`; importing it registers the backends.
@@ -16,10 +16,13 @@ Repairs, both for vLLM 0.32.0 on CPU, where weights are packed when they are loa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -31,6 +34,8 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+
+from mcore_rl.rollout.vllm_routes import RouteRecorder
 
 
 @dataclass
@@ -88,4 +93,15 @@ WeightTransferEngineFactory.register_engine("direct", DirectWeightTransfer)
 
 
 class WorkerExtension:
-    """Named by `worker_extension_cls` so that vLLM imports this module; adds nothing itself."""
+    """What an engine calls on its worker by name; the names must not be those of vLLM's worker."""
+
+    model_runner: Any
+    vllm_config: VllmConfig
+
+    def record_routes(self, layers: Sequence[int]) -> None:
+        """Record the experts of everything computed from now on; see `RouteRecorder`."""
+        self._routes = RouteRecorder(self.model_runner, self.vllm_config, layers)
+
+    def take_routes(self) -> dict[str, np.ndarray]:
+        """Return what was recorded since the last call; see `RouteRecorder.take`."""
+        return self._routes.take()

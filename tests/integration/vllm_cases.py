@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.safetensors_io import CheckpointReader
-from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.models.spec import load_hf_config, model_family, routing
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, RolloutEngine
 from mcore_rl.weight_sync.base import TRANSPORTS
@@ -26,7 +26,7 @@ from mcore_rl.weight_sync.sync import sync_weights
 _engine: RolloutEngine | None = None
 
 
-def start(folder: str, stop_token_ids=(), **rollout) -> None:
+def start(folder: str, stop_token_ids=(), with_routes=False, **rollout) -> None:
     """Start an engine for the model in `folder`, in place of the one before."""
     global _engine
     stop()
@@ -41,6 +41,7 @@ def start(folder: str, stop_token_ids=(), **rollout) -> None:
             dtype="float32",
             max_model_len=256,
             stop_token_ids=list(stop_token_ids),
+            routing=routing(load_hf_config(folder)) if with_routes else None,
             config=RolloutConfig(**{"kv_cache_memory_bytes": 32 << 20, **rollout}),
         )
     )
@@ -76,6 +77,28 @@ def sync(folder: str, version: int) -> None:
 def generate(requests: list[GenerationRequest]):
     """Return the results of the engine."""
     return engine().generate(requests)
+
+
+def generate_and_watch(requests: list[GenerationRequest]):
+    """Return the results, and how many requests were preempted, how many prompts were cut into
+    chunks and how many tokens were found in the cache."""
+    runner = engine()._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    runner = runner.worker.model_runner
+    inner, seen = runner.execute_model, {"preempted": 0, "cut": 0, "cached": 0}
+
+    def execute_model(scheduled, *args):
+        seen["preempted"] += len(scheduled.preempted_req_ids or ())
+        for request in scheduled.scheduled_new_reqs:
+            rest = len(request.prompt_token_ids) - request.num_computed_tokens
+            seen["cut"] += scheduled.num_scheduled_tokens[request.req_id] < rest
+            seen["cached"] += request.num_computed_tokens
+        return inner(scheduled, *args)
+
+    runner.execute_model = execute_model
+    try:
+        return generate(requests), seen
+    finally:
+        runner.execute_model = inner
 
 
 def start_update() -> None:

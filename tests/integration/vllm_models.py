@@ -30,6 +30,7 @@ MODELS = {
     "qwen3": Qwen3Config(**QWEN3),
     "qwen3_tied": Qwen3Config(**QWEN3, tie_word_embeddings=True),
     "qwen3_moe": Qwen3MoeConfig(**MOE),
+    "qwen3_moe_mixed": Qwen3MoeConfig(**MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
 
@@ -47,6 +48,14 @@ def make_model(name: str, seed: int) -> Any:
             else:
                 parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
     return model.float().eval()
+
+
+@torch.no_grad()
+def hf_routes(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """Return the experts of every token but the last, [n - 1, MoE layers, topk], sorted."""
+    outputs = model(torch.tensor([token_ids[:-1]]), output_router_logits=True)
+    scores = torch.stack(outputs.router_logits, dim=1)
+    return scores.topk(model.config.num_experts_per_tok).indices.sort().values
 
 
 @torch.no_grad()

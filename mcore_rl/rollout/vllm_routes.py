@@ -1,0 +1,94 @@
+"""Experts of every token, from a model runner that cannot return them itself.
+
+vLLM 0.32.0 returns routed experts only from its second model runner, which needs Triton
+(config/vllm.py, "AuxOutput Connector requires Model Runner V2"), so not on CPU. Its capturer
+(fused_moe/routed_experts_capturer.py) works under either runner: `RouteRecorder` binds it and reads
+it after every forward. Drop this file when vLLM returns them on CPU.
+
+A token's experts are kept where its keys and values are: by slot of the KV cache. So a prompt that
+is cached brings its experts along, whichever request computed it and whether in the same forward.
+
+Invariant: what is recorded of a request are its first tokens without a gap, as many as the engine
+has computed. A preempted request is computed again, and recorded again from where that begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+    RoutedExpertsCapturer,
+    bind_routed_experts_capturer,
+)
+
+
+class RouteRecorder:
+    """Records the experts of everything that `model_runner` computes from now on.
+
+    Args:
+        model_runner: vLLM's first model runner, model loaded and KV cache allocated.
+        vllm_config: of the engine.
+        layers: decoder layers with experts, from 0.
+    """
+
+    def __init__(self, model_runner: Any, vllm_config: VllmConfig, layers: Sequence[int]) -> None:
+        assert len(model_runner.kv_cache_config.kv_cache_groups) == 1, "one slot per token"
+        max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._capturer = RoutedExpertsCapturer(max_tokens, vllm_config)
+        bind_routed_experts_capturer(model_runner.get_model(), self._capturer)
+        self._batch = model_runner.input_batch
+        self._table = self._batch.block_table[0]
+        self._layers = list(layers)
+        num_slots = model_runner.kv_cache_config.num_blocks * self._table.block_size
+        routes = self._captured(0)
+        self._at_slot = np.zeros((num_slots, *routes.shape[1:]), routes.dtype)
+        self._of_request: dict[str, list[np.ndarray]] = {}
+        forward = model_runner.execute_model
+
+        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(scheduled, *args, **kwargs)
+            self._record(scheduled.num_scheduled_tokens)
+            return output
+
+        model_runner.execute_model = execute_model
+
+    def take(self) -> dict[str, np.ndarray]:
+        """Return the experts of each request since the last call, by vLLM's internal request id.
+
+        [computed tokens, layers, topk] uint8, or uint16 with more than 256 experts.
+        """
+        taken = {name: np.concatenate(parts) for name, parts in self._of_request.items()}
+        self._of_request = {}
+        return taken
+
+    def _captured(self, num_tokens: int) -> np.ndarray:
+        """Return the experts of the forward's first tokens, [num_tokens, layers, topk]."""
+        return self._capturer.snapshot_routing_data(num_tokens).numpy()[:, self._layers]
+
+    def _record(self, num_scheduled: dict[str, int]) -> None:
+        """Take over the experts of the forward that just ran; `num_scheduled` by request."""
+        computed = []
+        for row, name in enumerate(self._batch.req_ids):
+            if count := num_scheduled.get(name, 0):
+                start = int(self._batch.num_computed_tokens_cpu[row])
+                computed.append((name, start, self._slots(row, start + count)))
+        if not computed:
+            return
+        written = np.concatenate([slots[start:] for _, start, slots in computed])
+        self._at_slot[written] = self._captured(len(written))
+        # Only now: a request may share blocks with one that was computed beside it.
+        for name, start, slots in computed:
+            parts = self._of_request.setdefault(name, [])
+            known = sum(map(len, parts))
+            if known > start:  # it was preempted
+                parts[:] = [np.concatenate(parts)[:start]]
+                known = start
+            parts.append(self._at_slot[slots[known:]])
+
+    def _slots(self, row: int, num_tokens: int) -> np.ndarray:
+        """Return the slots of a request's first tokens."""
+        position, size = np.arange(num_tokens), self._table.block_size
+        return self._table.get_numpy_array()[row][position // size] * size + position % size
