@@ -15,6 +15,11 @@ def check_run(cfg: RunConfig) -> None:
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
+    sizes_and_types_have_one_key(cfg)
+    the_loss_is_scaled_in_one_place(cfg)
+    logprobs_are_the_same_in_every_pass(cfg)
+    pipelines_exchange_rows_of_any_length(cfg)
+    router_losses_do_not_depend_on_the_layout(cfg)
     minibatches_divide_a_step(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
@@ -28,6 +33,11 @@ def check_sft(cfg: SftRunConfig) -> None:
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
+    sizes_and_types_have_one_key(cfg)
+    the_loss_is_scaled_in_one_place(cfg)
+    logprobs_are_the_same_in_every_pass(cfg)
+    pipelines_exchange_rows_of_any_length(cfg)
+    router_losses_do_not_depend_on_the_layout(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
 
 
@@ -64,6 +74,73 @@ def pipelines_are_interleaved_only_with_stages(cfg: RunConfig | SftRunConfig) ->
         vpp,
         "needs actor.megatron.pipeline_model_parallel_size of at least 2",
     )
+
+
+_OPTION_OF_FIELD = {
+    "tensor_model_parallel_size": "tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
+    "context_parallel_size": "context_parallel_size",
+    "expert_model_parallel_size": "expert_model_parallel_size",
+    "expert_tensor_parallel_size": "expert_tensor_parallel_size",
+    "sequence_parallel": "sequence_parallel",
+    "params_dtype": "dtype",
+    "pipeline_dtype": "dtype",
+    "bf16": "dtype",
+    "fp16": "dtype",
+}
+
+
+def sizes_and_types_have_one_key(cfg: RunConfig | SftRunConfig) -> None:
+    for field, option in _OPTION_OF_FIELD.items():
+        rule = f"is set by actor.megatron.{option}"
+        _require_not_overridden(cfg, field, rule, "Set that instead.")
+
+
+def the_loss_is_scaled_in_one_place(cfg: RunConfig | SftRunConfig) -> None:
+    """Otherwise the gradient depends on the micro-batches; see megatron/forward_backward.py."""
+    rule = "would scale the loss a second time: it is scaled for calculate_per_token_loss=true"
+    _require_not_overridden(cfg, "calculate_per_token_loss", rule, "Remove it.")
+
+
+def logprobs_are_the_same_in_every_pass(cfg: RunConfig | SftRunConfig) -> None:
+    """With dropout the ratio to the old policy is noise, and never 1."""
+    for field in ("hidden_dropout", "attention_dropout"):
+        rule = "makes the log-probabilities of one policy differ from pass to pass"
+        _require_not_overridden(cfg, field, rule, "Remove it.")
+
+
+def pipelines_exchange_rows_of_any_length(cfg: RunConfig | SftRunConfig) -> None:
+    """Micro-batches are rows of different lengths. Megatron's other settings of the exchange hang
+    or swap messages between two stages (p2p_communication.py:185), and its other dispatchers
+    refuse such rows (transformer_config.py:1829)."""
+    for field in ("variable_seq_lengths", "batch_p2p_comm", "overlap_p2p_comm"):
+        rule = "hangs or swaps messages between pipeline stages unless it is left as it is"
+        _require_not_overridden(cfg, field, rule, "Remove it.")
+    field = "moe_token_dispatcher_type"
+    stages = cfg.actor.megatron.pipeline_model_parallel_size
+    if stages > 1 and cfg.actor.megatron.override_transformer_config.get(field) != "alltoall":
+        rule = f"exchanges rows of one length only, not those of {stages} pipeline stages"
+        _require_not_overridden(cfg, field, rule, "Remove it.")
+
+
+def router_losses_do_not_depend_on_the_layout(cfg: RunConfig | SftRunConfig) -> None:
+    """Megatron scales them by the tokens of one rank (moe/router.py:456-498), so where a row is cut
+    over ranks their gradient is a fraction of what it should be."""
+    megatron = cfg.actor.megatron
+    tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
+    for field in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if tp * cp > 1 and megatron.override_transformer_config.get(field):
+            rule = (
+                f"has another gradient in every layout that cuts rows (tensor {tp}, context {cp})"
+            )
+            _require_not_overridden(cfg, field, rule, "Leave it at 0.")
+
+
+def _require_not_overridden(cfg: RunConfig | SftRunConfig, field: str, rule: str, fix: str) -> None:
+    overrides = cfg.actor.megatron.override_transformer_config
+    key = f"actor.megatron.override_transformer_config.{field}"
+    require(field not in overrides, key, overrides.get(field), rule, fix)
 
 
 def minibatches_divide_a_step(cfg: RunConfig) -> None:

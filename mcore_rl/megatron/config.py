@@ -30,7 +30,8 @@ class MegatronConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
     override_transformer_config: dict[str, Any] = field(default_factory=dict)
-    """Fields of Megatron's TransformerConfig, handed on as they are; unknown names are refused."""
+    """Fields of Megatron's TransformerConfig, handed on as they are, such as
+    recompute_granularity; refused are unknown names and what would change results."""
     seed: int = 42
     """Base of Megatron's random states."""
 

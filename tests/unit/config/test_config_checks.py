@@ -15,6 +15,10 @@ from mcore_rl.types import Layout
 
 NAMED = ["model.path=m", "data.train_files=d"]
 
+OVERRIDE = "+actor.megatron.override_transformer_config"
+TP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.tensor_model_parallel_size=2"]
+PP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.pipeline_model_parallel_size=2"]
+
 # rule: (overrides that break it, how its message begins, the nearest overrides that keep it)
 RULES = {
     "a_model_is_named": (
@@ -40,6 +44,33 @@ RULES = {
             "actor.megatron.pipeline_model_parallel_size=2",
             "actor.megatron.virtual_pipeline_model_parallel_size=2",
         ],
+    ),
+    "sizes_and_types_have_one_key": (
+        [f"{OVERRIDE}.expert_tensor_parallel_size=1"],
+        f"{OVERRIDE.lstrip('+')}.expert_tensor_parallel_size=1 is set by "
+        "actor.megatron.expert_tensor_parallel_size.",
+        ["actor.megatron.expert_tensor_parallel_size=1"],
+    ),
+    "the_loss_is_scaled_in_one_place": (
+        [f"{OVERRIDE}.calculate_per_token_loss=false"],
+        f"{OVERRIDE.lstrip('+')}.calculate_per_token_loss=False would scale the loss a second time",
+        [],
+    ),
+    "logprobs_are_the_same_in_every_pass": (
+        [f"{OVERRIDE}.attention_dropout=0.1"],
+        f"{OVERRIDE.lstrip('+')}.attention_dropout=0.1 makes the log-probabilities of one policy",
+        [],
+    ),
+    "pipelines_exchange_rows_of_any_length": (
+        [*PP2, f"{OVERRIDE}.moe_token_dispatcher_type=allgather"],
+        f"{OVERRIDE.lstrip('+')}.moe_token_dispatcher_type='allgather' exchanges rows of one "
+        "length only, not those of 2 pipeline stages.",
+        [f"{OVERRIDE}.moe_token_dispatcher_type=allgather"],
+    ),
+    "router_losses_do_not_depend_on_the_layout": (
+        [*TP2, f"{OVERRIDE}.moe_aux_loss_coeff=0.01"],
+        f"{OVERRIDE.lstrip('+')}.moe_aux_loss_coeff=0.01 has another gradient in every layout",
+        [f"{OVERRIDE}.moe_aux_loss_coeff=0.01"],
     ),
     "minibatches_divide_a_step": (
         ["data.train_batch_size=100", "actor.ppo_mini_batch_size=64"],
@@ -88,7 +119,7 @@ def test_every_rule_of_the_module_is_in_the_table():
     functions = {
         name
         for name, function in inspect.getmembers(checks, inspect.isfunction)
-        if function.__module__ == checks.__name__
+        if function.__module__ == checks.__name__ and not name.startswith("_")
     }
     assert functions - {"check_run", "check_sft"} == set(RULES)
 
@@ -102,6 +133,13 @@ def test_training_refuses_what_a_rule_forbids(rule):
             check(config)
         assert str(caught.value).startswith(expected)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["variable_seq_lengths", "batch_p2p_comm", "overlap_p2p_comm"])
+def test_the_exchange_between_stages_is_not_overridden(field):
+    config = compose([*NAMED, *PP2, f"{OVERRIDE}.{field}=true"])
+    with pytest.raises(UserError, match=f"{field}=True hangs or swaps messages"):
+        check_run(config)
 
 
 @pytest.mark.parametrize("rule", RULES)
