@@ -1,9 +1,9 @@
-"""Run Megatron-Core 0.16.1 on a machine without CUDA, Transformer Engine and Apex.
+"""Run Megatron-Core on a machine without CUDA, Transformer Engine and Apex.
 
 Everything that CPU support needs is in this file, and `install` returns at once where CUDA is
 present. Each repair replaces one name and first checks that the name is still there, so another
 version of Megatron-Core fails here with a sentence and not later with wrong numbers. Remove an
-entry when the named upstream line is mended.
+entry when the named upstream line is mended. `versions.py` has the versions it is tested with.
 
 What is replaced (line numbers of 0.16.1, relative to megatron/core):
 
@@ -22,7 +22,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
-SUPPORTED_VERSION = "0.16.1"
+from mcore_rl.megatron.versions import require_supported_megatron
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -40,16 +39,13 @@ def install() -> None:
     """Make Megatron-Core usable without CUDA; a no-op with CUDA or when already done.
 
     Raises:
-        RuntimeError: if the installed Megatron-Core is another version or a repaired name is gone.
+        RuntimeError: if the installed Megatron-Core is not supported (on CUDA too) or a repaired
+            name is gone.
     """
     global _installed
+    require_supported_megatron()
     if _installed or torch.cuda.is_available():
         return
-    found = version("megatron-core")
-    if found != SUPPORTED_VERSION:
-        raise RuntimeError(
-            f"megatron-core {found} has no CPU support here: it is written for {SUPPORTED_VERSION}"
-        )
     _answer_cuda_calls()
     _track_random_states_on_cpu()
     _redirect_device_literals()

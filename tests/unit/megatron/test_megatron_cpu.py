@@ -9,7 +9,7 @@ import cpu_cases as cases
 import pytest
 import torch
 
-from mcore_rl.megatron.cpu import SUPPORTED_VERSION
+from mcore_rl.megatron.versions import TESTED
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def test_another_version_and_a_vanished_name_are_refused_before_and_by_name(tmp_
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert "0.99.0" in found["other_version"]
-    assert SUPPORTED_VERSION in found["other_version"]
+    assert "megatron-core 0.99.0 is not supported" in found["other_version"]
+    assert ", ".join(TESTED) in found["other_version"]
     assert found["untouched"]
     assert "token_dispatcher.maybe_move_tensor_to_cpu is gone" in found["missing_name"]
 
