@@ -1,14 +1,19 @@
-"""Log-probabilities and entropy of given tokens, from hidden states, in chunks.
+"""Log-probabilities and entropy of given tokens, from hidden states, block by block.
 
-The output layer is applied to a chunk of tokens at a time and its logits are thrown away, so no
-float32 [T, V] exists at any moment, whatever the vocabulary; the backward pass computes the logits
-of a chunk again. The vocabulary may be cut over the tensor-parallel group.
+The logits of all tokens for a block of the vocabulary exist at one time, at most `BLOCK_LOGITS` of
+them however many tokens and whatever the vocabulary. The forward pass carries the largest logit and
+the sum of exponentials from block to block; the backward pass computes each block again, and so
+writes every row of the weight's gradient once. The vocabulary may be cut over the tensor-parallel
+group.
 
     z = h W^T / temperature          logprob[t] = z[t, label] - lse(z[t])
     entropy[t] = lse(z[t]) - sum_v p[t, v] z[t, v]
 
-Shapes: T tokens, C tokens of a chunk, H hidden, V vocabulary, Vt the rows of it on this rank.
-`logprobs_reference` is the same without chunks and cuts; the tests compare both.
+Tokens without a gradient (prompts, clipped ratios, advantages of zero) take no part in the backward
+pass.
+
+Shapes: T tokens, H hidden, V vocabulary, Vt the rows of it on this rank, B those of a block.
+`logprobs_reference` is the same without blocks and cuts; the tests compare both.
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CHUNK_TOKENS = 1024
+BLOCK_LOGITS = 2**23
+"""32 MiB in float32: few enough for a CPU's last cache, enough for a large matrix product."""
 
 
 def logprobs_reference(
@@ -42,7 +48,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     group: ProcessGroup | None,
     with_entropy: bool,
-    chunk_tokens: int = CHUNK_TOKENS,
+    block_logits: int = BLOCK_LOGITS,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities of `labels_T` and, if asked for, the entropy at each token.
 
@@ -58,7 +64,7 @@ def vocab_parallel_logprobs(
         vocab_size: V without padding; padded rows are left out of the softmax.
         group: tensor-parallel group; None or one rank when the vocabulary is whole.
         with_entropy: compute the entropy too (its gradient included).
-        chunk_tokens: tokens whose logits exist at one time.
+        block_logits: most logits that exist at one time; one row of the vocabulary is the least.
 
     Returns:
         logprobs_T [T] float32 and entropy_T [T] float32 or None.
@@ -67,7 +73,7 @@ def vocab_parallel_logprobs(
     rows = weight_VtH.shape[0]
     first = rank * rows
     real_rows = max(0, min(rows, vocab_size - first))
-    logprobs_T, entropy_T = _ChunkedLogprobs.apply(
+    logprobs_T, entropy_T = _BlockedLogprobs.apply(
         hidden_TH,
         weight_VtH,
         labels_T - first,
@@ -75,12 +81,12 @@ def vocab_parallel_logprobs(
         real_rows,
         group if size > 1 else None,
         with_entropy,
-        chunk_tokens,
+        block_logits,
     )  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs_T, entropy_T if with_entropy else None
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
+class _BlockedLogprobs(torch.autograd.Function):
     """Labels count from this rank's first row; rows past `real_rows` are padding."""
 
     @staticmethod
@@ -93,97 +99,90 @@ class _ChunkedLogprobs(torch.autograd.Function):
         real_rows: int,
         group: ProcessGroup | None,
         with_entropy: bool,
-        chunk_tokens: int,
+        block_logits: int,
     ) -> tuple[Tensor, Tensor]:
-        num_tokens = hidden_TH.shape[0]
-        logprobs_T = hidden_TH.new_empty(num_tokens, dtype=torch.float32)
-        lse_T = torch.empty_like(logprobs_T)
-        entropy_T = torch.empty_like(logprobs_T) if with_entropy else logprobs_T.new_empty(0)
-        real_weight = weight_VtH[:real_rows]
-        for chunk in _chunks(num_tokens, chunk_tokens):
-            logits_CV = _scaled_logits(hidden_TH[chunk], real_weight, scale)
-            label_logit_C = _label_logits(logits_CV, local_labels_T[chunk])
-            top_C = (
-                logits_CV.amax(-1)
-                if real_rows
-                else label_logit_C.new_full(label_logit_C.shape, float("-inf"))
-            )
-            if group is not None:
-                dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
-            weighted_C = None
+        label_logit_T = hidden_TH.new_zeros(hidden_TH.shape[0], dtype=torch.float32)
+        # Over the blocks so far: the largest logit; sum exp(z - top) and sum exp(z - top) z.
+        top_T = torch.full_like(label_logit_T, float("-inf"))
+        sums_NT = label_logit_T.new_zeros(1 + with_entropy, hidden_TH.shape[0])
+        for block in _blocks(real_rows, hidden_TH.shape[0], block_logits):
+            logits_TB = _scaled_logits(hidden_TH, weight_VtH[block], scale)
+            index_T1, held_T = _place_in_block(local_labels_T, block)
+            label_logit_T += torch.where(held_T, logits_TB.gather(-1, index_T1).squeeze(-1), 0.0)
+            new_top_T = torch.maximum(top_T, logits_TB.amax(-1))
+            exp_TB = (logits_TB - new_top_T.unsqueeze(-1)).exp_()
+            sums_NT *= (top_T - new_top_T).exp_()
+            sums_NT[0] += exp_TB.sum(-1)
             if with_entropy:
-                exp_CV = (logits_CV - top_C.unsqueeze(-1)).exp_()
-                sum_C = exp_CV.sum(-1)
-                weighted_C = exp_CV.mul_(logits_CV).sum(-1)
-            else:
-                sum_C = logits_CV.sub_(top_C.unsqueeze(-1)).exp_().sum(-1)
-            parts = [sum_C, label_logit_C] + ([weighted_C] if weighted_C is not None else [])
-            if group is not None:
-                stacked = torch.stack(parts)
-                dist.all_reduce(stacked, group=group)
-                parts = list(stacked.unbind())
-            lse_C = top_C + parts[0].log()
-            lse_T[chunk] = lse_C
-            logprobs_T[chunk] = parts[1] - lse_C
-            if with_entropy:
-                entropy_T[chunk] = lse_C - parts[2] / parts[0]
+                sums_NT[1] += logits_TB.mul_(exp_TB).sum(-1)
+            top_T = new_top_T
+        if group is not None:
+            own_top_T = top_T.clone()
+            dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
+            sums_NT *= (own_top_T - top_T).exp_()
+            parts = torch.cat([sums_NT, label_logit_T.unsqueeze(0)])
+            dist.all_reduce(parts, group=group)
+            sums_NT, label_logit_T = parts[:-1], parts[-1]
+        lse_T = top_T + sums_NT[0].log()
+        entropy_T = lse_T - sums_NT[1] / sums_NT[0] if with_entropy else lse_T.new_empty(0)
         ctx.save_for_backward(hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T)
-        ctx.constants = scale, real_rows, with_entropy, chunk_tokens
-        return logprobs_T, entropy_T
+        ctx.constants = scale, real_rows, block_logits
+        ctx.set_materialize_grads(False)
+        return label_logit_T - lse_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprobs_T, grad_entropy_T = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T = ctx.saved_tensors
-        scale, real_rows, with_entropy, chunk_tokens = ctx.constants
-        real_weight = weight_VtH[:real_rows]
-        grad_hidden_TH = torch.empty_like(hidden_TH)
-        # Summed over chunks, so in float32 whatever the weight's dtype.
-        grad_weight = torch.zeros_like(weight_VtH, dtype=torch.float32)
-        entropy_counts = with_entropy and bool(grad_entropy_T.any())
-        for chunk in _chunks(hidden_TH.shape[0], chunk_tokens):
+        scale, real_rows, block_logits = ctx.constants
+        logprob_grad_T, entropy_grad_T = grads  # None where nothing depends on it
+        if logprob_grad_T is None:
+            logprob_grad_T = torch.zeros_like(lse_T)
+        counts_T = logprob_grad_T != 0
+        if entropy_grad_T is not None:
+            counts_T |= entropy_grad_T != 0
+        kept_K = counts_T.nonzero().squeeze(-1)
+        hidden_KH, labels_K = hidden_TH[kept_K], local_labels_T[kept_K]
+        lse_K1, logprob_grad_K1 = lse_T[kept_K, None], logprob_grad_T[kept_K, None]
+        # Summed over blocks, so in float32 whatever the dtype of the hidden states.
+        hidden_grad_KH = torch.zeros_like(hidden_KH, dtype=torch.float32)
+        weight_grad_VtH = torch.zeros_like(weight_VtH)
+        for block in _blocks(real_rows, len(kept_K), block_logits):
             # d logprob / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
-            grad_z_CV = _scaled_logits(hidden_TH[chunk], real_weight, scale)
-            grad_z_CV -= lse_T[chunk].unsqueeze(-1)
-            if entropy_counts:
-                factor_CV = grad_z_CV + entropy_T[chunk].unsqueeze(-1)
-                factor_CV *= grad_entropy_T[chunk].unsqueeze(-1)
-                factor_CV += grad_logprobs_T[chunk].unsqueeze(-1)
-                grad_z_CV.exp_().mul_(factor_CV).neg_()
+            grad_KB = _scaled_logits(hidden_KH, weight_VtH[block], scale).sub_(lse_K1)
+            if entropy_grad_T is None:
+                grad_KB.exp_().mul_(-logprob_grad_K1)
             else:
-                grad_z_CV.exp_().mul_(-grad_logprobs_T[chunk].unsqueeze(-1))
-            _add_at_labels(grad_z_CV, local_labels_T[chunk], grad_logprobs_T[chunk])
-            grad_logits_CV = grad_z_CV.mul_(scale).to(hidden_TH.dtype)
-            grad_hidden_TH[chunk] = grad_logits_CV @ real_weight
-            grad_weight[:real_rows] += grad_logits_CV.t() @ hidden_TH[chunk]
-        grad_weight = grad_weight.to(weight_VtH.dtype)
-        return grad_hidden_TH, grad_weight, None, None, None, None, None, None
+                factor_KB = grad_KB + entropy_T[kept_K, None]
+                factor_KB.mul_(entropy_grad_T[kept_K, None]).add_(logprob_grad_K1)
+                grad_KB.exp_().mul_(factor_KB).neg_()
+            index_K1, held_K = _place_in_block(labels_K, block)
+            grad_KB.scatter_add_(-1, index_K1, logprob_grad_K1.where(held_K.unsqueeze(-1), 0.0))
+            if scale != 1.0:
+                grad_KB.mul_(scale)
+            grad_logits_KB = grad_KB.to(hidden_TH.dtype)
+            hidden_grad_KH += grad_logits_KB @ weight_VtH[block]
+            torch.mm(grad_logits_KB.t(), hidden_KH, out=weight_grad_VtH[block])
+        hidden_grad_TH = torch.zeros_like(hidden_TH)
+        hidden_grad_TH[kept_K] = hidden_grad_KH.to(hidden_TH.dtype)
+        return hidden_grad_TH, weight_grad_VtH, None, None, None, None, None, None
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
-    return [slice(i, i + chunk_tokens) for i in range(0, num_tokens, chunk_tokens)]
+def _blocks(num_rows: int, num_tokens: int, block_logits: int) -> list[slice]:
+    """Return slices over the rows of the vocabulary, with the logits of all tokens in a block."""
+    size = max(1, block_logits // max(1, num_tokens))
+    return [slice(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
 
 
-def _scaled_logits(hidden_CH: Tensor, weight_VH: Tensor, scale: float) -> Tensor:
-    """Return [C, V] float32 logits of one chunk."""
-    logits_CV = (hidden_CH @ weight_VH.t()).float()
-    return logits_CV if scale == 1.0 else logits_CV.mul_(scale)
+def _scaled_logits(hidden_TH: Tensor, weight_BH: Tensor, scale: float) -> Tensor:
+    """Return [T, B] float32 logits of one block."""
+    logits_TB = (hidden_TH @ weight_BH.t()).float()
+    return logits_TB if scale == 1.0 else logits_TB.mul_(scale)
 
 
-def _label_logits(logits_CV: Tensor, local_labels_C: Tensor) -> Tensor:
-    """Return [C] the logit of each label, 0 where another rank holds its row."""
-    rows = logits_CV.shape[-1]
-    held_C = (local_labels_C >= 0) & (local_labels_C < rows)
-    if rows == 0:
-        return logits_CV.new_zeros(logits_CV.shape[0])
-    picked_C = logits_CV.gather(-1, local_labels_C.clamp(0, rows - 1).unsqueeze(-1)).squeeze(-1)
-    return torch.where(held_C, picked_C, 0.0)
-
-
-def _add_at_labels(grad_CV: Tensor, local_labels_C: Tensor, values_C: Tensor) -> None:
-    rows = grad_CV.shape[-1]
-    if rows == 0:
-        return
-    held_C = (local_labels_C >= 0) & (local_labels_C < rows)
-    index_C1 = local_labels_C.clamp(0, rows - 1).unsqueeze(-1)
-    grad_CV.scatter_add_(-1, index_C1, torch.where(held_C, values_C, 0.0).unsqueeze(-1))
+def _place_in_block(local_labels_T: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return [T, 1] the column of each label in the block, any one where it has none, and [T]
+    whether it has one."""
+    column_T = local_labels_T - block.start
+    size = block.stop - block.start
+    held_T = (column_T >= 0) & (column_T < size)
+    return column_T.clamp(0, size - 1).unsqueeze(-1), held_T

@@ -19,7 +19,7 @@ def sharded_logprobs(hidden_TH, weight_VH, labels_T, weights_T2, vocab_size):
         group=dist.group.WORLD,
         with_entropy=True,
         temperature=1.4,
-        chunk_tokens=4,
+        block_logits=60,
     )
     (weights_T2[:, 0] @ logprobs_T + weights_T2[:, 1] @ entropy_T).backward()
     return logprobs_T.detach(), entropy_T.detach(), hidden.grad, shard.grad

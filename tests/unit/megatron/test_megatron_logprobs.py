@@ -1,7 +1,9 @@
-"""Chunked, vocabulary-parallel log-probabilities against the plain formula in float64.
+"""Blocked, vocabulary-parallel log-probabilities against the plain formula in float64.
 
 Shapes: T tokens, H hidden, V vocabulary without padding rows.
 """
+
+import math
 
 import logprob_cases
 import pytest
@@ -65,10 +67,10 @@ def assert_all_close(found, expected, atol):
     vocab_size=st.integers(2, 40),
     num_pad_rows=st.integers(0, 5),
     temperature=st.sampled_from([1.0, 0.6, 1.7]),
-    chunk_tokens=st.integers(1, 30),
+    block_logits=st.integers(1, 400),
 )
 def test_values_and_gradients_are_those_of_the_formula(
-    seed, num_tokens, vocab_size, num_pad_rows, temperature, chunk_tokens
+    seed, num_tokens, vocab_size, num_pad_rows, temperature, block_logits
 ):
     inputs = random_inputs(seed, num_tokens, vocab_size, num_pad_rows)
 
@@ -81,7 +83,7 @@ def test_values_and_gradients_are_those_of_the_formula(
             vocab_size=vocab_size,
             group=None,
             with_entropy=True,
-            chunk_tokens=chunk_tokens,
+            block_logits=block_logits,
         )
 
     *values, hidden_grad, weight_grad = with_gradients(ours, *inputs)
@@ -112,7 +114,7 @@ def test_a_loss_without_entropy_needs_none(with_entropy):
             vocab_size=29,
             group=None,
             with_entropy=with_entropy,
-            chunk_tokens=4,
+            block_logits=60,
         ),
         *inputs,
         with_entropy=False,
@@ -128,14 +130,14 @@ def test_extreme_logits_give_finite_values_and_gradients():
     inputs = 200 * hidden_TH, weight_VH, labels_T, factors_T2
     found = with_gradients(
         lambda *args: vocab_parallel_logprobs(
-            *args, temperature=1.0, vocab_size=20, group=None, with_entropy=True, chunk_tokens=4
+            *args, temperature=1.0, vocab_size=20, group=None, with_entropy=True, block_logits=60
         ),
         *inputs,
     )
     assert found[0].min() < -500
     assert all(torch.isfinite(tensor).all() for tensor in found)
     # float32 logits of size 1000 round by 6e-5, gradients are products with hidden states of size
-    # 500; observed 5e-5 and 2e-3.
+    # 500; observed 9e-5 and 2e-3.
     expected = exact(*inputs, 1.0)
     assert_all_close(found[:2], expected[:2], atol=1e-3)
     assert_all_close(found[2:], expected[2:], atol=1e-1)
@@ -146,7 +148,7 @@ def test_bfloat16_inputs_are_reduced_in_float32():
     inputs = random_inputs(3, 40, 37, dtype=torch.bfloat16)
     found = with_gradients(
         lambda *args: vocab_parallel_logprobs(
-            *args, temperature=1.0, vocab_size=37, group=None, with_entropy=True, chunk_tokens=16
+            *args, temperature=1.0, vocab_size=37, group=None, with_entropy=True, block_logits=400
         ),
         *inputs,
     )
@@ -155,7 +157,7 @@ def test_bfloat16_inputs_are_reduced_in_float32():
     expected = exact(*inputs, 1.0)
     # bfloat16 logits of size up to 8 round by 2**-6 = 0.016; observed 0.011.
     assert_all_close(found[:2], expected[:2], atol=0.05)
-    # relative rounding 2**-8 of gradients of size up to 10; observed 0.036.
+    # relative rounding 2**-8 of gradients of size up to 10; observed 0.047.
     assert_all_close(found[2:], expected[2:], atol=0.2)
 
 
@@ -169,7 +171,7 @@ class LargestFloat32(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.num_products += func is torch.ops.aten.mm.default
+        self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
                 self.numel = max(self.numel, tensor.numel())
@@ -177,31 +179,74 @@ class LargestFloat32(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_no_tensor_is_larger_than_a_chunk_of_logits(with_entropy):
-    """Forward and backward, at 16 chunks; the weight and its gradient are smaller than a chunk."""
-    num_tokens, vocab_size, chunk = 256, 211, 16
+def test_no_tensor_is_larger_than_a_block_of_logits(with_entropy):
+    """Forward and backward, at 16 blocks; inputs and their gradients are smaller than a block."""
+    num_tokens, vocab_size, block_rows = 256, 208, 13
+    block_logits = num_tokens * block_rows
     inputs = random_inputs(4, num_tokens, vocab_size)
-    assert vocab_size * HIDDEN < chunk * vocab_size < num_tokens * vocab_size / 10
+    assert max(num_tokens, vocab_size) * HIDDEN < block_logits
 
     def run(function):
         with LargestFloat32() as largest:
             with_gradients(function, *inputs, with_entropy=with_entropy)
         return largest
 
-    chunked = run(
+    blocked = run(
         lambda *args: vocab_parallel_logprobs(
             *args,
             temperature=1.5,
             vocab_size=vocab_size,
             group=None,
             with_entropy=with_entropy,
-            chunk_tokens=chunk,
+            block_logits=block_logits,
         )
     )
-    # One product per chunk forward, three backward: the backward pass is seen too.
-    assert chunked.num_products == 4 * num_tokens // chunk
-    assert chunked.numel == chunk * vocab_size
+    # One product per block forward, three backward: the backward pass is seen too.
+    assert blocked.num_products == 4 * vocab_size // block_rows
+    assert blocked.numel == block_logits
     assert run(lambda *args: logprobs_reference(*args, 1.5)).numel == num_tokens * vocab_size
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_tokens_without_a_gradient_cost_nothing_backward(with_entropy):
+    """The same gradients as the formula's, from blocks that hold logits of the others alone; a
+    token counts if the loss reads its log-probability or its entropy."""
+    hidden_TH, weight_VH, labels_T, factors_T2 = random_inputs(6, 40, 50)
+    factors_T2[:30, 0] = 0.0
+    factors_T2[4:, 1] = 0.0
+    num_kept = 14 if with_entropy else 10
+    inputs = hidden_TH, weight_VH, labels_T, factors_T2
+    with LargestFloat32() as seen:
+        found = with_gradients(
+            lambda *args: vocab_parallel_logprobs(
+                *args,
+                temperature=1.3,
+                vocab_size=50,
+                group=None,
+                with_entropy=with_entropy,
+                block_logits=40 * 5,
+            ),
+            *inputs,
+            with_entropy=with_entropy,
+        )
+    # 5 rows to a block forward, 200 // num_kept backward.
+    assert seen.num_products == 10 + 3 * math.ceil(50 / (200 // num_kept))
+    assert torch.equal(found[2][10:30], torch.zeros(20, HIDDEN))
+    expected = exact(*inputs, 1.3, with_entropy=with_entropy)
+    # float32; observed 1e-6.
+    assert_all_close(found[2:], expected[2:], atol=1e-5)
+
+
+def test_a_loss_that_reads_nothing_has_gradient_zero():
+    hidden_TH, weight_VH, labels_T, _ = random_inputs(7, 5, 9)
+    found = with_gradients(
+        lambda *args: vocab_parallel_logprobs(
+            *args, temperature=1.0, vocab_size=9, group=None, with_entropy=True
+        ),
+        *(hidden_TH, weight_VH, labels_T, torch.zeros(5, 2)),
+    )
+    assert torch.equal(found[2], torch.zeros_like(hidden_TH))
+    assert torch.equal(found[3], torch.zeros_like(weight_VH))
 
 
 @pytest.mark.parametrize(
