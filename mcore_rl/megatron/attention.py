@@ -1,10 +1,8 @@
-"""Layers for Megatron's local spec that need neither Transformer Engine nor CUDA.
+"""The core attention of the local spec: causal, grouped-query, over packed sequences ("thd").
 
-`PackedAttention` is causal grouped-query attention over packed sequences (the "thd" format) by
-torch's scaled-dot-product attention; `RMSNorm` carries the sequence-parallel mark that Megatron's
-own wrapper refuses to give. `local_block_spec` puts both into the local spec. Both are neutral to
-the device. Under context parallelism queries stay where they are, and keys and values of the whole
-row are gathered.
+Torch's scaled-dot-product attention serves every device and dtype; torch's flash attention over
+sequences of varying lengths serves half precision on CUDA, without padding. Under context
+parallelism queries stay where they are, and keys and values of the whole row are gathered.
 """
 
 from __future__ import annotations
@@ -16,28 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
 from torch import Tensor
 
 from mcore_rl.megatron.context_parallel import gather_positions
+from mcore_rl.megatron.versions import GROUPED_FLASH_ARGUMENTS
 
 
 class PackedAttention(MegatronModule):
@@ -82,7 +66,9 @@ class PackedAttention(MegatronModule):
             both = torch.cat([key, value], dim=-1)
             key, value = gather_positions(both, boundaries, self.cp_group).chunk(2, dim=-1)
         spans = causal_spans(boundaries, self.cp_group.rank(), self.cp_group.size())
-        return packed_causal_attention(query, key, value, spans, self.scale).flatten(-2)
+        has_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        attend = packed_flash_attention if has_kernel else packed_causal_attention
+        return attend(query, key, value, spans, self.scale).flatten(-2)
 
 
 class Span(NamedTuple):
@@ -183,78 +169,56 @@ def _causal_mask(queries: Sequence[range], keys: Sequence[range], device: torch.
     return (key <= query + ahead_n.view(-1, 1, 1)).unsqueeze(1)
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the mark by which Megatron sums its gradient under sequence
-    parallelism (finalize_model_grads.py:354); torch_norm.py:33 refuses that case."""
+def packed_flash_attention(
+    query_L: Tensor, key_T: Tensor, value_T: Tensor, spans: Sequence[Span], scale: float
+) -> Tensor:
+    """Return what `packed_causal_attention` does, by torch's flash attention kernel.
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
-    ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
-
-
-class LocalSpec(LocalSpecProvider):
-    """Megatron's local modules with this file's norm and attention."""
-
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return RMSNorm
-
-    def core_attention(self) -> type:
-        return PackedAttention
-
-
-def local_block_spec(
-    config: TransformerConfig, moe_layers: Sequence[int], vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """Return the layer specs of this pipeline stage without Transformer Engine.
-
-    Args:
-        config: Megatron's model config.
-        moe_layers: 1 for each layer of the whole model whose MLP is a mixture of experts, else 0.
-        vp_stage: virtual pipeline stage, None without one.
+    The kernel aligns the last query of a sequence with its last key, which is what a span says.
+    Tensors are bfloat16 or float16 on CUDA, with heads of a size that 8 divides.
     """
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [_layer_spec(config, bool(is_moe)) for is_moe in moe_layers[first : first + count]]
-    final_norm: Any = RMSNorm  # a class where the annotation says module
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
+
+    rows = flash_rows(spans)
+    if rows.key_positions is not None:
+        positions = torch.tensor(rows.key_positions, device=key_T.device)
+        key_T, value_T = key_T[positions], value_T[positions]
+    queries, keys = (
+        torch.tensor(bounds, dtype=torch.int32, device=query_L.device)
+        for bounds in (rows.query_bounds, rows.key_bounds)
+    )
+    out = varlen_attn(
+        query_L,
+        key_T,
+        value_T,
+        queries,
+        keys,
+        max(len(span.queries) for span in spans),
+        max(len(span.keys) for span in spans),
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        **GROUPED_FLASH_ARGUMENTS,
+    )
+    assert isinstance(out, Tensor)  # a pair only where it is asked for
+    return out
 
 
-def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
-    bias_dropout_add: Any = get_bias_dropout_add  # a function where the annotation says type
-    backend = LocalSpec()
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-    mlp = get_mlp_module_spec_for_backend(
-        backend=backend,
-        num_experts=config.num_moe_experts if is_moe else None,
-        moe_grouped_gemm=False,
-    )
-    # Transformer Engine's names, so that checkpoints written with and without it interchange;
-    # its MoE layers keep pre_mlp_layernorm apart.
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if not is_moe:
-        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.layer_norm(),
-            self_attention=attention,
-            self_attn_bda=bias_dropout_add,
-            pre_mlp_layernorm=backend.layer_norm(),
-            mlp=mlp,
-            mlp_bda=bias_dropout_add,
-            sharded_state_dict_keys_map=names,
-        ),
-    )
+class FlashRows(NamedTuple):
+    """Spans as the flash kernel takes them: one after the other, for queries and for keys."""
+
+    query_bounds: list[int]
+    """Cumulative lengths, from 0."""
+    key_bounds: list[int]
+    """Cumulative lengths, from 0."""
+    key_positions: list[int] | None
+    """Rows of keys to take; None for all, in order. Spans of one sequence share keys under context
+    parallelism, and the kernel wants each its own."""
+
+
+def flash_rows(spans: Sequence[Span]) -> FlashRows:
+    """Return the spans as the flash kernel takes them."""
+    query_bounds = [0, *itertools.accumulate(len(span.queries) for span in spans)]
+    key_bounds = [0, *itertools.accumulate(len(span.keys) for span in spans)]
+    shared = any(span.queries != span.keys for span in spans)
+    positions = [position for span in spans for position in span.keys] if shared else None
+    return FlashRows(query_bounds, key_bounds, positions)

@@ -8,6 +8,7 @@ from typing import Any
 from mcore_rl.errors import require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
+TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +26,9 @@ class MegatronConfig:
     """None: on when tensor_model_parallel_size > 1."""
     dtype: str = "bfloat16"
     """Type of weights and activations; the optimizer always keeps float32 masters."""
+    transformer_impl: str = "auto"
+    """local: Megatron's own layers; transformer_engine: those of Transformer Engine, on CUDA in
+    bfloat16; auto: Transformer Engine's where they can run."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -49,6 +53,22 @@ class MegatronConfig:
                 "must be at least 1",
             )
         require_one_of("actor.megatron.dtype", self.dtype, DTYPES)
+        impl = self.transformer_impl
+        require_one_of("actor.megatron.transformer_impl", impl, TRANSFORMER_IMPLS)
+        require(
+            impl != "transformer_engine" or self.dtype == "bfloat16",
+            "actor.megatron.transformer_impl",
+            impl,
+            f"attends to packed rows in half precision only, not in {self.dtype}",
+            "Use local, or actor.megatron.dtype=bfloat16.",
+        )
+        require(
+            "transformer_impl" not in self.override_transformer_config,
+            "actor.megatron.override_transformer_config.transformer_impl",
+            self.override_transformer_config.get("transformer_impl"),
+            "would not choose the layers",
+            "Use actor.megatron.transformer_impl.",
+        )
 
     @property
     def uses_sequence_parallel(self) -> bool:

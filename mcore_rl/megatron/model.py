@@ -29,7 +29,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedConfig
 
 from mcore_rl.errors import UserError, closest_hint
-from mcore_rl.megatron.attention import local_block_spec
+from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
 from mcore_rl.megatron.parallel import Parallel
@@ -120,10 +120,12 @@ def build_transformer_config(
     """Return Megatron's config of the model in this layout.
 
     Raises:
-        UserError: if `override_transformer_config` names a field that does not exist.
+        UserError: if `override_transformer_config` names a field that does not exist, or
+            `transformer_impl` what cannot run here.
     """
     layout = parallel.layout
     dtype = DTYPES[cfg.dtype]
+    impl = transformer_impl(cfg)
     known = {field.name for field in fields(TransformerConfig)}
     for name in cfg.override_transformer_config:
         if name not in known:
@@ -142,6 +144,7 @@ def build_transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "transformer_impl": impl,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
@@ -164,7 +167,7 @@ def build_transformer_config(
         "cross_entropy_loss_fusion": False,
         "persist_layer_norm": False,
         "moe_permute_fusion": False,
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": impl == "transformer_engine",
     }
     architecture = model_family(hf_config).transformer_kwargs(hf_config)
     return TransformerConfig(**{**settings, **architecture, **cfg.override_transformer_config})
@@ -185,7 +188,7 @@ def build_chunks(
             temperature=temperature,
             real_vocab_size=hf_config.vocab_size,
             config=config,
-            transformer_layer_spec=local_block_spec(config, moe_layers, vp_stage),
+            transformer_layer_spec=block_spec(config, moe_layers, vp_stage),
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
@@ -259,7 +262,8 @@ def named_local_parameters(
     return found
 
 
-def _canonical_name(local_name: str, chunk: PolicyModel, parallel: Parallel) -> str:
+def _canonical_name(name_in_chunk: str, chunk: PolicyModel, parallel: Parallel) -> str:
+    local_name = canonical_parameter_name(name_in_chunk)
     match = _LAYER.match(local_name)
     if not match:
         return local_name

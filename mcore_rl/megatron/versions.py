@@ -12,6 +12,7 @@ except for `te_general_gemm`, which they define; that repair asks for the name.
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -22,7 +23,7 @@ others, which need 3.12, on that."""
 # Flash attention takes fewer heads of keys than of queries in every torch from 2.11 on; the
 # argument that says so is new in 2.12, and required from then on.
 _GROUPS_ARE_NAMED = Version(version("torch")) >= Version("2.12.0")
-GROUPED_FLASH_ARGUMENTS = {"enable_gqa": True} if _GROUPS_ARE_NAMED else {}
+GROUPED_FLASH_ARGUMENTS: dict[str, Any] = {"enable_gqa": True} if _GROUPS_ARE_NAMED else {}
 """Arguments of torch's `varlen_attn` beside keys with fewer heads than the queries."""
 
 

@@ -78,6 +78,7 @@ LIBRARY_OWNERS = {
     "jinja2": ("data.chat",),
     "matplotlib": ("observability.",),
     "rich": ("observability.",),
+    "packaging": ("megatron.versions",),
     "torch": ("",),
     "numpy": ("",),
 }

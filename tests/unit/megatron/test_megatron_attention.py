@@ -10,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_rl.megatron.attention import causal_spans, packed_causal_attention
+from mcore_rl.megatron.attention import (
+    causal_spans,
+    flash_rows,
+    packed_causal_attention,
+    packed_flash_attention,
+)
 
 SIZE = 6
 SCALE = 0.37
@@ -110,3 +115,51 @@ def test_a_sequence_and_later_tokens_cannot_reach_others():
     after = attention(*inputs, boundaries, SCALE)
     changed_T = (before != after).flatten(1).any(-1)
     assert changed_T.nonzero().flatten().tolist() == list(range(changed_token, boundaries[4]))
+
+
+def attention_by_flash_rows(query_L, key_T, value_T, spans, scale):
+    """Return what the flash kernel computes: the last query of every row sees the last key."""
+    rows = flash_rows(spans)
+    if rows.key_positions is not None:
+        key_T, value_T = key_T[rows.key_positions], value_T[rows.key_positions]
+    share = query_L.shape[1] // key_T.shape[1]
+    key_T, value_T = key_T.repeat_interleave(share, 1), value_T.repeat_interleave(share, 1)
+    outputs = []
+    bounds = zip(
+        itertools.pairwise(rows.query_bounds), itertools.pairwise(rows.key_bounds), strict=True
+    )
+    for (first, last), (first_key, last_key) in bounds:
+        for t in range(first, last):
+            seen = slice(first_key, last_key - (last - 1 - t))
+            scores = torch.einsum("hd,shd->hs", query_L[t], key_T[seen]) * scale
+            outputs.append(torch.einsum("hs,shd->hd", scores.softmax(-1), value_T[seen]))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_rows_for_the_flash_kernel_say_what_the_spans_say(rank, size):
+    """Does not cover the kernel, which is for CUDA: tools/gpu_check.py does."""
+    lengths = tuple(2 * size * n for n in (3, 1, 4, 2))
+    query, key, value, _ = random_inputs(3, lengths)
+    spans = causal_spans(boundaries_of(lengths), rank, size)
+    query_L = query[: sum(lengths) // size]
+    found = attention_by_flash_rows(query_L, key, value, spans, SCALE)
+    expected = packed_causal_attention(query_L, key, value, spans, SCALE)
+    # float64, sums of at most 24 products; observed 1e-15.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
+def test_the_flash_kernel_takes_what_it_is_given_and_has_gradients(rank, size):
+    """On the meta device: the call is that of the installed torch, the shapes are right."""
+    spans = causal_spans([0, 8, 12, 24], rank, size)
+
+    def leaf(tokens, heads):
+        shape = tokens, heads, 16
+        return torch.zeros(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    query, key, value = leaf(24 // size, 4), leaf(24, 2), leaf(24, 2)
+    out = packed_flash_attention(query, key, value, spans, SCALE)
+    assert (out.shape, out.dtype) == (query.shape, query.dtype)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (query, key, value))

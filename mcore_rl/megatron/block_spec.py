@@ -1,0 +1,172 @@
+"""Layer specs: which modules Megatron builds a decoder layer of.
+
+Two kinds. The local spec needs neither Transformer Engine nor CUDA: Megatron's own linear layers
+with this package's attention and norm. Transformer Engine's spec is Megatron's. Both hold the same
+weights; Transformer Engine's modules fuse norms into linear layers and hold the experts of a rank
+in one module, so some parameters are called otherwise: `canonical_parameter_name` gives the name
+they have in the local spec, which is the one used everywhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from mcore_rl.errors import require
+from mcore_rl.megatron.attention import PackedAttention
+from mcore_rl.megatron.config import MegatronConfig
+
+
+def transformer_impl(cfg: MegatronConfig) -> str:
+    """Return "local" or "transformer_engine", what `actor.megatron.transformer_impl` means here.
+
+    Raises:
+        UserError: if Transformer Engine is asked for where it cannot run.
+    """
+    can_run = HAVE_TE and torch.cuda.is_available()
+    if cfg.transformer_impl == "auto":
+        return "transformer_engine" if can_run and cfg.dtype == "bfloat16" else "local"
+    require(
+        can_run or cfg.transformer_impl == "local",
+        "actor.megatron.transformer_impl",
+        cfg.transformer_impl,
+        "needs a CUDA device and the package transformer-engine, and one of them is not here",
+        "Use auto or local.",
+    )
+    return cfg.transformer_impl
+
+
+def block_spec(
+    config: TransformerConfig, moe_layers: Sequence[int], vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the layer specs of this pipeline stage, of the kind that the config names.
+
+    Args:
+        config: Megatron's model config.
+        moe_layers: 1 for each layer of the whole model whose MLP is a mixture of experts, else 0.
+        vp_stage: virtual pipeline stage, None without one.
+    """
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    return local_block_spec(config, moe_layers, vp_stage)
+
+
+_FUSED_NAMES = (
+    (r"\.self_attention\.linear_qkv\.layer_norm_(\w+)$", r".input_layernorm.\1"),
+    (r"\.mlp\.linear_fc1\.layer_norm_(\w+)$", r".pre_mlp_layernorm.\1"),
+    (r"\.experts\.(linear_fc[12])\.([a-z]+)(\d+)$", r".experts.local_experts.\3.\1.\2"),
+)
+
+
+def canonical_parameter_name(name: str) -> str:
+    """Return the local spec's name of a parameter of either spec.
+
+    Examples:
+        self_attention.linear_qkv.layer_norm_weight -> input_layernorm.weight
+        mlp.linear_fc1.layer_norm_weight            -> pre_mlp_layernorm.weight
+        mlp.experts.linear_fc1.weight3              -> mlp.experts.local_experts.3.linear_fc1.weight
+    """
+    for pattern, replacement in _FUSED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the mark by which Megatron sums its gradient under sequence
+    parallelism (finalize_model_grads.py:354); torch_norm.py:33 refuses that case."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
+
+
+class LocalSpec(LocalSpecProvider):
+    """Megatron's local modules with this package's norm and attention."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_: Any) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return PackedAttention
+
+
+def local_block_spec(
+    config: TransformerConfig, moe_layers: Sequence[int], vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the layer specs of this pipeline stage without Transformer Engine.
+
+    Args:
+        config: Megatron's model config.
+        moe_layers: 1 for each layer of the whole model whose MLP is a mixture of experts, else 0.
+        vp_stage: virtual pipeline stage, None without one.
+    """
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [_layer_spec(config, bool(is_moe)) for is_moe in moe_layers[first : first + count]]
+    final_norm: Any = RMSNorm  # a class where the annotation says module
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
+    bias_dropout_add: Any = get_bias_dropout_add  # a function where the annotation says type
+    backend = LocalSpec()
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    mlp = get_mlp_module_spec_for_backend(
+        backend=backend,
+        num_experts=config.num_moe_experts if is_moe else None,
+        moe_grouped_gemm=False,
+    )
+    # Transformer Engine's names, so that checkpoints written with and without it interchange;
+    # its MoE layers keep pre_mlp_layernorm apart.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not is_moe:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.layer_norm(),
+            self_attention=attention,
+            self_attn_bda=bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm(),
+            mlp=mlp,
+            mlp_bda=bias_dropout_add,
+            sharded_state_dict_keys_map=names,
+        ),
+    )
