@@ -16,6 +16,7 @@ the stack of every thread on stderr; both end all processes, and the next test g
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -157,6 +158,8 @@ def _call_in_group(function, args, rank, world_size, store):
     result = function(*args)
     dist.barrier()
     dist.destroy_process_group()
+    # Models hold process groups and are cycles; every group that is left has threads that poll.
+    gc.collect()
     return result
 
 
