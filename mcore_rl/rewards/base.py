@@ -1,9 +1,10 @@
-"""What a reward function is, where it is found by name, and the `reward` section."""
+"""What a reward function is, where it is found by name, and the sections of the configuration."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mcore_rl.errors import require, require_one_of
@@ -16,7 +17,8 @@ Score = float | Mapping[str, Any]
 class RewardFunction(Protocol):
     """Scores one response; may be `async`.
 
-    The parameters are passed by name and are those of verl's reward functions.
+    The parameters are passed by name and are those of verl's reward functions. It is called in
+    processes of its own, several at a time, so what it keeps in globals is not shared.
     """
 
     def __call__(
@@ -29,23 +31,42 @@ REWARDS: Registry[RewardFunction] = Registry("reward", "data_source")
 
 @dataclass(kw_only=True, slots=True)
 class RewardConfig:
-    """The `reward` section: what happens when a reward function misbehaves."""
+    """The `reward` section: the processes that score, and what happens when a function fails."""
 
-    timeout_s: float | None = 10.0
-    """Longest time for one response, in seconds; None for no limit."""
+    num_workers: int | None = None
+    """Processes that score side by side; None: one per CPU of this process, at most 8."""
+    timeout_s: float | None = 30.0
+    """Longest time for one response, in seconds; then its process is killed and replaced. None for
+    no limit."""
+    memory_gib: float | None = 8.0
+    """Most private memory of one process; beyond it the function gets a MemoryError. None for no
+    limit."""
     on_error: str = "raise"
-    """A function that raises, exceeds the time, or returns no finite number: "raise" stops the run
-    and names the sample, "zero" scores the sample 0 and counts it in `reward/num_errors`."""
+    """A function that raises, exceeds the time, ends its process, or returns no finite number:
+    "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in
+    `reward/num_errors`."""
 
     def __post_init__(self) -> None:
         require(
-            self.timeout_s is None or self.timeout_s > 0,
-            "reward.timeout_s",
-            self.timeout_s,
-            "must be > 0",
-            "Set it to null for no limit.",
+            self.num_workers is None or self.num_workers >= 1,
+            "reward.num_workers",
+            self.num_workers,
+            "must be at least 1",
         )
+        for name in ("timeout_s", "memory_gib"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0,
+                f"reward.{name}",
+                value,
+                "must be > 0",
+                "Set it to null for no limit.",
+            )
         require_one_of("reward.on_error", self.on_error, ["raise", "zero"])
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers or min(8, len(os.sched_getaffinity(0)))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,12 +77,18 @@ class CustomRewardConfig:
     """Python file that defines the function; None for the rewards named by the data."""
     name: str = "compute_score"
     """Name of the function in that file."""
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function, passed by name with every response."""
 
     def __post_init__(self) -> None:
-        require(
-            self.path is not None or self.name == "compute_score",
-            "custom_reward_function.name",
-            self.name,
-            "has no effect without custom_reward_function.path",
-            "Set the path of the file that defines it.",
-        )
+        for key, is_default in (
+            ("name", self.name == "compute_score"),
+            ("reward_kwargs", not self.reward_kwargs),
+        ):
+            require(
+                self.path is not None or is_default,
+                f"custom_reward_function.{key}",
+                getattr(self, key),
+                "has no effect without custom_reward_function.path",
+                "Set the path of the file that defines it.",
+            )

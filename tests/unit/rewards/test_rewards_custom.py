@@ -61,6 +61,31 @@ def test_a_wrong_file_is_one_line_that_names_the_key(tmp_path, source, name, pro
     assert "\n" not in str(caught.value)
 
 
+def test_further_arguments_are_passed_by_name(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(solution_str, scale, offset=1, **others):\n"
+        "    return scale * len(solution_str) + offset\n"
+    )
+    function = _load(tmp_path / "reward.py", reward_kwargs={"scale": 10})
+    assert function is not None
+    assert function(data_source="", solution_str="abc", ground_truth="", extra_info=None) == 31
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "problem"),
+    [
+        ({}, r"reward_kwargs={} .missing a required argument: 'scale'"),
+        ({"scale": 1, "scael": 2}, r"unexpected keyword argument 'scael'"),
+        ({"scale": 1, "ground_truth": 2}, r"\['ground_truth'\] are arguments that the data gives"),
+    ],
+)
+def test_further_arguments_that_do_not_fit_are_refused(tmp_path, kwargs, problem):
+    source = GOOD.replace("extra_info=None", "extra_info=None, *, scale")
+    (tmp_path / "reward.py").write_text(source)
+    with pytest.raises(UserError, match=rf"custom_reward_function\..*{problem}"):
+        _load(tmp_path / "reward.py", reward_kwargs=kwargs)
+
+
 def test_a_missing_file_and_a_file_of_another_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"custom_reward_function\.path=.* does not exist"):
         _load(tmp_path / "reward.py")
@@ -72,3 +97,5 @@ def test_a_missing_file_and_a_file_of_another_kind_are_refused(tmp_path):
 def test_a_name_without_a_path_is_refused():
     with pytest.raises(UserError, match=r"custom_reward_function\.name='mine' has no effect"):
         CustomRewardConfig(name="mine")
+    with pytest.raises(UserError, match=r"reward_kwargs={'scale': 2} has no effect"):
+        CustomRewardConfig(reward_kwargs={"scale": 2})

@@ -1,8 +1,5 @@
 import logging
 import math
-import signal
-import threading
-import time
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +8,6 @@ from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.rewards.time_limit import TimeLimitExceeded, time_limit
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
 
@@ -52,7 +48,7 @@ def make_scorer(tmp_path):
             f"{lines}\n"
         )
         custom = CustomRewardConfig(path=str(tmp_path / "reward.py"))
-        return RewardScorer(RewardConfig(**options), custom)
+        return RewardScorer(RewardConfig(num_workers=1, **options), custom)
 
     return make
 
@@ -128,115 +124,82 @@ def test_further_numbers_are_logged_by_name_over_the_samples_that_have_them(make
     assert "reward/pred/mean" not in numbers
 
 
+# What a function does with the response of that name, and what is said about it.
 FAILURES = {
-    "raises": ("return 1 / (len(solution_str) - 2)", "ZeroDivisionError: division by zero"),
-    "raises on two lines": (
-        "if solution_str == 'bb':\n    raise ValueError('a\\nb')\nreturn 1",
-        "ValueError: a b",
-    ),
-    "returns None": ("return None if solution_str == 'bb' else 1", "returned None, not a number"),
-    "returns text": ("return '1' if solution_str == 'bb' else 1", "returned '1', not a number"),
-    "returns NaN": ("return math.nan if solution_str == 'bb' else 1", "not a finite number"),
-    "returns inf": ("return math.inf if solution_str == 'bb' else 1", "not a finite number"),
-    "no score": ("return {'acc': 1} if solution_str == 'bb' else 1", "without 'score'.*'acc'"),
-    "hangs": (
-        "while solution_str == 'bb':\n    time.sleep(0.001)\nreturn 1",
-        r"TimeLimitExceeded: no result after 0\.2 s",
-    ),
-    "hangs and catches its own errors": (
-        "while solution_str == 'bb':\n"
-        "    try:\n        time.sleep(0.001)\n    except Exception:\n        pass\n"
-        "return 1",
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "raises on two lines": ("raise ValueError('a\\nb')", "ValueError: a b"),
+    "returns None": ("return None", "returned None, not a number"),
+    "returns text": ("return '1'", "returned '1', not a number"),
+    "returns NaN": ("return math.nan", "not a finite number"),
+    "returns inf": ("return math.inf", "not a finite number"),
+    "no score": ("return {'acc': 1}", "without 'score'.*'acc'"),
+    "hangs": ("time.sleep(60)", "TimeLimitExceeded: no result after 1 s"),
+    "hangs and catches what interrupts it": (
+        "while True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass",
         "TimeLimitExceeded",
     ),
+    "hangs in a call into C": ("re.match('(a+)+$', 'a' * 60 + 'b')", "TimeLimitExceeded"),
+    "hangs awaiting": ("return asyncio.sleep(60)", "TimeLimitExceeded"),
+    "ends its process": ("os._exit(3)", "the process ended .exit code 3"),
+    "asks to end its process": ("sys.exit('enough')", "SystemExit: enough"),
+    "crashes": ("os.kill(os.getpid(), signal.SIGSEGV)", "the process ended .SIGSEGV"),
+    "eats memory": ("return len(bytearray(2**31))", "MemoryError"),
+    "recurses": ("return compute_score(*arguments)", "RecursionError"),
 }
 
 
+@pytest.fixture(scope="module")
+def failing_reward(tmp_path_factory):
+    """Return the section of a function that fails as the response says."""
+    path = tmp_path_factory.mktemp("failing") / "reward.py"
+    lines = [
+        "import asyncio, math, os, re, signal, sys, time",
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):",
+        "    arguments = data_source, solution_str, ground_truth, extra_info",
+    ]
+    for name, (body, _) in FAILURES.items():
+        lines += [f"    if solution_str == {name!r}:"]
+        lines += [f"        {line}" for line in body.splitlines()]
+    path.write_text("\n".join([*lines, "    return 1", ""]))
+    return CustomRewardConfig(path=str(path))
+
+
+LIMITS = {"timeout_s": 1.0, "memory_gib": 0.5}
+
+
+@pytest.fixture(scope="module")
+def stopping_scorer(failing_reward):
+    return RewardScorer(RewardConfig(num_workers=1, **LIMITS), failing_reward)
+
+
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failing_reward_stops_the_run_with_one_line_that_names_the_sample(make_scorer, name):
-    body, problem = FAILURES[name]
-    scorer = make_scorer(body, timeout_s=0.2)
+def test_a_failing_reward_stops_the_run_with_one_line_that_names_the_sample(stopping_scorer, name):
+    """The scorer serves all of these cases, so it also survives each of them."""
+    problem = FAILURES[name][1]
     match = rf"'arithmetic' failed on train\.parquet:3 sample 1 .*{problem}.*reward\.on_error=zero"
     with pytest.raises(UserError, match=match) as caught:
-        scorer.score([_group("a", "bb", "ccc")])
+        stopping_scorer.score([_group("good", name, "good")])
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failing_reward_scores_zero_and_is_counted_when_asked(make_scorer, caplog, name):
-    body, _ = FAILURES[name]
-    scorer = make_scorer(body, timeout_s=0.2, on_error="zero")
+def test_failing_rewards_score_zero_and_are_counted_when_asked(failing_reward, caplog):
+    scorer = RewardScorer(RewardConfig(num_workers=2, on_error="zero", **LIMITS), failing_reward)
+    responses = [response for name in FAILURES for response in (name, "good")]
     with caplog.at_level(logging.WARNING):
-        scored, metrics = scorer.score([_group("ccc", "bb", "ccc")])
-    assert _rewards(scored) == [1.0, 0.0, 1.0]
+        scored, metrics = scorer.score([_group(*responses)])
+    assert _rewards(scored) == [0.0, 1.0] * len(FAILURES)
     numbers = to_floats(metrics)
-    assert numbers["reward/num_errors"] == 1
-    assert numbers["reward/failed_frac"] == pytest.approx(1 / 3)
-    assert "1 samples scored 0" in caplog.text
-
-
-def test_an_async_function_that_hangs_is_interrupted(make_scorer):
-    scorer = make_scorer("await asyncio.sleep(60)", prefix="async ", timeout_s=0.1)
-    with pytest.raises(UserError, match="TimeLimitExceeded"):
-        scorer.score([_group("a")])
-
-
-def _in_thread(function):
-    caught = []
-
-    def run():
-        try:
-            caught.append(function())
-        except UserError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return caught[0]
-
-
-@pytest.mark.parametrize("on_error", ["raise", "zero"])
-def test_a_limit_that_cannot_be_enforced_is_refused(make_scorer, on_error):
-    scorer = make_scorer("return 1", on_error=on_error)
-    error = _in_thread(lambda: scorer.score([_group("a")]))
-    assert isinstance(error, UserError)
-    assert str(error).startswith("reward.timeout_s=10.0 can be enforced in the main thread only")
-
-
-def test_without_a_limit_any_thread_scores(make_scorer):
-    scorer = make_scorer("return 1", timeout_s=None)
-    scored, _ = _in_thread(lambda: scorer.score([_group("a")]))
-    assert _rewards(scored) == [1.0]
-
-
-def test_a_limit_leaves_an_outer_timer_and_its_handler_running():
-    rung = []
-    outer_handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
-    outer_timer = signal.setitimer(signal.ITIMER_REAL, 0.15)
-    try:
-        with pytest.raises(TimeLimitExceeded), time_limit(0.05, "key"):
-            time.sleep(5)
-        assert not rung
-        left, _ = signal.getitimer(signal.ITIMER_REAL)
-        assert 0 < left <= 0.1
-        time.sleep(0.3)
-        assert rung == [True]
-    finally:
-        signal.signal(signal.SIGALRM, outer_handler)
-        signal.setitimer(signal.ITIMER_REAL, *outer_timer)
-
-
-def test_a_block_within_its_limit_is_not_interrupted_later():
-    with time_limit(0.05, "key"):
-        pass
-    time.sleep(0.1)
+    assert numbers["reward/num_errors"] == len(FAILURES)
+    assert numbers["reward/failed_frac"] == pytest.approx(1 / 2)
+    assert f"{len(FAILURES)} samples scored 0 because the reward of 'arithmetic'" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"timeout_s": 0}, r"reward\.timeout_s=0 must be > 0"),
+        ({"memory_gib": -1.0}, r"reward\.memory_gib=-1\.0 must be > 0"),
+        ({"num_workers": 0}, r"reward\.num_workers=0 must be at least 1"),
         ({"on_error": "zer"}, r"reward\.on_error='zer' .*Did you mean 'zero'"),
     ],
 )

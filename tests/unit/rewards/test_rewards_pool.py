@@ -1,0 +1,155 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from mcore_rl.errors import UserError
+from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
+from mcore_rl.rewards.pool import RewardPool
+from mcore_rl.rewards.worker import RewardCall
+
+SIGNATURE = "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+
+
+@pytest.fixture
+def make_pool(tmp_path):
+    """Return a function that makes a pool around a custom function of the given body."""
+
+    def make(body, **options):
+        path = tmp_path / "reward.py"
+        path.write_text(
+            f"import os, subprocess, sys, time\n{SIGNATURE}{textwrap.indent(body, '    ')}\n"
+        )
+        return RewardPool(RewardConfig(**options), CustomRewardConfig(path=str(path)))
+
+    return make
+
+
+def _call(response="a", function=None):
+    arguments = {"data_source": "gsm8k", "ground_truth": "5", "extra_info": None}
+    return RewardCall(function=function, arguments={**arguments, "solution_str": response})
+
+
+def _scores(pool, *responses):
+    outcomes = dict(pool.run([_call(response) for response in responses]))
+    return [outcomes[position].score for position in range(len(responses))]
+
+
+def _has_ended(pid):
+    """Whether a process is gone, or a zombie that only init has left to collect."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def _wait_until_ended(pid):
+    until = time.monotonic() + 20
+    while not _has_ended(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return _has_ended(pid)
+
+
+def test_outcomes_carry_the_position_of_their_call(make_pool):
+    pool = make_pool("time.sleep(0.1 * (solution_str == 'aaa'))\nreturn len(solution_str)")
+    assert _scores(pool, "aaa", "a", "aa", "", "aaaa") == [3, 1, 2, 0, 4]
+
+
+def test_calls_run_side_by_side(make_pool, tmp_path):
+    """Each of two calls waits for the other's file, so one after another would never end."""
+    body = f"""
+        here, there = [os.path.join({str(tmp_path)!r}, name) for name in solution_str.split()]
+        open(here, "w").close()
+        while not os.path.exists(there):
+            time.sleep(0.01)
+        return 1
+    """
+    pool = make_pool(textwrap.dedent(body), num_workers=2)
+    assert _scores(pool, "x y", "y x") == [1, 1]
+
+
+def test_a_process_serves_many_calls_and_is_replaced_when_it_dies_idle(make_pool):
+    pool = make_pool("return os.getpid()", num_workers=1)
+    first, again = _scores(pool, "a", "a")
+    assert first == again
+    os.kill(int(first), signal.SIGKILL)
+    assert _wait_until_ended(int(first))
+    assert _scores(pool, "a")[0] != first
+
+
+def test_a_process_imports_neither_torch_nor_transformers(make_pool):
+    """With every reward of the package loaded, as a call of any of them does."""
+    body = "import mcore_rl.rewards\nreturn len({'torch', 'transformers'} & set(sys.modules))"
+    assert _scores(make_pool(body), "a") == [0]
+
+
+def test_what_a_function_started_ends_with_it(make_pool, tmp_path):
+    pid_file = tmp_path / "pid"
+    body = f"""
+        child = subprocess.Popen(["sleep", "600"])
+        with open({str(pid_file)!r}, "w") as file:
+            file.write(str(child.pid))
+        if solution_str == "hangs":
+            child.wait()
+        os._exit(0)
+    """
+    pool = make_pool(textwrap.dedent(body), timeout_s=1.0)
+    for response, reason in (("hangs", "TimeLimitExceeded"), ("ends", "exit code 0")):
+        [(_, outcome)] = pool.run([_call(response)])
+        assert reason in (outcome.error or "")
+        assert _wait_until_ended(int(pid_file.read_text()))
+
+
+def test_stopping_early_leaves_no_call_running(make_pool, tmp_path):
+    body = f"""
+        if solution_str == "quick":
+            return 1
+        with open(os.path.join({str(tmp_path)!r}, "pid"), "w") as file:
+            file.write(str(os.getpid()))
+        os.rename({str(tmp_path / "pid")!r}, {str(tmp_path / "started")!r})
+        time.sleep(600)
+    """
+    pool = make_pool(textwrap.dedent(body), num_workers=2)
+    outcomes = pool.run([_call("slow"), _call("quick")])
+    assert next(outcomes)[0] == 1
+    outcomes.close()
+    started = tmp_path / "started"
+    assert not started.exists() or _wait_until_ended(int(started.read_text()))
+    assert _scores(pool, "quick") == [1]
+
+
+def test_no_process_outlives_a_program_that_is_killed(make_pool, tmp_path):
+    make_pool(f"print(os.getpid(), flush=True)\ntime.sleep(600)\n# {tmp_path}")
+    program = f"""
+        from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
+        from mcore_rl.rewards.pool import RewardPool
+        from mcore_rl.rewards.worker import RewardCall
+        arguments = dict(data_source="", solution_str="", ground_truth="", extra_info=None)
+        custom = CustomRewardConfig(path={str(tmp_path / "reward.py")!r})
+        pool = RewardPool(RewardConfig(num_workers=1), custom)
+        list(pool.run([RewardCall(function=None, arguments=arguments)]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+    assert _wait_until_ended(worker)
+
+
+def test_closing_ends_the_processes(make_pool):
+    pool = make_pool("return os.getpid()", num_workers=1)
+    [pid] = _scores(pool, "a")
+    pool.close()
+    assert _has_ended(int(pid))
+
+
+def test_a_custom_function_that_cannot_be_loaded_is_named_before_the_first_call(make_pool):
+    pool = make_pool("return 1\n1 / 0 if")
+    with pytest.raises(UserError, match=r"custom_reward_function\.path=.*SyntaxError"):
+        pool.start()
