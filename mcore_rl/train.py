@@ -37,6 +37,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
             max_model_len=cfg.rollout.max_model_len or longest,
             stop_token_ids=inputs.stop_token_ids,
             config=cfg.rollout,
+            routing=inputs.routing,
         ),
     )
     train(cfg, inputs, cluster, run_dir)

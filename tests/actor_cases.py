@@ -82,6 +82,14 @@ def train(spec, minibatches, objective, cut):
         return metrics, exported(worker), cluster.logprobs(minibatches[-1] if minibatches else [])
 
 
+def record_and_train(spec, sequences, objective, cut):
+    """Return (logprobs, routes) of each sequence as recorded, then what `train` returns for a step
+    on the sequences with the routes that they carry."""
+    with running_cluster(spec, cut) as (cluster, _):
+        recorded = cluster.record_logprobs(sequences)
+    return recorded, *train(spec, [sequences], objective, cut)
+
+
 def logits(spec, sequences):
     """Return the logits of every sequence's tokens but the last, [n - 1, vocab] each, from one
     packed row: the output layer's input times its weight, on one process."""
@@ -115,15 +123,18 @@ def gradients(spec, sequences, objective, cut):
         actor, layout = worker.actor, worker.parallel.layout
         plan = plan_minibatch(sequences, layout.dp, cut)
         actor.optimizer.zero_grad()
-        metrics = forward_backward(
-            actor.chunks,
-            plan.micro_batches[worker.place().dp_rank],
-            worker.parallel,
-            CPU,
-            lambda *args: objective(*args, plan.denominators),
-            plan.denominators.num_tokens,
-            objective.with_entropy,
-        )
+        micro_batches = plan.micro_batches[worker.place().dp_rank]
+        with actor.routers.replaying(micro_batches) as routes:
+            metrics = forward_backward(
+                actor.chunks,
+                micro_batches,
+                worker.parallel,
+                CPU,
+                lambda *args: objective(*args, plan.denominators),
+                plan.denominators.num_tokens,
+                objective.with_entropy,
+                routes,
+            )
         found = {name: param.main_grad for name, param in actor.params.items()}
         exporter = WeightExporter(found, actor.entries, worker.parallel)
         return {n: t.clone() for bucket in exporter for n, t in bucket}, to_floats(metrics)
@@ -138,6 +149,15 @@ def policy_and_reference_logprobs(spec, sequences, cut):
             cluster.begin_step()
             cluster.update(sequences, SftObjective())
         return initial, cluster.ref_logprobs(sequences), cluster.logprobs(sequences)
+
+
+def policy_and_reference_with_routes(spec, sequences, other_sequences):
+    """Return logprobs of policy and reference for both lists, then (logprobs, routes) recorded of
+    the first: [policy, policy, reference, reference, recorded]."""
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
+        found = [cluster.logprobs(sequences), cluster.logprobs(other_sequences)]
+        found += [cluster.ref_logprobs(sequences), cluster.ref_logprobs(other_sequences)]
+        return [*found, cluster.record_logprobs(sequences)]
 
 
 def round_trip(spec, folder):

@@ -20,7 +20,10 @@ def check_run(cfg: RunConfig) -> None:
     logprobs_are_the_same_in_every_pass(cfg)
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
+    frozen_routers_stay_as_they_are(cfg)
     minibatches_divide_a_step(cfg)
+    routers_can_replay(cfg)
+    recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
     engines_hold_whole_models(cfg)
@@ -38,6 +41,7 @@ def check_sft(cfg: SftRunConfig) -> None:
     logprobs_are_the_same_in_every_pass(cfg)
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
+    frozen_routers_stay_as_they_are(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
 
 
@@ -135,6 +139,39 @@ def router_losses_do_not_depend_on_the_layout(cfg: RunConfig | SftRunConfig) -> 
                 f"has another gradient in every layout that cuts rows (tensor {tp}, context {cp})"
             )
             _require_not_overridden(cfg, field, rule, "Leave it at 0.")
+
+
+def frozen_routers_stay_as_they_are(cfg: RunConfig | SftRunConfig) -> None:
+    if cfg.actor.megatron.moe_router_freeze:
+        rule = "would move routers that actor.megatron.moe_router_freeze=true leaves as they are"
+        _require_not_overridden(cfg, "moe_router_bias_update_rate", rule, "Remove one of them.")
+
+
+def routers_can_replay(cfg: RunConfig) -> None:
+    """Megatron's other kinds of routing do not look at what is to be replayed
+    (moe_utils.py:topk_routing_with_score_function, router.py:routing)."""
+    mode = cfg.actor.router_replay.mode
+    overrides = cfg.actor.megatron.override_transformer_config
+    for field, value in {
+        "moe_router_fusion": True,
+        "moe_router_load_balancing_type": "sinkhorn",
+    }.items():
+        if mode != "disabled" and overrides.get(field) == value:
+            rule = f"routes without looking at what actor.router_replay.mode={mode} replays"
+            _require_not_overridden(cfg, field, rule, "Remove one of them.")
+
+
+def recorded_routes_are_replayed(cfg: RunConfig) -> None:
+    """Before the first update the routers choose what the pass before it recorded."""
+    updates = cfg.data.train_batch_size // cfg.actor.ppo_mini_batch_size * cfg.actor.ppo_epochs
+    mode = cfg.actor.router_replay.mode
+    require(
+        mode != "R2" or updates > 1,
+        "actor.router_replay.mode",
+        mode,
+        "has nothing to replay in steps of one update",
+        "Lower actor.ppo_mini_batch_size, raise actor.ppo_epochs, or use R3.",
+    )
 
 
 def _require_not_overridden(cfg: RunConfig | SftRunConfig, field: str, rule: str, fix: str) -> None:

@@ -13,7 +13,7 @@ from mcore_rl.algorithms.objective import ObjectiveConfig
 from mcore_rl.data.packing import Cut, SequenceCount, TokenBudget
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require, require_one_of
-from mcore_rl.megatron.config import MegatronConfig, OptimConfig
+from mcore_rl.megatron.config import MegatronConfig, OptimConfig, RouterReplayConfig
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rollout.base import RolloutConfig
 from mcore_rl.types import Layout
@@ -93,6 +93,7 @@ class ActorConfig(TrainingConfig, ObjectiveConfig):
     """Passes over the samples of a step."""
     calculate_entropy: bool = True
     """Log the entropy also where no bonus needs it."""
+    router_replay: RouterReplayConfig = field(default_factory=RouterReplayConfig)
 
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)

@@ -11,7 +11,7 @@ Invariants:
   multiple of both alignments; what the row lacks is padding of its last sequence;
 - padding has the pad token as input and label, a valid `sequence_T`, mask False and values 0;
 - an empty micro-batch becomes one sequence of pad tokens with mask False that carries every
-  optional value, so that every rank can run the model and its loss.
+  optional value that a loss reads, so that every rank can run the model and its loss.
 
 Worked example: tokens [7, 8, 9] with loss mask [F, T, T], tokens [5, 6] with [F, T],
 `align_sequence=2`, pad token 0.
@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,9 @@ class PackedBatch:
     advantages_T: Tensor | None = None
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
+    routed_experts_TLK: Tensor | None = None
+    """[T, MoE layers, topk] int16, the experts of each input; -1 for padding: any would do. None
+    where the sequences carry none, and in an empty micro-batch."""
 
     @property
     def mask_T(self) -> Tensor:
@@ -113,6 +117,8 @@ def pack(
         for name in _OPTIONAL
         if _is_carried(sequences, name)
     }
+    if any(sequence.routed_experts is not None for sequence in sequences):
+        optional["routed_experts_TLK"] = _routes(sequences, padded).to(device)
     padded_S = torch.tensor(padded, device=device)
     return PackedBatch(
         input_ids_T=row(lambda s: s.token_ids[:-1], pad_token_id, torch.int64),
@@ -149,6 +155,18 @@ def unpack(values_T: Tensor, batch: PackedBatch) -> list[list[float]]:
         [0.0, *values[start : start + length - 1]]
         for start, length in zip(starts, batch.lengths, strict=False)
     ]
+
+
+def _routes(sequences: Sequence[TokenSequence], padded: Sequence[int]) -> Tensor:
+    """Return the routes of the row, [T, L, K] int16, with -1 as padding."""
+    rows = []
+    for sequence, length in zip(sequences, padded, strict=True):
+        routes = sequence.routed_experts
+        assert routes is not None, "some sequences of a micro-batch carry routes and some do not"
+        assert len(routes) == len(sequence.token_ids) - 1, "routes are not one per input"
+        padding = np.full((length - len(routes), *routes.shape[1:]), -1, np.int16)
+        rows += [routes.astype(np.int16), padding]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _placeholder(pad_token_id: int) -> TokenSequence:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
@@ -80,14 +82,20 @@ class Cluster:
         """Return logprobs of every trained token under the current weights, by sequence."""
         return self._forward("actor.logprobs", sequences)
 
+    def record_logprobs(
+        self, sequences: Sequence[TokenSequence]
+    ) -> list[tuple[list[float], np.ndarray]]:
+        """Return logprobs as `logprobs` does, and the experts of every token, by sequence."""
+        return self._forward("actor.record_logprobs", sequences)
+
     def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """Return logprobs of every trained token under the reference weights, by sequence."""
         return self._forward("actor.ref_logprobs", sequences)
 
-    def _forward(self, method: str, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+    def _forward(self, method: str, sequences: Sequence[TokenSequence]) -> list[Any]:
         plan = self._plan(sequences)
         by_rank = self._workers.call_each(method, self._shares(plan))
-        found: dict[int, list[float]] = {}
+        found: dict[int, Any] = {}
         for result in by_rank:
             found |= result
         return [found[index] for index in range(len(sequences))]

@@ -14,6 +14,7 @@ from mcore_rl.errors import WeightSyncError
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.loop.routes import check_routes
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     """Return the largest difference of log-probabilities between engines and trainer.
 
     Raises:
+        RolloutError: if the engines were asked for routes and return none, or impossible ones.
         WeightSyncError: if it exceeds `rollout.logprob_tolerance`.
     """
     prompts = inputs.prompts.peek(NUM_PROMPTS)
@@ -40,6 +42,8 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         seed=f"{cfg.data.seed}:agreement",
         tokenizer=inputs.tokenizer,
     )
+    if inputs.routing is not None:
+        check_routes(groups, inputs.routing, step)
     samples = [sample for group in groups for sample in group.samples]
     by_trainer = cluster.logprobs([sample.to_sequence() for sample in samples])
     differences = [

@@ -11,10 +11,10 @@ from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.errors import require
 from mcore_rl.models.layout import check_layout
-from mcore_rl.models.spec import load_hf_config
+from mcore_rl.models.spec import load_hf_config, routing
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.types import Prompt, TokenSequence
+from mcore_rl.types import Prompt, Routing, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,8 @@ class RunInputs:
     scorer: RewardScorer
     stop_token_ids: Sequence[int]
     total_steps: int
+    routing: Routing | None = None
+    """The experts whose routes the engines return; None: they do not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         scorer=scorer,
         stop_token_ids=end_token_ids(tokenizer, _generation_config(cfg)),
         total_steps=_total_steps(cfg.trainer, stream, cfg.data.train_batch_size),
+        routing=_replayed_routing(cfg),
     )
 
 
@@ -97,7 +100,26 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
+    require(
+        not megatron.moe_router_freeze or routing(hf_config) is not None,
+        "actor.megatron.moe_router_freeze",
+        megatron.moe_router_freeze,
+        "has no effect: the model has no experts",
+        "Leave it out.",
+    )
     return load_tokenizer(cfg.model.path)
+
+
+def _replayed_routing(cfg: RunConfig) -> Routing | None:
+    mode, found = cfg.actor.router_replay.mode, routing(load_hf_config(str(cfg.model.path)))
+    require(
+        mode == "disabled" or found is not None,
+        "actor.router_replay.mode",
+        mode,
+        "has no effect: the model has no experts",
+        "Leave it out.",
+    )
+    return found if mode == "R3" else None
 
 
 def _generation_config(cfg: RunConfig):

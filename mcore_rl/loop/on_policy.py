@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
@@ -26,6 +27,7 @@ from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.loop.resume import resume, save
+from mcore_rl.loop.routes import check_route_shapes
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
 from mcore_rl.types import Prompt, SampleGroup
@@ -106,6 +108,8 @@ def generate(
     )
     versions = {sample.weight_version for group in groups for sample in group.samples}
     assert versions == {step}, f"weights of versions {versions} answered in step {step}"
+    if inputs.routing is not None:
+        check_route_shapes(groups, inputs.routing, step)
     return groups
 
 
@@ -114,21 +118,23 @@ def with_logprobs(
 ) -> list[SampleGroup]:
     """Return the groups with what the losses need of `old_logprobs` and `ref_logprobs`.
 
-    A step of one update needs no pass for the old ones: they are those of its own forward.
+    A step of one update needs no pass for the old ones: they are those of its own forward. With
+    router replay R2 that pass also records the experts that the updates replay.
     """
     in_reward = cfg.algorithm.use_kl_in_reward
     sequences = [sample.to_sequence() for group in groups for sample in group.samples]
     several = len(groups) > cfg.actor.ppo_mini_batch_size or cfg.actor.ppo_epochs > 1
-    if in_reward or (several and objective.spec.needs_old_logprobs):
+    if cfg.actor.router_replay.mode == "R2":
+        logprobs, routes = zip(*cluster.record_logprobs(sequences), strict=True)
+        groups = _with(_with(groups, "old_logprobs", logprobs), "routed_experts", routes)
+    elif in_reward or (several and objective.spec.needs_old_logprobs):
         groups = _with(groups, "old_logprobs", cluster.logprobs(sequences))
     if in_reward or objective.spec.needs_ref_logprobs:
         groups = _with(groups, "ref_logprobs", cluster.ref_logprobs(sequences))
     return groups
 
 
-def _with(
-    groups: Sequence[SampleGroup], field: str, values: Sequence[Sequence[float]]
-) -> list[SampleGroup]:
+def _with(groups: Sequence[SampleGroup], field: str, values: Sequence[Any]) -> list[SampleGroup]:
     of_sample = iter(values)
     return [
         replace(group, samples=[replace(s, **{field: next(of_sample)}) for s in group.samples])

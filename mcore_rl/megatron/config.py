@@ -33,6 +33,8 @@ class MegatronConfig:
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
+    moe_router_freeze: bool = False
+    """Leave the routers of a mixture of experts at their initial weights."""
     override_transformer_config: dict[str, Any] = field(default_factory=dict)
     """Fields of Megatron's TransformerConfig, handed on as they are, such as
     recompute_granularity; refused are unknown names and what would change results."""
@@ -75,6 +77,19 @@ class MegatronConfig:
         if self.sequence_parallel is None:
             return self.tensor_model_parallel_size > 1
         return self.sequence_parallel
+
+
+@dataclass(kw_only=True, slots=True)
+class RouterReplayConfig:
+    """`actor.router_replay`: which experts the routers choose in training."""
+
+    mode: str = "disabled"
+    """disabled: the routers choose by themselves; R2: the updates of a step replay what the pass
+    for the old log-probabilities chose; R3: that pass and the updates replay what the engine
+    chose."""
+
+    def __post_init__(self) -> None:
+        require_one_of("actor.router_replay.mode", self.mode, ("disabled", "R2", "R3"))
 
 
 @dataclass(kw_only=True, slots=True)

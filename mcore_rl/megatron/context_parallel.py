@@ -92,7 +92,7 @@ def cut_batch(batch: PackedBatch, group: ProcessGroup) -> PackedBatch:
     per_position = {
         field.name: getattr(batch, field.name)[index]
         for field in fields(batch)
-        if field.name.endswith("_T") and getattr(batch, field.name) is not None
+        if field.name.endswith(("_T", "_TLK")) and getattr(batch, field.name) is not None
     }
     return replace(batch, segments=segments, **per_position)
 

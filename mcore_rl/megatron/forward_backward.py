@@ -30,6 +30,7 @@ from torch import Tensor
 from mcore_rl.data.batch import PackedBatch, pack, unpack
 from mcore_rl.megatron.context_parallel import cut_batch, gather_positions
 from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.megatron.router_replay import Routes, own_routes
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.types import MicroBatch
 
@@ -44,10 +45,12 @@ def forward_logprobs(
     micro_batches: Sequence[MicroBatch],
     parallel: Parallel,
     device: torch.device,
+    routes: Routes = own_routes,
 ) -> dict[int, list[float]]:
     """Return log-probabilities of every token of every sequence, without gradients.
 
-    Every rank of the model must call this with the same number of micro-batches.
+    Every rank of the model must call this with the same number of micro-batches. `routes` says
+    which experts the routers choose.
 
     Returns:
         By planned index, a list as long as the sequence's token_ids (0.0 at the first token);
@@ -65,7 +68,7 @@ def forward_logprobs(
         return logprobs_L.new_zeros(()), {}
 
     with torch.no_grad():
-        _run_schedule(chunks, rows, parallel, objective, 0, False, True)
+        _run_schedule(chunks, rows, parallel, objective, 0, False, True, routes)
     indices = [index for micro_batch in micro_batches for index in micro_batch.indices]
     return dict(zip(indices, lists, strict=True)) if parallel.reports_sequences else {}
 
@@ -78,6 +81,7 @@ def forward_backward(
     objective: Objective,
     num_trained_tokens: int,
     with_entropy: bool,
+    routes: Routes = own_routes,
 ) -> Metrics:
     """Accumulate the gradient of the minibatch's objective into the chunks' buffers.
 
@@ -89,13 +93,14 @@ def forward_backward(
         objective: see `Objective`.
         num_trained_tokens: N, over the whole minibatch and all ranks.
         with_entropy: whether the model computes the entropy.
+        routes: which experts the routers choose.
 
     Returns:
         Metrics of this rank's micro-batches; empty where `parallel.reports_tokens` is False.
     """
     rows = _packed_rows(micro_batches, parallel, device)
     metrics = _run_schedule(
-        chunks, rows, parallel, objective, num_trained_tokens, with_entropy, False
+        chunks, rows, parallel, objective, num_trained_tokens, with_entropy, False, routes
     )
     return merge(metrics) if parallel.reports_tokens else {}
 
@@ -125,6 +130,7 @@ def _run_schedule(
     num_trained_tokens: int,
     with_entropy: bool,
     forward_only: bool,
+    routes: Routes,
 ) -> list[Metrics]:
     batches = [cut_batch(row, parallel.cp) for row in rows]
 
@@ -132,13 +138,14 @@ def _run_schedule(
         batch = next(iterator)
         inner = _unwrapped(model)
         inner.with_entropy = with_entropy
-        output = model(
-            batch.input_ids_T.unsqueeze(0),
-            batch.position_ids_T.unsqueeze(0),
-            None,
-            labels=batch.labels_T,
-            packed_seq_params=_packed_seq_params(batch),
-        )
+        with routes(inner, batch):
+            output = model(
+                batch.input_ids_T.unsqueeze(0),
+                batch.position_ids_T.unsqueeze(0),
+                None,
+                labels=batch.labels_T,
+                packed_seq_params=_packed_seq_params(batch),
+            )
 
         def loss(output: tuple[Tensor, Tensor | None]):
             value, metrics = objective(*output, batch)

@@ -23,6 +23,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -155,6 +156,12 @@ def build_transformer_config(
         "overlap_p2p_comm": layout.vpp > 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
+        # RL optimizes its own objective. Balancing the experts belongs to pretraining, whatever
+        # router_aux_loss_coef of the Hugging Face config says.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_router_bias_update_rate": 0.0,
         # The loss is a sum that finalize_model_grads divides once: see forward_backward.py.
         "calculate_per_token_loss": True,
         # Fusions off: rope and bias-activation fusions have caused logprob spikes in RL, and on
@@ -212,6 +219,14 @@ def _mark_expert_parameters(chunk: PolicyModel) -> None:
     for name, param in chunk.named_parameters():
         if ".experts." in name:
             param.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def freeze_routers(chunks: Sequence[PolicyModel]) -> None:
+    """Have training leave the routers as they are; call before `wrap_for_training`."""
+    for chunk in chunks:
+        for router in chunk.modules():
+            if isinstance(router, TopKRouter):
+                router.requires_grad_(False)
 
 
 def wrap_for_training(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.registry import Registry
 from mcore_rl.types import Routing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(kw_only=True, slots=True)

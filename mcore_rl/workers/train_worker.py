@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +20,17 @@ from mcore_rl.megatron.forward_backward import forward_backward, forward_logprob
 from mcore_rl.megatron.model import (
     build_chunks,
     build_transformer_config,
+    freeze_routers,
     load_weights,
     named_local_parameters,
     wrap_for_training,
 )
 from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.megatron.router_replay import ModelRouters
 from mcore_rl.metrics import Metrics, maximum, mean, to_host, total
 from mcore_rl.models.safetensors_io import CheckpointReader, copy_model_files, write_checkpoint
-from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.models.spec import load_hf_config, model_family, routing
 from mcore_rl.types import Denominators, MicroBatch
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.workers.spec import ActorSpec
@@ -78,6 +81,9 @@ class TrainWorker:
         self.reference = build() if spec.with_reference else None
         chunks = build()
         self.params = named_local_parameters(chunks, parallel)
+        self.routers = ModelRouters(chunks, routing(hf_config), parallel)
+        if spec.megatron.moe_router_freeze:
+            freeze_routers(chunks)
         self.chunks = wrap_for_training(chunks, config, spec.megatron)
         self.optimizer = PolicyOptimizer(
             self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
@@ -86,10 +92,27 @@ class TrainWorker:
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
         """Return logprobs of every token under the current weights, by planned index."""
-        return forward_logprobs(self.chunks, micro_batches, self.parallel, self.device)
+        with self.routers.replaying(micro_batches) as routes:
+            return forward_logprobs(self.chunks, micro_batches, self.parallel, self.device, routes)
+
+    def record_logprobs(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> dict[int, tuple[list[float], np.ndarray]]:
+        """Return logprobs and, as `Sample.routed_experts`, the experts that the routers chose."""
+        with self.routers.recording() as recording:
+            logprobs = forward_logprobs(
+                self.chunks, micro_batches, self.parallel, self.device, recording
+            )
+        routes = recording.by_sequence()
+        indices = [index for micro_batch in micro_batches for index in micro_batch.indices]
+        of_index = dict(zip(indices, routes, strict=True))
+        return {index: (values, of_index[index]) for index, values in logprobs.items()}
 
     def ref_logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
-        """Return logprobs of every token under the reference weights, by planned index."""
+        """Return logprobs of every token under the reference weights, by planned index.
+
+        The reference chooses its experts by itself, also where the sequences carry routes.
+        """
         assert self.reference is not None, "built without a reference model"
         return forward_logprobs(self.reference, micro_batches, self.parallel, self.device)
 
@@ -105,17 +128,22 @@ class TrainWorker:
     ) -> Metrics:
         """Do one optimizer update and return its metrics (on ranks that report tokens)."""
         self.optimizer.zero_grad()
-        metrics = forward_backward(
-            self.chunks,
-            micro_batches,
-            self.parallel,
-            self.device,
-            lambda logprobs_T, entropy_T, batch: objective(
-                logprobs_T, entropy_T, batch, denominators
-            ),
-            denominators.num_tokens,
-            objective.with_entropy,
-        )
+        with self.routers.replaying(micro_batches) as routes:
+            metrics = forward_backward(
+                self.chunks,
+                micro_batches,
+                self.parallel,
+                self.device,
+                lambda logprobs_T, entropy_T, batch: objective(
+                    logprobs_T, entropy_T, batch, denominators
+                ),
+                denominators.num_tokens,
+                objective.with_entropy,
+                routes,
+            )
+        replay_metrics = self.routers.replay_metrics()
+        if self.parallel.reports_sequences:
+            metrics |= replay_metrics
         grad_norm, applied = self.optimizer.step()
         if self.parallel.reports_sequences and self.parallel.dp.rank() == 0:
             # The same on every rank: one of them reports.

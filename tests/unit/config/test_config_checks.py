@@ -72,6 +72,25 @@ RULES = {
         f"{OVERRIDE.lstrip('+')}.moe_aux_loss_coeff=0.01 has another gradient in every layout",
         [f"{OVERRIDE}.moe_aux_loss_coeff=0.01"],
     ),
+    "frozen_routers_stay_as_they_are": (
+        [
+            "actor.megatron.moe_router_freeze=true",
+            f"{OVERRIDE}.moe_router_bias_update_rate=0.001",
+        ],
+        f"{OVERRIDE.lstrip('+')}.moe_router_bias_update_rate=0.001 would move routers",
+        ["actor.megatron.moe_router_freeze=true"],
+    ),
+    "routers_can_replay": (
+        ["actor.router_replay.mode=R3", f"{OVERRIDE}.moe_router_fusion=true"],
+        f"{OVERRIDE.lstrip('+')}.moe_router_fusion=True routes without looking at what "
+        "actor.router_replay.mode=R3 replays.",
+        [f"{OVERRIDE}.moe_router_fusion=true"],
+    ),
+    "recorded_routes_are_replayed": (
+        ["actor.router_replay.mode=R2", "data.train_batch_size=256"],
+        "actor.router_replay.mode='R2' has nothing to replay in steps of one update.",
+        ["actor.router_replay.mode=R2", "data.train_batch_size=512"],
+    ),
     "minibatches_divide_a_step": (
         ["data.train_batch_size=100", "actor.ppo_mini_batch_size=64"],
         "actor.ppo_mini_batch_size=64 does not divide data.train_batch_size=100.",
@@ -104,6 +123,8 @@ NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
 
 # Rules about sections that supervised fine-tuning does not have.
 NOT_OF_SFT = {
+    "routers_can_replay",
+    "recorded_routes_are_replayed",
     "minibatches_divide_a_step",
     "the_engine_holds_the_longest_sample",
     "engines_hold_whole_models",
