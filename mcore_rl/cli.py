@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "mcore_rl.train",
     "sft": "mcore_rl.sft",
     "report": "mcore_rl.report",
+    "verify": "mcore_rl.verify.__main__",
 }
 
 

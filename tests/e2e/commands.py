@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,18 @@ LIMIT_S = 280
 """A run takes half a minute on two idle cores."""
 
 
-def start(*argv: str, module: str = "mcore_rl.train", torchrun: int = 0) -> subprocess.Popen[str]:
-    """Start the command, by itself or under torchrun with so many processes."""
+def start(
+    *argv: str,
+    module: str = "mcore_rl.train",
+    torchrun: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Start the command, by itself or under torchrun with so many processes; `environment` is
+    added to that of all commands."""
     launcher = ["torch.distributed.run", f"--nproc-per-node={torchrun}", "-m"] if torchrun else []
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, module, *argv],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | dict(environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

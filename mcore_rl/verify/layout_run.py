@@ -1,0 +1,116 @@
+"""What the processes of one layout do: logprobs, two updates on the minibatch, an export.
+
+    python -m mcore_rl.verify.layout_run model.path=... trainer.default_local_dir=WORK/tp2 ...
+
+The configuration, the launcher and the workers are those of a training run; the minibatch is read
+from `WORK/minibatch.json`. The first layout that runs computes the old logprobs and writes them
+into that file, so that all others are given the same minibatch to the last bit.
+
+Both updates (`actor.ppo_epochs`) take the same minibatch: the second is the first to see updated
+weights and the optimizer's moments. Nothing here compares (`compare.py` does).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mcore_rl.algorithms.objective import resolve_objective
+from mcore_rl.config.checks import (
+    parallel_sizes_divide_the_workers,
+    pipelines_are_interleaved_only_with_stages,
+)
+from mcore_rl.config.run import RunConfig
+from mcore_rl.launch.start import StartWorkers, run_command, start_cluster
+from mcore_rl.loop.objectives import PolicyObjective
+from mcore_rl.metrics import to_floats
+from mcore_rl.types import TokenSequence
+
+MODULE = "mcore_rl.verify.layout_run"
+METRICS_FILE = "metrics.json"
+"""In the layout's folder: the metrics of each update."""
+WEIGHTS_FOLDER = "weights"
+"""In the layout's folder: the weights after the last update, as a Hugging Face checkpoint."""
+_MINIBATCH_FILE = "minibatch.json"
+
+_OLD_LOGPROB_SPREAD = 0.3
+"""Of the noise on old logprobs, in nats: ratios on both sides of every loss's clip bounds."""
+
+
+def write_minibatch(work: Path, sequences: Sequence[TokenSequence]) -> None:
+    """Write the minibatch of all layouts."""
+    text = json.dumps([asdict(sequence) for sequence in sequences])
+    (work / _MINIBATCH_FILE).write_text(text, encoding="utf-8")
+
+
+def read_minibatch(work: Path) -> list[TokenSequence]:
+    """Return what `write_minibatch` wrote."""
+    rows = json.loads((work / _MINIBATCH_FILE).read_text(encoding="utf-8"))
+    return [TokenSequence(**row) for row in rows]
+
+
+def check_layout_run(cfg: RunConfig) -> None:
+    """Raise a UserError if the sizes of the layout cannot stand together."""
+    parallel_sizes_divide_the_workers(cfg)
+    pipelines_are_interleaved_only_with_stages(cfg)
+
+
+def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
+    """Train on the minibatch and leave metrics and weights in the layout's folder."""
+    folder = Path(cfg.trainer.default_local_dir)
+    sequences = read_minibatch(folder.parent)
+    cluster = start_cluster(
+        cfg,
+        start_workers,
+        total_steps=1,
+        temperature=cfg.rollout.temperature,
+        with_reference=False,
+        engine=None,
+    )
+    if not sequences[0].old_logprobs:
+        sequences = _with_old_logprobs(sequences, cluster.logprobs(sequences))
+        write_minibatch(folder.parent, sequences)
+    spec = resolve_objective(cfg.actor, cfg.data.max_response_length)
+    objective = PolicyObjective(spec, log_entropy=cfg.actor.calculate_entropy)
+    cluster.begin_step()
+    metrics = [to_floats(cluster.update(sequences, objective)) for _ in range(cfg.actor.ppo_epochs)]
+    cluster.export_hf(str(folder / WEIGHTS_FOLDER))
+    cluster.close()
+    (folder / METRICS_FILE).write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def _with_old_logprobs(
+    sequences: Sequence[TokenSequence], logprobs: Sequence[Sequence[float]]
+) -> list[TokenSequence]:
+    """Return the sequences with old logprobs near the given ones, the same in every call."""
+    rng = random.Random(0)
+    return [
+        replace(
+            sequence,
+            old_logprobs=[
+                value + rng.gauss(0, _OLD_LOGPROB_SPREAD) if trains else 0.0
+                for value, trains in zip(values, sequence.loss_mask, strict=True)
+            ],
+        )
+        for sequence, values in zip(sequences, logprobs, strict=True)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of every process of the layout."""
+    run_command(
+        MODULE,
+        "Train on one minibatch; started by `mcore-rl verify layouts`.",
+        sys.argv[1:] if argv is None else argv,
+        RunConfig,
+        check_layout_run,
+        run,
+    )
+
+
+if __name__ == "__main__":
+    main()
