@@ -2,9 +2,9 @@
 
 The logits of all tokens for a block of the vocabulary exist at one time, at most `BLOCK_LOGITS` of
 them however many tokens and whatever the vocabulary. The forward pass carries the largest logit and
-the sum of exponentials from block to block; the backward pass computes each block again, and so
-writes every row of the weight's gradient once. The vocabulary may be cut over the tensor-parallel
-group.
+the sum of exponentials from block to block; the backward pass computes the blocks again, except the
+first `KEPT_BLOCKS` (all of a small model's), and writes every row of the weight's gradient once.
+The vocabulary may be cut over the tensor-parallel group.
 
     z = h W^T / temperature          logprob[t] = z[t, label] - lse(z[t])
     entropy[t] = lse(z[t]) - sum_v p[t, v] z[t, v]
@@ -18,6 +18,7 @@ Shapes: T tokens, H hidden, V vocabulary, Vt the rows of it on this rank, B thos
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from torch.distributed import ProcessGroup
 
 BLOCK_LOGITS = 2**23
 """32 MiB in float32: few enough for a CPU's last cache, enough for a large matrix product."""
+KEPT_BLOCKS = 4
+"""Blocks whose logits wait for the backward pass: 128 MiB for each micro-batch under way."""
 
 
 def logprobs_reference(
@@ -105,6 +108,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         # Over the blocks so far: the largest logit; sum exp(z - top) and sum exp(z - top) z.
         top_T = torch.full_like(label_logit_T, float("-inf"))
         sums_NT = label_logit_T.new_zeros(1 + with_entropy, hidden_TH.shape[0])
+        kept = []
         for block in _blocks(real_rows, hidden_TH.shape[0], block_logits):
             logits_TB = _scaled_logits(hidden_TH, weight_VtH[block], scale)
             index_T1, held_T = _place_in_block(local_labels_T, block)
@@ -114,8 +118,10 @@ class _BlockedLogprobs(torch.autograd.Function):
             sums_NT *= (top_T - new_top_T).exp_()
             sums_NT[0] += exp_TB.sum(-1)
             if with_entropy:
-                sums_NT[1] += logits_TB.mul_(exp_TB).sum(-1)
+                sums_NT[1] += exp_TB.mul_(logits_TB).sum(-1)
             top_T = new_top_T
+            if len(kept) < KEPT_BLOCKS:
+                kept.append(logits_TB)
         if group is not None:
             own_top_T = top_T.clone()
             dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
@@ -125,14 +131,14 @@ class _BlockedLogprobs(torch.autograd.Function):
             sums_NT, label_logit_T = parts[:-1], parts[-1]
         lse_T = top_T + sums_NT[0].log()
         entropy_T = lse_T - sums_NT[1] / sums_NT[0] if with_entropy else lse_T.new_empty(0)
-        ctx.save_for_backward(hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T)
+        ctx.save_for_backward(hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T, *kept)
         ctx.constants = scale, real_rows, block_logits
         ctx.set_materialize_grads(False)
         return label_logit_T - lse_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T = ctx.saved_tensors
+        hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T, *kept = ctx.saved_tensors
         scale, real_rows, block_logits = ctx.constants
         logprob_grad_T, entropy_grad_T = grads  # None where nothing depends on it
         if logprob_grad_T is None:
@@ -140,20 +146,25 @@ class _BlockedLogprobs(torch.autograd.Function):
         counts_T = logprob_grad_T != 0
         if entropy_grad_T is not None:
             counts_T |= entropy_grad_T != 0
-        kept_K = counts_T.nonzero().squeeze(-1)
-        hidden_KH, labels_K = hidden_TH[kept_K], local_labels_T[kept_K]
-        lse_K1, logprob_grad_K1 = lse_T[kept_K, None], logprob_grad_T[kept_K, None]
+        counted_K = counts_T.nonzero().squeeze(-1)
+        hidden_KH, labels_K = hidden_TH[counted_K], local_labels_T[counted_K]
+        lse_K1, logprob_grad_K1 = lse_T[counted_K, None], logprob_grad_T[counted_K, None]
         # Summed over blocks, so in float32 whatever the dtype of the hidden states.
         hidden_grad_KH = torch.zeros_like(hidden_KH, dtype=torch.float32)
         weight_grad_VtH = torch.zeros_like(weight_VtH)
-        for block in _blocks(real_rows, len(kept_K), block_logits):
+        blocks = _blocks(real_rows, hidden_TH.shape[0], block_logits)
+        for block, logits_TB in itertools.zip_longest(blocks, kept):
+            if logits_TB is None:
+                logits_KB = _scaled_logits(hidden_KH, weight_VtH[block], scale)
+            else:
+                logits_KB = logits_TB[counted_K]
             # d logprob / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
-            grad_KB = _scaled_logits(hidden_KH, weight_VtH[block], scale).sub_(lse_K1)
+            grad_KB = logits_KB.sub_(lse_K1)
             if entropy_grad_T is None:
                 grad_KB.exp_().mul_(-logprob_grad_K1)
             else:
-                factor_KB = grad_KB + entropy_T[kept_K, None]
-                factor_KB.mul_(entropy_grad_T[kept_K, None]).add_(logprob_grad_K1)
+                factor_KB = grad_KB + entropy_T[counted_K, None]
+                factor_KB.mul_(entropy_grad_T[counted_K, None]).add_(logprob_grad_K1)
                 grad_KB.exp_().mul_(factor_KB).neg_()
             index_K1, held_K = _place_in_block(labels_K, block)
             grad_KB.scatter_add_(-1, index_K1, logprob_grad_K1.where(held_K.unsqueeze(-1), 0.0))
@@ -163,13 +174,13 @@ class _BlockedLogprobs(torch.autograd.Function):
             hidden_grad_KH += grad_logits_KB @ weight_VtH[block]
             torch.mm(grad_logits_KB.t(), hidden_KH, out=weight_grad_VtH[block])
         hidden_grad_TH = torch.zeros_like(hidden_TH)
-        hidden_grad_TH[kept_K] = hidden_grad_KH.to(hidden_TH.dtype)
+        hidden_grad_TH[counted_K] = hidden_grad_KH.to(hidden_TH.dtype)
         return hidden_grad_TH, weight_grad_VtH, None, None, None, None, None, None
 
 
 def _blocks(num_rows: int, num_tokens: int, block_logits: int) -> list[slice]:
     """Return slices over the rows of the vocabulary, with the logits of all tokens in a block."""
-    size = max(1, block_logits // max(1, num_tokens))
+    size = max(1, block_logits // num_tokens)
     return [slice(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
 
 

@@ -3,8 +3,6 @@
 Shapes: T tokens, H hidden, V vocabulary without padding rows.
 """
 
-import math
-
 import logprob_cases
 import pytest
 import torch
@@ -12,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcore_rl.megatron.logprobs import logprobs_reference, vocab_parallel_logprobs
+from mcore_rl.megatron.logprobs import (
+    KEPT_BLOCKS,
+    logprobs_reference,
+    vocab_parallel_logprobs,
+)
 
 HIDDEN = 12
 
@@ -161,20 +163,22 @@ def test_bfloat16_inputs_are_reduced_in_float32():
     assert_all_close(found[2:], expected[2:], atol=0.2)
 
 
-class LargestFloat32(TorchDispatchMode):
-    """Records the size of the largest float32 tensor that any operation returns."""
+class Cost(TorchDispatchMode):
+    """Records the size of the largest float32 tensor that any operation returns, and the
+    multiply-adds of all matrix products."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
-        self.num_products = 0
+        self.largest = 0
+        self.multiply_adds = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            self.multiply_adds += args[0].numel() * args[1].shape[1]
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                self.numel = max(self.numel, tensor.numel())
+                self.largest = max(self.largest, tensor.numel())
         return result
 
 
@@ -187,9 +191,9 @@ def test_no_tensor_is_larger_than_a_block_of_logits(with_entropy):
     assert max(num_tokens, vocab_size) * HIDDEN < block_logits
 
     def run(function):
-        with LargestFloat32() as largest:
+        with Cost() as cost:
             with_gradients(function, *inputs, with_entropy=with_entropy)
-        return largest
+        return cost
 
     blocked = run(
         lambda *args: vocab_parallel_logprobs(
@@ -201,22 +205,23 @@ def test_no_tensor_is_larger_than_a_block_of_logits(with_entropy):
             block_logits=block_logits,
         )
     )
-    # One product per block forward, three backward: the backward pass is seen too.
-    assert blocked.num_products == 4 * vocab_size // block_rows
-    assert blocked.numel == block_logits
-    assert run(lambda *args: logprobs_reference(*args, 1.5)).numel == num_tokens * vocab_size
+    assert blocked.largest == block_logits
+    assert run(lambda *args: logprobs_reference(*args, 1.5)).largest == num_tokens * vocab_size
+    # One product forward and two backward, which computes all blocks but the kept ones again.
+    products = 16 + 2 * 16 + (16 - KEPT_BLOCKS)
+    assert blocked.multiply_adds == products * block_logits * HIDDEN
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_tokens_without_a_gradient_cost_nothing_backward(with_entropy):
-    """The same gradients as the formula's, from blocks that hold logits of the others alone; a
-    token counts if the loss reads its log-probability or its entropy."""
+    """The same gradients as the formula's; a token counts if the loss reads its log-probability or
+    its entropy."""
     hidden_TH, weight_VH, labels_T, factors_T2 = random_inputs(6, 40, 50)
     factors_T2[:30, 0] = 0.0
     factors_T2[4:, 1] = 0.0
-    num_kept = 14 if with_entropy else 10
+    num_counted = 14 if with_entropy else 10
     inputs = hidden_TH, weight_VH, labels_T, factors_T2
-    with LargestFloat32() as seen:
+    with Cost() as cost:
         found = with_gradients(
             lambda *args: vocab_parallel_logprobs(
                 *args,
@@ -229,8 +234,9 @@ def test_tokens_without_a_gradient_cost_nothing_backward(with_entropy):
             *inputs,
             with_entropy=with_entropy,
         )
-    # 5 rows to a block forward, 200 // num_kept backward.
-    assert seen.num_products == 10 + 3 * math.ceil(50 / (200 // num_kept))
+    # Ten blocks of 5 rows.
+    rows = 10 * 40 + (2 * 10 + (10 - KEPT_BLOCKS)) * num_counted
+    assert cost.multiply_adds == rows * 5 * HIDDEN
     assert torch.equal(found[2][10:30], torch.zeros(20, HIDDEN))
     expected = exact(*inputs, 1.3, with_entropy=with_entropy)
     # float32; observed 1e-6.
