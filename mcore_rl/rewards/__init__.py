@@ -4,6 +4,14 @@ A new reward is one file with a function under `@REWARDS.register("<data_source>
 the import below.
 """
 
-from mcore_rl.rewards import exact_number, gsm8k
+from mcore_rl.rewards import (
+    classification,
+    exact_number,
+    gsm8k,
+    math,
+    math_reasoning,
+    qa,
+    trivia,
+)
 
-__all__ = ["exact_number", "gsm8k"]
+__all__ = ["classification", "exact_number", "gsm8k", "math", "math_reasoning", "qa", "trivia"]

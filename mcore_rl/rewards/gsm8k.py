@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+from mcore_rl.rewards.answer_text import inside_box
 from mcore_rl.rewards.base import REWARDS
 from mcore_rl.rewards.number_text import find_numbers, parse_number
 
@@ -49,15 +50,5 @@ def _first_on_line(rest: str) -> Decimal | None:
 
 
 def _only_in_box(rest: str) -> Decimal | None:
-    numbers = find_numbers(_inside_box(rest))
+    numbers = find_numbers(inside_box(rest))
     return numbers[0] if len(numbers) == 1 else None
-
-
-def _inside_box(rest: str) -> str:
-    """Return the text up to the brace that closes the box; "" if none does."""
-    depth = 1
-    for position, character in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return rest[:position]
-    return ""

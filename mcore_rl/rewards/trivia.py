@@ -1,0 +1,30 @@
+"""Reward for trivia: the answer equals one of the reference answers after normalisation.
+
+The answer is what the response states (see `answer_text`), otherwise its last line. `ground_truth`
+is one answer or a list of them (aliases). The F1 is logged beside the score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mcore_rl.rewards.answer_text import answer_or_last_line
+from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.text_match import best, exact_match, f1, read_references
+
+
+@REWARDS.register("trivia")
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
+) -> dict[str, float]:
+    """Return the exact match under "score", 1.0 or 0.0, and the F1.
+
+    Raises:
+        ValueError: if `ground_truth` names no answer.
+    """
+    answer, references = answer_or_last_line(solution_str), read_references(ground_truth)
+    return {
+        "score": best(exact_match, answer, references),
+        "f1": best(f1, answer, references),
+    }
