@@ -21,7 +21,23 @@ LENGTHS = (9, 3, 14, 5, 2, 11, 7, 6)
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 EP2, ETP1 = {"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}
+TP4, PP4 = {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 4}
+CP4, EP4 = {"context_parallel_size": 4}, {"expert_model_parallel_size": 4}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+
+FULL_RECOMPUTE = {
+    "override_transformer_config": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+}
+SELECTIVE_RECOMPUTE = {
+    "override_transformer_config": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "layernorm"],
+    }
+}
 
 _SHORT = {
     "tensor_model_parallel_size": "tp",
@@ -41,8 +57,13 @@ def layout_id(value):
     """Return a test id of MegatronConfig's settings: "tp2-etp1"; None for other parameters."""
     if not isinstance(value, dict):
         return None
-    sizes = {key: size if isinstance(size, str) else int(size) for key, size in value.items()}
-    return "-".join(f"{_SHORT[key]}{size}" for key, size in sizes.items()) or "dp"
+    parts = []
+    for key, setting in value.items():
+        if key == "override_transformer_config":
+            parts.append(f"recompute_{setting['recompute_granularity']}")
+        else:
+            parts.append(f"{_SHORT[key]}{setting if isinstance(setting, str) else int(setting)}")
+    return "-".join(parts) or "dp"
 
 
 def actor_spec(
