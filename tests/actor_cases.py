@@ -90,6 +90,16 @@ def record_and_train(spec, sequences, objective, cut):
     return recorded, *train(spec, [sequences], objective, cut)
 
 
+def replayed_experts(routes):
+    """Return which experts a router is given for `routes` [tokens, topk], nested lists."""
+    from mcore_rl.megatron.router_replay import _LayerReplay
+
+    replay = _LayerReplay(recomputes=False)
+    replay.replay(torch.tensor(routes))
+    assert replay.target_topk_idx is not None
+    return replay.target_topk_idx.tolist()
+
+
 def logits(spec, sequences):
     """Return the logits of every sequence's tokens but the last, [n - 1, vocab] each, from one
     packed row: the output layer's input times its weight, on one process."""

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -57,6 +58,20 @@ def test_the_worked_example_of_the_module():
     assert batch.segments.num_tokens_S.tolist() == [2, 1]
     assert batch.max_seqlen == 2
     assert batch.lengths == (3, 2)
+
+
+def test_routes_belong_to_inputs_and_padding_has_none():
+    first, second = (np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2) for n in (2, 1))
+    batch = _pack(
+        _micro_batch(
+            _sequence([7, 8, 9], [0, 1, 1], routed_experts=first),
+            _sequence([5, 6], [0, 1], routed_experts=second),
+        ),
+        align_sequence=2,
+    )
+    routes = batch.routed_experts_TLK
+    assert routes is not None and routes.dtype == torch.int16
+    assert routes.tolist() == [*first.tolist(), *second.tolist(), [[-1, -1], [-1, -1]]]
 
 
 def test_a_mask_on_the_first_token_has_no_prediction_to_train():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -129,6 +130,11 @@ class UnigramActor:
         self.weights, self.num_begun = torch.tensor(state["weights"]), state["num_begun"]
 
 
+def fake_routes(num_inputs: int, step: int | None) -> np.ndarray:
+    """Return routes of one layer that tell the step in which they were made."""
+    return np.full((num_inputs, 1, 1), step, np.uint8)
+
+
 class CrashError(Exception):
     """Stands for the death of the process."""
 
@@ -196,6 +202,14 @@ class FakeWorkers:
                 ]
             case "actor.logprobs":
                 return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
+            case "actor.record_logprobs":
+                return [
+                    {
+                        index: (logprobs, fake_routes(len(logprobs) - 1, step=self.step))
+                        for index, logprobs in self.actor.forward(mb, self.actor.weights).items()
+                    }
+                    for (mb,) in args_of_rank
+                ]
             case "actor.ref_logprobs":
                 return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]
             case "actor.begin_step":

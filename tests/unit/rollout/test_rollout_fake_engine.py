@@ -11,6 +11,7 @@ import torch
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
+from mcore_rl.types import Routing
 
 VOCABULARY = 50
 
@@ -69,6 +70,21 @@ def test_answers_end_within_the_limit_with_a_stop_token_or_by_length(make_engine
             assert len(result.token_ids) == 8
         assert result.logprobs == [-math.log(VOCABULARY)] * len(result.token_ids)
         assert all(0 <= token < VOCABULARY for token in result.token_ids)
+
+
+def test_routes_are_drawn_when_they_are_asked_for(make_engine):
+    assert {result.routed_experts for result in make_engine().generate(REQUESTS)} == {None}
+    engine = make_engine(routing=Routing(layers=[1, 3, 5], num_experts=6, topk=4))
+    results = engine.generate(REQUESTS)
+    for r, result in zip(REQUESTS, results, strict=True):
+        num_inputs = len(r.prompt_token_ids) + len(result.token_ids) - 1
+        assert result.routed_experts.shape == (num_inputs, 3, 4)
+        assert all(len(set(experts)) == 4 for experts in result.routed_experts.reshape(-1, 4))
+        assert result.routed_experts.max() < 6
+    again = engine.generate(REQUESTS)
+    assert all(
+        (a.routed_experts == b.routed_experts).all() for a, b in zip(results, again, strict=True)
+    )
 
 
 def test_without_stop_tokens_every_answer_ends_by_length(make_engine):
