@@ -124,7 +124,8 @@ def logits(spec, sequences):
 def gradients(spec, sequences, objective, cut):
     """Return the gradient of the objective for every Hugging Face tensor, and its metrics.
 
-    For layouts in which no data-parallel rank holds a part of the gradient.
+    For layouts in which no data-parallel rank holds a part of the gradient. Buffers, which have
+    none, get zeros.
     """
     from mcore_rl.megatron.forward_backward import forward_backward
     from mcore_rl.weight_sync.export import WeightExporter
@@ -145,7 +146,10 @@ def gradients(spec, sequences, objective, cut):
                 objective.with_entropy,
                 routes,
             )
-        found = {name: param.main_grad for name, param in actor.params.items()}
+        found = {
+            name: getattr(param, "main_grad", torch.zeros_like(param))
+            for name, param in actor.params.items()
+        }
         exporter = WeightExporter(found, actor.entries, worker.parallel)
         return {n: t.clone() for bucket in exporter for n, t in bucket}, to_floats(metrics)
 

@@ -8,7 +8,18 @@ and the norm's epsilon are not the defaults.
 """
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 SIZES = {
     "vocab_size": 61,
@@ -27,8 +38,86 @@ MOE = QWEN3 | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.5,  # belongs to pretraining: must change nothing
 }
+# Scaled so strongly that it counts within a few positions.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Routed as in DeepSeek-V3: two of four groups, then four of their six experts; dense layer first.
+GROUPED = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "moe_intermediate_size": 24,
+}
+# Four sizes of heads, all different; transformers fixes the epsilon of the inner norms.
+LATENT = SIZES | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-6,
+}
+LATENT_YARN = YARN | {"mscale": 0.8, "mscale_all_dim": 1.2}
 CHECKPOINTS = {
+    "llama": (LlamaConfig, SIZES | {"rope_parameters": LLAMA3}),
+    "mixtral": (MixtralConfig, SIZES | {"num_local_experts": 4, "num_hidden_layers": 3}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        SIZES
+        | {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+        },
+    ),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        QWEN3
+        | GROUPED
+        | {
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "deepseek_v3": (DeepseekV3Config, LATENT | GROUPED | {"rope_parameters": LATENT_YARN}),
+    "moonlight": (
+        DeepseekV3Config,
+        LATENT | GROUPED | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    ),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        LATENT | GROUPED | {"topk_method": "group_limited_greedy", "topk_group": 4, "n_group": 6},
+    ),
+    "qwen3_yarn": (Qwen3Config, QWEN3 | {"rope_parameters": YARN}),
+    "qwen3_linear": (
+        Qwen3Config,
+        QWEN3 | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+    ),
     "qwen2": (Qwen2Config, SIZES),
     "qwen2_tied": (Qwen2Config, SIZES | {"tie_word_embeddings": True, "num_hidden_layers": 4}),
     "qwen3": (Qwen3Config, QWEN3),
@@ -57,5 +146,8 @@ def save_tiny_checkpoint(name, folder, seed=0):
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return model.eval()

@@ -35,6 +35,8 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
@@ -56,15 +58,17 @@ class PackedAttention(MegatronModule):
         """Return [L, heads * d], attention within each packed sequence.
 
         `query` is [L, heads, d], `key` and `value` are [L, groups, d], of any float dtype; L is
-        this rank's part of the row. `packed_seq_params` holds the boundaries of the whole row
-        ("thd" format). The signature is Megatron's.
+        this rank's part of the row. Under latent attention `value` has a d of its own.
+        `packed_seq_params` holds the boundaries of the whole row ("thd" format). The
+        signature is Megatron's.
         """
         assert packed_seq_params is not None and attention_mask is None, "packed rows only"
         padded = packed_seq_params.cu_seqlens_q_padded
         boundaries = (packed_seq_params.cu_seqlens_q if padded is None else padded).tolist()
         if self.cp_group.size() > 1:
             both = torch.cat([key, value], dim=-1)
-            key, value = gather_positions(both, boundaries, self.cp_group).chunk(2, dim=-1)
+            sizes = key.shape[-1], value.shape[-1]
+            key, value = gather_positions(both, boundaries, self.cp_group).split(sizes, dim=-1)
         spans = causal_spans(boundaries, self.cp_group.rank(), self.cp_group.size())
         has_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
         attend = packed_flash_attention if has_kernel else packed_causal_attention
@@ -112,7 +116,7 @@ def packed_causal_attention(
     Args:
         query_L: [L, heads, d] float.
         key_T: [T, groups, d] float; groups divides heads.
-        value_T: as `key_T`.
+        value_T: as `key_T`, or with heads of another size, which those returned then have.
         spans: cover the queries, in order; the last query of a span sits at its last key.
         scale: factor on the scores.
     """
@@ -175,10 +179,13 @@ def packed_flash_attention(
     """Return what `packed_causal_attention` does, by torch's flash attention kernel.
 
     The kernel aligns the last query of a sequence with its last key, which is what a span says.
-    Tensors are bfloat16 or float16 on CUDA, with heads of a size that 8 divides.
+    Tensors are bfloat16 or float16 on CUDA, with heads of a size that 8 divides. Smaller heads of
+    values are padded with zeros to the size of those of keys, which is the one size it has.
     """
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
 
+    value_size = value_T.shape[-1]
+    value_T = F.pad(value_T, (0, key_T.shape[-1] - value_size))
     rows = flash_rows(spans)
     if rows.key_positions is not None:
         positions = torch.tensor(rows.key_positions, device=key_T.device)
@@ -200,7 +207,7 @@ def packed_flash_attention(
         **GROUPED_FLASH_ARGUMENTS,
     )
     assert isinstance(out, Tensor)  # a pair only where it is asked for
-    return out
+    return out[..., :value_size]
 
 
 class FlashRows(NamedTuple):

@@ -21,9 +21,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -77,6 +83,10 @@ def block_spec(
 
 _FUSED_NAMES = (
     (r"\.self_attention\.linear_qkv\.layer_norm_(\w+)$", r".input_layernorm.\1"),
+    (
+        r"\.self_attention\.linear_(q|kv)_up_proj\.layer_norm_(\w+)$",
+        r".self_attention.\1_layernorm.\2",
+    ),
     (r"\.mlp\.linear_fc1\.layer_norm_(\w+)$", r".pre_mlp_layernorm.\1"),
     (r"\.experts\.(linear_fc[12])\.([a-z]+)(\d+)$", r".experts.local_experts.\3.\1.\2"),
 )
@@ -136,26 +146,22 @@ def local_block_spec(
 def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
     bias_dropout_add: Any = get_bias_dropout_add  # a function where the annotation says type
     backend = LocalSpec()
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
+    is_latent = config.multi_latent_attention
+    attention = _latent_attention_spec(backend) if is_latent else _attention_spec(config, backend)
     mlp = get_mlp_module_spec_for_backend(
         backend=backend,
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=False,
     )
     # Transformer Engine's names, so that checkpoints written with and without it interchange;
-    # its MoE layers keep pre_mlp_layernorm apart.
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    # its MoE layers keep pre_mlp_layernorm apart, latent attention input_layernorm.
+    if is_latent:
+        names = {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
+    else:
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not is_moe:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
@@ -168,5 +174,46 @@ def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
             mlp=mlp,
             mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+def _attention_spec(config: TransformerConfig, backend: LocalSpec) -> ModuleSpec:
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _latent_attention_spec(backend: LocalSpec) -> ModuleSpec:
+    # The module takes the names that it can import for an installed Transformer Engine, and then
+    # fails on one that is None (multi_latent_attention.py:51, 185).
+    multi_latent_attention.HAVE_TE = HAVE_TE
+    column = backend.column_parallel_linear()
+    rms_norm: Any = RMSNorm  # a class where the annotation says ModuleSpec
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            # Whole on every tensor-parallel rank, as under Transformer Engine. Column-parallel
+            # ones, which Megatron has in its local spec, are wrong: the key that all heads share
+            # gets on each rank the gradient of that rank's heads only.
+            linear_q_down_proj=Linear,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=Linear,
+            linear_kv_up_proj=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=rms_norm,
+            kv_layernorm=rms_norm,
         ),
     )

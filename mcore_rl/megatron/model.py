@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
-from torch.nn import Parameter
 from transformers import PreTrainedConfig
 
 from mcore_rl.errors import UserError, closest_hint
@@ -39,6 +38,29 @@ from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class YarnTransformerConfig(TransformerConfig):
+    """TransformerConfig with what GPTModel and SelfAttention look for under YaRN (gpt_model.py:172,
+    attention.py:1102) and only the config of latent attention declares."""
+
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    yarn_correction_range_round_to_int: bool = True
+
+
+def config_class(architecture: Mapping[str, Any]) -> type[TransformerConfig]:
+    """Return the class of Megatron's config that has the arguments of a family."""
+    if architecture.get("multi_latent_attention"):
+        return MLATransformerConfig
+    if "yarn_rotary_scaling_factor" in architecture:
+        return YarnTransformerConfig
+    return TransformerConfig
 
 
 class LogprobLayer(ColumnParallelLinear):
@@ -177,7 +199,8 @@ def build_transformer_config(
         "moe_grouped_gemm": impl == "transformer_engine",
     }
     architecture = model_family(hf_config).transformer_kwargs(hf_config)
-    return TransformerConfig(**{**settings, **architecture, **cfg.override_transformer_config})
+    arguments = {**settings, **architecture, **cfg.override_transformer_config}
+    return config_class(architecture)(**arguments)
 
 
 def build_chunks(
@@ -258,17 +281,16 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
-def named_local_parameters(
-    chunks: Sequence[PolicyModel], parallel: Parallel
-) -> dict[str, Parameter]:
-    """Return this rank's parameters by canonical name.
+def named_local_parameters(chunks: Sequence[PolicyModel], parallel: Parallel) -> dict[str, Tensor]:
+    """Return this rank's parameters by canonical name, and the routers' biases, which are buffers.
 
     A tied output layer on a last stage that is not the first holds a copy of the embedding; it is
     listed under the embedding's name.
     """
-    found: dict[str, Parameter] = {}
+    found: dict[str, Tensor] = {}
     for chunk in chunks:
-        for local_name, param in chunk.named_parameters():
+        biases = [item for item in chunk.named_buffers() if item[0].endswith(".expert_bias")]
+        for local_name, param in [*chunk.named_parameters(), *biases]:
             name = _canonical_name(local_name, chunk, parallel)
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
@@ -298,7 +320,7 @@ def shard_group(entry: ParamEntry, parallel: Parallel) -> torch.distributed.Proc
 
 @torch.no_grad()
 def load_weights(
-    params: Mapping[str, Parameter],
+    params: Mapping[str, Tensor],
     entries: Sequence[ParamEntry],
     reader: CheckpointReader,
     parallel: Parallel,

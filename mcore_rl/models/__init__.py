@@ -3,6 +3,26 @@
 Importing the package registers every family; a new one is its file and one line here.
 """
 
-from mcore_rl.models import qwen2, qwen3, qwen3_moe
+from mcore_rl.models import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    llama,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
-__all__ = ["qwen2", "qwen3", "qwen3_moe"]
+__all__ = [
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "llama",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+]

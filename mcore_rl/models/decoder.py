@@ -22,59 +22,93 @@ from mcore_rl.models.mappings import (
     Replicated,
     Row,
 )
+from mcore_rl.models.rope import check_rope, gpt_rope_kwargs, yarn_config_kwargs
 from mcore_rl.models.spec import ModelFamily, require_field
 
 
 class DecoderFamily(ModelFamily):
     """A decoder whose every layer has the same attention and, unless overridden, a dense MLP."""
 
-    qkv_bias: ClassVar[bool] = False
-    """Biases on query, key and value projections."""
-    qk_norm: ClassVar[bool] = False
-    """RMSNorm on each query and key head."""
+    partial_rotary: ClassVar[bool] = False
+    """Whether the model may rotate only a part of each head."""
+
+    def has_qkv_bias(self, config: PreTrainedConfig) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return False
+
+    def has_qk_norm(self, config: PreTrainedConfig) -> bool:
+        """Whether there is an RMSNorm on each query and key head."""
+        return False
 
     def check(self, config: PreTrainedConfig) -> None:
-        rope_type = config.rope_parameters["rope_type"]
-        rotary_frac = config.rope_parameters.get("partial_rotary_factor", 1.0)
-        dropout = config.attention_dropout
-        require_field(config.hidden_act == "silu", "hidden_act", config.hidden_act, "is not silu")
-        require_field(dropout == 0, "attention_dropout", dropout, "must be 0: RL runs no dropout")
-        require_field(rope_type == "default", "rope_type", rope_type, "is not 'default'")
-        require_field(rotary_frac == 1, "partial_rotary_factor", rotary_frac, "is not 1")
+        check_rope(config, partial=self.partial_rotary)
+        act, dropout = config.hidden_act, config.attention_dropout
+        require_field(act == "silu", "hidden_act", act, "is not silu")
+        require_field(not dropout, "attention_dropout", dropout, "must be 0: RL runs no dropout")
+        window = getattr(config, "sliding_window", None)
+        kinds = _attention_kinds(config)
         require_field(
-            _attention_kinds(config) == {"full_attention"},
-            "use_sliding_window",
-            config.use_sliding_window,
-            f"gives layers of type {', '.join(sorted(_attention_kinds(config)))}; "
-            "only full_attention is supported",
+            kinds == {"full_attention"},
+            "sliding_window",
+            window,
+            f"gives layers of type {', '.join(sorted(kinds))}; only full_attention is supported",
         )
+
+    def gpt_kwargs(
+        self, config: PreTrainedConfig, tp_size: int, vocab_divisible_by: int = 1
+    ) -> dict[str, Any]:
+        return super().gpt_kwargs(config, tp_size, vocab_divisible_by) | gpt_rope_kwargs(config)
 
     def transformer_kwargs(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {
             "num_layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "num_attention_heads": config.num_attention_heads,
-            "num_query_groups": config.num_key_value_heads,
-            "kv_channels": head_dim(config),
             "ffn_hidden_size": config.intermediate_size,
             "add_bias_linear": False,
-            "add_qkv_bias": self.qkv_bias,
-            "qk_layernorm": self.qk_norm,
             "normalization": "RMSNorm",
             "layernorm_epsilon": config.rms_norm_eps,
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            **self.attention_kwargs(config),
+        }
+
+    def attention_kwargs(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the arguments of TransformerConfig that depend on the kind of attention."""
+        return {
+            "num_query_groups": config.num_key_value_heads,
+            "kv_channels": head_dim(config),
+            "add_qkv_bias": self.has_qkv_bias(config),
+            "qk_layernorm": self.has_qk_norm(config),
+            **yarn_config_kwargs(config),
         }
 
     def layer_entries(self, config: PreTrainedConfig, layer: int) -> list[ParamEntry]:
-        attention = attention_entries(config, layer, qkv_bias=self.qkv_bias, qk_norm=self.qk_norm)
-        return attention + self.mlp_entries(config, layer)
+        return self.attention_entries(config, layer) + self.mlp_entries(config, layer)
+
+    def attention_entries(self, config: PreTrainedConfig, layer: int) -> list[ParamEntry]:
+        """Return the input norm and the attention of one layer."""
+        return grouped_query_entries(
+            config,
+            layer,
+            qkv_bias=self.has_qkv_bias(config),
+            qk_norm=self.has_qk_norm(config),
+        )
 
     def mlp_entries(self, config: PreTrainedConfig, layer: int) -> list[ParamEntry]:
         """Return the parameters of the MLP, or of what stands in its place, with its norm."""
         return dense_mlp_entries(config, layer)
+
+
+def check_no_attention_bias(config: PreTrainedConfig) -> None:
+    """Raise a UserError if all four projections of attention are to have biases.
+
+    Megatron puts one on the output projection only together with those of the MLP.
+    """
+    bias = config.attention_bias
+    require_field(not bias, "attention_bias", bias, "is not supported for this family")
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -82,7 +116,7 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention_entries(
+def grouped_query_entries(
     config: PreTrainedConfig, layer: int, *, qkv_bias: bool, qk_norm: bool
 ) -> list[ParamEntry]:
     """Return the input norm and the grouped-query attention of one layer."""
@@ -96,79 +130,59 @@ def attention_entries(
         return Qkv(q, k, v, num_groups)
 
     params: dict[str, ParamMapping] = {
-        "input_layernorm.weight": _norm(
-            f"model.layers.{layer}.input_layernorm", config.hidden_size
-        ),
+        "input_layernorm.weight": norm(f"model.layers.{layer}.input_layernorm", config.hidden_size),
         "self_attention.linear_qkv.weight": qkv("weight", config.hidden_size),
     }
     if qkv_bias:
         params["self_attention.linear_qkv.bias"] = qkv("bias")
     if qk_norm:
-        params["self_attention.q_layernorm.weight"] = _norm(f"{hf}.q_norm", dim)
-        params["self_attention.k_layernorm.weight"] = _norm(f"{hf}.k_norm", dim)
+        params["self_attention.q_layernorm.weight"] = norm(f"{hf}.q_norm", dim)
+        params["self_attention.k_layernorm.weight"] = norm(f"{hf}.k_norm", dim)
     params["self_attention.linear_proj.weight"] = Row(
         HfTensor(f"{hf}.o_proj.weight", (config.hidden_size, rows["q"]))
     )
-    return _layer_entries(layer, params)
+    return entries_of_layer(layer, params)
 
 
 def dense_mlp_entries(config: PreTrainedConfig, layer: int) -> list[ParamEntry]:
     """Return the post-attention norm and the gated MLP of one layer."""
-    mlp = _gated_mlp(f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size)
+    mlp = gated_mlp(f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size)
     params = {f"mlp.{name}": mapping for name, mapping in mlp.items()}
-    return _layer_entries(layer, _mlp_norm(config, layer) | params)
+    return entries_of_layer(layer, mlp_norm(config, layer) | params)
 
 
-def moe_entries(
-    config: PreTrainedConfig, layer: int, *, num_experts: int, expert_size: int
-) -> list[ParamEntry]:
-    """Return the post-attention norm, the router and the experts of one layer.
-
-    Args:
-        config: gives the hidden size.
-        layer: from 0.
-        num_experts: routed experts in the layer.
-        expert_size: hidden units of one expert.
-    """
-    hf = f"model.layers.{layer}.mlp"
-    router = Replicated(HfTensor(f"{hf}.gate.weight", (num_experts, config.hidden_size)))
-    entries = _layer_entries(layer, _mlp_norm(config, layer) | {"mlp.router.weight": router})
-    for expert in range(num_experts):
-        mlp = _gated_mlp(f"{hf}.experts.{expert}", config.hidden_size, expert_size)
-        params = {f"mlp.experts.local_experts.{expert}.{name}": m for name, m in mlp.items()}
-        entries += _layer_entries(layer, params, expert)
-    return entries
-
-
-def _attention_kinds(config: PreTrainedConfig) -> set[str]:
-    # transformers sets sliding_window to None unless use_sliding_window is on; without layer_types
-    # it then holds for every layer.
-    everywhere = "full_attention" if config.sliding_window is None else "sliding_attention"
-    return set(getattr(config, "layer_types", None) or [everywhere])
-
-
-def _gated_mlp(hf: str, hidden_size: int, ffn_size: int) -> dict[str, ParamMapping]:
+def gated_mlp(
+    hf: str,
+    hidden_size: int,
+    ffn_size: int,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> dict[str, ParamMapping]:
+    """Return the parameters of one gated MLP by Megatron's name; `names` are Hugging Face's."""
+    gate, up, down = names
     return {
         "linear_fc1.weight": GateUp(
-            HfTensor(f"{hf}.gate_proj.weight", (ffn_size, hidden_size)),
-            HfTensor(f"{hf}.up_proj.weight", (ffn_size, hidden_size)),
+            HfTensor(f"{hf}.{gate}.weight", (ffn_size, hidden_size)),
+            HfTensor(f"{hf}.{up}.weight", (ffn_size, hidden_size)),
         ),
-        "linear_fc2.weight": Row(HfTensor(f"{hf}.down_proj.weight", (hidden_size, ffn_size))),
+        "linear_fc2.weight": Row(HfTensor(f"{hf}.{down}.weight", (hidden_size, ffn_size))),
     }
 
 
-def _mlp_norm(config: PreTrainedConfig, layer: int) -> dict[str, ParamMapping]:
+def mlp_norm(config: PreTrainedConfig, layer: int) -> dict[str, ParamMapping]:
+    """Return the norm between attention and MLP."""
     hf = f"model.layers.{layer}.post_attention_layernorm"
-    return {"pre_mlp_layernorm.weight": _norm(hf, config.hidden_size)}
+    return {"pre_mlp_layernorm.weight": norm(hf, config.hidden_size)}
 
 
-def _norm(hf: str, size: int) -> Replicated:
+def norm(hf: str, size: int) -> Replicated:
+    """Return the mapping of a norm's weight."""
     return Replicated(HfTensor(f"{hf}.weight", (size,)))
 
 
-def _layer_entries(
+def entries_of_layer(
     layer: int, params: dict[str, ParamMapping], expert: int | None = None
 ) -> list[ParamEntry]:
+    """Return entries for parameters named from the layer on: "mlp.linear_fc2.weight"."""
     return [
         ParamEntry(
             megatron_name=f"decoder.layers.{layer}.{name}",
@@ -178,3 +192,11 @@ def _layer_entries(
         )
         for name, mapping in params.items()
     ]
+
+
+def _attention_kinds(config: PreTrainedConfig) -> set[str]:
+    # transformers sets sliding_window to None or 0 unless use_sliding_window is on; without
+    # layer_types it then holds for every layer.
+    window = getattr(config, "sliding_window", None)
+    everywhere = "sliding_attention" if window else "full_attention"
+    return set(getattr(config, "layer_types", None) or [everywhere])

@@ -68,6 +68,8 @@ def check_layout(
         )
         require_divides(ep, layout.ep, "num_experts", arch["num_moe_experts"])
         require_divides(etp, layout.etp, "moe_intermediate_size", arch["moe_ffn_hidden_size"])
+        shared_size = arch.get("moe_shared_expert_intermediate_size", 0)
+        require_divides(tp, layout.tp, "hidden units of the shared experts", shared_size)
     else:
         rule = "has no effect: the model has no experts"
         require(layout.ep == 1, f"{key}.{ep}", layout.ep, rule, "Use 1.")

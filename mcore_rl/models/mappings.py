@@ -100,6 +100,20 @@ class Replicated(ParamMapping):
 
 
 @dataclass(frozen=True, slots=True)
+class Column(ParamMapping):
+    """ColumnParallelLinear of one tensor: the output dimension (0) is cut."""
+
+    hf: HfTensor
+
+    @property
+    def sources(self) -> tuple[HfTensor, ...]:
+        return (self.hf,)
+
+    def blocks(self, tp_rank: int, tp_size: int) -> list[Block]:
+        return [Block(self.hf.name, _share(self.hf.shape[0], tp_rank, tp_size))]
+
+
+@dataclass(frozen=True, slots=True)
 class Row(ParamMapping):
     """RowParallelLinear: the input dimension (1) is cut."""
 

@@ -9,7 +9,8 @@ from mcore_rl.models.spec import MODEL_FAMILIES, require_field
 
 
 class Qwen2(DecoderFamily):
-    qkv_bias = True
+    def has_qkv_bias(self, config: PreTrainedConfig) -> bool:
+        return True
 
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)

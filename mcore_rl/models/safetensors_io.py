@@ -123,11 +123,13 @@ class CheckpointReader:
             raise UserError(f"{file} lacks {name!r}, which the index says it holds.") from error
 
 
-def check_checkpoint(reader: CheckpointReader, entries: Iterable[ParamEntry]) -> None:
+def check_checkpoint(
+    reader: CheckpointReader, entries: Iterable[ParamEntry], unused_prefixes: tuple[str, ...] = ()
+) -> None:
     """Raise a UserError unless the checkpoint holds the tensors of `entries` and no others.
 
-    Two kinds of tensor that transformers ignores may be there too: precomputed rotary frequencies,
-    and `lm_head.weight` where the embeddings are tied.
+    What transformers ignores may be there too: precomputed rotary frequencies, `lm_head.weight`
+    where the embeddings are tied, and names that begin with `ModelFamily.unused_prefixes`.
     """
     expected = {name: shape for entry in entries for name, shape in hf_shapes(entry).items()}
     for name, shape in expected.items():
@@ -143,6 +145,7 @@ def check_checkpoint(reader: CheckpointReader, entries: Iterable[ParamEntry]) ->
         if name not in expected
         and name != "lm_head.weight"
         and not name.endswith("rotary_emb.inv_freq")
+        and not name.startswith(unused_prefixes)
     ]
     require(
         not unexpected,

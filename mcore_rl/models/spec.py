@@ -56,16 +56,20 @@ class ModelFamily(ABC):
     ) -> dict[str, Any]:
         """Return the arguments of Megatron's GPTModel that describe embeddings and positions.
 
+        Here those of the embeddings; a family adds its positions.
+
         `vocab_size` is the padded one; it matches `entries` with the same `vocab_divisible_by`.
         """
         return {
             "vocab_size": padded_vocab_size(config.vocab_size, tp_size, vocab_divisible_by),
             "max_sequence_length": config.max_position_embeddings,
-            "position_embedding_type": "rope",
-            "rotary_base": config.rope_parameters["rope_theta"],
-            "rotary_percent": 1.0,
             "share_embeddings_and_output_weights": config.tie_word_embeddings,
         }
+
+    def unused_prefixes(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Return how the names of tensors begin that a checkpoint may hold and no parameter is
+        made of: layers for multi-token prediction. Exports do not have them."""
+        return ()
 
     def entries(self, config: PreTrainedConfig, vocab_divisible_by: int = 1) -> list[ParamEntry]:
         """Return every parameter of the full model, in layer order.
@@ -113,6 +117,13 @@ def model_family(config: PreTrainedConfig) -> ModelFamily:
         UserError: if no family has this `model_type`, or the family cannot express `config`.
     """
     family = MODEL_FAMILIES.get(config.model_type)
+    quantization = getattr(config, "quantization_config", None)
+    require_field(
+        not quantization,
+        "quantization_config",
+        (quantization or {}).get("quant_method"),
+        "is not supported: give a checkpoint whose weights are in bfloat16 or float32",
+    )
     family.check(config)
     return family
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter
 
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.models.mappings import ParamEntry, hf_shapes, to_hf
@@ -33,21 +32,20 @@ class WeightExporter:
     """
 
     def __init__(
-        self, params: Mapping[str, Parameter], entries: Sequence[ParamEntry], parallel: Parallel
+        self, params: Mapping[str, Tensor], entries: Sequence[ParamEntry], parallel: Parallel
     ) -> None:
         self.params, self.entries, self.parallel = params, entries, parallel
         # Which of the model's expert ranks holds what, and which pipeline stage.
-        self._expert_ranks = _gather_objects((set(params), parallel.etp.rank()), parallel.tp_ep)
-        held_here = set().union(*(names for names, _ in self._expert_ranks))
+        dtypes = {name: param.dtype for name, param in params.items()}
+        self._expert_ranks = _gather_objects((dtypes, parallel.etp.rank()), parallel.tp_ep)
+        held_here = {name: dtype for held, _ in self._expert_ranks for name, dtype in held.items()}
         by_stage = _gather_objects(held_here, parallel.pp)
-        self._stage_of = {
-            entry.megatron_name: next(
-                stage for stage, names in enumerate(by_stage) if entry.megatron_name in names
-            )
-            for entry in entries
-        }
-        example = next(iter(params.values()))
-        self._dtype, self._device = example.dtype, example.device
+        self._stage_of: dict[str, int] = {}
+        self._dtype_of: dict[str, torch.dtype] = {}
+        for stage, held in reversed(list(enumerate(by_stage))):  # the first that holds a tied one
+            self._stage_of |= dict.fromkeys(held, stage)
+            self._dtype_of |= held
+        self._device = next(iter(params.values())).device
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[list[tuple[str, Tensor]]]:
@@ -59,8 +57,9 @@ class WeightExporter:
                 tensors = self._gather_layer(entries)
             else:
                 tensors = [
-                    (name, torch.empty(shape, dtype=self._dtype, device=self._device))
+                    (name, torch.empty(shape, dtype=dtype, device=self._device))
                     for entry in entries
+                    for dtype in [self._dtype_of[entry.megatron_name]]
                     for name, shape in hf_shapes(entry).items()
                 ]
             self._pass_on(tensors, stage)
@@ -101,12 +100,12 @@ class WeightExporter:
         if group.size() == 1:
             return
         source = dist.get_global_rank(group, stage)
-        flat = torch.cat([tensor.reshape(-1) for _, tensor in tensors])
-        dist.broadcast(flat, src=source, group=group)
-        for (_, tensor), part in zip(
-            tensors, flat.split([tensor.numel() for _, tensor in tensors]), strict=True
-        ):
-            tensor.copy_(part.view_as(tensor))
+        for same in _by_dtype([tensor for _, tensor in tensors]):
+            flat = torch.cat([tensor.reshape(-1) for _, tensor in same])
+            dist.broadcast(flat, src=source, group=group)
+            parts = flat.split([tensor.numel() for _, tensor in same])
+            for (_, tensor), part in zip(same, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
 
 def _gather_objects(value, group: ProcessGroup) -> list:
@@ -117,13 +116,24 @@ def _gather_objects(value, group: ProcessGroup) -> list:
 
 def _all_gather(tensors: Sequence[Tensor], group: ProcessGroup) -> list[list[Tensor]]:
     """Return every rank's tensors, by rank; all ranks hold as many, of the same shapes."""
-    if group.size() == 1 or not tensors:
+    if group.size() == 1:
         return [list(tensors)] * group.size()
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    gathered = flat.new_empty(group.size() * flat.numel())
-    dist.all_gather_into_tensor(gathered, flat, group=group)
-    sizes = [tensor.numel() for tensor in tensors]
-    return [
-        [part.view_as(tensor) for part, tensor in zip(row.split(sizes), tensors, strict=True)]
-        for row in gathered.chunk(group.size())
-    ]
+    gathered = [list(tensors) for _ in range(group.size())]
+    for same in _by_dtype(tensors):
+        flat = torch.cat([tensor.reshape(-1) for _, tensor in same])
+        rows = flat.new_empty(group.size() * flat.numel())
+        dist.all_gather_into_tensor(rows, flat, group=group)
+        for of_rank, row in zip(gathered, rows.chunk(group.size()), strict=True):
+            parts = row.split([tensor.numel() for _, tensor in same])
+            for (place, tensor), part in zip(same, parts, strict=True):
+                of_rank[place] = part.view_as(tensor)
+    return gathered
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
+    """Group (place, tensor) by dtype: one collective moves one dtype. The order of the groups is
+    that of first appearance, which is the same on every rank."""
+    groups: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append((place, tensor))
+    return list(groups.values())

@@ -3,7 +3,7 @@
 import actor_cases
 import pytest
 import torch
-from actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id
+from actor_inputs import EP2, EP4, ETP1, PP2, TP2, VPP2, actor_spec, layout_id
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -25,6 +25,18 @@ CASES = [
     ("qwen3_moe_four_layers", 2, VPP2),
     ("qwen3_moe", 4, TP2 | EP2),
     ("qwen3_moe", 4, TP2 | PP2 | EP2 | ETP1),
+    ("llama", 2, TP2),
+    ("llama", 2, PP2),
+    ("mixtral", 2, EP2),
+    ("mixtral", 2, TP2),
+    ("qwen2_moe", 2, TP2 | EP2 | ETP1),
+    ("qwen2_moe", 4, TP2 | EP2),
+    ("glm4_moe", 2, TP2),
+    ("glm4_moe", 4, TP2 | EP4 | ETP1),
+    ("deepseek_v3", 2, TP2),
+    ("deepseek_v3", 4, TP2 | EP4 | ETP1),
+    ("moonlight", 2, EP2),
+    ("deepseek_v2", 2, TP2 | EP2 | ETP1),
 ]
 
 

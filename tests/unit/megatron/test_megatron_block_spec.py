@@ -21,6 +21,10 @@ TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.bias": None,
     "self_attention.q_layernorm.weight": None,
     "self_attention.k_layernorm.weight": None,
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+    "self_attention.linear_q_up_proj.weight": None,
+    "self_attention.linear_kv_down_proj.weight": None,
     "self_attention.linear_proj.weight": None,
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "mlp.linear_fc1.weight": None,
@@ -48,7 +52,7 @@ def test_names_outside_layers_stay(name):
     assert canonical_parameter_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe_mixed", "deepseek_v3"])
 def test_the_names_in_checkpoints_are_canonical_ones_once_translated(
     processes, tiny_checkpoint, name
 ):

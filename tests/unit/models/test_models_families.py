@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
-from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import LlamaConfig
+from transformers import GPT2Config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from mcore_rl.errors import UserError
+from mcore_rl.megatron.model import config_class
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.types import Layout
@@ -60,6 +60,27 @@ def test_names_of_a_qwen3_moe_layer(make_config):
     ]
 
 
+def test_names_of_a_deepseek_v3_layer(make_config):
+    config = make_config("deepseek_v3", num_hidden_layers=1, first_k_dense_replace=0)
+    assert names_of(config)[1:16] == [
+        "decoder.layers.0.input_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_q_down_proj.weight",
+        "decoder.layers.0.self_attention.q_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_q_up_proj.weight",
+        "decoder.layers.0.self_attention.linear_kv_down_proj.weight",
+        "decoder.layers.0.self_attention.kv_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_kv_up_proj.weight",
+        "decoder.layers.0.self_attention.linear_proj.weight",
+        "decoder.layers.0.pre_mlp_layernorm.weight",
+        "decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.router.expert_bias",
+        "decoder.layers.0.mlp.shared_experts.linear_fc1.weight",
+        "decoder.layers.0.mlp.shared_experts.linear_fc2.weight",
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight",
+    ]
+
+
 def test_tied_embeddings_have_no_output_layer(make_config):
     tied, untied = make_config("qwen2_tied"), make_config("qwen2")
     assert set(names_of(untied)) - set(names_of(tied)) == {"output_layer.weight"}
@@ -77,7 +98,7 @@ def test_experts_are_where_transformers_puts_them(make_config):
 
 def test_megatron_accepts_the_arguments_of_every_family(hf_config):
     kwargs = model_family(hf_config).transformer_kwargs(hf_config)
-    config = TransformerConfig(**kwargs)
+    config = config_class(kwargs)(**kwargs)
     assert all(getattr(config, name) == value for name, value in kwargs.items())
 
 
@@ -106,13 +127,6 @@ def test_megatron_routes_as_transformers_does(make_config, norm_topk_prob):
     torch.testing.assert_close(probs, expected, atol=1e-6, rtol=0)
 
 
-def test_auxiliary_loss_is_off_whatever_the_configuration_says(make_config):
-    config = make_config("qwen3_moe", router_aux_loss_coef=0.5, output_router_logits=True)
-    kwargs = model_family(config).transformer_kwargs(config)
-    assert kwargs["moe_aux_loss_coeff"] == 0.0
-    assert kwargs["moe_router_load_balancing_type"] == "none"
-
-
 def test_vocabulary_of_the_model_is_that_of_the_embedding_shards(make_config):
     config = make_config("qwen3")
     family = model_family(config)
@@ -125,18 +139,32 @@ def test_vocabulary_of_the_model_is_that_of_the_embedding_shards(make_config):
     assert num_rows == family.gpt_kwargs(config, 2, vocab_divisible_by=8)["vocab_size"] == 48
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 REFUSALS = [
     ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("qwen3", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ("qwen3", {"attention_bias": True}, "attention_bias=True"),
     ("qwen2", {"attention_bias": False}, "attention_bias=False"),
     ("qwen3_moe", {"attention_bias": True}, "attention_bias=True"),
-    ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window=True"),
-    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "sliding_window=4096"),
+    ("qwen3_moe", {"use_sliding_window": True}, "sliding_window=4096"),
     (
         "qwen3",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-        "rope_type='linear'",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type='dynamic' is none of default, linear, llama3, yarn",
     ),
     (
         "qwen3",
@@ -144,7 +172,40 @@ REFUSALS = [
         "partial_rotary_factor=0.5",
     ),
     ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
-    ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, r"mlp_only_layers=\[0, 1, 2, 3\]"),
+    ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "num_hidden_layers=4 are all without"),
+    ("llama", {"attention_bias": True}, "attention_bias=True"),
+    ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+    ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 8.0}}, "high_freq_factor=8.0"),
+    ("llama", {"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2"),
+    ("llama", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale=None"),
+    (
+        "glm4_moe",
+        {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5",
+    ),
+    ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+    ("qwen2_moe", {"use_sliding_window": True}, "sliding_window=4096"),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
+    ("deepseek_v3", {"rope_parameters": LLAMA3}, "rope_type='llama3' is neither default nor yarn"),
+    ("deepseek_v3", {"rope_parameters": YARN | {"truncate": False}}, "truncate=False"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias=True"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+    ("deepseek_v3", {"first_k_dense_replace": 4}, "num_hidden_layers=4 are all without"),
+    ("deepseek_v2", {"mlp_bias": True}, "mlp_bias=True"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+    (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy"},
+        "topk_group=2 with num_experts_per_tok=4: .* best 2 experts, this model by its best 1",
+    ),
+    ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+    ("glm4_moe", {"topk_group": 4}, "topk_group=4 with num_experts_per_tok=4: .* best 1 experts"),
 ]
 
 
@@ -178,11 +239,13 @@ def test_defaults_of_transformers_fill_in_missing_fields(tmp_path):
     assert model_family(config).transformer_kwargs(config)["num_query_groups"] == 8
 
 
-def test_a_scaled_rope_in_the_old_spelling_is_refused(tmp_path):
+def test_a_scaled_rope_in_the_old_spelling_is_read(tmp_path):
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    folder = write_config(tmp_path, model_type="qwen3", rope_scaling=scaling)
-    with pytest.raises(UserError, match="rope_type='yarn'"):
-        load_hf_config(folder)
+    folder = write_config(tmp_path, model_type="qwen3", rope_scaling=scaling, rope_theta=1e6)
+    config = load_hf_config(folder)
+    kwargs = model_family(config).transformer_kwargs(config)
+    assert kwargs["yarn_rotary_scaling_factor"] == 4.0
+    assert kwargs["yarn_original_max_position_embeddings"] == 32768
 
 
 def test_a_folder_without_a_usable_configuration_is_refused(tmp_path):
@@ -204,8 +267,8 @@ def test_a_folder_without_a_usable_configuration_is_refused(tmp_path):
 def test_an_unknown_family_is_answered_with_the_closest_one(tmp_path):
     with pytest.raises(UserError, match=r"model_type='qwen3moe'.*Did you mean 'qwen3_moe'\?"):
         load_hf_config(write_config(tmp_path, model_type="qwen3moe"))
-    with pytest.raises(UserError, match="Registered: qwen2, qwen3, qwen3_moe"):
-        model_family(LlamaConfig())
+    with pytest.raises(UserError, match=r"Registered: .*llama, .*qwen3_moe"):
+        model_family(GPT2Config())
 
 
 GOOD_LAYOUTS = [
@@ -262,6 +325,12 @@ BAD_LAYOUTS = [
         {"moe_intermediate_size": 6},
         Layout(tp=4, etp=4),
         "expert_tensor_parallel_size=4 does not divide moe_intermediate_size=6",
+    ),
+    (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 14},
+        Layout(tp=4),
+        "tensor_model_parallel_size=4 does not divide hidden units of the shared experts=14",
     ),
     (
         "qwen3_moe_mixed",

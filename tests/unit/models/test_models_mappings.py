@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mcore_rl.models.mappings import (
     Block,
+    Column,
     GateUp,
     HfTensor,
     ParamEntry,
@@ -62,7 +63,9 @@ def mappings(draw):
     """A mapping of random sizes that divide by the shard count that comes with it."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4]))
     hidden, rows = draw(sizes), draw(sizes)
-    kind = draw(st.sampled_from(["row", "gate_up", "qkv", "qkv_bias", "vocab"]))
+    kind = draw(st.sampled_from(["column", "row", "gate_up", "qkv", "qkv_bias", "vocab"]))
+    if kind == "column":
+        return Column(HfTensor("x", (rows * tp_size, hidden))), tp_size
     if kind == "row":
         return Row(HfTensor("x", (rows, hidden * tp_size))), tp_size
     if kind == "gate_up":
@@ -126,6 +129,12 @@ def test_gate_up_puts_the_gate_rows_of_each_rank_above_its_up_rows():
     entry = entry_of(GateUp(HfTensor("gate", (4, 1)), HfTensor("up", (4, 1))))
     shards = [to_megatron(entry, rank, 2, reader_of(hf)).flatten().tolist() for rank in (0, 1)]
     assert shards == [[1, 2, 5, 6], [3, 4, 7, 8]]
+
+
+def test_column_parallel_cuts_rows():
+    hf = {"x": torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])}
+    shard = to_megatron(entry_of(Column(HfTensor("x", (4, 2)))), 1, 2, reader_of(hf))
+    assert shard.tolist() == [[5, 6], [7, 8]]
 
 
 def test_row_parallel_cuts_columns():

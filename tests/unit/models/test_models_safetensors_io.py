@@ -188,6 +188,10 @@ def test_a_checkpoint_must_hold_what_the_model_needs_and_nothing_else(tmp_path):
     check_checkpoint(reader_of(tmp_path, **good), ENTRIES)
     ignored = {"lm_head.weight": (5, 2), "model.layers.0.rotary_emb.inv_freq": (4,)}
     check_checkpoint(reader_of(tmp_path, **good | ignored), ENTRIES)
+    extra = reader_of(tmp_path, **good | {"model.layers.7.norm": (2,)})
+    check_checkpoint(extra, ENTRIES, ("model.layers.7.",))
+    with pytest.raises(UserError, match=r"has 1 tensors .* \['model\.layers\.7\.norm'\]"):
+        check_checkpoint(extra, ENTRIES, ("model.layers.77.",))
     with pytest.raises(UserError, match="no tensor 'norm'"):
         check_checkpoint(reader_of(tmp_path, embed=(5, 2)), ENTRIES)
     with pytest.raises(UserError, match=r"shape of embed=\(6, 2\) is not \(5, 2\)"):
