@@ -6,6 +6,7 @@ the import below.
 
 from mcore_rl.rewards import (
     classification,
+    code,
     exact_number,
     gsm8k,
     math,
@@ -14,4 +15,13 @@ from mcore_rl.rewards import (
     trivia,
 )
 
-__all__ = ["classification", "exact_number", "gsm8k", "math", "math_reasoning", "qa", "trivia"]
+__all__ = [
+    "classification",
+    "code",
+    "exact_number",
+    "gsm8k",
+    "math",
+    "math_reasoning",
+    "qa",
+    "trivia",
+]

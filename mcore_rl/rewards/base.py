@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ class RewardFunction(Protocol):
     """Scores one response; may be `async`.
 
     The parameters are passed by name and are those of verl's reward functions. It is called in
-    processes of its own, several at a time, so what it keeps in globals is not shared.
+    processes of its own, several at a time, so what it keeps in globals is not shared. A registered
+    function with a further parameter `sandbox` gets the section `reward.sandbox`, and the run only
+    starts if the sandbox holds.
     """
 
     def __call__(
@@ -26,7 +28,41 @@ class RewardFunction(Protocol):
     ) -> Score | Awaitable[Score]: ...
 
 
-REWARDS: Registry[RewardFunction] = Registry("reward", "data_source")
+REWARDS: Registry[Callable[..., Score | Awaitable[Score]]] = Registry("reward", "data_source")
+
+PROTECTIONS = ("privileges", "files", "calls")
+"""Of the sandbox, beside its limits: no capabilities, Landlock, seccomp (see `jail.py`)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SandboxConfig:
+    """`reward.sandbox`: what a program that a model wrote may use."""
+
+    timeout_s: float = 20.0
+    """Longest time for all tests of one program; less than reward.timeout_s."""
+    test_timeout_s: float = 6.0
+    """Longest time for one test, by the clock."""
+    cpu_s: int = 4
+    """Most CPU time for one test, in whole seconds."""
+    memory_mib: int = 512
+    """Largest address space, the interpreter's 20 to 30 MiB included."""
+    file_mib: int = 16
+    """Largest file, and most for all files together."""
+    output_mib: int = 4
+    """Most output of one test."""
+    allow_missing: list[str] = field(default_factory=list)
+    """Protections that the run may do without where the system lacks them: privileges, files,
+    calls. Without "files" programs read what this user reads; without "calls" they reach the
+    network, start processes and end others of this user."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "timeout_s", "test_timeout_s", "cpu_s", "memory_mib", "file_mib", "output_mib"
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value > 0, f"reward.sandbox.{name}", value, "must be > 0")
+        for name in self.allow_missing:
+            require_one_of("reward.sandbox.allow_missing", name, PROTECTIONS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +81,7 @@ class RewardConfig:
     """A function that raises, exceeds the time, ends its process, or returns no finite number:
     "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in
     `reward/num_errors`."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -63,6 +100,13 @@ class RewardConfig:
                 "Set it to null for no limit.",
             )
         require_one_of("reward.on_error", self.on_error, ["raise", "zero"])
+        require(
+            self.timeout_s is None or self.sandbox.timeout_s < self.timeout_s,
+            "reward.sandbox.timeout_s",
+            self.sandbox.timeout_s,
+            f"must be less than reward.timeout_s={self.timeout_s:g}",
+            "A program that takes too long scores 0; a reward that does is an error.",
+        )
 
     @property
     def max_workers(self) -> int:

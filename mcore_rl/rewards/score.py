@@ -8,15 +8,17 @@ scored first.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mcore_rl import metrics
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import Metrics
-from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig, RewardFunction
+from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.pool import Outcome, RewardPool
+from mcore_rl.rewards.sandbox import check_sandbox
 from mcore_rl.rewards.worker import RewardCall
 from mcore_rl.types import Sample, SampleGroup
 
@@ -40,11 +42,13 @@ class RewardScorer:
         """Return if every data source can be scored; call it before the run starts.
 
         Raises:
-            UserError: if the custom function cannot be loaded, or for the first data source that
-                has no reward, listing those there are.
+            UserError: if the custom function cannot be loaded, for the first data source that has
+                no reward, listing those there are, or if programs are to be run and the sandbox
+                does not hold on this system.
         """
-        for data_source in sorted(set(data_sources)):
-            self._function(data_source)
+        functions = [self._function(data_source) for data_source in sorted(set(data_sources))]
+        if any(map(_takes_sandbox, functions)):
+            check_sandbox(self._cfg.sandbox)
         self._pool.start()
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
@@ -72,7 +76,7 @@ class RewardScorer:
         """End the processes that score; without it they end with the program."""
         self._pool.close()
 
-    def _function(self, data_source: str) -> RewardFunction | None:
+    def _function(self, data_source: str) -> Callable | None:
         """Return the reward of a data source; None for the user's own."""
         if self._is_custom:
             return None
@@ -85,15 +89,20 @@ class RewardScorer:
 
     def _call(self, sample: Sample) -> RewardCall:
         prompt = sample.prompt
-        return RewardCall(
-            function=self._function(prompt.data_source),
-            arguments={
-                "data_source": prompt.data_source,
-                "solution_str": sample.response_text,
-                "ground_truth": prompt.ground_truth,
-                "extra_info": prompt.extra_info,
-            },
-        )
+        function = self._function(prompt.data_source)
+        arguments = {
+            "data_source": prompt.data_source,
+            "solution_str": sample.response_text,
+            "ground_truth": prompt.ground_truth,
+            "extra_info": prompt.extra_info,
+        }
+        if _takes_sandbox(function):
+            arguments["sandbox"] = self._cfg.sandbox
+        return RewardCall(function=function, arguments=arguments)
+
+
+def _takes_sandbox(function: Callable | None) -> bool:
+    return function is not None and "sandbox" in inspect.signature(function).parameters
 
 
 def _failure(sample: Sample, reason: str) -> str:

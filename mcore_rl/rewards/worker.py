@@ -19,13 +19,13 @@ import pickle
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from mcore_rl.errors import UserError
-from mcore_rl.rewards.base import CustomRewardConfig, RewardFunction
+from mcore_rl.rewards.base import CustomRewardConfig, RewardFunction, Score
 from mcore_rl.rewards.custom import load_custom_reward
 
 _PR_SET_PDEATHSIG = 1
@@ -43,7 +43,7 @@ class WorkerSetup:
 class RewardCall:
     """One response to score."""
 
-    function: RewardFunction | None
+    function: Callable[..., Score | Awaitable[Score]] | None
     """Pickled by its name, and imported on arrival; None for the custom function."""
     arguments: Mapping[str, Any]
 

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+
+from mcore_rl.metrics import to_floats
+from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig, SandboxConfig
+from mcore_rl.rewards.code import compute_score, extract_program, read_tests
+from mcore_rl.rewards.score import RewardScorer
+from mcore_rl.types import Prompt, Sample, SampleGroup
+
+SANDBOX = SandboxConfig(timeout_s=20.0, test_timeout_s=15.0)
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+ADD_TESTS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
+FUNCTION = "def add(a, b):\n    return a + b"
+METHOD = "class Solution:\n    def add(self, a, b):\n        return a + b"
+
+
+def _score(program, tests, fence="```python\n{}\n```"):
+    return compute_score(
+        data_source="code",
+        solution_str=f"I think so:\n{fence.format(program)}\nDone.",
+        ground_truth=tests,
+        sandbox=SANDBOX,
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "score"),
+    [
+        (ADD, ADD_TESTS, 1.0),
+        (ADD, json.dumps(ADD_TESTS), 1.0),
+        (ADD, {"inputs": ["1 2"], "outputs": ["3 \n\n"]}, 1.0),
+        (ADD, {"inputs": ["1 2", "1 2"], "outputs": ["3", "4"]}, 0.0),
+        (ADD, {"inputs": ["1 2"], "outputs": ["3\n3"]}, 0.0),
+        ("print(3)\nprint(1 / 0)", {"inputs": [""], "outputs": ["3"]}, 0.0),
+        (FUNCTION, {"fn_name": "add", "inputs": [[1, 2], [3, 4]], "outputs": [3, 7]}, 1.0),
+        (METHOD, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0),
+        (FUNCTION, {"fn_name": "add", "inputs": ["1\n2"], "outputs": ["3"]}, 1.0),
+        (FUNCTION, {"fn_name": "add", "inputs": [[[1], [2]]], "outputs": [[1, 2]]}, 1.0),
+        (FUNCTION, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [4]}, 0.0),
+        (FUNCTION, {"fn_name": "sum", "inputs": [[1, 2]], "outputs": [3]}, 0.0),
+        (FUNCTION, {"assert_case": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}, 1.0),
+        (FUNCTION, {"assert_case": ["assert add(1, 2) == 3", "assert add(0, 0) == 1"]}, 0.0),
+    ],
+)
+def test_a_program_scores_one_if_it_passes_every_test(program, tests, score):
+    assert _score(program, tests) == score
+
+
+def test_the_last_python_block_is_the_program():
+    assert extract_program("```python\n1\n```\n```py\n2\n```\n```\n3\n```") == "2\n"
+    assert extract_program("```\n1\n```\n```c++\n2\n```") == "2\n"
+    assert extract_program("```Python \nprint('``')\n```") == "print('``')\n"
+    assert extract_program("print(1)") is None
+    assert extract_program("```python\nprint(1)") is None
+
+
+@pytest.mark.parametrize("response", ["", "print(3)", "```python\n```", "```python", "`" * 9_999])
+def test_a_response_without_a_program_that_works_scores_zero(response):
+    tests = {"inputs": [""], "outputs": ["3"]}
+    score = compute_score(
+        data_source="code", solution_str=response, ground_truth=tests, sandbox=SANDBOX
+    )
+    assert score == 0.0
+
+
+@pytest.mark.parametrize(
+    "program", ["import os; os.write(64, b'3'); os._exit(0)", "import os; os._exit(0)"]
+)
+def test_a_program_that_ends_before_its_function_is_called_earns_nothing(program):
+    """The first writes a right result where results go; no program knows the right one."""
+    assert _score(program, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [4]}) == 0.0
+    assert _score(program, {"assert_case": ["assert False"]}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "problem"),
+    [
+        ("5", "no mapping"),
+        ({}, "has no tests"),
+        ({"inputs": [], "outputs": []}, "has no tests"),
+        ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
+        ("{", "Expecting property name"),
+        ({"fn_name": "f", "inputs": ["x"], "outputs": ["1"]}, "Expecting value"),
+    ],
+)
+def test_a_row_without_tests_is_an_error(ground_truth, problem):
+    with pytest.raises(ValueError, match=problem):
+        read_tests(ground_truth)
+
+
+def test_a_run_goes_on_after_programs_that_misbehave():
+    programs = {
+        ADD: 1.0,
+        "while True: pass": 0.0,
+        "x = bytearray(10 * 2**30)": 0.0,
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass": 0.0,
+        "while True: print('x' * 10**6)": 0.0,
+        "import os; os.kill(os.getppid(), 9)": 0.0,
+        "import socket; socket.create_connection(('127.0.0.1', 80))": 0.0,
+        f"{ADD} # again": 1.0,
+    }
+    prompt = Prompt(
+        uid="train.parquet:0",
+        token_ids=[1],
+        text="add",
+        data_source="code_generation",
+        ground_truth=ADD_TESTS,
+    )
+    samples = [
+        Sample(
+            prompt=prompt,
+            index=index,
+            token_ids=[1, 2],
+            loss_mask=[False, True],
+            rollout_logprobs=[0.0, -1.0],
+            finish_reason="stop",
+            weight_version=0,
+            response_text=f"```python\n{program}\n```",
+        )
+        for index, program in enumerate(programs)
+    ]
+    sandbox = SandboxConfig(cpu_s=1, test_timeout_s=8.0)
+    scorer = RewardScorer(RewardConfig(num_workers=2, sandbox=sandbox), CustomRewardConfig())
+    scorer.check(["code_generation"])
+    scored, metrics = scorer.score([SampleGroup(prompt=prompt, samples=samples)])
+    assert [sample.reward for sample in scored[0].samples] == list(programs.values())
+    assert to_floats(metrics)["reward/num_errors"] == 0
+
+
+def test_programs_get_less_time_than_their_reward():
+    with pytest.raises(ValueError, match=r"reward\.sandbox\.timeout_s=20\.0 must be less than"):
+        RewardConfig(timeout_s=20.0)
