@@ -87,6 +87,7 @@ LIBRARY_OWNERS = {
     "pyarrow": ("data.",),
     "jinja2": ("data.chat",),
     "matplotlib": ("observability.",),
+    "math_verify": ("rewards.math",),
     "rich": ("observability.",),
     "packaging": ("megatron.versions",),
     "torch": ("",),
