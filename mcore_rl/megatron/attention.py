@@ -110,8 +110,8 @@ def packed_causal_attention(
 ) -> Tensor:
     """Return causal attention within each span, [L, heads, d].
 
-    Neighbouring spans of similar length are padded to one batch: right padding cannot reach
-    earlier tokens through a causal mask, and the padded rows are dropped.
+    Neighbouring short spans are padded to one batch: right padding cannot reach earlier tokens
+    through a causal mask, and the padded rows are dropped. Every other span is a view of its rows.
 
     Args:
         query_L: [L, heads, d] float.
@@ -120,35 +120,49 @@ def packed_causal_attention(
         spans: cover the queries, in order; the last query of a span sits at its last key.
         scale: factor on the scores.
     """
-    outputs = []
+    rows = span_rows(spans)
+    key_T, value_T = _in_span_order(key_T, rows), _in_span_order(value_T, rows)
     grouped = query_L.shape[1] != key_T.shape[1]
-    for batch in _batches_of_similar_length(spans):
-        queries, keys = [span.queries for span in batch], [span.keys for span in batch]
-        mask = None if queries == keys else _causal_mask(queries, keys, query_L.device)
+    batches = _batches_of_short_spans(spans)
+    query_counts = [[len(span.queries) for span in batch] for batch in batches]
+    key_counts = [[len(span.keys) for span in batch] for batch in batches]
+    outputs = []
+    # Split, and not slices: the backward pass of each slice would fill a whole row of zeros.
+    for num_queries, num_keys, query, key, value in zip(
+        query_counts,
+        key_counts,
+        query_L.split([sum(counts) for counts in query_counts]),
+        key_T.split([sum(counts) for counts in key_counts]),
+        value_T.split([sum(counts) for counts in key_counts]),
+        strict=True,
+    ):
+        mask = None if num_queries == num_keys else _causal_mask(num_queries, num_keys, key.device)
         padded = F.scaled_dot_product_attention(
-            *(
-                x[_padded_index(ranges, x.device)].transpose(1, 2)
-                for x, ranges in ((query_L, queries), (key_T, keys), (value_T, keys))
-            ),
+            _padded(query, num_queries),
+            _padded(key, num_keys),
+            _padded(value, num_keys),
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
             enable_gqa=grouped,
-        ).transpose(1, 2)
-        lengths = torch.tensor([len(q) for q in queries], device=query_L.device)
-        real = torch.arange(padded.shape[1], device=query_L.device) < lengths.unsqueeze(1)
-        outputs.append(padded[real])
+        )
+        outputs.append(_unpadded(padded, num_queries))
     return torch.cat(outputs)
 
 
-def _batches_of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
-    """Cut the spans, in order, into runs whose padding at most doubles their keys."""
+SHORT = 32
+"""Keys of a span up to which calls cost more than padding."""
+
+
+def _batches_of_short_spans(spans: Sequence[Span]) -> list[list[Span]]:
+    """Cut the spans, in order, into long ones alone and runs of short ones, whose padding at most
+    doubles their keys."""
     batches: list[list[Span]] = []
     real = longest = 0
     for span in spans:
         length = len(span.keys)
         longest, real = max(longest, length), real + length
-        if batches and longest * (len(batches[-1]) + 1) <= 2 * real:
+        if batches and longest <= SHORT and longest * (len(batches[-1]) + 1) <= 2 * real:
             batches[-1].append(span)
         else:
             batches.append([span])
@@ -156,20 +170,32 @@ def _batches_of_similar_length(spans: Sequence[Span]) -> list[list[Span]]:
     return batches
 
 
-def _padded_index(ranges: Sequence[range], device: torch.device) -> Tensor:
-    """Return [n, longest] positions; those past the end of a range repeat its last one."""
-    firsts_n, lasts_n = torch.tensor([[r[0], r[-1]] for r in ranges], device=device).unbind(1)
-    within = torch.arange(max(map(len, ranges)), device=device)
-    return torch.minimum(firsts_n.unsqueeze(1) + within, lasts_n.unsqueeze(1))
+def _padded(x_N: Tensor, lengths: list[int]) -> Tensor:
+    """Return [n, heads, longest, d] of parts of N rows; rows past the end of a part repeat its
+    last one."""
+    if len(lengths) == 1:
+        return x_N.transpose(0, 1).unsqueeze(0)
+    lengths_n = torch.tensor(lengths, device=x_N.device)
+    firsts_n = lengths_n.cumsum(0) - lengths_n
+    within = torch.arange(max(lengths), device=x_N.device)
+    index = firsts_n.unsqueeze(1) + torch.minimum(within, lengths_n.unsqueeze(1) - 1)
+    return x_N[index].transpose(1, 2)
 
 
-def _causal_mask(queries: Sequence[range], keys: Sequence[range], device: torch.device) -> Tensor:
+def _unpadded(padded: Tensor, lengths: list[int]) -> Tensor:
+    """Return [N, heads, d], the real rows of [n, heads, longest, d]."""
+    rows = padded.transpose(1, 2)
+    if len(lengths) == 1:
+        return rows.squeeze(0)
+    within = torch.arange(rows.shape[1], device=rows.device)
+    return rows[within < torch.tensor(lengths, device=rows.device).unsqueeze(1)]
+
+
+def _causal_mask(num_queries: list[int], num_keys: list[int], device: torch.device) -> Tensor:
     """Return [n, 1, queries, keys] bool: the last query sees the last key, earlier ones less."""
-    ahead_n = torch.tensor(
-        [len(k) - len(q) for q, k in zip(queries, keys, strict=True)], device=device
-    )
-    query = torch.arange(max(map(len, queries)), device=device).unsqueeze(1)
-    key = torch.arange(max(map(len, keys)), device=device)
+    ahead_n = torch.tensor(num_keys, device=device) - torch.tensor(num_queries, device=device)
+    query = torch.arange(max(num_queries), device=device).unsqueeze(1)
+    key = torch.arange(max(num_keys), device=device)
     return (key <= query + ahead_n.view(-1, 1, 1)).unsqueeze(1)
 
 
@@ -186,10 +212,8 @@ def packed_flash_attention(
 
     value_size = value_T.shape[-1]
     value_T = F.pad(value_T, (0, key_T.shape[-1] - value_size))
-    rows = flash_rows(spans)
-    if rows.key_positions is not None:
-        positions = torch.tensor(rows.key_positions, device=key_T.device)
-        key_T, value_T = key_T[positions], value_T[positions]
+    rows = span_rows(spans)
+    key_T, value_T = _in_span_order(key_T, rows), _in_span_order(value_T, rows)
     queries, keys = (
         torch.tensor(bounds, dtype=torch.int32, device=query_L.device)
         for bounds in (rows.query_bounds, rows.key_bounds)
@@ -210,8 +234,8 @@ def packed_flash_attention(
     return out[..., :value_size]
 
 
-class FlashRows(NamedTuple):
-    """Spans as the flash kernel takes them: one after the other, for queries and for keys."""
+class SpanRows(NamedTuple):
+    """Spans as rows that follow each other, for queries and for keys."""
 
     query_bounds: list[int]
     """Cumulative lengths, from 0."""
@@ -219,13 +243,20 @@ class FlashRows(NamedTuple):
     """Cumulative lengths, from 0."""
     key_positions: list[int] | None
     """Rows of keys to take; None for all, in order. Spans of one sequence share keys under context
-    parallelism, and the kernel wants each its own."""
+    parallelism, and here each has its own."""
 
 
-def flash_rows(spans: Sequence[Span]) -> FlashRows:
-    """Return the spans as the flash kernel takes them."""
+def span_rows(spans: Sequence[Span]) -> SpanRows:
+    """Return the spans as rows that follow each other."""
     query_bounds = [0, *itertools.accumulate(len(span.queries) for span in spans)]
     key_bounds = [0, *itertools.accumulate(len(span.keys) for span in spans)]
     shared = any(span.queries != span.keys for span in spans)
     positions = [position for span in spans for position in span.keys] if shared else None
-    return FlashRows(query_bounds, key_bounds, positions)
+    return SpanRows(query_bounds, key_bounds, positions)
+
+
+def _in_span_order(x_T: Tensor, rows: SpanRows) -> Tensor:
+    """Return the keys (or values) of the spans, one span after the other."""
+    if rows.key_positions is None:
+        return x_T
+    return x_T[torch.tensor(rows.key_positions, device=x_T.device)]

@@ -31,6 +31,9 @@ BLOCK_LOGITS = 2**23
 KEPT_BLOCKS = 4
 """Blocks whose logits wait for the backward pass: 128 MiB for each micro-batch under way."""
 
+ALIGN = 128
+"""Rows of a large block are a multiple of it: other sizes make slow matrix products."""
+
 
 def logprobs_reference(
     hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, temperature: float
@@ -181,6 +184,7 @@ class _BlockedLogprobs(torch.autograd.Function):
 def _blocks(num_rows: int, num_tokens: int, block_logits: int) -> list[slice]:
     """Return slices over the rows of the vocabulary, with the logits of all tokens in a block."""
     size = max(1, block_logits // num_tokens)
+    size -= size % ALIGN if size > ALIGN else 0
     return [slice(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
 
 
