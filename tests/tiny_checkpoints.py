@@ -80,7 +80,16 @@ LATENT = SIZES | {
 }
 LATENT_YARN = YARN | {"mscale": 0.8, "mscale_all_dim": 1.2}
 CHECKPOINTS = {
-    "llama": (LlamaConfig, SIZES | {"rope_parameters": LLAMA3}),
+    "llama": (
+        LlamaConfig,
+        SIZES
+        | {
+            "rope_parameters": LLAMA3,
+            "num_hidden_layers": 5,  # of which no pipeline has equal stages
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mixtral": (MixtralConfig, SIZES | {"num_local_experts": 4, "num_hidden_layers": 3}),
     "qwen2_moe": (
         Qwen2MoeConfig,

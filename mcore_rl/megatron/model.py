@@ -33,11 +33,21 @@ from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, t
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
 from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.models.layout import layers_of_stages
 from mcore_rl.models.mappings import ParamEntry, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+PIPELINE_SPLITS = {
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+}
+"""Fields of TransformerConfig by which a user divides the layers over the pipeline."""
 
 
 @dataclass
@@ -199,8 +209,20 @@ def build_transformer_config(
         "moe_grouped_gemm": impl == "transformer_engine",
     }
     architecture = model_family(hf_config).transformer_kwargs(hf_config)
+    if not PIPELINE_SPLITS & cfg.override_transformer_config.keys():
+        settings["pipeline_model_parallel_layout"] = _pipeline_layout(
+            layers_of_stages(architecture["num_layers"], layout)
+        )
     arguments = {**settings, **architecture, **cfg.override_transformer_config}
     return config_class(architecture)(**arguments)
+
+
+def _pipeline_layout(layers: Sequence[int]) -> list[list[str]] | None:
+    """Return what Megatron is told of unequal stages; None where it would divide them so itself."""
+    if len(set(layers)) == 1:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def build_chunks(

@@ -1,4 +1,4 @@
-"""Whether a parallel layout divides a model.
+"""Whether a parallel layout divides a model, and how a pipeline divides its layers.
 
 Checked before any process builds a part of the model, so that the message names the key to change.
 Rules that hold for every model (world size, sequence length) are not here.
@@ -77,8 +77,23 @@ def check_layout(
 
     pp, vpp = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
     num_layers = arch["num_layers"]
-    require_divides(pp, layout.pp, "num_hidden_layers", num_layers)
-    require_divides(vpp, layout.vpp, f"num_hidden_layers / {pp}", num_layers // layout.pp)
+    require(
+        layout.pp * layout.vpp <= num_layers,
+        f"{key}.{pp}",
+        layout.pp,
+        f"times {vpp}={layout.vpp} is more than num_hidden_layers={num_layers} of the model",
+        "A stage has at least one layer.",
+    )
+
+
+def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
+    """Return how many layers each pipeline stage has, in the order in which a token passes them.
+
+    As equal as they can be; the last ones, with the output layer, have fewer.
+    """
+    num_stages = layout.pp * layout.vpp
+    fewer, num_larger = divmod(num_layers, num_stages)
+    return [fewer + (stage < num_larger) for stage in range(num_stages)]
 
 
 def _nearest_divisors(count: int, size: int) -> str:

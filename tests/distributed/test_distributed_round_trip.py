@@ -27,15 +27,20 @@ CASES = [
     ("qwen3_moe", 4, TP2 | PP2 | EP2 | ETP1),
     ("llama", 2, TP2),
     ("llama", 2, PP2),
+    ("llama", 2, VPP2),
+    ("llama", 4, TP2 | PP2),
     ("mixtral", 2, EP2),
     ("mixtral", 2, TP2),
     ("qwen2_moe", 2, TP2 | EP2 | ETP1),
     ("qwen2_moe", 4, TP2 | EP2),
+    ("qwen2_moe", 2, PP2),
     ("glm4_moe", 2, TP2),
+    ("glm4_moe", 4, PP2 | EP2),
     ("glm4_moe", 4, TP2 | EP4 | ETP1),
     ("deepseek_v3", 2, TP2),
     ("deepseek_v3", 4, TP2 | EP4 | ETP1),
     ("moonlight", 2, EP2),
+    ("moonlight", 2, PP2),
     ("deepseek_v2", 2, TP2 | EP2 | ETP1),
 ]
 
@@ -54,6 +59,7 @@ def test_weights_come_back_bit_by_bit_on_every_rank_and_as_a_folder(
 
     config = load_hf_config(source)
     reader = CheckpointReader(source)
+    assert_experts_differ(reader)
     layers = [None, *range(config.num_hidden_layers), None]
     entries = model_family(config).entries(config)
     in_order = [hf.name for entry in entries for hf in entry.mapping.sources]
@@ -77,6 +83,12 @@ def test_weights_come_back_bit_by_bit_on_every_rank_and_as_a_folder(
     assert torch.equal(ours, theirs)
 
 
+def assert_experts_differ(reader):
+    """No two experts may be equal, or one in the place of another would not be seen."""
+    experts = [name for name in reader.names() if ".experts." in name]
+    assert len({reader.read(name).numpy().tobytes() for name in experts}) == len(experts)
+
+
 def layer_of(names):
     """Return the one layer that the tensors of a bucket belong to, None outside layers."""
     layers = {int(n.split(".")[2]) if n.startswith("model.layers.") else None for n in names}
@@ -84,11 +96,21 @@ def layer_of(names):
     return layers.pop()
 
 
-def test_a_bfloat16_model_exports_the_rounded_weights(processes, tiny_checkpoint, tmp_path):
-    spec = actor_spec(tiny_checkpoint("qwen3_moe"), dtype="bfloat16", **TP2, **EP2, **ETP1)
-    reader = CheckpointReader(tiny_checkpoint("qwen3_moe"))
+@pytest.mark.parametrize(
+    ("name", "megatron"), [("qwen3_moe", TP2 | EP2 | ETP1), ("glm4_moe", TP2), ("glm4_moe", PP2)]
+)
+def test_a_bfloat16_model_exports_the_rounded_weights_and_exact_biases_of_routers(
+    processes, tiny_checkpoint, tmp_path, name, megatron
+):
+    spec = actor_spec(tiny_checkpoint(name), dtype="bfloat16", **megatron)
+    reader = CheckpointReader(tiny_checkpoint(name))
     args = spec, str(tmp_path / "exported")
     for _, tensors in processes.run(actor_cases.round_trip, 2, *args):
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, reader.read(name).bfloat16()), name
+        assert sorted(tensors) == reader.names()
+        for tensor_name, tensor in tensors.items():
+            expected = reader.read(tensor_name)
+            if not tensor_name.endswith("e_score_correction_bias"):
+                expected = expected.bfloat16()
+            assert tensor.dtype == expected.dtype, tensor_name
+            assert torch.equal(tensor, expected), tensor_name
     assert CheckpointReader(tmp_path / "exported").dtype("lm_head.weight") == torch.bfloat16

@@ -14,6 +14,7 @@ from actor_inputs import (
     EP2,
     ETP1,
     ONE_MICRO_BATCH,
+    PP2,
     TP2,
     actor_spec,
     layout_id,
@@ -113,6 +114,8 @@ GRADIENT_CASES = [
     ("glm4_moe", 2, TP2),
     ("deepseek_v3", 2, TP2 | EP2 | ETP1),
     ("moonlight", 2, TP2),
+    ("deepseek_v2", 2, PP2),
+    ("llama", 2, PP2),
 ]
 
 

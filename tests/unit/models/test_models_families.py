@@ -10,7 +10,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.model import config_class
-from mcore_rl.models.layout import check_layout
+from mcore_rl.models.layout import check_layout, layers_of_stages
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.types import Layout
 
@@ -273,6 +273,7 @@ def test_an_unknown_family_is_answered_with_the_closest_one(tmp_path):
 
 GOOD_LAYOUTS = [
     ("qwen2", Layout(tp=2, pp=2, vpp=2)),
+    ("qwen3", Layout(pp=3)),
     ("qwen3", Layout(tp=4, etp=4)),  # two ranks share each key and value head
     ("qwen3_moe", Layout(tp=2, ep=4, etp=2, pp=4)),
     # The dense MLP does not exist, so its size does not matter.
@@ -317,8 +318,13 @@ BAD_LAYOUTS = [
     ),
     ("qwen3", {}, Layout(ep=2), "expert_model_parallel_size=2 has no effect"),
     ("qwen3", {}, Layout(tp=4, etp=2), "expert_tensor_parallel_size=2 has no effect"),
-    ("qwen3", {}, Layout(pp=3), "pipeline_model_parallel_size=3 does not divide num_hidden_layers"),
-    ("qwen3", {}, Layout(pp=2, vpp=4), "virtual_pipeline_model_parallel_size=4 does not divide"),
+    ("qwen3", {}, Layout(pp=5), "pipeline_model_parallel_size=5 times .* num_hidden_layers=4"),
+    (
+        "qwen3",
+        {},
+        Layout(pp=2, vpp=3),
+        "pipeline_model_parallel_size=2 times virtual_pipeline_model_parallel_size=3 is more than",
+    ),
     ("qwen3_moe", {}, Layout(ep=3), "expert_model_parallel_size=3 does not divide num_experts=4"),
     (
         "qwen3_moe",
@@ -347,6 +353,12 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_by_key(
 ):
     with pytest.raises(UserError, match=rf"actor\.megatron\.{message}"):
         check_layout(make_config(case, **overrides), layout)
+
+
+def test_stages_get_all_layers_and_the_last_ones_fewer():
+    assert layers_of_stages(61, Layout(pp=8)) == [8, 8, 8, 8, 8, 7, 7, 7]
+    assert layers_of_stages(5, Layout(pp=2, vpp=2)) == [2, 1, 1, 1]
+    assert layers_of_stages(6, Layout(pp=3)) == [2, 2, 2]
 
 
 def test_experts_under_tensor_parallelism_need_sequence_parallelism(make_config):
