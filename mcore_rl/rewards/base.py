@@ -100,13 +100,6 @@ class RewardConfig:
                 "Set it to null for no limit.",
             )
         require_one_of("reward.on_error", self.on_error, ["raise", "zero"])
-        require(
-            self.timeout_s is None or self.sandbox.timeout_s < self.timeout_s,
-            "reward.sandbox.timeout_s",
-            self.sandbox.timeout_s,
-            f"must be less than reward.timeout_s={self.timeout_s:g}",
-            "A program that takes too long scores 0; a reward that does is an error.",
-        )
 
     @property
     def max_workers(self) -> int:

@@ -212,9 +212,7 @@ def _be_the_program(job: dict, test: dict, stdin: int, output: int, missing: int
         sys.stdout.flush()
     except SystemExit as error:
         sys.stdout.flush()
-        if error.code is not None and error.code != 0:
-            return 1
-        return 0 if is_program else 1  # it left before its tests
+        return 0 if error.code in (None, 0) else 1
     return 0
 
 

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from mcore_rl import metrics
-from mcore_rl.errors import UserError
+from mcore_rl.errors import UserError, require
 from mcore_rl.metrics import Metrics
 from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.pool import Outcome, RewardPool
@@ -48,7 +48,7 @@ class RewardScorer:
         """
         functions = [self._function(data_source) for data_source in sorted(set(data_sources))]
         if any(map(_takes_sandbox, functions)):
-            check_sandbox(self._cfg.sandbox)
+            self._check_sandbox()
         self._pool.start()
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
@@ -75,6 +75,17 @@ class RewardScorer:
     def close(self) -> None:
         """End the processes that score; without it they end with the program."""
         self._pool.close()
+
+    def _check_sandbox(self) -> None:
+        limit_s, sandbox = self._cfg.timeout_s, self._cfg.sandbox
+        require(
+            limit_s is None or sandbox.timeout_s < limit_s,
+            "reward.sandbox.timeout_s",
+            sandbox.timeout_s,
+            f"must be less than reward.timeout_s={limit_s}",
+            "A program that takes too long scores 0; a reward that does is an error.",
+        )
+        check_sandbox(sandbox)
 
     def _function(self, data_source: str) -> Callable | None:
         """Return the reward of a data source; None for the user's own."""

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig, SandboxConfig
 from mcore_rl.rewards.code import compute_score, extract_program, read_tests
@@ -128,6 +129,19 @@ def test_a_run_goes_on_after_programs_that_misbehave():
     assert to_floats(metrics)["reward/num_errors"] == 0
 
 
+def test_all_tests_together_have_a_limit_too():
+    tests = {"inputs": [""] * 20, "outputs": ["3"] * 20}
+    score = compute_score(
+        data_source="code",
+        solution_str="```python\nimport time\ntime.sleep(0.3)\nprint(3)\n```",
+        ground_truth=tests,
+        sandbox=SandboxConfig(timeout_s=1.0),
+    )
+    assert score == 0.0
+
+
 def test_programs_get_less_time_than_their_reward():
-    with pytest.raises(ValueError, match=r"reward\.sandbox\.timeout_s=20\.0 must be less than"):
-        RewardConfig(timeout_s=20.0)
+    scorer = RewardScorer(RewardConfig(num_workers=1, timeout_s=20.0), CustomRewardConfig())
+    scorer.check(["gsm8k"])
+    with pytest.raises(UserError, match=r"reward\.sandbox\.timeout_s=20\.0 must be less than"):
+        scorer.check(["gsm8k", "code"])
