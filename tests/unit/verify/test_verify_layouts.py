@@ -84,6 +84,7 @@ def test_the_minibatch_is_ragged_and_hangs_on_the_seed_alone(tmp_path):
     assert min(lengths) == 1
     assert {token for sequence in sequences for token in sequence.token_ids} == set(range(7))
     assert sequences[0].num_trained_tokens > 0
+    assert not all(all(sequence.loss_mask[1:]) for sequence in sequences)
     for sequence in sequences:
         assert not sequence.loss_mask[0]
         trained = {a for a, m in zip(sequence.advantages, sequence.loss_mask, strict=True) if m}
