@@ -105,6 +105,15 @@ class ModelFamily(ABC):
 MODEL_FAMILIES: Registry[ModelFamily] = Registry("model family", f"{CONFIG_FILE}: model_type")
 
 
+MISSING = {
+    "gpt_oss": "rows of packed sequences have no attention sinks and sliding windows yet, and "
+    "mappings no expert tensors that are stacked, transposed and interleaved",
+    "olmoe": "it normalizes whole query and key projections; Megatron-Core's qk_layernorm "
+    "normalizes each head",
+}
+"""What stands against families that are often asked for, by model_type."""
+
+
 def require_field(condition: bool, field: str, value: object, rule: str) -> None:
     """Raise a UserError about a field of config.json unless `condition` holds."""
     require(condition, f"{CONFIG_FILE}: {field}", value, rule)
@@ -116,7 +125,7 @@ def model_family(config: PreTrainedConfig) -> ModelFamily:
     Raises:
         UserError: if no family has this `model_type`, or the family cannot express `config`.
     """
-    family = MODEL_FAMILIES.get(config.model_type)
+    family = _family_called(config.model_type)
     quantization = getattr(config, "quantization_config", None)
     require_field(
         not quantization,
@@ -152,7 +161,7 @@ def load_hf_config(folder: str | Path) -> PreTrainedConfig:
         model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not the configuration of a model: {error!r}.") from error
-    MODEL_FAMILIES.get(model_type)
+    _family_called(model_type)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -160,3 +169,9 @@ def load_hf_config(folder: str | Path) -> PreTrainedConfig:
         raise UserError(f"{file} is refused by transformers: {reason}") from error
     model_family(config)
     return config
+
+
+def _family_called(model_type: str) -> ModelFamily:
+    reason = MISSING.get(model_type)
+    require_field(reason is None, "model_type", model_type, f"is not supported: {reason}")
+    return MODEL_FAMILIES.get(model_type)

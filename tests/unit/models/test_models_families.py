@@ -271,6 +271,17 @@ def test_an_unknown_family_is_answered_with_the_closest_one(tmp_path):
         model_family(GPT2Config())
 
 
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("gpt_oss", "attention sinks"), ("olmoe", "normalizes each head")]
+)
+def test_a_family_that_megatron_lacks_something_for_is_refused_with_the_reason(
+    tmp_path, model_type, reason
+):
+    message = f"config.json: model_type='{model_type}' is not supported: .*{reason}"
+    with pytest.raises(UserError, match=message):
+        load_hf_config(write_config(tmp_path, model_type=model_type))
+
+
 GOOD_LAYOUTS = [
     ("qwen2", Layout(tp=2, pp=2, vpp=2)),
     ("qwen3", Layout(pp=3)),
