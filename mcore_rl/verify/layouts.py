@@ -250,7 +250,7 @@ def compare_layouts(
         row = run_layout(args, layout, work)
         if not row.failure:
             row = compared(row, expected, work, args.model, tolerance)
-            shutil.rmtree(work / layout.name)
+        shutil.rmtree(work / layout.name)
         _say(table_line(width, *cells(row)))
         rows.append(row)
     return rows

@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.verify import layouts
 from mcore_rl.verify.__main__ import main
@@ -95,6 +97,13 @@ def test_the_minibatch_is_ragged_and_hangs_on_the_seed_alone(tmp_path):
     assert random_minibatch(args, 7) != sequences
     write_minibatch(tmp_path, sequences)
     assert [s.advantages for s in read_minibatch(tmp_path)] == [s.advantages for s in sequences]
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "it's", "a,b=c", "[x]{y}", 'say "so"', "100$"])
+def test_a_path_of_any_characters_reaches_the_run(tmp_path, name):
+    folder = tmp_path / name
+    argv = [f"model.path={layouts.quoted(folder)}"]
+    assert compose_config(RunConfig, parse_command_line("p", "", argv)).model.path == str(folder)
 
 
 def row(**changed) -> Row:
