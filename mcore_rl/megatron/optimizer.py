@@ -39,6 +39,7 @@ class PolicyOptimizer:
     ) -> None:
         bfloat16 = megatron.dtype == "bfloat16"
         self.chunks: list[Any] = list(chunks)
+        self.grad_clip = grad_clip
         self.inner: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -48,7 +49,7 @@ class PolicyOptimizer:
                 adam_beta1=optim.betas[0],
                 adam_beta2=optim.betas[1],
                 adam_eps=optim.eps,
-                clip_grad=grad_clip,
+                clip_grad=0.0,  # `step` clips, with the norm that it has at hand
                 bf16=bfloat16,
                 params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
                 use_distributed_optimizer=megatron.use_distributed_optimizer,
@@ -101,5 +102,8 @@ class PolicyOptimizer:
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):
             return norm, False
-        self.inner.step()
+        if self.grad_clip > 0:
+            params = [param for group in self.inner.param_groups for param in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(params, self.grad_clip, torch.tensor(norm))
+        self.inner.step_with_ready_grads()
         return norm, True
