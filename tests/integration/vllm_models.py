@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 # vLLM's CPU attention wants heads of 32; qwen2 has them as hidden_size / heads.
 SIZES = {
@@ -31,6 +38,25 @@ MODELS = {
     "qwen3_tied": Qwen3Config(**QWEN3, tie_word_embeddings=True),
     "qwen3_moe": Qwen3MoeConfig(**MOE),
     "qwen3_moe_mixed": Qwen3MoeConfig(**MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    # Experts called otherwise.
+    "mixtral": MixtralConfig(**SIZES | {"num_local_experts": 4, "eos_token_id": None}),
+    # Biases of routers, shared experts, a dense layer first.
+    "glm4_moe": Glm4MoeConfig(
+        **QWEN3
+        | {
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "moe_intermediate_size": 48,
+            "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        }
+    ),
 }
 
 
@@ -47,6 +73,9 @@ def make_model(name: str, seed: int) -> Any:
                 parameter.copy_(0.4 * noise)
             else:
                 parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.float().eval()
 
 
