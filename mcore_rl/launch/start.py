@@ -101,12 +101,22 @@ def start_cluster(
 
 
 def export_model(cluster: Cluster, run_dir: Path) -> None:
-    """Write the trained weights to `hf_model` in the run folder; the folder appears when whole."""
-    final, partial = run_dir / "hf_model", run_dir / "hf_model.partial"
-    for leftover in (partial, final):  # of an earlier end of this same run
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Write the trained weights to `hf_model` in the run folder; the folder appears when whole.
+
+    One that an earlier end of this same run wrote stays until then. Killed between two renames, the
+    run leaves it as `hf_model.previous`, and the next call puts it back.
+    """
+    final, partial, previous = (run_dir / f"hf_model{end}" for end in ("", ".partial", ".previous"))
+    if previous.exists() and not final.exists():
+        previous.rename(final)
+    for leftover in (partial, previous):
+        if leftover.exists():
+            shutil.rmtree(leftover)
     cluster.export_hf(str(partial))
+    if final.exists():
+        final.rename(previous)
     partial.rename(final)
+    shutil.rmtree(previous, ignore_errors=True)
     sys.stdout.write(f"model   {final}\n")
 
 

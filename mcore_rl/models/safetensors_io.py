@@ -1,9 +1,17 @@
 """Read slices of Hugging Face checkpoints, and write checkpoints shard by shard.
 
-Reading maps files into memory and touches only the pages of the slice asked for. Writing holds one
-shard in memory, writes beside the final names and renames at the end, index last: a folder that
-has `model.safetensors` or the index holds a whole checkpoint, however the process that wrote it
-ended (not after a power cut: nothing is flushed to disk).
+Reading maps files into memory and touches only the pages of the slice asked for.
+
+Writing follows a plan that is made before the first byte: `plan_shards` says which tensors go into
+which file. One process writes it by `write_checkpoint`; several share it by `write_shards`, shard
+number i going to writer i modulo their number, between a `begin_checkpoint` and a
+`finish_checkpoint` of one of them. Example: shards 1 to 5 and two writers. While the tensors go by,
+writer 0 keeps shard 1 and writer 1 shard 2; then both write at once; then they keep 3 and 4, write,
+and writer 0 writes shard 5. So a writer holds one shard, and disks work side by side.
+
+Files get their names when all of them are on disk, the index last: a folder that has
+`model.safetensors` or the index holds a whole checkpoint, however the processes that wrote it ended
+and also after a power cut.
 
 Nothing here converts: names, shapes and dtypes are those of the files.
 """
@@ -11,8 +19,10 @@ Nothing here converts: names, shapes and dtypes are those of the files.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +31,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mcore_rl.errors import UserError, closest_hint, require
+from mcore_rl.errors import CheckpointError, UserError, closest_hint, require
 from mcore_rl.models.mappings import ParamEntry, Range, Shape, hf_shapes, take
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+CONFIG_FILE = "config.json"
+
+MAX_SHARD_BYTES = 5 * 2**30
+
 # Everything of a model folder that is neither weights nor code.
 MODEL_FILES = (
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -77,6 +91,21 @@ class CheckpointReader:
             UserError: if there is no such tensor, or its file is damaged.
         """
         return take(self._slice(name), rows, cols)
+
+    def check_index(self) -> None:
+        """Raise a UserError unless every file can be opened and holds the tensors that the index
+        says it holds, and no others."""
+        promised: dict[Path, set[str]] = {}
+        for name, file in self._file_of.items():
+            promised.setdefault(file, set()).add(name)
+        for file, names in promised.items():
+            held = set(self._open(file).keys())
+            for name in sorted(names - held):
+                raise UserError(f"{file} lacks {name!r}, which the index says it holds.")
+            for name in sorted(held - names):
+                elsewhere = self._file_of.get(name)
+                place = f"places in {elsewhere.name}" if elsewhere else "does not name"
+                raise UserError(f"{file} holds {name!r}, which the index {place}.")
 
     def _locate(self) -> dict[str, Path]:
         single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
@@ -126,11 +155,13 @@ class CheckpointReader:
 def check_checkpoint(
     reader: CheckpointReader, entries: Iterable[ParamEntry], unused_prefixes: tuple[str, ...] = ()
 ) -> None:
-    """Raise a UserError unless the checkpoint holds the tensors of `entries` and no others.
+    """Raise a UserError unless the checkpoint holds the tensors of `entries` and no others, each in
+    the file that the index says. Reads the headers of all files and no values.
 
     What transformers ignores may be there too: precomputed rotary frequencies, `lm_head.weight`
     where the embeddings are tied, and names that begin with `ModelFamily.unused_prefixes`.
     """
+    reader.check_index()
     expected = {name: shape for entry in entries for name, shape in hf_shapes(entry).items()}
     for name, shape in expected.items():
         require(
@@ -155,21 +186,66 @@ def check_checkpoint(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a checkpoint that is to be written."""
+
+    file_name: str
+    names: tuple[str, ...]
+    """Of its tensors, in the order in which they come."""
+    num_bytes: int
+    """Of its tensors."""
+
+
+def plan_shards(
+    tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
+    """Return the files of a checkpoint of these tensors, in their order.
+
+    Args:
+        tensors: (name, tensor), each name once. Only shapes and dtypes are read: tensors on the
+            meta device will do.
+        max_shard_bytes: a shard is closed before it would grow beyond this; a single larger tensor
+            makes a shard of its own.
+    """
+    shards: list[dict[str, int]] = []
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        assert name not in seen, f"{name} is written twice"
+        seen.add(name)
+        if not shards or sum(shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor.nbytes
+    assert shards, "a checkpoint without tensors"
+    count = len(shards)
+    file_names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [
+        Shard(SINGLE_FILE if count == 1 else file_name, tuple(sizes), sum(sizes.values()))
+        for file_name, sizes in zip(file_names, shards, strict=True)
+    ]
+
+
 def write_checkpoint(
-    folder: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    max_shard_bytes: int = 5 * 2**30,
-    metadata: Mapping[str, str] | None = None,
-) -> int:
-    """Write named tensors as one checkpoint and return their total size in bytes.
+    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], shards: Sequence[Shard]
+) -> None:
+    """Write named tensors as one checkpoint, alone.
 
     Args:
         folder: made if it is not there; may hold other files, but no weights.
-        tensors: (name, tensor) on any device, each name once. Consumed one by one, and copied, so
-            the source may reuse its memory. A tensor keeps its dtype.
-        max_shard_bytes: a shard is closed before it would grow beyond this; a single larger tensor
-            makes a shard of its own.
-        metadata: added to the header of each file.
+        tensors: as `write_shards` takes them.
+        shards: their plan.
+
+    Raises:
+        CheckpointError: if a file cannot be written.
+        UserError: if the folder already holds weights.
+    """
+    begin_checkpoint(folder)
+    write_shards(folder, tensors, shards)
+    finish_checkpoint(folder, shards)
+
+
+def begin_checkpoint(folder: str | Path) -> None:
+    """Make the folder, and remove what a writer that was killed left in it.
 
     Raises:
         UserError: if the folder already holds weights.
@@ -178,31 +254,64 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     weights = sorted(file.name for file in folder.glob("*.safetensors*") if not _is_partial(file))
     require(not weights, "output folder", str(folder), f"already holds {weights[:1]}")
-    for leftover in filter(_is_partial, folder.iterdir()):  # of a writer that was killed
+    for leftover in filter(_is_partial, folder.iterdir()):
         leftover.unlink()
 
-    names_of_shards: list[list[str]] = []
-    total_bytes = 0
-    header = {"format": "pt"} | dict(metadata or {})
-    for shard in _shards(tensors, max_shard_bytes):
-        save_file(shard, _partial_file(folder, len(names_of_shards)), header)
-        names_of_shards.append(list(shard))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
 
-    num_shards = len(names_of_shards)
-    if num_shards == 1:
-        _partial_file(folder, 0).rename(folder / SINGLE_FILE)
-        return total_bytes
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(names_of_shards):
-        file_name = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
-        _partial_file(folder, i).rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    partial_index = folder / f"{INDEX_FILE}.tmp"
-    partial_index.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    partial_index.rename(folder / INDEX_FILE)
-    return total_bytes
+def write_shards(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shards: Sequence[Shard],
+    writer: int = 0,
+    num_writers: int = 1,
+) -> None:
+    """Write the shards of one writer, still under other names; see the module for the order.
+
+    Args:
+        folder: on which one writer has called `begin_checkpoint`.
+        tensors: all (name, tensor) of the plan in its order, on any device. Consumed to the end
+            one by one, and copied, so the source may reuse its memory. A tensor keeps its dtype.
+        shards: the whole plan, the same for every writer.
+        writer: number of this one, from 0.
+        num_writers: how many there are.
+
+    Raises:
+        CheckpointError: if a file cannot be written.
+    """
+    coming = iter(tensors)
+    for start in range(0, len(shards), num_writers):
+        held: dict[str, Tensor] = {}
+        for number, shard in enumerate(shards[start : start + num_writers]):
+            for name in shard.names:
+                given, tensor = next(coming)
+                assert given == name, f"{given} comes where the plan has {name}"
+                if number == writer:
+                    held[name] = tensor.detach().to(
+                        "cpu", copy=True, memory_format=torch.contiguous_format
+                    )
+        if held:
+            shard = shards[start + writer]
+            num_bytes = sum(tensor.nbytes for tensor in held.values())
+            assert num_bytes == shard.num_bytes, (shard.file_name, num_bytes, shard.num_bytes)
+            _write_file(_partial_file(Path(folder) / shard.file_name), held)
+    assert next(coming, None) is None, "more tensors than the plan has"
+
+
+def finish_checkpoint(folder: str | Path, shards: Sequence[Shard]) -> None:
+    """Give the files their names, the index last; all writers have written theirs."""
+    folder = Path(folder)
+    for shard in shards:
+        _partial_file(folder / shard.file_name).rename(folder / shard.file_name)
+    if len(shards) > 1:
+        weight_map = {name: shard.file_name for shard in shards for name in shard.names}
+        total_bytes = sum(shard.num_bytes for shard in shards)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        flush_to_disk(folder)  # or a power cut could keep the index and lose a shard's name
+        partial = _partial_file(folder / INDEX_FILE)
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        flush_to_disk(partial)
+        partial.rename(folder / INDEX_FILE)
+    flush_to_disk(folder)
 
 
 def copy_model_files(
@@ -230,31 +339,42 @@ def copy_model_files(
     files = {file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()}
     for file in files:
         shutil.copy2(file, target / file.name)
+        flush_to_disk(target / file.name)
     return sorted(file.name for file in files)
 
 
-def _shards(
-    tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    """Group tensors; the yielded dict is emptied when the next one is asked for."""
-    shard: dict[str, Tensor] = {}
-    seen: set[str] = set()
-    num_bytes = 0
-    for name, tensor in tensors:
-        assert name not in seen, f"{name} is written twice"
-        seen.add(name)
-        if shard and num_bytes + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard.clear()
-            num_bytes = 0
-        shard[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        num_bytes += tensor.nbytes
-    assert shard, "a checkpoint without tensors"
-    yield shard
+def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:
+    """Have config.json say which dtype the weights beside it have.
+
+    The key is `dtype`, or that of older versions of transformers where the file has it.
+    """
+    file = Path(folder) / CONFIG_FILE
+    config = json.loads(file.read_text(encoding="utf-8"))
+    keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    flush_to_disk(file)
 
 
-def _partial_file(folder: Path, index: int) -> Path:
-    return folder / f"model-{index + 1:05d}.safetensors.tmp"
+def flush_to_disk(path: Path) -> None:
+    """Wait until the contents of a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file(dict(tensors), file, {"format": "pt"})
+        flush_to_disk(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} could not be written: {error}") from error
+
+
+def _partial_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.tmp")
 
 
 def _is_partial(file: Path) -> bool:

@@ -30,10 +30,9 @@ from mcore_rl.models.mappings import (
     Vocab,
     padded_vocab_size,
 )
+from mcore_rl.models.safetensors_io import CONFIG_FILE
 from mcore_rl.registry import Registry
 from mcore_rl.types import Routing
-
-CONFIG_FILE = "config.json"
 
 
 class ModelFamily(ABC):

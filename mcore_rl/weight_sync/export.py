@@ -47,6 +47,10 @@ class WeightExporter:
             self._dtype_of |= held
         self._device = next(iter(params.values())).device
 
+    def outline(self) -> list[tuple[str, Tensor]]:
+        """Return what iterating yields, in its order, as tensors on the meta device."""
+        return self._outline(self.entries)
+
     @torch.no_grad()
     def __iter__(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield one bucket per layer (and one each for what comes before and after them)."""
@@ -57,13 +61,18 @@ class WeightExporter:
                 tensors = self._gather_layer(entries)
             else:
                 tensors = [
-                    (name, torch.empty(shape, dtype=dtype, device=self._device))
-                    for entry in entries
-                    for dtype in [self._dtype_of[entry.megatron_name]]
-                    for name, shape in hf_shapes(entry).items()
+                    (name, torch.empty_like(tensor, device=self._device))
+                    for name, tensor in self._outline(entries)
                 ]
             self._pass_on(tensors, stage)
             yield tensors
+
+    def _outline(self, entries: Sequence[ParamEntry]) -> list[tuple[str, Tensor]]:
+        return [
+            (name, torch.empty(shape, dtype=self._dtype_of[entry.megatron_name], device="meta"))
+            for entry in entries
+            for name, shape in hf_shapes(entry).items()
+        ]
 
     def _gather_layer(self, entries: Sequence[ParamEntry]) -> list[tuple[str, Tensor]]:
         dense = [entry for entry in entries if not entry.is_expert]

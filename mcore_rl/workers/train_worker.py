@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.data.batch import PackedBatch
 from mcore_rl.megatron.checkpoint import load_checkpoint, save_checkpoint
 from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
 from mcore_rl.megatron.model import (
+    DTYPES,
     build_chunks,
     build_transformer_config,
     freeze_routers,
@@ -29,7 +31,16 @@ from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import ModelRouters
 from mcore_rl.metrics import Metrics, maximum, mean, to_host, total
-from mcore_rl.models.safetensors_io import CheckpointReader, copy_model_files, write_checkpoint
+from mcore_rl.models.safetensors_io import (
+    MAX_SHARD_BYTES,
+    CheckpointReader,
+    begin_checkpoint,
+    copy_model_files,
+    finish_checkpoint,
+    plan_shards,
+    write_config_dtype,
+    write_shards,
+)
 from mcore_rl.models.spec import load_hf_config, model_family, routing
 from mcore_rl.types import Denominators, MicroBatch
 from mcore_rl.weight_sync.export import WeightExporter
@@ -67,6 +78,7 @@ class TrainWorker:
     def __init__(self, spec: ActorSpec, parallel: Parallel, device: torch.device) -> None:
         self.parallel, self.device = parallel, device
         self.model_path = spec.model_path
+        self.dtype = DTYPES[spec.megatron.dtype]
         hf_config = load_hf_config(spec.model_path)
         self.entries = model_family(hf_config).entries(hf_config)
         config = build_transformer_config(hf_config, spec.megatron, parallel)
@@ -161,13 +173,25 @@ class TrainWorker:
         """Read back what `save` wrote, in this or another layout."""
         load_checkpoint(Path(folder), self.chunks, self.optimizer, self.parallel)
 
-    def export_hf(self, folder: str) -> None:
-        """Write the weights as a Hugging Face folder with config and tokenizer."""
+    def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        """Write the weights as a Hugging Face folder with config and tokenizer.
+
+        Every rank writes shards of its own into the folder, which all of them must see; the folder
+        holds a model when the call is over on all of them.
+
+        Args:
+            folder: not there, or empty.
+            max_shard_bytes: a rank holds as much in memory, beside the layer that is gathered.
+        """
+        target = Path(folder)
+        shards = plan_shards(self.exporter.outline(), max_shard_bytes)
         tensors = (item for bucket in self.exporter for item in bucket)
         if self.parallel.rank == 0:
-            target = Path(folder)
-            copy_model_files(Path(self.model_path), target)
-            write_checkpoint(target, tensors)
-        else:
-            for _ in tensors:  # the gathers are collective
-                pass
+            copy_model_files(self.model_path, target)
+            write_config_dtype(target, self.dtype)
+            begin_checkpoint(target)
+        dist.barrier()
+        write_shards(target, tensors, shards, self.parallel.rank, self.parallel.layout.world_size)
+        dist.barrier()
+        if self.parallel.rank == 0:
+            finish_checkpoint(target, shards)

@@ -50,6 +50,7 @@ MAY_IMPORT = {
         "data",
         "launch.cluster",
         "models.layout",
+        "models.safetensors_io",
         "models.spec",
         "observability",
         "rewards",

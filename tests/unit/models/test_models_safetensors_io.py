@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import resource
 import struct
 
@@ -9,15 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mcore_rl.errors import UserError
+from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.models.mappings import HfTensor, ParamEntry, Replicated, Vocab
 from mcore_rl.models.safetensors_io import (
     INDEX_FILE,
     SINGLE_FILE,
     CheckpointReader,
+    begin_checkpoint,
     check_checkpoint,
     copy_model_files,
+    finish_checkpoint,
+    plan_shards,
     write_checkpoint,
+    write_config_dtype,
+    write_shards,
 )
 
 TENSORS = {
@@ -30,12 +36,12 @@ NUM_BYTES = 48 + 12 + 64 + 40
 
 
 def write_tensors(folder, max_shard_bytes):
-    return write_checkpoint(folder, TENSORS.items(), max_shard_bytes)
+    write_checkpoint(folder, TENSORS.items(), plan_shards(TENSORS.items(), max_shard_bytes))
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(1, 4), (110, 2), (NUM_BYTES, 1)])
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path, max_shard_bytes, num_files):
-    assert write_tensors(tmp_path, max_shard_bytes) == NUM_BYTES
+    write_tensors(tmp_path, max_shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == num_files
     reader = CheckpointReader(tmp_path)
     assert reader.names() == sorted(TENSORS)
@@ -69,25 +75,93 @@ def num_alive_like(tensor):
     return sum(type(obj) is torch.Tensor and obj.shape == tensor.shape for obj in gc.get_objects())
 
 
-def test_the_writer_holds_one_shard_and_copies_what_it_is_given(tmp_path):
+@pytest.mark.parametrize("num_writers", [1, 2, 3])
+def test_a_writer_holds_one_shard_and_copies_what_it_is_given(tmp_path, num_writers):
     """The source reuses one buffer, and counts what is alive and on disk when asked for more."""
-    num_tensors, buffer = 8, torch.empty(1021)
+    num_tensors, buffer = 12, torch.empty(1021)
+    names = [f"t{i}" for i in range(num_tensors)]
+    shards = plan_shards([(name, buffer) for name in names], max_shard_bytes=2 * buffer.nbytes)
+    assert len(shards) == 6
 
-    def reuse_buffer():
-        for i in range(num_tensors):
-            # Two tensors make a shard, which is written when the third arrives.
-            assert len(list(tmp_path.iterdir())) == max(0, i - 1) // 2
+    def reuse_buffer(writer):
+        already = writer * len(shards) // num_writers
+        for i, name in enumerate(names):
+            # Two tensors make a shard; each round of as many shards as writers is written at its
+            # end by all of them.
+            rounds = i // (2 * num_writers)
+            assert len(list(tmp_path.iterdir())) == already + rounds
             assert num_alive_like(buffer) <= 2 + 1
-            yield f"t{i}", buffer.fill_(i)
+            yield name, buffer.fill_(i)
 
-    write_checkpoint(tmp_path, reuse_buffer(), max_shard_bytes=2 * buffer.nbytes)
+    begin_checkpoint(tmp_path)
+    for writer in range(num_writers):
+        write_shards(tmp_path, reuse_buffer(writer), shards, writer, num_writers)
+    finish_checkpoint(tmp_path, shards)
     reader = CheckpointReader(tmp_path)
-    assert all((reader.read(f"t{i}") == i).all() for i in range(num_tensors))
+    reader.check_index()
+    assert all((reader.read(name) == i).all() for i, name in enumerate(names))
+
+
+def test_more_writers_than_shards_write_what_one_writes(tmp_path):
+    write_tensors(tmp_path / "alone", 110)
+    shards = plan_shards(TENSORS.items(), 110)
+    begin_checkpoint(tmp_path / "shared")
+    for writer in reversed(range(5)):
+        with pytest.raises(UserError, match="has neither"):
+            CheckpointReader(tmp_path / "shared")
+        write_shards(tmp_path / "shared", TENSORS.items(), shards, writer, 5)
+    finish_checkpoint(tmp_path / "shared", shards)
+    alone, shared = (
+        {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}
+        for folder in ("alone", "shared")
+    )
+    assert alone == shared
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["a", "c", "b", "d"], "c comes where the plan has b"),
+        (["a", "b", "c", "d", "a"], "more tensors than the plan has"),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_plan_are_refused(tmp_path, given, said):
+    shards = plan_shards(TENSORS.items(), 110)
+    with pytest.raises(AssertionError, match=said):
+        write_checkpoint(tmp_path, [(name, TENSORS[name]) for name in given], shards)
+    assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_a_tensor_of_another_size_than_planned_is_refused(tmp_path):
+    tensors = TENSORS | {"b": TENSORS["b"].float()}
+    with pytest.raises(AssertionError, match=r"model\.safetensors"):
+        write_checkpoint(tmp_path, tensors.items(), plan_shards(TENSORS.items()))
+    assert not (tmp_path / SINGLE_FILE).exists()
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process may grow beyond 4 KiB: what a full disk does, without being root."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_file_that_cannot_be_written_is_named_and_there_is_no_checkpoint(tmp_path):
+    tensors = {"small": torch.ones(9), "large": torch.ones(5000)}
+    shards = plan_shards(tensors.items(), 1000)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors.tmp could not be"):
+        write_checkpoint(tmp_path, tensors.items(), shards)
+    with pytest.raises(UserError, match="has neither"):
+        CheckpointReader(tmp_path)
 
 
 def test_views_and_transposes_are_written_as_what_they_show(tmp_path):
     square = torch.arange(9.0).view(3, 3)
-    write_checkpoint(tmp_path, [("transposed", square.T), ("column", square[:, 1])])
+    tensors = [("transposed", square.T), ("column", square[:, 1])]
+    write_checkpoint(tmp_path, tensors, plan_shards(tensors))
     reader = CheckpointReader(tmp_path)
     assert torch.equal(reader.read("transposed"), square.T)
     assert torch.equal(reader.read("column"), square[:, 1])
@@ -99,7 +173,7 @@ def test_a_writer_that_dies_leaves_no_checkpoint_and_the_next_one_succeeds(tmp_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path, die_after(3), max_shard_bytes=1)
+        write_checkpoint(tmp_path, die_after(3), plan_shards(TENSORS.items(), 1))
     with pytest.raises(UserError, match="has neither"):
         CheckpointReader(tmp_path)
     write_tensors(tmp_path, NUM_BYTES)
@@ -155,6 +229,48 @@ def test_a_tensor_that_the_index_promises_and_the_shard_lacks_is_named(tmp_path)
     save_file({"c": TENSORS["c"]}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(UserError, match=r"00002-of-00002.safetensors lacks 'd'"):
         CheckpointReader(tmp_path).shape("d")
+
+
+def other_index(folder, **changed):
+    file = folder / INDEX_FILE
+    index = json.loads(file.read_text())
+    weight_map = {k: v for k, v in (index["weight_map"] | changed).items() if v is not None}
+    file.write_text(json.dumps(index | {"weight_map": weight_map}))
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"b": None}, f"{FIRST} holds 'b', which the index does not name."),
+        ({"b": SECOND}, f"{FIRST} holds 'b', which the index places in {SECOND}."),
+        ({"e": SECOND}, f"{SECOND} lacks 'e', which the index says it holds."),
+    ],
+)
+def test_an_index_that_is_not_that_of_the_shards_is_refused(tmp_path, changed, line):
+    write_tensors(tmp_path, 110)
+    reader = CheckpointReader(tmp_path)
+    reader.check_index()
+    other_index(tmp_path, **changed)
+    with pytest.raises(UserError, match=re.escape(line)):
+        CheckpointReader(tmp_path).check_index()
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    write_tensors(tmp_path, 110)
+    save_file({name: TENSORS[name] for name in "bcd"}, tmp_path / SECOND)
+    with pytest.raises(UserError, match=f"{SECOND} holds 'b', which the index places in {FIRST}"):
+        CheckpointReader(tmp_path).check_index()
+
+
+def test_a_truncated_shard_is_named_before_its_tensors_are_read(tmp_path):
+    write_tensors(tmp_path, 110)
+    file = tmp_path / SECOND
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match=f"{SECOND} is damaged or cut short"):
+        CheckpointReader(tmp_path).check_index()
 
 
 def test_a_truncated_file_is_named(tmp_path):
@@ -221,3 +337,19 @@ def test_model_files_are_not_copied_into_a_folder_in_use_unless_told(tmp_path):
     assert (target / "config.json").read_text() == "old"
     copy_model_files(source, target, overwrite=True)
     assert (target / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"a": 1, "dtype": "float32", "b": "x"}, {"a": 1, "dtype": "bfloat16", "b": "x"}),
+        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ({"a": {"dtype": "float32"}}, {"a": {"dtype": "float32"}, "dtype": "bfloat16"}),
+    ],
+)
+def test_the_configuration_says_the_dtype_of_the_weights(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_config_dtype(tmp_path, torch.bfloat16)
+    assert list(json.loads((tmp_path / "config.json").read_text()).items()) == list(
+        expected.items()
+    )

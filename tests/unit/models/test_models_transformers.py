@@ -8,6 +8,7 @@ from mcore_rl.models.safetensors_io import (
     CheckpointReader,
     check_checkpoint,
     copy_model_files,
+    plan_shards,
     write_checkpoint,
 )
 from mcore_rl.models.spec import load_hf_config, model_family
@@ -41,17 +42,14 @@ def test_a_converted_checkpoint_gives_identical_logits_in_transformers(hf_config
     config = load_hf_config(source)
     reader = CheckpointReader(source)
     copy_model_files(source, target)
-    write_checkpoint(
-        target,
-        (
-            named_tensor
-            for entry in model_family(config).entries(config)
-            for named_tensor in to_hf(
-                entry, [to_megatron(entry, rank, 2, reader.read) for rank in range(2)]
-            ).items()
-        ),
-        max_shard_bytes=8192,
-    )
+    tensors = [
+        named_tensor
+        for entry in model_family(config).entries(config)
+        for named_tensor in to_hf(
+            entry, [to_megatron(entry, rank, 2, reader.read) for rank in range(2)]
+        ).items()
+    ]
+    write_checkpoint(target, tensors, plan_shards(tensors, max_shard_bytes=8192))
     assert len(list(target.glob("*.safetensors"))) > 2
     converted, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"]

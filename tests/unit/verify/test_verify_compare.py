@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mcore_rl.models.safetensors_io import write_checkpoint
+from mcore_rl.models.safetensors_io import plan_shards, write_checkpoint
 from mcore_rl.verify.compare import Difference, compare_metrics, compare_weights
 
 EXPECTED = [
@@ -46,7 +46,7 @@ def folders(tmp_path):
     def write(found, expected, initial):
         named = {"found": found, "expected": expected, "initial": initial}
         for name, tensors in named.items():
-            write_checkpoint(tmp_path / name, tensors.items())
+            write_checkpoint(tmp_path / name, tensors.items(), plan_shards(tensors.items()))
         return [tmp_path / name for name in named]
 
     return write
@@ -70,7 +70,7 @@ def test_a_tensor_that_should_not_have_moved_departs_and_an_equal_one_does_not(f
     still, moved = {"a": torch.zeros(3)}, {"a": torch.tensor([0.0, 1e-9, 0.0])}
     same = folders(still, still, still)
     assert [d.size for d in compare_weights(*same, 1e-5)] == [0.0, 0.0]
-    write_checkpoint(same[0].parent / "moved", moved.items())
+    write_checkpoint(same[0].parent / "moved", moved.items(), plan_shards(moved.items()))
     weights, updates = compare_weights(same[0].parent / "moved", *same[1:], 1e-5)
     assert weights.departs
     assert updates.departs

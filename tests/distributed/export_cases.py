@@ -1,0 +1,55 @@
+"""What the processes are asked to do in the tests of loading and exporting."""
+
+from __future__ import annotations
+
+import contextlib
+
+from actor_cases import running_worker
+
+from mcore_rl.megatron.model import load_weights
+from mcore_rl.models import safetensors_io
+from mcore_rl.models.safetensors_io import CheckpointReader
+
+
+class CountingReader(CheckpointReader):
+    """Counts the bytes that it is asked for, by tensor."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.num_bytes = {}
+
+    def read(self, name, rows=None, cols=None):
+        part = super().read(name, rows, cols)
+        self.num_bytes[name] = self.num_bytes.get(name, 0) + part.nbytes
+        return part
+
+
+def bytes_read(spec):
+    """Return how many bytes of each tensor this rank reads to fill its parameters."""
+    with running_worker(spec) as worker:
+        actor, reader = worker.actor, CountingReader(spec.model_path)
+        load_weights(actor.params, actor.entries, reader, worker.parallel)
+        return reader.num_bytes
+
+
+@contextlib.contextmanager
+def files_written():
+    """Yield a list that grows by the name of each file of weights that this process writes."""
+    names, write_file = [], safetensors_io._write_file
+
+    def write_and_note(file, tensors):
+        names.append(file.name.removesuffix(".tmp"))
+        write_file(file, tensors)
+
+    safetensors_io._write_file = write_and_note
+    try:
+        yield names
+    finally:
+        safetensors_io._write_file = write_file
+
+
+def export(spec, folder, max_shard_bytes):
+    """Export to `folder`; return the names of the files that this rank wrote."""
+    with running_worker(spec) as worker, files_written() as names:
+        worker.actor.export_hf(folder, max_shard_bytes)
+        return names
