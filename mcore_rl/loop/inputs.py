@@ -11,8 +11,7 @@ from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.errors import require
 from mcore_rl.models.layout import check_layout
-from mcore_rl.models.safetensors_io import CheckpointReader, check_checkpoint
-from mcore_rl.models.spec import load_hf_config, model_family, routing
+from mcore_rl.models.spec import check_weights, load_hf_config, routing
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Routing, TokenSequence
@@ -108,12 +107,7 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
         "has no effect: the model has no experts",
         "Leave it out.",
     )
-    family = model_family(hf_config)
-    check_checkpoint(
-        CheckpointReader(cfg.model.path),
-        family.entries(hf_config),
-        family.unused_prefixes(hf_config),
-    )
+    check_weights(cfg.model.path, hf_config)
     return load_tokenizer(cfg.model.path)
 
 

@@ -30,7 +30,7 @@ from mcore_rl.models.mappings import (
     Vocab,
     padded_vocab_size,
 )
-from mcore_rl.models.safetensors_io import CONFIG_FILE
+from mcore_rl.models.safetensors_io import CONFIG_FILE, CheckpointReader, check_checkpoint
 from mcore_rl.registry import Registry
 from mcore_rl.types import Routing
 
@@ -174,3 +174,9 @@ def _family_called(model_type: str) -> ModelFamily:
     reason = MISSING.get(model_type)
     require_field(reason is None, "model_type", model_type, f"is not supported: {reason}")
     return MODEL_FAMILIES.get(model_type)
+def check_weights(folder: str | Path, config: PreTrainedConfig) -> None:
+    """Raise a UserError unless the folder holds the weights that its configuration asks for."""
+    family = model_family(config)
+    check_checkpoint(
+        CheckpointReader(folder), family.entries(config), family.unused_prefixes(config)
+    )

@@ -18,9 +18,13 @@ import commands
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig
+from mcore_rl.models.mappings import hf_shapes
+from mcore_rl.models.spec import load_hf_config, model_family
 
 ROW = {"data_source": "arithmetic", "prompt": "1+1=", "ground_truth": "2"}
 NO_CUSTOM_REWARD = "custom_reward_function.path=null"
@@ -52,6 +56,33 @@ def text(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
+def weights(cut_short: bool = False, **shapes: tuple[int, ...]) -> Callable[[Path], object]:
+    """Return a function that writes a model; `shapes` are of tensors that it should not have so."""
+    sizes = {
+        "model_type": "qwen2",
+        "vocab_size": 7,
+        "hidden_size": 4,
+        "intermediate_size": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(sizes))
+        config = load_hf_config(folder)
+        entries = model_family(config).entries(config)
+        right = {name: shape for entry in entries for name, shape in hf_shapes(entry).items()}
+        tensors = {name: torch.zeros(shape) for name, shape in (right | shapes).items()}
+        file = folder / "model.safetensors"
+        save_file(tensors, file)
+        if cut_short:
+            file.write_bytes(file.read_bytes()[:-1])
+
+    return write
+
+
 BAD_JSON = "data.train_files={dir}/bad.json"
 CASES = {
     "model folder is missing": Case(
@@ -64,6 +95,21 @@ CASES = {
         r".*model_type='gpt9': there is no such model family\..*Registered: .*qwen3_moe.*",
         ("model.path={dir}",),
         text("config.json", '{"model_type": "gpt9"}'),
+    ),
+    "weights are cut short": Case(
+        r"{dir}/model\.safetensors is damaged or cut short: .*",
+        ("model.path={dir}",),
+        weights(cut_short=True),
+    ),
+    "weights are of another size than the configuration": Case(
+        r"checkpoint {dir}: shape of model\.norm\.weight=\(5,\) is not \(4,\), .*",
+        ("model.path={dir}",),
+        weights(**{"model.norm.weight": (5,)}),
+    ),
+    "weights are of a model with more layers": Case(
+        r"checkpoint='{dir}' has 1 tensors that config\.json has no place for, first .*",
+        ("model.path={dir}",),
+        weights(**{"model.layers.1.mlp.down_proj.weight": (4, 2)}),
     ),
     "data file is missing": Case(
         r"{dir}/none\.parquet: there is no such file\. .*",
@@ -182,8 +228,8 @@ CASES = {
         ("actor.megatron.expert_model_parallel_size=3",),
         world_size=3,
     ),
-    "pipeline stages that do not divide the layers": Case(
-        r"actor\.megatron\.pipeline_model_parallel_size=3 does not divide num_hidden_layers=2 .*",
+    "more pipeline stages than layers": Case(
+        r"actor\.megatron\.pipeline_model_parallel_size=3 times .* num_hidden_layers=2 .*",
         ("actor.megatron.pipeline_model_parallel_size=3",),
         world_size=3,
     ),
