@@ -48,6 +48,10 @@ def running_worker(spec):
         yield worker
     finally:
         worker.close()
+        # A mixture of experts keeps its last graph, whose hooks hold the wrapper, which holds the
+        # model: a cycle through autograd that the garbage collector cannot see.
+        for chunk in worker.actor.chunks:
+            del chunk.module
 
 
 @contextlib.contextmanager
