@@ -93,6 +93,8 @@ class SampleGroup:
 
     prompt: Prompt
     samples: Sequence[Sample]
+    baseline_reward: float | None = None
+    """Reward of a greedy response to the prompt; None unless the estimator asks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,12 @@
 """Fixtures of more than one folder; makes the modules of this folder importable."""
 
 import pytest
+from hypothesis import settings
 from processes import ProcessPool
+
+# The machines that run tests are shared: how long one example took says nothing about the code.
+settings.register_profile("shared_machine", deadline=None)
+settings.load_profile("shared_machine")
 
 
 @pytest.fixture(scope="session")

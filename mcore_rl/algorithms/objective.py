@@ -15,6 +15,7 @@ Shapes: T packed tokens on this rank.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,7 @@ from mcore_rl.algorithms.losses.base import (
     resolve_clip,
 )
 from mcore_rl.algorithms.losses.sft import sft
+from mcore_rl.algorithms.options import refuse_unread
 from mcore_rl.algorithms.ratio import ratio_metrics
 from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import require, require_one_of
@@ -38,6 +40,9 @@ from mcore_rl.metrics import Metrics, masked_mean, total
 from mcore_rl.types import Denominators
 
 logger = logging.getLogger(__name__)
+
+LOSS_OPTIONS = ("tau_pos", "tau_neg")
+"""Fields of `ObjectiveConfig` that only some losses read, beside the clip options."""
 
 
 @dataclass(kw_only=True)
@@ -54,6 +59,10 @@ class ObjectiveConfig:
     """Upper bound; None: `clip_ratio`."""
     clip_ratio_c: float | None = None
     """Dual clip, vanilla only; None: 3.0."""
+    tau_pos: float = 1.0
+    """sapo: temperature of the gate where the advantage is positive."""
+    tau_neg: float = 1.05
+    """sapo: where it is not."""
     loss_agg_mode: str = "token-mean"
     """One of `aggregate.AGG_MODES`; a loss with an aggregation of its own does not read it."""
     loss_scale_factor: float | None = None
@@ -71,8 +80,35 @@ class ObjectiveConfig:
         require_one_of("actor.loss_agg_mode", self.loss_agg_mode, AGG_MODES)
         require_one_of("actor.kl_loss_type", self.kl_loss_type, KL_KINDS)
         require(self.kl_loss_coef >= 0, "actor.kl_loss_coef", self.kl_loss_coef, "must be >= 0")
+        for name in LOSS_OPTIONS:
+            require(getattr(self, name) > 0, f"actor.{name}", getattr(self, name), "must be > 0")
         factor = self.loss_scale_factor
         require(factor is None or factor > 0, "actor.loss_scale_factor", factor, "must be > 0")
+        rule = f"is not read with the aggregation {self.agg_mode}"
+        reads = factor is None or self.agg_mode == SCALED_AGG_MODE
+        require(reads, "actor.loss_scale_factor", factor, rule, "Remove it.")
+        unread = [name for name in LOSS_OPTIONS if name not in self.loss.reads]
+        refuse_unread(self, "actor", unread, f"policy_loss.loss_mode={self.policy_loss.loss_mode}")
+        assert self.clip  # refuses clip options that make no sense or are not read
+
+    @property
+    def loss(self) -> PolicyLoss:
+        return POLICY_LOSSES.get(self.policy_loss.loss_mode)
+
+    @property
+    def agg_mode(self) -> str:
+        """The aggregation in force: the loss's own if it has one."""
+        return self.loss.agg_mode or self.loss_agg_mode
+
+    @property
+    def clip(self) -> ClipBounds:
+        return resolve_clip(
+            self.policy_loss.loss_mode,
+            self.clip_ratio,
+            self.clip_ratio_low,
+            self.clip_ratio_high,
+            self.clip_ratio_c,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +118,8 @@ class ActorObjective:
     policy_loss: PolicyLoss
     clip: ClipBounds
     agg_mode: str
+    loss_options: Mapping[str, float] = field(default_factory=dict)
+    """Those that the loss reads."""
     loss_scale_factor: float | None = None
     """Set exactly when `agg_mode` reads it."""
     kl_loss_type: str | None = None
@@ -108,32 +146,22 @@ def resolve_objective(cfg: ObjectiveConfig, max_response_length: int) -> ActorOb
     Args:
         cfg: what the user set.
         max_response_length: tokens; stands in for an unset `loss_scale_factor`.
-
-    Raises:
-        UserError: for an option that the chosen loss or aggregation does not read.
     """
-    loss_mode = cfg.policy_loss.loss_mode
-    loss = POLICY_LOSSES.get(loss_mode)
-    agg_mode = loss.agg_mode or cfg.loss_agg_mode
+    agg_mode, factor = cfg.agg_mode, cfg.loss_scale_factor
     if cfg.loss_agg_mode not in (agg_mode, ObjectiveConfig().loss_agg_mode):
         logger.warning(
             "actor.loss_agg_mode=%s does not apply: actor.policy_loss.loss_mode=%s always uses %s",
             cfg.loss_agg_mode,
-            loss_mode,
+            cfg.policy_loss.loss_mode,
             agg_mode,
         )
-    factor = cfg.loss_scale_factor
-    if agg_mode == SCALED_AGG_MODE:
-        factor = factor if factor is not None else float(max_response_length)
-    else:
-        rule = f"is not read with the aggregation {agg_mode}"
-        require(factor is None, "actor.loss_scale_factor", factor, rule, "Remove it.")
+    if agg_mode == SCALED_AGG_MODE and factor is None:
+        factor = float(max_response_length)
     return ActorObjective(
-        policy_loss=loss,
-        clip=resolve_clip(
-            loss_mode, cfg.clip_ratio, cfg.clip_ratio_low, cfg.clip_ratio_high, cfg.clip_ratio_c
-        ),
+        policy_loss=cfg.loss,
+        clip=cfg.clip,
         agg_mode=agg_mode,
+        loss_options={name: getattr(cfg, name) for name in cfg.loss.reads},
         loss_scale_factor=factor,
         kl_loss_type=cfg.kl_loss_type if cfg.use_kl_loss else None,
         kl_loss_coef=cfg.kl_loss_coef if cfg.use_kl_loss else 0.0,
@@ -167,7 +195,7 @@ def actor_objective(
     mask_T = inputs.segments.mask_T
     w_T = token_weights(spec.agg_mode, inputs.segments, denominators, spec.loss_scale_factor)
     inputs = inputs.trained_only()
-    policy = spec.policy_loss.compute(inputs, spec.clip)
+    policy = spec.policy_loss.compute(inputs, spec.clip, **spec.loss_options)
     objective = pg_loss = (w_T * policy.loss_T).sum()
     metrics: Metrics = {"actor/pg_loss": total(pg_loss.detach()), **policy.metrics}
     if spec.needs_old_logprobs:

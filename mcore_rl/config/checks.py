@@ -5,6 +5,7 @@ They run after composition, before any process is started, and change nothing.
 
 from __future__ import annotations
 
+from mcore_rl.algorithms.advantages.base import ADVANTAGES
 from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
 from mcore_rl.errors import require
 
@@ -22,6 +23,7 @@ def check_run(cfg: RunConfig) -> None:
     router_losses_do_not_depend_on_the_layout(cfg)
     frozen_routers_stay_as_they_are(cfg)
     minibatches_divide_a_step(cfg)
+    groups_are_large_enough(cfg)
     routers_can_replay(cfg)
     recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
@@ -188,6 +190,13 @@ def minibatches_divide_a_step(cfg: RunConfig) -> None:
         size,
         f"does not divide data.train_batch_size={step}",
     )
+
+
+def groups_are_large_enough(cfg: RunConfig) -> None:
+    estimator, n = cfg.algorithm.adv_estimator, cfg.rollout.n
+    fewest = ADVANTAGES.get(estimator).min_group_size
+    rule = f"is too few samples per prompt for algorithm.adv_estimator={estimator}"
+    require(n >= fewest, "rollout.n", n, rule, f"Raise it to at least {fewest}.")
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:

@@ -4,7 +4,16 @@ To add one: a file with a function of (`AdvantageInputs`, `AlgorithmConfig`) and
 and a line below.
 """
 
-from mcore_rl.algorithms.advantages import gpg, grpo
+from mcore_rl.algorithms.advantages import (
+    gpg,
+    grpo,
+    grpo_passk,
+    opo,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+    rloo,
+)
 from mcore_rl.algorithms.advantages.assign import assign_advantages
 from mcore_rl.algorithms.advantages.base import (
     ADVANTAGES,
@@ -21,4 +30,10 @@ __all__ = [
     "assign_advantages",
     "gpg",
     "grpo",
+    "grpo_passk",
+    "opo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs, AlgorithmConfig
 from mcore_rl.algorithms.segments import Segments
@@ -32,14 +33,16 @@ def assign_advantages(
         groups: all groups of the step, rewards final; none empty.
         cfg: the estimator and its options.
     """
+    estimator = ADVANTAGES.get(cfg.adv_estimator)
     samples = [sample for group in groups for sample in group.samples]
     group_N = [number for number, group in enumerate(groups) for _ in group.samples]
     inputs = AdvantageInputs(
         rewards_N=torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
         group_N=torch.tensor(group_N, dtype=torch.int64),
         segments=Segments.from_loss_masks([sample.loss_mask for sample in samples]),
+        baseline_N=_baselines(groups) if estimator.needs_greedy_baseline else None,
     )
-    advantages_T = ADVANTAGES.get(cfg.adv_estimator).compute(inputs, cfg)
+    advantages_T = estimator.compute(inputs, cfg)
     per_sample = iter(advantages_T.split([len(sample.loss_mask) for sample in samples]))
     assigned = [
         replace(
@@ -56,3 +59,9 @@ def assign_advantages(
         "advantage/max": masked_max(advantages_T, mask_T),
         "reward/zero_std_group_frac": mean(num_useless / max(num_groups, 1), num_groups),
     }
+
+
+def _baselines(groups: Sequence[SampleGroup]) -> Tensor:
+    """Return the greedy response's reward of each sample's prompt, [N] float64."""
+    rewards = [group.baseline_reward for group in groups for _ in group.samples]
+    return torch.tensor(rewards, dtype=torch.float64)

@@ -31,15 +31,15 @@ class AlgorithmConfig:
     """How rewards become advantages (`algorithm`)."""
 
     adv_estimator: str = "grpo"
-    """A registered estimator: grpo, gpg, ..."""
+    """A registered estimator: grpo, gpg, rloo, ..."""
     norm_adv_by_std_in_grpo: bool = True
-    """grpo: divide by the group's standard deviation; False is Dr.GRPO."""
+    """grpo, grpo_passk: divide by the group's standard deviation; False is Dr.GRPO."""
     gpg_alpha: str = "valid_groups"
     """gpg: scale of the gradient, see `advantages/gpg.py`: valid_groups, nonzero_reward, none."""
     gpg_f_norm: float = 1.0
     """gpg: advantages are divided by it."""
     gamma: float = 1.0
-    """Discount per token."""
+    """reinforce_plus_plus: discount per token."""
     lam: float = 1.0
     """Lambda of generalized advantage estimation."""
     use_kl_in_reward: bool = False
@@ -50,6 +50,13 @@ class AlgorithmConfig:
     """Its coefficient."""
 
     def __post_init__(self) -> None:
+        require(
+            self.adv_estimator != "gae",
+            "algorithm.adv_estimator",
+            self.adv_estimator,
+            "needs a critic, and there is none yet",
+            "Take one that needs none: grpo, rloo, reinforce_plus_plus, ...",
+        )
         estimator = ADVANTAGES.get(self.adv_estimator)
         require_one_of("algorithm.gpg_alpha", self.gpg_alpha, GPG_ALPHAS)
         require(self.gpg_f_norm > 0, "algorithm.gpg_f_norm", self.gpg_f_norm, "must be > 0")
@@ -69,7 +76,10 @@ class AdvantageInputs:
     group_N: Tensor
     """[N] int64, number of each sample's group: 0 .. P-1, none empty."""
     segments: Segments
-    """Tokens of the N samples."""
+    """Tokens of the N samples, in their order."""
+    baseline_N: Tensor | None = None
+    """[N] float64, reward of a greedy response to the sample's prompt; None unless the estimator
+    asks for it."""
 
     @property
     def group_size_P(self) -> Tensor:
@@ -89,10 +99,23 @@ class AdvantageInputs:
 
     @property
     def centered_rewards_N(self) -> Tensor:
-        """[N] float64, reward - mean of the group; exactly 0 where a group's rewards are equal."""
+        """[N] float64, reward - mean of the group."""
+        return self.relative_to(self.group_sum(self.rewards_N) / self.group_size_P)
+
+    @property
+    def std_P(self) -> Tensor:
+        """[P] float64, unbiased standard deviation of each group's rewards."""
         size_P = self.group_size_P
-        sum_P = self.group_sum(self.rewards_N)
-        mean_P = torch.where(size_P > 1, sum_P / size_P, 0.0)
+        variance_P = self.group_sum(self.centered_rewards_N.square()) / (size_P - 1).clamp(min=1)
+        return torch.where(size_P > 1, variance_P.sqrt(), 1.0)
+
+    def relative_to(self, mean_P: Tensor) -> Tensor:
+        """Return reward - `mean_P` [P] of the group, [N]; exactly 0 where its rewards are equal.
+
+        Args:
+            mean_P: a mean of each group's rewards, with any weights; taken as 0 for a group of one.
+        """
+        mean_P = torch.where(self.group_size_P > 1, mean_P, 0.0)
         # A mean of equal numbers may miss them by a rounding error, which estimators amplify.
         equal_N = self.has_equal_rewards_P[self.group_N]
         return torch.where(equal_N, 0.0, self.rewards_N - mean_P[self.group_N])
@@ -110,6 +133,10 @@ class AdvantageEstimator:
     """Returns advantages_T, [T] float64, 0 on untrained tokens."""
     reads: tuple[str, ...] = ()
     """Of `ESTIMATOR_OPTIONS`."""
+    min_group_size: int = 1
+    """Fewest samples per prompt with which it is defined."""
+    needs_greedy_baseline: bool = False
+    """Whether the loop answers every prompt once more, greedily, for `baseline_N`."""
 
 
 ADVANTAGES: Registry[AdvantageEstimator] = Registry(

@@ -9,7 +9,6 @@ Shapes: N samples, P groups, T tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mcore_rl.algorithms.advantages.base import (
@@ -19,17 +18,14 @@ from mcore_rl.algorithms.advantages.base import (
     AlgorithmConfig,
 )
 
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 
 def grpo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
     """Return the group-relative advantage of each token's sample, [T] float64."""
     advantages_N = inputs.centered_rewards_N
     if cfg.norm_adv_by_std_in_grpo:
-        size_P = inputs.group_size_P
-        variance_P = inputs.group_sum(advantages_N.square()) / (size_P - 1).clamp(min=1)
-        std_P = torch.where(size_P > 1, variance_P.sqrt(), 1.0)
-        advantages_N = advantages_N / (std_P + _EPSILON)[inputs.group_N]
+        advantages_N = advantages_N / (inputs.std_P + EPSILON)[inputs.group_N]
     return inputs.segments.expand(advantages_N)
 
 

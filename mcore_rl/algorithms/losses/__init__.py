@@ -5,7 +5,7 @@ and a line below. A loss returns one value per token; it does not mask, average,
 process group (`aggregate.py`, `objective.py` and `segments.py` do).
 """
 
-from mcore_rl.algorithms.losses import geo_mean, gpg, gspo, vanilla
+from mcore_rl.algorithms.losses import cispo, geo_mean, gpg, gspo, sapo, vanilla
 from mcore_rl.algorithms.losses.base import (
     POLICY_LOSSES,
     ClipBounds,
@@ -24,8 +24,10 @@ __all__ = [
     "PolicyLossInputs",
     "TokenLoss",
     "resolve_clip",
+    "cispo",
     "geo_mean",
     "gpg",
     "gspo",
+    "sapo",
     "vanilla",
 ]

@@ -86,7 +86,10 @@ class TokenLoss:
 class PolicyLoss:
     """A registered policy loss and what it asks of its surroundings."""
 
-    compute: Callable[[PolicyLossInputs, ClipBounds], TokenLoss]
+    compute: Callable[..., TokenLoss]
+    """(inputs, clip: ClipBounds, **options) -> TokenLoss; the options are those of `reads`."""
+    reads: tuple[str, ...] = ()
+    """Of `objective.LOSS_OPTIONS`."""
     default_clip: tuple[float, float] | None = None
     """(low, high) unless the user sets them; None: the loss does not clip."""
     default_dual_clip: float | None = None
@@ -105,7 +108,7 @@ class PolicyLossConfig:
     """Choice of the policy loss (`actor.policy_loss`)."""
 
     loss_mode: str = "vanilla"
-    """A registered loss: vanilla, geo_mean, gpg, gspo, ..."""
+    """A registered loss: vanilla, geo_mean, gpg, gspo, cispo, sapo, ..."""
 
     def __post_init__(self) -> None:
         POLICY_LOSSES.get(self.loss_mode)

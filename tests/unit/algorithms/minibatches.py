@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algorithms.losses import POLICY_LOSSES, PolicyLossInputs, resolve_clip
-from mcore_rl.algorithms.objective import ActorObjective, actor_objective
+from mcore_rl.algorithms.objective import ActorObjective, ObjectiveConfig, actor_objective
 from mcore_rl.algorithms.segments import Segments
 from mcore_rl.types import Denominators
 
@@ -79,11 +79,13 @@ def packed(sequences):
 
 
 def objective_spec(loss_mode, agg_mode, **options):
-    """Return a spec with the loss's default clip."""
+    """Return a spec with the loss's default clip and options."""
+    loss = POLICY_LOSSES.get(loss_mode)
     return ActorObjective(
-        policy_loss=POLICY_LOSSES.get(loss_mode),
+        policy_loss=loss,
         clip=resolve_clip(loss_mode, None, None, None, None),
         agg_mode=agg_mode,
+        loss_options={name: getattr(ObjectiveConfig(), name) for name in loss.reads},
         loss_scale_factor=17.0 if agg_mode == "seq-mean-token-sum-norm" else None,
         **options,
     )

@@ -1,12 +1,13 @@
 """Advantages: hand-worked numbers, exact zeros, invariances, refused options."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.algorithms.advantages import AlgorithmConfig, assign_advantages
+from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig, assign_advantages
 from mcore_rl.algorithms.advantages.base import ESTIMATOR_OPTIONS, GPG_ALPHAS
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
@@ -83,26 +84,29 @@ def test_without_std_grpo_only_centers(rewards):
 def test_equal_rewards_give_exactly_zero(options, reward, size):
     # 0.1 + 0.1 + 0.1 is not 0.3: a plain mean leaves dust that the division by std amplifies.
     assert advantages_of([[reward] * size], **options) == [[0.0] * size]
-    assert advantages_of([[reward] * size], adv_estimator="gpg") == [[0.0] * size]
+    for estimator in ("gpg", "rloo", "opo", "grpo_passk"):
+        assert advantages_of([[reward] * size], adv_estimator=estimator) == [[0.0] * size]
 
 
 def test_a_group_of_one_has_mean_zero_and_std_one():
     assert advantages_of([[0.5]]) == [[0.5 / (1 + 1e-6)]]
     assert advantages_of([[0.5]], norm_adv_by_std_in_grpo=False) == [[0.5]]
-    assert advantages_of([[0.5]], adv_estimator="gpg") == [[0.5]]
+    for estimator in ("gpg", "rloo", "opo"):
+        assert advantages_of([[0.5]], adv_estimator=estimator) == [[0.5]]
 
 
 @given(rewards=REWARDS, data=st.data())
 def test_the_order_of_groups_and_samples_does_not_matter(rewards, data):
-    for options in ({}, {"adv_estimator": "gpg"}):
+    estimators = [name for name in ADVANTAGES if name not in ("remax", "grpo_passk")]
+    for options in ({"adv_estimator": name} for name in estimators):
         advantages = advantages_of(rewards, **options)
         order = data.draw(st.permutations(range(len(rewards))))
         within = [data.draw(st.permutations(range(len(rewards[i])))) for i in order]
         shuffled = [[rewards[i][j] for j in js] for i, js in zip(order, within, strict=True)]
         expected = [[advantages[i][j] for j in js] for i, js in zip(order, within, strict=True)]
         for actual, want in zip(advantages_of(shuffled, **options), expected, strict=True):
-            # float64; the order of additions within a group differs.
-            assert actual == pytest.approx(want, abs=1e-11)
+            # float64; the order of additions differs, and whitening divides by as little as 1e-4.
+            assert actual == pytest.approx(want, abs=1e-10)
 
 
 def test_gpg_scales_up_by_the_share_of_samples_that_teach():
@@ -134,6 +138,97 @@ def test_gpg_alpha_by_nonzero_rewards_and_without_alpha():
 def test_gpg_alpha_stays_finite_when_nothing_teaches(gpg_alpha):
     options = {"adv_estimator": "gpg", "gpg_alpha": gpg_alpha}
     assert advantages_of([[0.0, 0.0], [0.0, 0.0]], **options) == [[0.0] * 2] * 2
+
+
+@given(rewards=REWARDS)
+def test_rloo_compares_with_the_mean_of_the_others(rewards):
+    for group, advantages in zip(
+        rewards, advantages_of(rewards, adv_estimator="rloo"), strict=True
+    ):
+        others = [statistics.fmean(group[:i] + group[i + 1 :]) for i in range(len(group))]
+        expected = [r - other for r, other in zip(group, others, strict=True)]
+        # float64, rewards up to 2.
+        assert advantages == pytest.approx(expected, abs=1e-13)
+
+
+def test_opo_weighs_the_mean_by_trained_tokens():
+    (group,) = make_groups([[1.0, 0.0, 4.0]])
+    long, short, untrained = group.samples
+    group = replace(
+        group,
+        samples=[long, replace(short, loss_mask=[False, True] + 2 * [False]),
+                 replace(untrained, loss_mask=4 * [False])],
+    )  # fmt: skip
+    (assigned,), _ = assign_advantages([group], AlgorithmConfig(adv_estimator="opo"))
+    # (2 * 1 + 1 * 0 + 0 * 4) / 3 = 2/3
+    assert list(assigned.samples[0].advantages) == pytest.approx([0, 1 / 3, 0, 1 / 3])
+    assert list(assigned.samples[1].advantages) == pytest.approx([0, -2 / 3, 0, 0])
+    assert list(assigned.samples[2].advantages) == [0.0] * 4
+
+
+def test_remax_compares_with_the_greedy_response_of_the_prompt():
+    groups = [
+        replace(group, baseline_reward=baseline)
+        for group, baseline in zip(make_groups([[1.0, 0.5], [0.25]]), (0.5, 1.0), strict=True)
+    ]
+    assigned, _ = assign_advantages(groups, AlgorithmConfig(adv_estimator="remax"))
+    assert [[s.advantages[1] for s in g.samples] for g in assigned] == [[0.5, 0.0], [-0.75]]
+
+
+def test_passk_trains_the_best_sample_by_its_lead_over_the_second():
+    rewards = [[0.0, 3.0, 1.0], [2.0, 2.0, 0.0], [1.0, 1.0, 1.0]]
+    options = {"adv_estimator": "grpo_passk", "norm_adv_by_std_in_grpo": False}
+    assert advantages_of(rewards, **options) == [[0.0, 2.0, 0.0], [0.0] * 3, [0.0] * 3]
+    lead = 2.0 / (statistics.stdev(rewards[0]) + 1e-6)
+    (first, *rest) = advantages_of(rewards, adv_estimator="grpo_passk")
+    assert first == pytest.approx([0.0, lead, 0.0], rel=1e-14)
+    assert rest == [[0.0] * 3] * 2
+
+
+def test_reinforce_plus_plus_discounts_by_the_trained_tokens_that_follow():
+    groups = make_groups([[1.0], [4.0]])
+    cfg = AlgorithmConfig(adv_estimator="reinforce_plus_plus", gamma=0.5)
+    assigned, _ = assign_advantages(groups, cfg)
+    # Returns: 0.5 and 1 of the first sample, 2 and 4 of the second; the untrained token between
+    # two trained ones discounts nothing.
+    returns = [0.5, 1.0, 2.0, 4.0]
+    mean, std = statistics.fmean(returns), statistics.stdev(returns)
+    found = [list(sample.advantages) for group in assigned for sample in group.samples]
+    assert [row[::2] for row in found] == [[0.0, 0.0]] * 2
+    expected = [(x - mean) / std for x in returns]
+    # The formula adds 1e-8 to the variance of 2.4.
+    assert [x for row in found for x in row[1::2]] == pytest.approx(expected, rel=1e-8)
+
+
+@given(rewards=REWARDS)
+def test_whitened_advantages_have_mean_zero_and_variance_one(rewards):
+    for estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        values = [x for group in advantages_of(rewards, adv_estimator=estimator) for x in group]
+        values *= 2  # two trained tokens per sample
+        if any(values):
+            assert statistics.fmean(values) == pytest.approx(0, abs=1e-9)
+            # 1e-8 beside a variance that can be as small as 1e-8: below 1, never above.
+            assert statistics.variance(values) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_a_batch_of_equal_rewards_whitens_to_exactly_zero(estimator):
+    rewards = [[0.1] * 3, [0.1] * 3]
+    assert advantages_of(rewards, adv_estimator=estimator) == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGES)
+def test_a_batch_in_which_nothing_trains_has_no_advantages(estimator):
+    groups = [
+        replace(
+            group,
+            samples=[replace(s, loss_mask=[False] * 4) for s in group.samples],
+            baseline_reward=0.5,
+        )
+        for group in make_groups([[1.0, 0.0], [0.0, 2.0]])
+    ]
+    assigned, _ = assign_advantages(groups, AlgorithmConfig(adv_estimator=estimator))
+    assert all(list(s.advantages) == [0.0] * 4 for g in assigned for s in g.samples)
 
 
 def test_a_first_token_never_gets_an_advantage():
@@ -187,6 +282,11 @@ def test_no_groups_give_no_advantages():
         ),
         ({"adv_estimator": "gpg", "gpg_alpha": "valid"}, "Did you mean 'valid_groups'"),
         ({"adv_estimator": "gpg", "gpg_f_norm": 0.0}, r"gpg_f_norm=0\.0 must be > 0"),
+        ({"adv_estimator": "gae"}, r"adv_estimator='gae' needs a critic"),
+        (
+            {"adv_estimator": "rloo", "gamma": 0.9},
+            r"algorithm\.gamma=0\.9 is not read with .*=rloo",
+        ),
         ({"gamma": 1.5}, r"algorithm\.gamma=1\.5 must be in \[0, 1\]"),
         ({"kl_penalty": "k3+"}, r"algorithm\.kl_penalty='k3\+' is not one of"),
         ({"adv_estimator": "grp"}, "Did you mean 'grpo'"),
@@ -199,7 +299,7 @@ def test_options_that_are_wrong_or_unread_are_refused(options, message):
 
 def test_options_at_their_default_are_never_refused():
     defaults = AlgorithmConfig()
-    for estimator in ("grpo", "gpg"):
+    for estimator in ADVANTAGES:
         AlgorithmConfig(
             adv_estimator=estimator, **{name: getattr(defaults, name) for name in ESTIMATOR_OPTIONS}
         )

@@ -15,6 +15,7 @@ from mcore_rl.algorithms.losses import (
     resolve_clip,
 )
 from mcore_rl.algorithms.losses.sft import sft
+from mcore_rl.algorithms.objective import ObjectiveConfig
 from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
@@ -39,9 +40,11 @@ def one_sequence(log_ratios, advantage, rollout_is_weights=None):
     return inputs, logprobs_T
 
 
-def loss_and_gradient(loss_mode, clip, *args, **kwargs):
-    inputs, logprobs_T = one_sequence(*args, **kwargs)
-    token_loss = POLICY_LOSSES.get(loss_mode).compute(inputs, clip)
+def loss_and_gradient(loss_mode, clip, *args, options=None):
+    inputs, logprobs_T = one_sequence(*args)
+    loss = POLICY_LOSSES.get(loss_mode)
+    options = options or {name: getattr(ObjectiveConfig(), name) for name in loss.reads}
+    token_loss = loss.compute(inputs, clip, **options)
     (gradient_T,) = torch.autograd.grad(token_loss.loss_T.sum(), logprobs_T)
     return token_loss.loss_T.detach(), gradient_T, to_floats(token_loss.metrics)
 
@@ -174,7 +177,47 @@ def test_gpg_is_the_plain_policy_gradient_without_old_logprobs():
     assert gradient_T.tolist() == [-3.0, 1.0]
 
 
-@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "gpg"])
+def test_cispo_bounds_the_weight_and_lets_every_token_train():
+    clip = ClipBounds(low=0.2, high=0.5)
+    ratios = [3.0, 1.1, 0.1]
+    loss_T, gradient_T, metrics = loss_and_gradient(
+        "cispo", clip, [math.log(r) for r in ratios], -2.0
+    )
+    _, logprobs_T = one_sequence([math.log(r) for r in ratios], -2.0)
+    assert close(gradient_T, [2 * 1.5, 2 * 1.1, 2 * 0.8])
+    assert close(loss_T, gradient_T * logprobs_T.detach())
+    assert metrics["actor/clip_frac"] == pytest.approx(2 / 3)
+
+
+def test_cispo_by_default_leaves_small_weights_as_they_are():
+    clip = resolve_clip("cispo", None, None, None, None)
+    _, gradient_T, _ = loss_and_gradient("cispo", clip, [-5.0, 5.0], 1.0)
+    assert close(gradient_T, [-math.exp(-5.0), -5.0])
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.3), (-2.0, 3.0)])
+def test_sapo_gates_the_ratio_with_the_temperature_of_the_sign(advantage, tau):
+    log_ratios = [0.0, 0.7, -0.9]
+    loss_T, gradient_T, _ = loss_and_gradient(
+        "sapo", ClipBounds(), log_ratios, advantage, options={"tau_pos": 1.3, "tau_neg": 3.0}
+    )
+    gates = [1 / (1 + math.exp(-tau * (math.exp(d) - 1))) for d in log_ratios]
+    assert close(loss_T, [-advantage * gate * 4 / tau for gate in gates])
+    # d loss / d logprob = -A * 4 gate (1 - gate) * r; 4 gate (1 - gate) is 1 at r = 1.
+    slopes = [4 * g * (1 - g) * math.exp(d) for g, d in zip(gates, log_ratios, strict=True)]
+    assert close(gradient_T, [-advantage * slope for slope in slopes])
+    assert gradient_T[0].item() == pytest.approx(-advantage, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_mode", ["cispo", "sapo"])
+def test_absurd_log_ratios_do_not_overflow(loss_mode):
+    clip = resolve_clip(loss_mode, None, None, None, None)
+    loss_T, gradient_T, _ = loss_and_gradient(loss_mode, clip, [800.0, -800.0], -1.0)
+    assert loss_T.isfinite().all()
+    assert gradient_T.isfinite().all()
+
+
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "gpg", "cispo", "sapo"])
 def test_rollout_weights_multiply_token_losses(loss_mode):
     clip = resolve_clip(loss_mode, None, None, None, None)
     weights_T = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -214,6 +257,8 @@ def test_sft_is_the_negative_log_likelihood():
         ),
         ("gspo", {}, ClipBounds(low=3e-4, high=4e-4)),
         ("gpg", {}, ClipBounds(low=math.inf, high=math.inf)),
+        ("cispo", {}, ClipBounds(low=1.0, high=4.0)),
+        ("sapo", {}, ClipBounds(low=math.inf, high=math.inf)),
     ],
 )
 def test_unset_clip_options_fall_back_to_clip_ratio_then_to_the_loss(loss_mode, options, expected):

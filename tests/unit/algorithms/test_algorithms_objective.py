@@ -235,7 +235,14 @@ def test_the_scale_factor_defaults_to_the_response_length_where_it_is_read():
         resolve_objective(ObjectiveConfig(loss_scale_factor=7.0), 100)
 
 
-@pytest.mark.parametrize("loss_mode", ["geo_mean", "gspo"])
+def test_options_of_a_loss_reach_it_and_are_refused_by_the_others():
+    cfg = ObjectiveConfig(policy_loss=PolicyLossConfig(loss_mode="sapo"), tau_pos=1.3)
+    assert resolve_objective(cfg, 100).loss_options == {"tau_pos": 1.3, "tau_neg": 1.05}
+    with pytest.raises(UserError, match=r"actor\.tau_pos=1\.3 is not read with .*=vanilla"):
+        resolve_objective(ObjectiveConfig(tau_pos=1.3), 100)
+
+
+@pytest.mark.parametrize("loss_mode", ["geo_mean", "gspo", "sapo"])
 def test_an_aggregation_that_does_not_apply_warns_once_and_is_not_used(loss_mode, caplog):
     policy_loss = PolicyLossConfig(loss_mode=loss_mode)
     with caplog.at_level(logging.WARNING):
@@ -255,6 +262,7 @@ def test_an_aggregation_that_does_not_apply_warns_once_and_is_not_used(loss_mode
         ({"loss_agg_mode": "mean"}, r"actor\.loss_agg_mode='mean' is not one of"),
         ({"kl_loss_type": "k4"}, r"actor\.kl_loss_type='k4' is not one of"),
         ({"kl_loss_coef": -1.0}, r"actor\.kl_loss_coef=-1\.0 must be >= 0"),
+        ({"tau_neg": 0.0}, r"actor\.tau_neg=0\.0 must be > 0"),
         ({"loss_scale_factor": 0.0}, r"actor\.loss_scale_factor=0\.0 must be > 0"),
     ],
 )

@@ -16,7 +16,7 @@ from mcore_rl.algorithms.advantages import ADVANTAGES, AdvantageInputs, Algorith
 from mcore_rl.algorithms.aggregate import AGG_MODES, token_weights
 from mcore_rl.algorithms.kl import kl_penalty
 from mcore_rl.algorithms.losses import POLICY_LOSSES, ClipBounds, PolicyLossInputs
-from mcore_rl.algorithms.objective import ActorObjective, actor_objective
+from mcore_rl.algorithms.objective import ActorObjective, ObjectiveConfig, actor_objective
 from mcore_rl.algorithms.segments import Segments
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import Denominators
@@ -48,15 +48,20 @@ def reference_segments():
 DENOMINATORS = Denominators(num_tokens=116, num_sequences=12)
 
 
+ESTIMATORS = {
+    "grpo": {"adv_estimator": "grpo"},
+    "grpo_nostd": {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False},
+    "gpg": {"adv_estimator": "gpg", "gpg_alpha": "nonzero_reward"},
+    "rloo": {"adv_estimator": "rloo"},
+    "opo": {"adv_estimator": "opo"},
+    "reinforce_plus_plus/gamma=1.0": {"adv_estimator": "reinforce_plus_plus"},
+    "reinforce_plus_plus/gamma=0.99": {"adv_estimator": "reinforce_plus_plus", "gamma": 0.99},
+    "reinforce_plus_plus_baseline": {"adv_estimator": "reinforce_plus_plus_baseline"},
+}
+
+
 @pytest.mark.parametrize("rewards", ["binary", "real"])
-@pytest.mark.parametrize(
-    ("estimator", "options"),
-    [
-        ("grpo", {"adv_estimator": "grpo"}),
-        ("grpo_nostd", {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False}),
-        ("gpg", {"adv_estimator": "gpg", "gpg_alpha": "nonzero_reward"}),
-    ],
-)
+@pytest.mark.parametrize(("estimator", "options"), ESTIMATORS.items())
 def test_advantages_equal_the_reference(rewards, estimator, options):
     cfg = AlgorithmConfig(**options)
     inputs = AdvantageInputs(
@@ -73,10 +78,12 @@ def test_advantages_equal_the_reference(rewards, estimator, options):
 def test_loss_and_gradient_equal_the_reference(name):
     loss_mode, agg_mode, low, high = name.split("/")
     loss = POLICY_LOSSES.get(loss_mode)
+    defaults = ObjectiveConfig()
     spec = ActorObjective(
         policy_loss=loss,
         clip=ClipBounds(low=float(low), high=float(high), dual=3.0),
         agg_mode=loss.agg_mode if loss_mode == "geo_mean" else agg_mode,
+        loss_options={name: getattr(defaults, name) for name in loss.reads},
         loss_scale_factor=PADDED_WIDTH,
     )
     logprobs_T = VECTORS["inputs/logprobs"].clone().requires_grad_()
@@ -96,7 +103,9 @@ def test_loss_and_gradient_equal_the_reference(name):
         numbers = to_floats(metrics)
         expected_kl = float(VECTORS[f"loss/{name}/ppo_kl"])
         assert numbers["actor/ppo_kl"] == pytest.approx(expected_kl, abs=METRIC_TOLERANCE)
-        if loss_mode != "geo_mean":  # the reference also counts the side that does not bind
+        # The reference counts, for geo_mean, also the side that does not bind, and for cispo the
+        # tokens that PPO's clip would silence.
+        if loss_mode not in ("geo_mean", "cispo", "sapo"):
             expected_frac = float(VECTORS[f"loss/{name}/clip_frac"])
             assert numbers["actor/clip_frac"] == pytest.approx(expected_frac, abs=METRIC_TOLERANCE)
 
@@ -120,6 +129,11 @@ def test_aggregation_equals_the_reference(mode):
 def test_the_file_covers_what_the_tests_claim():
     modes = [name.split("/")[0] for name in names("loss/")]
     assert {mode: modes.count(mode) for mode in modes} == dict.fromkeys(
-        ("vanilla", "geo_mean", "gpg", "gspo"), 12
-    )
+        ("vanilla", "geo_mean", "gpg", "gspo", "cispo"), 12
+    ) | {"sapo": 2}  # which has one aggregation and no clip
+    for rewards in ("binary", "real"):
+        found = {
+            k.removeprefix(f"adv/{rewards}/") for k in VECTORS if k.startswith(f"adv/{rewards}")
+        }
+        assert found == ESTIMATORS.keys()
     assert names("kl/") == ["abs", "kl", "low_var_kl", "mse"]

@@ -36,6 +36,11 @@ RULES = {
         "trainer.n_gpus_per_node * trainer.nnodes=4 is not a multiple of tensor 3 x pipeline 1",
         ["trainer.n_gpus_per_node=6", "actor.megatron.tensor_model_parallel_size=3"],
     ),
+    "groups_are_large_enough": (
+        ["algorithm.adv_estimator=grpo_passk"],
+        "rollout.n=1 is too few samples per prompt for algorithm.adv_estimator=grpo_passk.",
+        ["algorithm.adv_estimator=grpo_passk", "rollout.n=2"],
+    ),
     "pipelines_are_interleaved_only_with_stages": (
         ["actor.megatron.virtual_pipeline_model_parallel_size=2"],
         "actor.megatron.virtual_pipeline_model_parallel_size=2 needs",
@@ -123,6 +128,7 @@ NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
 
 # Rules about sections that supervised fine-tuning does not have.
 NOT_OF_SFT = {
+    "groups_are_large_enough",
     "routers_can_replay",
     "recorded_routes_are_replayed",
     "minibatches_divide_a_step",

@@ -250,12 +250,12 @@ def test_a_plugin_s_loss_can_be_chosen_and_the_printed_configuration_composes_ag
 ):
     """The command, `--cfg job` and all: what it prints, under a defaults list, is a recipe."""
     (tmp_path / "my_loss.py").write_text(PLUGIN)
-    argv = ["actor.policy_loss.loss_mode=my_own", "-cn", "gmpo", "rollout.n=5", "--cfg", "job"]
+    argv = ["actor.policy_loss.loss_mode=my_own", "-cn", "grpo", "rollout.n=5", "--cfg", "job"]
     done = run_train(tmp_path, *argv, plugins="my_loss")
     assert done.returncode == 0, done.stderr
     assert "loss_mode: my_own" in done.stdout
-    printed = done.stdout.replace("my_own", "geo_mean")  # registered in that process alone
-    assert compose(*recipe(ON_BASE + printed)) == compose("-cn", "gmpo", "rollout.n=5")
+    printed = done.stdout.replace("my_own", "vanilla")  # registered in that process alone
+    assert compose(*recipe(ON_BASE + printed)) == compose("-cn", "grpo", "rollout.n=5")
 
 
 def test_a_missing_plugin_is_one_line_and_exit_code_2(tmp_path):

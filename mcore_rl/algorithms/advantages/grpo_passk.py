@@ -1,0 +1,38 @@
+"""Pass@k: only the best sample of a group trains, by how far it leads the second best.
+
+    A = (r_best - r_second) / (std_G + 1e-6)     for the best sample, 0 for all others
+    A = r_best - r_second                        norm_adv_by_std_in_grpo=False
+
+Source: arXiv:2503.19595. Shapes: N samples, P groups, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mcore_rl.algorithms.advantages.base import (
+    ADVANTAGES,
+    AdvantageEstimator,
+    AdvantageInputs,
+    AlgorithmConfig,
+)
+from mcore_rl.algorithms.advantages.grpo import EPSILON
+
+
+def grpo_passk(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+    """Return the advantage of each token's sample, [T] float64; groups have at least 2 samples."""
+    advantages_N = torch.zeros_like(inputs.rewards_N)
+    for group in range(len(inputs.group_size_P)):
+        (members,) = (inputs.group_N == group).nonzero(as_tuple=True)
+        (best, second), (winner, _) = inputs.rewards_N[members].topk(2)
+        advantages_N[members[winner]] = best - second
+    if cfg.norm_adv_by_std_in_grpo:
+        advantages_N = advantages_N / (inputs.std_P + EPSILON)[inputs.group_N]
+    return inputs.segments.expand(advantages_N)
+
+
+ADVANTAGES.add(
+    "grpo_passk",
+    AdvantageEstimator(compute=grpo_passk, reads=("norm_adv_by_std_in_grpo",), min_group_size=2),
+)

@@ -1,0 +1,30 @@
+"""REINFORCE++ with baseline: the group's mean off the reward, then whitened over the batch.
+
+    A = whiten(r - mean_G)
+
+The mean that whitening takes off is over tokens, so a group with equal rewards has advantage 0 only
+if that mean is 0. Source: arXiv:2501.03262, section 3. Shapes: N samples, T tokens.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mcore_rl.algorithms.advantages.base import (
+    ADVANTAGES,
+    AdvantageEstimator,
+    AdvantageInputs,
+    AlgorithmConfig,
+)
+from mcore_rl.algorithms.advantages.whiten import whiten
+
+
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+    """Return the whitened, centered reward of each token's sample, [T] float64."""
+    segments = inputs.segments
+    return whiten(segments.expand(inputs.centered_rewards_N), segments.mask_T)
+
+
+ADVANTAGES.add(
+    "reinforce_plus_plus_baseline", AdvantageEstimator(compute=reinforce_plus_plus_baseline)
+)
