@@ -24,6 +24,9 @@ def check_run(cfg: RunConfig) -> None:
     frozen_routers_stay_as_they_are(cfg)
     minibatches_divide_a_step(cfg)
     groups_are_large_enough(cfg)
+    groups_that_are_filtered_have_several_samples(cfg)
+    prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
+    the_overlong_buffer_fits_in_a_response(cfg)
     routers_can_replay(cfg)
     recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
@@ -197,6 +200,25 @@ def groups_are_large_enough(cfg: RunConfig) -> None:
     fewest = ADVANTAGES.get(estimator).min_group_size
     rule = f"is too few samples per prompt for algorithm.adv_estimator={estimator}"
     require(n >= fewest, "rollout.n", n, rule, f"Raise it to at least {fewest}.")
+
+
+def groups_that_are_filtered_have_several_samples(cfg: RunConfig) -> None:
+    rule = "leaves algorithm.filter_groups nothing to compare"
+    compares = cfg.rollout.n > 1 or not cfg.algorithm.filter_groups.enable
+    require(compares, "rollout.n", cfg.rollout.n, rule, "Raise it to at least 2.")
+
+
+def prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg: RunConfig) -> None:
+    size = cfg.data.gen_batch_size
+    rule = "is not read without algorithm.filter_groups.enable=true"
+    reads = size is None or cfg.algorithm.filter_groups.enable
+    require(reads, "data.gen_batch_size", size, rule, "Remove it.")
+
+
+def the_overlong_buffer_fits_in_a_response(cfg: RunConfig) -> None:
+    buffer, longest = cfg.reward.overlong_buffer, cfg.data.max_response_length
+    rule = f"is more than data.max_response_length={longest}"
+    require(buffer.len <= longest, "reward.overlong_buffer.len", buffer.len, rule, "Lower it.")
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:

@@ -56,6 +56,8 @@ class DataConfig:
     """Column whose value selects the reward."""
     train_batch_size: int = 1024
     """Prompts per step; each gets `rollout.n` responses."""
+    gen_batch_size: int | None = None
+    """Prompts answered at a time with algorithm.filter_groups; None: train_batch_size."""
     val_batch_size: int | None = None
     """Prompts per validation batch; None takes all at once."""
     max_prompt_length: int = 1024
@@ -92,6 +94,12 @@ class DataConfig:
             self.val_batch_size,
             "must be > 0",
             "Leave it out to validate on all prompts at once.",
+        )
+        require(
+            self.gen_batch_size is None or self.gen_batch_size > 0,
+            "data.gen_batch_size",
+            self.gen_batch_size,
+            "must be > 0",
         )
         require_one_of("data.truncation", self.truncation, ["error", *_TRUNCATIONS])
 
@@ -168,13 +176,13 @@ class ItemStream(Generic[Item]):
         """Epoch that the latest batch came from, counted from 0."""
         return self._epoch
 
-    def num_batches_per_epoch(self, n: int) -> int:
-        """Return how many batches of `n` items an epoch has.
+    def num_batches_per_epoch(self, n: int, key: str = "data.train_batch_size") -> int:
+        """Return how many batches of `n` items an epoch has; `key` is where `n` comes from.
 
         Raises:
             UserError: if there are fewer than `n` items in all.
         """
-        self._require_a_batch(n)
+        self._require_a_batch(n, key)
         return len(self._items) // n
 
     def next(self, n: int) -> list[Item]:
@@ -190,10 +198,10 @@ class ItemStream(Generic[Item]):
         self._position += n
         return [self._items[i] for i in batch]
 
-    def _require_a_batch(self, n: int) -> None:
+    def _require_a_batch(self, n: int, key: str = "data.train_batch_size") -> None:
         require(
             n <= len(self._items),
-            "data.train_batch_size",
+            key,
             n,
             f"is more than the {len(self._items)} rows of data.train_files",
             "Lower it or add data.",

@@ -56,6 +56,8 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
     scorer.check(prompt.data_source for prompt in [*prompts, *val_prompts])
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
+    if cfg.data.gen_batch_size is not None:
+        stream.num_batches_per_epoch(cfg.data.gen_batch_size, "data.gen_batch_size")
     return RunInputs(
         tokenizer=tokenizer,
         prompts=stream,

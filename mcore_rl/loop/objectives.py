@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mcore_rl.algorithms.corrections import mismatch_metrics
+from mcore_rl.algorithms.corrections import (
+    RolloutCorrectionConfig,
+    mismatch_metrics,
+    rollout_weights,
+)
 from mcore_rl.algorithms.losses.base import PolicyLossInputs
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
 from mcore_rl.data.batch import PackedBatch
@@ -20,15 +24,21 @@ class PolicyObjective:
 
     Sequences without `old_logprobs` are trained before any weight of the step changed, so this
     forward's own logprobs are the old ones and the ratio is 1. Where a sequence carries the
-    engine's logprobs, the old ones are compared with them (`mismatch/*`).
+    engine's logprobs, the old ones are compared with them (`mismatch/*`) and, with `correction`,
+    their ratio weighs the loss.
     """
 
     spec: ActorObjective
     log_entropy: bool
+    correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     @property
     def with_entropy(self) -> bool:
         return self.log_entropy or self.spec.needs_entropy
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        return self.spec.needs_old_logprobs or self.correction.is_on
 
     def __call__(
         self,
@@ -41,12 +51,19 @@ class PolicyObjective:
         old_logprobs_T = batch.old_logprobs_T
         if old_logprobs_T is None:
             old_logprobs_T = logprobs_T.detach()
+        weights_T, weight_metrics = None, Metrics()
+        if self.correction.is_on:
+            assert batch.rollout_logprobs_T is not None, "a correction needs the engine's logprobs"
+            weights_T, weight_metrics = rollout_weights(
+                old_logprobs_T, batch.rollout_logprobs_T, batch.segments, self.correction
+            )
         objective, metrics = actor_objective(
             PolicyLossInputs(
                 logprobs_T=logprobs_T,
                 advantages_T=batch.advantages_T,
                 segments=batch.segments,
                 old_logprobs_T=old_logprobs_T,
+                rollout_is_weights_T=weights_T,
             ),
             entropy_T=entropy_T,
             ref_logprobs_T=batch.ref_logprobs_T,
@@ -55,7 +72,7 @@ class PolicyObjective:
         )
         if batch.rollout_logprobs_T is not None:
             metrics |= mismatch_metrics(old_logprobs_T, batch.rollout_logprobs_T, batch.mask_T)
-        return objective, metrics
+        return objective, metrics | weight_metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,27 +17,29 @@ from typing import Any
 from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
 from mcore_rl.algorithms.objective import resolve_objective
+from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.config.run import RunConfig
 from mcore_rl.data.packing import split_minibatches
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.agreement import check_agreement
+from mcore_rl.loop.collect import collect_groups
 from mcore_rl.loop.evaluate import evaluate
-from mcore_rl.loop.generate import generate_groups, rollout_metrics
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.loop.resume import resume, save
-from mcore_rl.loop.routes import check_route_shapes
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
-from mcore_rl.types import Prompt, SampleGroup
+from mcore_rl.types import SampleGroup
 
 
 def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) -> None:
     """Train to the last step, from the run folder's latest checkpoint if it has one."""
     trainer, total_steps = cfg.trainer, inputs.total_steps
     objective = PolicyObjective(
-        resolve_objective(cfg.actor, cfg.data.max_response_length), cfg.actor.calculate_entropy
+        resolve_objective(cfg.actor, cfg.data.max_response_length),
+        cfg.actor.calculate_entropy,
+        cfg.algorithm.rollout_correction,
     )
     kl = KlController(cfg.algorithm.kl_ctrl, cfg.algorithm.kl_penalty)
     kept = {"prompts": inputs.prompts, "kl": kl}
@@ -54,19 +56,16 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
             if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
                 with log.stage("eval"):
                     metrics.append(evaluate(cfg, inputs, cluster)[1])
-            with log.stage("rollout"):
-                prompts = inputs.prompts.next(cfg.data.train_batch_size)
-                groups = generate(cfg, inputs, cluster, prompts, step)
-                metrics.append(rollout_metrics(groups, step))
-            with log.stage("reward"):
-                groups, reward_metrics = inputs.scorer.score(groups)
-                samples.log(step, groups)
-                metrics.append(reward_metrics)
+            groups, rollout_metrics = collect_groups(cfg, inputs, cluster, step, log)
+            samples.log(step, groups)
+            metrics.append(rollout_metrics)
             with log.stage("old_logprobs"):
                 groups = with_logprobs(cfg, cluster, objective, groups)
             if cfg.algorithm.use_kl_in_reward:
                 groups, kl_metrics = kl.penalize(groups)
                 metrics.append(kl_metrics)
+            if cfg.algorithm.overlong_filtering:
+                groups = without_truncated(groups)
             groups, advantage_metrics = assign_advantages(groups, cfg.algorithm)
             metrics.append(advantage_metrics)
             with log.stage("train"):
@@ -91,28 +90,6 @@ def is_due(step: int, frequency: int) -> bool:
     return frequency > 0 and step % frequency == 0
 
 
-def generate(
-    cfg: RunConfig, inputs: RunInputs, cluster: Cluster, prompts: Sequence[Prompt], step: int
-) -> list[SampleGroup]:
-    """Return `rollout.n` samples of each prompt, drawn with the weights of `step`."""
-    groups = generate_groups(
-        cluster,
-        prompts,
-        cfg.rollout.n,
-        temperature=cfg.rollout.temperature,
-        top_p=cfg.rollout.top_p,
-        top_k=cfg.rollout.top_k,
-        max_tokens=cfg.data.max_response_length,
-        seed=f"{cfg.data.seed}:{step}",
-        tokenizer=inputs.tokenizer,
-    )
-    versions = {sample.weight_version for group in groups for sample in group.samples}
-    assert versions == {step}, f"weights of versions {versions} answered in step {step}"
-    if inputs.routing is not None:
-        check_route_shapes(groups, inputs.routing, step)
-    return groups
-
-
 def with_logprobs(
     cfg: RunConfig, cluster: Cluster, objective: PolicyObjective, groups: list[SampleGroup]
 ) -> list[SampleGroup]:
@@ -127,7 +104,7 @@ def with_logprobs(
     if cfg.actor.router_replay.mode == "R2":
         logprobs, routes = zip(*cluster.record_logprobs(sequences), strict=True)
         groups = _with(_with(groups, "old_logprobs", logprobs), "routed_experts", routes)
-    elif in_reward or (several and objective.spec.needs_old_logprobs):
+    elif in_reward or (several and objective.needs_old_logprobs):
         groups = _with(groups, "old_logprobs", cluster.logprobs(sequences))
     if in_reward or objective.spec.needs_ref_logprobs:
         groups = _with(groups, "ref_logprobs", cluster.ref_logprobs(sequences))

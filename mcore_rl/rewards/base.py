@@ -66,6 +66,32 @@ class SandboxConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class OverlongBufferConfig:
+    """`reward.overlong_buffer`: a penalty on training responses that come near the limit."""
+
+    enable: bool = False
+    """Off, the two below are not read."""
+    len: int = 0
+    """Tokens before data.max_response_length over which the penalty grows."""
+    penalty_factor: float = 1.0
+    """The penalty at the limit."""
+
+    def __post_init__(self) -> None:
+        section = "reward.overlong_buffer"
+        for name, is_default in (
+            ("len", self.len == 0),
+            ("penalty_factor", self.penalty_factor == 1.0),
+        ):
+            rule = f"is not read with {section}.enable=false"
+            value = getattr(self, name)
+            require(self.enable or is_default, f"{section}.{name}", value, rule, "Remove it.")
+        if self.enable:
+            require(self.len > 0, f"{section}.len", self.len, "must be > 0")
+            factor = self.penalty_factor
+            require(factor > 0, f"{section}.penalty_factor", factor, "must be > 0")
+
+
+@dataclass(kw_only=True, slots=True)
 class RewardConfig:
     """The `reward` section: the processes that score, and what happens when a function fails."""
 
@@ -82,6 +108,7 @@ class RewardConfig:
     "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in
     `reward/num_errors`."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
 
     def __post_init__(self) -> None:
         require(

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
+from mcore_rl.algorithms.filter_groups import FilterGroupsConfig
 from mcore_rl.algorithms.kl import KL_VALUES
 from mcore_rl.algorithms.kl_in_reward import KlCtrlConfig
 from mcore_rl.algorithms.options import refuse_unread
@@ -48,6 +50,10 @@ class AlgorithmConfig:
     """Estimator of that KL, one of `kl.KL_VALUES`."""
     kl_ctrl: KlCtrlConfig = field(default_factory=KlCtrlConfig)
     """Its coefficient."""
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    overlong_filtering: bool = False
+    """Truncated samples do not train."""
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     def __post_init__(self) -> None:
         require(

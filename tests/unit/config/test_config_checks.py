@@ -36,6 +36,21 @@ RULES = {
         "trainer.n_gpus_per_node * trainer.nnodes=4 is not a multiple of tensor 3 x pipeline 1",
         ["trainer.n_gpus_per_node=6", "actor.megatron.tensor_model_parallel_size=3"],
     ),
+    "groups_that_are_filtered_have_several_samples": (
+        ["algorithm.filter_groups.enable=true"],
+        "rollout.n=1 leaves algorithm.filter_groups nothing to compare.",
+        ["algorithm.filter_groups.enable=true", "rollout.n=2"],
+    ),
+    "prompts_are_drawn_in_other_batches_only_to_be_filtered": (
+        ["data.gen_batch_size=8"],
+        "data.gen_batch_size=8 is not read without algorithm.filter_groups.enable=true.",
+        ["data.gen_batch_size=8", "algorithm.filter_groups.enable=true", "rollout.n=2"],
+    ),
+    "the_overlong_buffer_fits_in_a_response": (
+        ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=2000"],
+        "reward.overlong_buffer.len=2000 is more than data.max_response_length=1024.",
+        ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=1024"],
+    ),
     "groups_are_large_enough": (
         ["algorithm.adv_estimator=grpo_passk"],
         "rollout.n=1 is too few samples per prompt for algorithm.adv_estimator=grpo_passk.",
@@ -128,6 +143,9 @@ NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
 
 # Rules about sections that supervised fine-tuning does not have.
 NOT_OF_SFT = {
+    "groups_that_are_filtered_have_several_samples",
+    "prompts_are_drawn_in_other_batches_only_to_be_filtered",
+    "the_overlong_buffer_fits_in_a_response",
     "groups_are_large_enough",
     "routers_can_replay",
     "recorded_routes_are_replayed",

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from mcore_rl.algorithms.advantages import ADVANTAGES
+from mcore_rl.algorithms.losses import POLICY_LOSSES
+from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.errors import UserError
@@ -59,14 +62,29 @@ def test_every_recipe_composes_to_what_its_file_says(name):
 def test_the_recipes_choose_what_their_names_say():
     chosen = {
         name: (config.algorithm.adv_estimator, config.actor.policy_loss.loss_mode)
-        for name in ("gmpo", "gpg", "grpo")
+        for name in ("dapo", "dr_grpo", "gmpo", "gpg", "grpo")
         for config in [compose("--config-name", name)]
     }
     assert chosen == {
+        "dapo": ("grpo", "vanilla"),
+        "dr_grpo": ("grpo", "vanilla"),
         "gmpo": ("grpo", "geo_mean"),
         "gpg": ("gpg", "gpg"),
         "grpo": ("grpo", "vanilla"),
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        *(("algorithm.adv_estimator", name) for name in ADVANTAGES),
+        *(("actor.policy_loss.loss_mode", name) for name in POLICY_LOSSES),
+    ],
+)
+def test_every_estimator_and_loss_is_chosen_by_its_key(key, name):
+    config = compose(f"{key}={name}", "rollout.n=4", "model.path=m", "data.train_files=d")
+    check_run(config)
+    assert name in (config.algorithm.adv_estimator, config.actor.policy_loss.loss_mode)
 
 
 def test_without_a_recipe_every_value_is_the_default_of_its_field():

@@ -10,7 +10,7 @@ from fake_workers import REWARD, FakeWorkers, UnigramEngine, make_cluster, make_
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.loop.agreement import check_agreement
-from mcore_rl.loop.on_policy import generate
+from mcore_rl.loop.collect import generate
 from mcore_rl.types import Routing
 
 ROUTING = Routing(layers=[1, 3], num_experts=4, topk=2)

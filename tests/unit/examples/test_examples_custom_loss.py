@@ -1,0 +1,51 @@
+"""The example of a loss of one's own: chosen by its name, trained with, without a package file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_loss"
+LOOP_TESTS = Path(__file__).parents[1] / "loop"
+
+# In a process of its own, since a registered loss stays registered.
+TRAIN = """
+import pickle, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
+from mcore_rl.algorithms.objective import resolve_objective
+from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.resume import open_run_folder
+
+folder = Path(sys.argv[2])
+(folder / "reward.py").write_text(REWARD)
+cfg = make_config(
+    "actor.policy_loss.loss_mode=smooth_ratio", f"trainer.default_local_dir={folder / 'run'}"
+)
+assert pickle.loads(pickle.dumps(resolve_objective(cfg.actor, 6))).policy_loss is not None
+workers = FakeWorkers()
+before = workers.actor.weights.clone()
+inputs = make_inputs(folder / "reward.py", cfg, 1, 0)
+train(cfg, inputs, make_cluster(workers, cfg), open_run_folder(cfg, may_resume=True))
+inputs.scorer.close()
+assert not workers.actor.weights.equal(before)
+"""
+
+
+def test_the_loss_trains_a_step_and_logs_its_own_metric(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(LOOP_TESTS), str(tmp_path)],
+        cwd=EXAMPLE,
+        env=os.environ | {"MCORE_RL_PLUGINS": "smooth_ratio"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    # Of two updates the second finds moved weights.
+    assert json.loads(line)["actor/ratio_penalty"] > 0
