@@ -9,6 +9,7 @@ function started, and it dies with the thread that started it. It imports no tor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import inspect
 import json
@@ -61,13 +62,11 @@ def main() -> None:
     except UserError as error:
         _send(connection, {"refused": str(error)})
         return
-    _send(connection, {})
-    while True:
-        try:
-            message = connection.recv_bytes()
-        except EOFError:
-            return
-        _send(connection, _answer(message, custom))
+    # The other end closes when the run ends, which may be while a call is being answered.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _send(connection, {})
+        while True:
+            _send(connection, _answer(connection.recv_bytes(), custom))
 
 
 def die_with_parent() -> None:
