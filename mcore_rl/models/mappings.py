@@ -170,7 +170,7 @@ class Qkv(ParamMapping):
             for hf in self.sources
         ]
         num_rows = sum(hf.shape[0] for hf in self.sources)
-        return list(_rows_of(interleaved, _share(num_rows, tp_rank, tp_size)))
+        return list(rows_of(interleaved, _share(num_rows, tp_rank, tp_size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +268,16 @@ def take(tensor: Any, rows: Range | None, cols: Range | None) -> Tensor:
     return taken[:, slice(*cols)] if cols else taken
 
 
+def rows_of(blocks: Iterable[Block], rows: Range) -> Iterable[Block]:
+    """Yield the parts of stacked `blocks`, without padding, that fall into `rows` of the stack."""
+    top = 0
+    for block in blocks:
+        first, last = max(rows[0] - top, 0), min(rows[1] - top, block.num_rows)
+        if first < last:
+            yield replace(block, rows=(block.rows[0] + first, block.rows[0] + last))
+        top += block.num_rows
+
+
 def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> int:
     """Return the smallest multiple of `tp_size * divisible_by` that holds the vocabulary."""
     multiple = tp_size * divisible_by
@@ -278,16 +288,6 @@ def _share(size: int, index: int, count: int) -> Range:
     assert 0 <= index < count, f"share {index} of {count}"
     assert size % count == 0, f"{size} rows or columns do not divide into {count}"
     return index * size // count, (index + 1) * size // count
-
-
-def _rows_of(blocks: Iterable[Block], rows: Range) -> Iterable[Block]:
-    """Yield the parts of stacked `blocks` that fall into `rows` of the stack."""
-    top = 0
-    for block in blocks:
-        first, last = max(rows[0] - top, 0), min(rows[1] - top, block.num_rows)
-        if first < last:
-            yield replace(block, rows=(block.rows[0] + first, block.rows[0] + last))
-        top += block.num_rows
 
 
 def _shape_mismatch(entry: ParamEntry, shard: Tensor) -> str:

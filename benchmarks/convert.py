@@ -1,0 +1,157 @@
+"""Time and memory of the two conversions, against copying the same files.
+
+    python benchmarks/convert.py --gib 4
+    python benchmarks/convert.py --gib 0.1 --folder /mnt/disk     # a small one, on that disk
+
+Makes a random Qwen3-MoE checkpoint (bfloat16, shards of about 1 GB) in a temporary folder and runs
+`mcore-rl convert` in both directions, each in a process of its own, which is what a user waits for:
+the seconds it takes to import torch and transformers are in. Compared with `cp -r` of the same
+files and `sync`, before and after. The page cache is warm for both.
+
+Memory is the largest sum of anonymous and mapped file pages that the process ever held
+(ru_maxrss of the child, as the kernel counts it: VmHWM).
+
+Exit code 1 if a limit is missed: 1.5 GB of memory, twice the time of the copy (4 GiB only: for
+less, imports outweigh the rest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig
+
+from mcore_rl.models.safetensors_io import INDEX_FILE, index_text, shard_file_name
+from mcore_rl.models.spec import model_family
+
+MEMORY_LIMIT_GB = 1.5
+TIME_LIMIT = 2.0
+
+EXPERT_LAYER = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def make_checkpoint(folder: Path, num_bytes: int) -> int:
+    """Write a checkpoint of about `num_bytes` and return its exact size."""
+    config = Qwen3MoeConfig(**EXPERT_LAYER, num_hidden_layers=1)
+    shapes = _shapes(config)
+    outside = 2 * sum(s.numel() for n, s in shapes.items() if ".layers." not in n)
+    layer = 2 * sum(s.numel() for n, s in shapes.items() if ".layers." in n)
+    config.num_hidden_layers = max(1, round((num_bytes - outside) / layer))
+    config.save_pretrained(folder)
+    shapes = _shapes(config)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        if size + 2 * shape.numel() > 10**9:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 2 * shape.numel()
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = shard_file_name(i, len(shards))
+        tensors = {
+            name: torch.randint(-(2**14), 2**14, shapes[name], generator=generator)
+            .to(torch.int16)
+            .view(torch.bfloat16)
+            for name in names
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = 2 * sum(shape.numel() for shape in shapes.values())
+    (folder / INDEX_FILE).write_text(index_text(weight_map, total))
+    return total
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Run a command and return (seconds, peak resident memory in GB)."""
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
+    return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def copied(source: Path, target: Path) -> float:
+    """Return the seconds that copying a folder and `sync` of the copy take."""
+    seconds, _ = measured(["sh", "-c", f"cp -r '{source}' '{target}' && sync -f '{target}'"])
+    shutil.rmtree(target)
+    return seconds
+
+
+def run(folder: Path, num_bytes: int) -> list[dict[str, float | str]]:
+    """Measure both directions in `folder`."""
+    hf, mcore, back, copy = (folder / name for name in ("hf", "mcore", "back", "copy"))
+    total = make_checkpoint(hf, num_bytes)
+    convert = [sys.executable, "-m", "mcore_rl.convert"]
+    rows: list[dict[str, float | str]] = []
+    for direction, source, target in (("hf-to-mcore", hf, mcore), ("mcore-to-hf", mcore, back)):
+        os.sync()
+        before = copied(source, copy)
+        seconds, memory = measured([*convert, direction, str(source), str(target)])
+        after = copied(source, copy)
+        row = {
+            "direction": direction,
+            "size_gb": total / 1e9,
+            "seconds": seconds,
+            "cp_sync_seconds_before": before,
+            "cp_sync_seconds_after": after,
+            "time_ratio": seconds / ((before + after) / 2),
+            "peak_rss_gb": memory,
+        }
+        print(json.dumps({key: v if isinstance(v, str) else round(v, 2) for key, v in row.items()}))
+        rows.append(row)
+    return rows
+
+
+def _shapes(config: Qwen3MoeConfig) -> dict[str, torch.Size]:
+    entries = model_family(config).entries(config)
+    return {hf.name: torch.Size(hf.shape) for entry in entries for hf in entry.mapping.sources}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--folder", type=Path, help="where to work; default: temporary files'")
+    args = parser.parse_args()
+    num_bytes = int(args.gib * 2**30)
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="convert-") as folder:
+        free = shutil.disk_usage(folder).free
+        needed = 4 * num_bytes + 2**30  # three checkpoints, a copy, and room for others
+        if free < needed:
+            parser.error(f"{folder} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} needed")
+        rows = run(Path(folder), num_bytes)
+    missed = any(float(row["peak_rss_gb"]) > MEMORY_LIMIT_GB for row in rows)
+    if args.gib >= 4:
+        missed |= any(float(row["time_ratio"]) > TIME_LIMIT for row in rows)
+    sys.exit(int(missed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""The two conversions: plan the files, write those that are not finished, give the folder its name.
+
+    hf-to-mcore   pieces of rows of each Megatron parameter, put together from slices of Hugging
+                  Face tensors                              -> `__0_*.distcp` and their metadata
+    mcore-to-hf   pieces of rows of each Hugging Face tensor, cut out of Megatron's parameters
+                                                            -> `model-*.safetensors` and their index
+
+Both follow the blocks of `models/mappings.py` for one tensor-parallel rank. The plan is a function
+of the input's shapes, so a conversion that goes on writes what is missing, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from mcore_rl import __version__
+from mcore_rl.convert.safetensors_stream import (
+    SafetensorsSource,
+    TensorInfo,
+    bytes_of,
+    write_header,
+)
+from mcore_rl.convert.staging import StagedFolder
+from mcore_rl.convert.stored import StoredParam, stored_params
+from mcore_rl.convert.torch_dist import (
+    FORMAT_FILE,
+    METADATA_FILE,
+    Location,
+    Piece,
+    TorchDistSource,
+    format_bytes,
+    metadata_bytes,
+    saved_bytes,
+    write_tensor,
+)
+from mcore_rl.errors import require
+from mcore_rl.models.mappings import Range, Vocab, rows_of
+from mcore_rl.models.safetensors_io import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    CheckpointReader,
+    check_checkpoint,
+    index_text,
+    model_files,
+    shard_file_name,
+)
+from mcore_rl.models.spec import CONFIG_FILE, load_hf_config, model_family
+from mcore_rl.observability import run_folder
+
+PIECE_BYTES = 16 * 2**20
+"""Largest piece that is read, rearranged and written at once, unless one row is larger."""
+
+FILE_BYTES = 2**30
+"""Size at which a file is closed; what is lost at most when a conversion is killed."""
+
+OBJECTS_FILE = "__0_objects.distcp"
+COMMON_FILE = "common.pt"
+
+Progress = Callable[[int, int], None]
+"""(bytes written so far, bytes in all)"""
+
+Sized = TypeVar("Sized", TensorInfo, "_PlannedPiece")
+
+
+def hf_to_mcore(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write the Hugging Face folder `source` as a distributed checkpoint with its model files.
+
+    Args:
+        source: weights as safetensors, config.json.
+        out: made; must not exist.
+        dtype: of the weights written; None keeps each as it is.
+        file_bytes: size at which a file is closed.
+        progress: told after every piece.
+
+    Raises:
+        UserError: if the input is not a whole checkpoint of a known family, or `out` exists.
+        OSError: if a file cannot be written; what is finished stays in `<out>.partial`.
+    """
+    _require_folder(source)
+    config = load_hf_config(source)
+    family, reader = model_family(config), CheckpointReader(source)
+    check_checkpoint(reader, family.entries(config), family.unused_prefixes(config))
+    hf = SafetensorsSource(reader)
+    params = stored_params(config)
+    planned = [piece for param in params for piece in _pieces(param, hf, dtype)]
+    files = {f"__0_{i}.distcp": group for i, group in enumerate(_by_file(planned, file_bytes))}
+    counter = _Counter(sum(piece.nbytes for piece in planned), progress)
+    staged = StagedFolder(out, _task("hf-to-mcore", [source], dtype, file_bytes))
+    try:
+        located: list[tuple[Piece, Location]] = []
+        for name, pieces in files.items():
+            lengths = _finished_lengths(staged, name)
+            if lengths is None:
+                lengths = _write_distcp(staged, name, pieces, hf, counter)
+                staged.write(_lengths_of(name), json.dumps(lengths).encode())
+            else:
+                counter.add(sum(piece.nbytes for piece in pieces))
+            offsets = accumulate(lengths, initial=0)
+            for planned_piece, offset, length in zip(pieces, offsets, lengths, strict=False):
+                located.append((planned_piece.piece, Location(name, offset, length)))
+        nothing = saved_bytes([None])  # what Megatron's own linear layers save beside the weight
+        objects = {
+            param.extra_state_key: Location(OBJECTS_FILE, 0, len(nothing))
+            for param in params
+            if param.extra_state_key
+        }
+        shapes = {param.key: param.stacked_shape for param in params}
+        staged.write(OBJECTS_FILE, nothing)
+        staged.write(COMMON_FILE, saved_bytes({}))
+        staged.write(METADATA_FILE, metadata_bytes(shapes, located, objects))
+        _write_model_files(staged, Path(source), dtype)
+        staged.write(FORMAT_FILE, format_bytes())
+        staged.finish(drop=map(_lengths_of, files))
+    finally:
+        staged.close()
+        hf.close()
+
+
+def mcore_to_hf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    config_from: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write the model of a distributed checkpoint as a Hugging Face folder.
+
+    Args:
+        source: what `hf_to_mcore` wrote, or a training checkpoint `.../checkpoints/global_step_N`.
+        out: made; must not exist.
+        config_from: Hugging Face folder with config and tokenizer; None takes `source` itself or
+            the model of the run that the checkpoint belongs to.
+        dtype: of the weights written; None keeps each as it is.
+        file_bytes: size at which a shard is closed.
+        progress: told after every piece.
+
+    Raises:
+        UserError: if the input is not a whole checkpoint of that model, or `out` exists.
+        OSError: if a file cannot be written; what is finished stays in `<out>.partial`.
+    """
+    folder, model_folder = find_checkpoint(source, config_from)
+    config = load_hf_config(model_folder)
+    mcore = TorchDistSource(folder)
+    params = stored_params(config)
+    check_torch_dist(mcore, params)
+    param_of = {hf.name: param for param in params for hf in param.entry.mapping.sources}
+    tensors = [
+        TensorInfo(hf.name, param.dtype(mcore.dtype(param.key), dtype), hf.shape)
+        for param in params
+        for hf in param.entry.mapping.sources
+    ]
+    shards = list(_by_file(tensors, file_bytes))
+    many = len(shards) > 1
+    names = [shard_file_name(i, len(shards)) if many else SINGLE_FILE for i in range(len(shards))]
+    counter = _Counter(sum(tensor.nbytes for tensor in tensors), progress)
+    task = _task("mcore-to-hf", [folder, model_folder], dtype, file_bytes)
+    staged = StagedFolder(out, task)
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            if staged.has(name):
+                counter.add(sum(tensor.nbytes for tensor in shard))
+                continue
+            # Wider numbers first keeps every tensor aligned to the size of its numbers.
+            shard = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
+            with staged.writing(name) as stream:
+                write_header(stream, shard)
+                for tensor in shard:
+                    for piece in hf_pieces(mcore, param_of[tensor.name], tensor.name):
+                        stream.write(bytes_of(piece.to(tensor.dtype)))
+                        counter.add(piece.numel() * tensor.dtype.itemsize)
+        _write_model_files(staged, model_folder, tensors[0].dtype)
+        if many:
+            shard_of = {
+                tensor.name: name
+                for name, shard in zip(names, shards, strict=True)
+                for tensor in shard
+            }
+            staged.write(INDEX_FILE, index_text(shard_of, counter.total).encode())
+        staged.finish()
+    finally:
+        staged.close()
+        mcore.close()
+
+
+def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple[Path, Path]:
+    """Return the folder of the distributed checkpoint and the one with config and tokenizer.
+
+    Raises:
+        UserError: if either cannot be told.
+    """
+    source = Path(source)
+    _require_folder(source)
+    folder = source / "actor" if (source / "actor").is_dir() else source
+    if config_from is not None:
+        return folder, Path(config_from)
+    if (folder / CONFIG_FILE).is_file():
+        return folder, folder
+    config_file = source.resolve().parent.parent / run_folder.CONFIG_FILE
+    fix = "Give the Hugging Face folder by --config-from."
+    require(
+        config_file.is_file(),
+        "input",
+        str(source),
+        f"has neither {CONFIG_FILE} nor a run folder's {config_file.name} two levels above",
+        fix,
+    )
+    model_path = Path(OmegaConf.to_container(OmegaConf.load(config_file))["model"]["path"])  # type: ignore[reportArgumentType]
+    require(
+        model_path.is_dir(), "model.path", str(model_path), f"of {config_file} is not there", fix
+    )
+    return folder, model_path
+
+
+def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:
+    """Raise a UserError unless the checkpoint holds the parameters of the model and no others."""
+    for param in params:
+        found, wanted = mcore.shape(param.key), param.stacked_shape
+        if isinstance(param.entry.mapping, Vocab):  # padded for the layout it was trained in
+            found = (min(found[0], wanted[0]), *found[1:])
+        require(
+            found == wanted,
+            f"checkpoint {mcore.folder}: shape of {param.key}",
+            found,
+            f"is not {wanted}, which config.json asks for",
+        )
+    known = {param.key for param in params}
+    parts = {key.split(".")[0] for key in known}
+    strange = [k for k in mcore.keys() if k.split(".")[0] in parts and k not in known]
+    require(
+        not strange,
+        "checkpoint",
+        str(mcore.folder),
+        f"has {len(strange)} tensors that config.json has no place for, first {strange[:1]}",
+    )
+
+
+def read_param(mcore: TorchDistSource, param: StoredParam, rows: Range) -> Tensor:
+    """Return rows of a parameter, [rows, ...]; do not write to it."""
+    first, last = rows
+    tail = param.shape[1:]
+    offsets = (*param.place, first, *(0 for _ in tail))
+    sizes = (*(1 for _ in param.place), last - first, *tail)
+    return mcore.read(param.key, offsets, sizes).reshape(sizes[len(param.place) :])
+
+
+def hf_pieces(mcore: TorchDistSource, param: StoredParam, hf_name: str) -> Iterator[Tensor]:
+    """Yield the rows of a Hugging Face tensor that `param` holds, in order, piece by piece."""
+    runs: list[tuple[Range, int]] = []
+    top = 0
+    for block in param.entry.mapping.blocks(0, 1):
+        if block.hf_name == hf_name:
+            runs.append((block.rows, top))
+        top += block.num_rows
+    step = _rows_per_piece(param, mcore.dtype(param.key))
+    for (start, stop), top in sorted(runs):
+        for first, last in _ranges(stop - start, step):
+            yield read_param(mcore, param, (top + first, top + last))
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedPiece:
+    """Rows of a parameter, and what they are in the checkpoint."""
+
+    param: StoredParam
+    rows: Range
+    piece: Piece
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.piece.sizes).numel() * self.piece.dtype.itemsize
+
+
+class _Counter:
+    """Counts bytes and tells."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.total, self._progress, self._done = total, progress, 0
+        progress(0, total)
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._progress(self._done, self.total)
+
+
+def _pieces(
+    param: StoredParam, hf: SafetensorsSource, wanted: torch.dtype | None
+) -> Iterator[_PlannedPiece]:
+    stored = [hf.dtype(source.name) for source in param.entry.mapping.sources]
+    dtype = param.dtype(reduce(torch.promote_types, stored), wanted)
+    tail = param.shape[1:]
+    for first, last in _ranges(param.shape[0], _rows_per_piece(param, dtype)):
+        offsets = (*param.place, first, *(0 for _ in tail))
+        sizes = (*(1 for _ in param.place), last - first, *tail)
+        yield _PlannedPiece(param, (first, last), Piece(param.key, offsets, sizes, dtype))
+
+
+def _write_distcp(
+    staged: StagedFolder,
+    name: str,
+    pieces: Iterable[_PlannedPiece],
+    hf: SafetensorsSource,
+    counter: _Counter,
+) -> list[int]:
+    """Write one file and return the number of bytes that each piece takes in it."""
+    ends = [0]
+    with staged.writing(name) as stream:
+        for planned in pieces:
+            blocks = rows_of(planned.param.entry.mapping.blocks(0, 1), planned.rows)
+            shape, dtype = planned.piece.sizes, planned.piece.dtype
+            parts = (hf.read(block.hf_name, block.rows).to(dtype) for block in blocks)
+            write_tensor(stream, shape, dtype, parts)
+            ends.append(stream.tell())
+            counter.add(planned.nbytes)
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _finished_lengths(staged: StagedFolder, name: str) -> list[int] | None:
+    """Return what `_write_distcp` returned for a file that is finished, else None."""
+    if not staged.has(_lengths_of(name)):
+        return None
+    return json.loads((staged.path / _lengths_of(name)).read_bytes())
+
+
+def _lengths_of(name: str) -> str:
+    return f"{name}.lengths.json"
+
+
+def _write_model_files(staged: StagedFolder, source: Path, dtype: torch.dtype | None) -> None:
+    """Copy configuration and tokenizer; the configuration's dtype is made that of the weights."""
+    for file in model_files(source):
+        content = file.read_bytes()
+        if file.name == CONFIG_FILE and dtype is not None:
+            content = _with_dtype(content, str(dtype).removeprefix("torch."))
+        staged.write(file.name, content)
+
+
+def _with_dtype(config: bytes, dtype: str) -> bytes:
+    values: dict[str, Any] = json.loads(config)
+    outdated = [key for key in ("dtype", "torch_dtype") if values.get(key, dtype) != dtype]
+    if not outdated:
+        return config
+    return (json.dumps(values | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
+
+
+def _by_file(items: Sequence[Sized], file_bytes: int) -> Iterator[list[Sized]]:
+    """Group items in order; a file holds `file_bytes` at most, or one item."""
+    group: list[Sized] = []
+    num_bytes = 0
+    for item in items:
+        if group and num_bytes + item.nbytes > file_bytes:
+            yield group
+            group, num_bytes = [], 0
+        group.append(item)
+        num_bytes += item.nbytes
+    yield group
+
+
+def _rows_per_piece(param: StoredParam, dtype: torch.dtype) -> int:
+    return max(1, PIECE_BYTES // (param.row_numel * dtype.itemsize))
+
+
+def _ranges(size: int, step: int) -> Iterator[Range]:
+    for first in range(0, size, step):
+        yield first, min(first + step, size)
+
+
+def _task(
+    command: str, folders: Sequence[str | Path], dtype: torch.dtype | None, file_bytes: int
+) -> dict[str, Any]:
+    files = sorted(file for folder in folders for file in Path(folder).resolve().iterdir())
+    stats = {str(file): file.stat() for file in files if file.is_file()}
+    return {
+        "command": command,
+        "input": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "dtype": str(dtype),
+        "file_bytes": file_bytes,
+        "versions": {"mcore_rl": __version__, "torch": torch.__version__},
+    }
+
+
+def _require_folder(source: str | Path) -> None:
+    require(Path(source).is_dir(), "input", str(source), "is not a folder")

@@ -1,0 +1,108 @@
+"""An output folder that appears whole or not at all, and whose making can be gone on with.
+
+Files are written into `<folder>.partial`, each beside its name and flushed before it takes it, so a
+file under its name is finished. At the end the folder is renamed. Killed at any moment, the same
+task started again finds the finished files; another task starts from nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mcore_rl.errors import UserError, require
+
+TASK_FILE = "conversion.json"
+_TMP = ".tmp"
+
+
+class StagedFolder:
+    """What will be `folder`, open for one process at a time.
+
+    Args:
+        folder: must not exist, or be empty.
+        task: everything that the content of the files follows from, as JSON.
+
+    Raises:
+        UserError: if the folder is there, or another process is making it.
+    """
+
+    def __init__(self, folder: str | Path, task: Mapping[str, Any]) -> None:
+        self.final = Path(folder)
+        is_free = not self.final.exists() or (self.final.is_dir() and not any(self.final.iterdir()))
+        require(is_free, "output", str(folder), "exists", "Choose another, or remove it.")
+        self.path = self.final.with_name(f"{self.final.name}.partial")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise UserError(f"{self.path} is being written by another process.") from error
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._finishing: list[Future[None]] = []
+        text = json.dumps(task, indent=2) + "\n"
+        task_file = self.path / TASK_FILE
+        if not task_file.is_file() or task_file.read_text(encoding="utf-8") != text:
+            self._clear()
+            self.write(TASK_FILE, text.encode())
+
+    def has(self, name: str) -> bool:
+        """Return whether a file is finished."""
+        return (self.path / name).is_file()
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Yield a stream whose content becomes the file `name` after the block has ended well.
+
+        It is flushed while the next files are written; files become finished in order.
+        """
+        with contextlib.ExitStack() as unless_written:
+            stream = (self.path / f"{name}{_TMP}").open("wb")
+            unless_written.callback(stream.close)
+            yield stream
+            unless_written.pop_all()
+        self._finishing.append(self._flusher.submit(self._finish_file, stream, name))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        with self.writing(name) as stream:
+            stream.write(content)
+
+    def finish(self, drop: Iterable[str] = ()) -> None:
+        """Give the folder its name; everything in it is on disk before that.
+
+        Args:
+            drop: names of files that only a continuation would need.
+        """
+        for file in self._finishing:
+            file.result()
+        for name in (*drop, TASK_FILE):
+            (self.path / name).unlink()
+        os.fsync(self._lock)
+        self.path.rename(self.final)
+        parent = os.open(self.final.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._flusher.shutdown()
+        os.close(self._lock)
+
+    def _finish_file(self, stream: BinaryIO, name: str) -> None:
+        with stream:
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(stream.name).rename(self.path / name)
+
+    def _clear(self) -> None:
+        for file in self.path.iterdir():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()

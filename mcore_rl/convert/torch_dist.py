@@ -1,0 +1,288 @@
+"""Megatron's `torch_dist` checkpoints piece by piece, without a model and without processes.
+
+The format is that of torch.distributed.checkpoint: `.metadata` lists, for the tensor of each key,
+rectangles that cover it, and for each rectangle the file and the bytes in it, which are what
+torch.save wrote. Around it Megatron wants `metadata.json` and `common.pt`
+(megatron/core/dist_checkpointing/core.py, strategies/common.py). Readers take any rectangles, so a
+tensor written in pieces loads in every layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from mcore_rl.convert.safetensors_stream import bytes_of
+from mcore_rl.errors import UserError, require
+from mcore_rl.models.mappings import Shape
+
+METADATA_FILE = ".metadata"
+FORMAT_FILE = "metadata.json"
+_CACHE_BYTES = 256 * 2**20
+
+
+class TorchDistSource:
+    """Rectangles of the tensors of a distributed checkpoint, whoever wrote it, in any layout.
+
+    Memory is that of the rectangles stored there: the last ones read stay, 256 MiB or one of them.
+
+    Raises:
+        UserError: if the folder is not a whole checkpoint.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        key, fix = "checkpoint", "Give a folder that training or hf-to-mcore wrote."
+        for name in (FORMAT_FILE, METADATA_FILE):
+            require((self.folder / name).is_file(), key, str(folder), f"has no {name}", fix)
+        try:
+            self._metadata = FileSystemReader(self.folder).read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise UserError(f"{self.folder / METADATA_FILE} is damaged: {error!r}.") from error
+        self._check_files()
+        self._streams: dict[str, BinaryIO] = {}
+        self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
+
+    def keys(self) -> list[str]:
+        """Return the keys of all tensors, sorted."""
+        found = self._metadata.state_dict_metadata.items()
+        return sorted(key for key, what in found if isinstance(what, TensorStorageMetadata))
+
+    def shape(self, key: str) -> Shape:
+        """Return the full shape of a tensor."""
+        return tuple(self._tensor(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self._tensor(key).properties.dtype
+
+    def read(self, key: str, offsets: Shape, sizes: Shape) -> Tensor:
+        """Return the rectangle of that size at those offsets; do not write to it.
+
+        Raises:
+            UserError: if there is no such tensor, or its pieces do not cover the rectangle.
+        """
+        result, covered = None, 0
+        for chunk in self._tensor(key).chunks:
+            overlap = [
+                (max(start, at), min(start + size, at + length))
+                for start, size, at, length in zip(
+                    offsets, sizes, chunk.offsets, chunk.sizes, strict=True
+                )
+            ]
+            if any(first >= last for first, last in overlap):
+                continue
+            stored = self._load(MetadataIndex(key, chunk.offsets))
+            part = stored[_slices(overlap, chunk.offsets)]
+            if part.shape == torch.Size(sizes):
+                return part
+            if result is None:
+                result = part.new_empty(sizes)
+            result[_slices(overlap, offsets)] = part
+            covered += part.numel()
+        if result is None or covered != result.numel():
+            raise UserError(f"checkpoint {self.folder}: pieces of {key!r} are missing.")
+        return result
+
+    def close(self) -> None:
+        """Close the files and forget what was read."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        self._cache.clear()
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._metadata.storage_data.values():
+            end = info.offset + info.length
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
+        for name, end in sorted(ends.items()):
+            file = self.folder / name
+            require(file.is_file(), "checkpoint", str(self.folder), f"lacks its file {name}")
+            if file.stat().st_size < end:
+                raise UserError(f"{file} is cut short: it must have at least {end} bytes.")
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        found = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(found, TensorStorageMetadata):
+            raise UserError(
+                f"checkpoint {self.folder} has no tensor {key!r}. "
+                "It is of another model than the configuration, or not one of Megatron's GPT model."
+            )
+        return found
+
+    def _load(self, index: MetadataIndex) -> Tensor:
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        info = self._metadata.storage_data[index]
+        if info.relative_path not in self._streams:
+            self._streams[info.relative_path] = (self.folder / info.relative_path).open("rb")
+        num_kept = sum(tensor.nbytes for tensor in self._cache.values())
+        while self._cache and num_kept + info.length > _CACHE_BYTES:
+            num_kept -= self._cache.popitem(last=False)[1].nbytes
+        part = _FilePart(self._streams[info.relative_path], info.offset, info.length)
+        try:
+            tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            file = self.folder / info.relative_path
+            raise UserError(f"{file} is damaged at byte {info.offset}.") from error
+        self._cache[index] = tensor
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of the tensor of one key."""
+
+    key: str
+    offsets: Shape
+    sizes: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where something is stored."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def write_tensor(
+    stream: BinaryIO, shape: Shape, dtype: torch.dtype, parts: Iterable[Tensor]
+) -> None:
+    """Write what torch.save writes for a tensor, without having it in one piece.
+
+    Args:
+        stream: to append to.
+        shape: of the tensor.
+        dtype: of the tensor and its parts.
+        parts: the tensor row by row; together as many numbers as it has.
+    """
+    before, after = _around_the_numbers(shape, dtype)
+    stream.write(before)
+    num_bytes = 0
+    for part in parts:
+        num_bytes += stream.write(bytes_of(part))
+    assert num_bytes == torch.Size(shape).numel() * dtype.itemsize, (shape, dtype, num_bytes)
+    stream.write(after)
+
+
+def metadata_bytes(
+    shapes: dict[str, Shape],
+    pieces: list[tuple[Piece, Location]],
+    objects: dict[str, Location],
+) -> bytes:
+    """Return what `.metadata` holds.
+
+    Args:
+        shapes: full shape of the tensor of each key.
+        pieces: cover these tensors, each number once.
+        objects: key of each stored object that is no tensor.
+    """
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for piece, location in pieces:
+        if piece.key not in tensors:
+            properties = TensorProperties(dtype=piece.dtype)
+            tensors[piece.key] = TensorStorageMetadata(
+                properties, torch.Size(shapes[piece.key]), []
+            )
+        of_key = tensors[piece.key]
+        assert isinstance(of_key, TensorStorageMetadata)
+        chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+        of_key.chunks.append(chunk)
+        storage[MetadataIndex(piece.key, chunk.offsets)] = _info(location)
+    for key, location in objects.items():
+        tensors[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _info(location)
+    return pickle.dumps(Metadata(tensors, planner_data={}, storage_data=storage))
+
+
+def format_bytes() -> bytes:
+    """Return what `metadata.json` holds; Megatron takes a folder with it for a whole checkpoint."""
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    return json.dumps(backends | {f"{key}_version": 1 for key in backends}).encode()
+
+
+def saved_bytes(value: object) -> bytes:
+    """Return what torch.save writes for a small value."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@functools.lru_cache(maxsize=64)
+def _around_the_numbers(shape: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """Return what torch.save writes before and after the numbers of a tensor.
+
+    A file of torch.save is a zip archive with the numbers, uncompressed, in "data/0". Beside names
+    and sizes it has their checksum, which no version of torch compares; it is that of zeros here,
+    as it is left out where torch.serialization.set_crc32_options(False) is set.
+    """
+    archive = saved_bytes(torch.zeros(shape, dtype=dtype))
+    with zipfile.ZipFile(io.BytesIO(archive)) as names:
+        (entry,) = (info for info in names.infolist() if info.filename.endswith("/data/0"))
+    name_length, extra_length = struct.unpack_from("<HH", archive, entry.header_offset + 26)
+    start = entry.header_offset + 30 + name_length + extra_length
+    return archive[:start], archive[start + entry.file_size :]
+
+
+def _info(location: Location) -> _StorageInfo:
+    return _StorageInfo(location.file, location.offset, location.length)
+
+
+def _slices(bounds: list[tuple[int, int]], origin: Shape) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for (a, b), o in zip(bounds, origin, strict=True))
+
+
+class _FilePart(io.RawIOBase):
+    """Bytes `start` to `start + length` of a file as a file, which is what torch.load wants."""
+
+    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+        self._stream, self._start, self._length, self._at = stream, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = origin + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer)[: self._length - self._at]
+        self._stream.seek(self._start + self._at)
+        count = self._stream.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
+        self._at += count
+        return count
