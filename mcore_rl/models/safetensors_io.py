@@ -74,11 +74,6 @@ class CheckpointReader:
         """Return the names of all tensors, sorted."""
         return sorted(self._file_of)
 
-    def file(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
-        self._slice(name)
-        return self._file_of[name]
-
     def shape(self, name: str) -> Shape:
         """Return the full shape of a tensor."""
         return tuple(self._slice(name).get_shape())
@@ -263,7 +258,6 @@ def begin_checkpoint(folder: str | Path) -> None:
         leftover.unlink()
 
 
-<<<<<<< HEAD
 def write_shards(
     folder: str | Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -318,32 +312,6 @@ def finish_checkpoint(folder: str | Path, shards: Sequence[Shard]) -> None:
         flush_to_disk(partial)
         partial.rename(folder / INDEX_FILE)
     flush_to_disk(folder)
-=======
-    num_shards = len(names_of_shards)
-    if num_shards == 1:
-        _partial_file(folder, 0).rename(folder / SINGLE_FILE)
-        return total_bytes
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(names_of_shards):
-        file_name = shard_file_name(i, num_shards)
-        _partial_file(folder, i).rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    partial_index = folder / f"{INDEX_FILE}.tmp"
-    partial_index.write_text(index_text(weight_map, total_bytes), encoding="utf-8")
-    partial_index.rename(folder / INDEX_FILE)
-    return total_bytes
->>>>>>> a8afe4c (Offline conversion: both directions, streaming and resumable (tests follow))
-
-
-def shard_file_name(index: int, num_shards: int) -> str:
-    """Return the name of shard `index`, from 0, of a checkpoint of several."""
-    return f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
-
-
-def index_text(weight_map: Mapping[str, str], total_bytes: int) -> str:
-    """Return what `model.safetensors.index.json` holds: the file of each tensor and their size."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
-    return json.dumps(index, indent=2) + "\n"
 
 
 def copy_model_files(
@@ -368,21 +336,11 @@ def copy_model_files(
         "is not empty",
         "Choose another, or ask to overwrite.",
     )
-    files = model_files(source)
+    files = {file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()}
     for file in files:
         shutil.copy2(file, target / file.name)
-<<<<<<< HEAD
         flush_to_disk(target / file.name)
     return sorted(file.name for file in files)
-=======
-    return [file.name for file in files]
-
-
-def model_files(folder: str | Path) -> list[Path]:
-    """Return the configuration and tokenizer files of a model folder, sorted."""
-    found = {file for pattern in MODEL_FILES for file in Path(folder).glob(pattern)}
-    return sorted(file for file in found if file.is_file())
->>>>>>> a8afe4c (Offline conversion: both directions, streaming and resumable (tests follow))
 
 
 def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:
