@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from mcore_rl import __version__
 from mcore_rl.convert.safetensors_stream import (

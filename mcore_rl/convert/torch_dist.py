@@ -67,8 +67,11 @@ class TorchDistSource:
 
     def keys(self) -> list[str]:
         """Return the keys of all tensors, sorted."""
-        found = self._metadata.state_dict_metadata.items()
-        return sorted(key for key, what in found if isinstance(what, TensorStorageMetadata))
+        return self._keys_of(TensorStorageMetadata)
+
+    def object_keys(self) -> list[str]:
+        """Return the keys of everything that is not a tensor, sorted."""
+        return self._keys_of(BytesStorageMetadata)
 
     def shape(self, key: str) -> Shape:
         """Return the full shape of a tensor."""
@@ -123,6 +126,10 @@ class TorchDistSource:
             require(file.is_file(), "checkpoint", str(self.folder), f"lacks its file {name}")
             if file.stat().st_size < end:
                 raise UserError(f"{file} is cut short: it must have at least {end} bytes.")
+
+    def _keys_of(self, kind: type) -> list[str]:
+        found = self._metadata.state_dict_metadata.items()
+        return sorted(key for key, what in found if isinstance(what, kind))
 
     def _tensor(self, key: str) -> TensorStorageMetadata:
         found = self._metadata.state_dict_metadata.get(key)

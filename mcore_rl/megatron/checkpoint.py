@@ -69,19 +69,42 @@ def load_checkpoint(
     optimizer.schedule.load_state_dict(state["schedule"])
 
 
+def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parallel) -> None:
+    """Fill chunks that are not wrapped for training from a distributed checkpoint; collective.
+
+    Args:
+        folder: what `save_checkpoint` or `mcore-rl convert hf-to-mcore` wrote; of its content only
+            the weights are read.
+        chunks: of `build_chunks`, in any layout.
+        parallel: process groups.
+    """
+    wanted = {f"model{index}": _weights(chunk, parallel) for index, chunk in enumerate(chunks)}
+    state: Any = dist_checkpointing.load(
+        wanted, str(folder), get_default_load_sharded_strategy(str(folder))
+    )
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
+        assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
+
+
+def _weights(chunk: Any, parallel: Parallel) -> dict[str, Any]:
+    """Return the sharded state of a chunk without extra states: they are nothing but Transformer
+    Engine's factors of FP8, and which modules have one depends on the layer specs."""
+    state = chunk.sharded_state_dict(metadata=_metadata(parallel))
+    return {name: value for name, value in state.items() if not _is_extra_state(name)}
+
+
+def _is_extra_state(name: str) -> bool:
+    return name.endswith("_extra_state")
+
+
 def _sharded_state(
     chunks: Sequence[DistributedDataParallel],
     optimizer: PolicyOptimizer,
     parallel: Parallel,
     is_loading: bool,
 ) -> dict[str, Any]:
-    metadata = {
-        # The default of 0.16.1 is a type that it can no longer load (distrib_optimizer.py:1226).
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel.dp_cp,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
+    metadata = _metadata(parallel)
     state: dict[str, Any] = {
         f"model{index}": _model(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)
@@ -91,6 +114,17 @@ def _sharded_state(
             dict(state), is_loading=is_loading, metadata=metadata
         )
     return state
+
+
+def _metadata(parallel: Parallel) -> dict[str, Any]:
+    """Return what says how Megatron names and cuts what it saves."""
+    return {
+        # The default of 0.16.1 is a type that it can no longer load (distrib_optimizer.py:1226).
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel.dp_cp,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
 
 
 def _parts(optimizer: Any) -> list[Any]:

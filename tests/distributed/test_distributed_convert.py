@@ -1,0 +1,100 @@
+"""Converted checkpoints are what Megatron would have saved, and load in every layout."""
+
+import actor_cases
+import convert_cases
+import pytest
+import torch
+from actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id, random_sequences
+from tiny_checkpoints import CHECKPOINTS
+
+from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
+from mcore_rl.convert.torch_dist import TorchDistSource
+from mcore_rl.models.safetensors_io import CheckpointReader
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_checkpoint, tmp_path_factory):
+    """Return a function: name of a tiny checkpoint -> its distributed checkpoint, written once."""
+    folders = {}
+
+    def folder_of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("converted") / name
+            hf_to_mcore(tiny_checkpoint(name), folders[name], file_bytes=40_000)
+        return folders[name]
+
+    return folder_of
+
+
+def test_keys_shapes_and_dtypes_are_those_that_megatron_saves(
+    processes, tiny_checkpoint, converted
+):
+    """For every family, against `sharded_state_dict` of the model on one process."""
+    names = list(CHECKPOINTS)
+    args = [str(tiny_checkpoint(name)) for name in names]
+    (saved,) = processes.run(convert_cases.what_megatron_saves, 1, args)
+    for name, (tensors, objects) in zip(names, saved, strict=True):
+        source = TorchDistSource(converted(name))
+        ours = {key: (source.shape(key), source.dtype(key)) for key in source.keys()}
+        assert ours == tensors, name
+        assert set(source.object_keys()) == objects, name
+
+
+def test_megatron_alone_loads_every_key(processes, tiny_checkpoint, converted):
+    args = str(tiny_checkpoint("qwen3_moe_mixed")), str(converted("qwen3_moe_mixed"))
+    assert processes.run(convert_cases.load_all_of_it, 1, *args) == [([], [])]
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "megatron"),
+    [
+        ("qwen2_tied", 1, {}),
+        ("qwen2_tied", 2, TP2),
+        ("qwen2_tied", 2, VPP2),
+        ("qwen3_moe_mixed", 2, PP2),
+        ("qwen3_moe", 2, EP2),
+        ("qwen3_moe", 2, TP2 | ETP1),
+        ("deepseek_v3", 2, TP2 | EP2 | ETP1),
+    ],
+    ids=layout_id,
+)
+def test_a_converted_checkpoint_loads_bit_by_bit_in_any_layout(
+    processes, tiny_checkpoint, converted, name, world_size, megatron
+):
+    args = str(tiny_checkpoint(name)), str(converted(name)), megatron
+    for wrong, count in processes.run(convert_cases.names_loaded_wrongly, world_size, *args):
+        assert wrong == []
+        assert count > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "megatron"),
+    [
+        ("qwen2_tied", 2, PP2),
+        ("qwen3", 2, TP2),
+        ("qwen3_moe", 2, TP2 | EP2 | ETP1 | {"dtype": "bfloat16"}),
+    ],
+    ids=layout_id,
+)
+def test_a_training_checkpoint_becomes_the_folder_that_the_trainer_exports(
+    processes, tiny_checkpoint, tmp_path, name, world_size, megatron
+):
+    """After two updates. The vocabulary of 61 is padded under tensor parallelism."""
+    saved = tmp_path / "global_step_2" / "actor"
+    saved.mkdir(parents=True)
+    spec = actor_spec(tiny_checkpoint(name), **megatron)
+    steps = [("begin_step",), ("update", random_sequences(0), actor_cases.SftObjective())]
+    script = [*steps, ("save", str(saved))]
+    exported = processes.run(actor_cases.run_script, world_size, spec, script)[0][-1][1]
+
+    target = tmp_path / "hf"
+    mcore_to_hf(saved.parent, target, config_from=tiny_checkpoint(name), file_bytes=20_000)
+    reader = CheckpointReader(target)
+    assert reader.names() == sorted(exported)
+    for tensor_name, tensor in exported.items():
+        assert torch.equal(reader.read(tensor_name), tensor), tensor_name
+        assert reader.dtype(tensor_name) == tensor.dtype
+    assert not torch.equal(
+        exported["model.norm.weight"].float(),
+        CheckpointReader(tiny_checkpoint(name)).read("model.norm.weight"),
+    )

@@ -1,0 +1,344 @@
+"""Both conversions in this process; that Megatron reads the result is in tests/distributed."""
+
+import errno
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import CHECKPOINTS
+
+from mcore_rl.convert import __main__ as command
+from mcore_rl.convert import convert
+from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError
+from mcore_rl.models.safetensors_io import CheckpointReader
+
+FILE_BYTES = 20_000
+"""Several files for a tiny model."""
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def tensors(folder):
+    reader = CheckpointReader(folder)
+    return {name: reader.read(name) for name in reader.names()}
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_family_comes_back_bit_by_bit(tiny_checkpoint, tmp_path, name):
+    source = tiny_checkpoint(name)
+    hf_to_mcore(source, tmp_path / "mcore", file_bytes=FILE_BYTES)
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", file_bytes=FILE_BYTES)
+    assert_same_tensors(tensors(tmp_path / "hf"), tensors(source))
+    assert (tmp_path / "hf/config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert len(list((tmp_path / "mcore").glob("*.distcp"))) > 2
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+
+
+def test_pieces_may_be_single_rows(tiny_checkpoint, tmp_path, monkeypatch):
+    """Large tensors are cut into pieces of rows, also through queries, keys and values."""
+    monkeypatch.setattr(convert, "PIECE_BYTES", 300)  # two rows of 32 float32, six of 12
+    hf_to_mcore(tiny_checkpoint("deepseek_v3"), tmp_path / "mcore")
+    hf_to_mcore(tiny_checkpoint("glm4_moe"), tmp_path / "glm")
+    for name, mcore in (("deepseek_v3", "mcore"), ("glm4_moe", "glm")):
+        mcore_to_hf(tmp_path / mcore, tmp_path / name)
+        assert_same_tensors(tensors(tmp_path / name), tensors(tiny_checkpoint(name)))
+
+
+def test_weights_become_the_dtype_asked_for_and_biases_of_routers_stay(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("deepseek_v3")
+    expected = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+        for name, tensor in tensors(source).items()
+    }
+    hf_to_mcore(source, tmp_path / "mcore", dtype=torch.bfloat16)
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    assert_same_tensors(tensors(tmp_path / "hf"), expected)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+
+    hf_to_mcore(source, tmp_path / "float32")
+    mcore_to_hf(tmp_path / "float32", tmp_path / "late", dtype=torch.bfloat16)
+    assert_same_tensors(tensors(tmp_path / "late"), expected)
+
+
+def test_the_folder_keeps_tokenizer_and_template(tiny_checkpoint, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("qwen3"), source)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (source / name).write_text(name)
+    hf_to_mcore(source, tmp_path / "mcore")
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.fixture
+def conversions(tiny_checkpoint, tmp_path):
+    """Return a function: direction -> function(out, **options) that converts a mixture."""
+    mcore = tmp_path / "input"
+    hf_to_mcore(tiny_checkpoint("qwen3_moe"), mcore)
+
+    def of(direction):
+        run, source = {
+            "hf-to-mcore": (hf_to_mcore, tiny_checkpoint("qwen3_moe")),
+            "mcore-to-hf": (mcore_to_hf, mcore),
+        }[direction]
+        return lambda out, **options: run(source, out, file_bytes=FILE_BYTES, **options)
+
+    return of
+
+
+DIRECTIONS = pytest.mark.parametrize("direction", ["hf-to-mcore", "mcore-to-hf"])
+
+
+class Stopped(Exception):
+    """What a conversion is stopped with."""
+
+
+def stop_at(share):
+    def progress(done, total):
+        if done > share * total:
+            raise Stopped
+
+    return progress
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_stopped_conversion_goes_on_to_the_same_bytes(conversions, tmp_path, direction, share):
+    run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
+    run(whole)
+    with pytest.raises(Stopped):
+        run(out, progress=stop_at(share))
+    assert not out.exists()
+    partial = tmp_path / "out.partial"
+    finished = {f: f.stat().st_ino for f in partial.iterdir() if f.suffix != ".tmp"}
+    run(out)
+    assert contents(out) == contents(whole)
+    assert not partial.exists()
+    kept = [
+        f
+        for f, inode in finished.items()
+        if (out / f.name).exists() and (out / f.name).stat().st_ino == inode
+    ]
+    assert any(f.suffix in (".distcp", ".safetensors") for f in kept) == (share > 0)
+
+
+@DIRECTIONS
+def test_a_killed_process_leaves_no_output_and_the_next_one_goes_on(
+    conversions, tiny_checkpoint, tmp_path, direction
+):
+    """SIGKILL in the middle, between two writes."""
+    run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
+    run(whole)
+    source = tiny_checkpoint("qwen3_moe") if direction == "hf-to-mcore" else tmp_path / "input"
+    program = (
+        "import os, sys\n"
+        "from mcore_rl.convert import convert\n"
+        "run = getattr(convert, sys.argv[1].replace('-', '_'))\n"
+        "def progress(done, total):\n"
+        "    if done > total / 2: os.kill(os.getpid(), 9)\n"
+        f"run(sys.argv[2], sys.argv[3], file_bytes={FILE_BYTES}, progress=progress)\n"
+    )
+    args = [sys.executable, "-c", program, direction, str(source), str(out)]
+    killed = subprocess.run(args, timeout=240, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    run(out)
+    assert contents(out) == contents(whole)
+
+
+def test_another_conversion_starts_from_nothing(conversions, tmp_path):
+    run, out = conversions("mcore-to-hf"), tmp_path / "out"
+    with pytest.raises(Stopped):
+        run(out, progress=stop_at(0.5))
+    run(out, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors(out).values()} == {torch.bfloat16}
+
+
+@DIRECTIONS
+def test_a_full_disk_ends_the_conversion_and_it_goes_on_later(conversions, tmp_path, direction):
+    """/dev/full in place of a file that is not finished gives the kernel's own ENOSPC."""
+    run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
+    run(whole)
+    with pytest.raises(Stopped):
+        run(out, progress=stop_at(0.5))
+    (unfinished,) = (tmp_path / "out.partial").glob("*.tmp")
+    unfinished.unlink()
+    unfinished.symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        run(out)
+    assert error.value.errno == errno.ENOSPC
+    assert not out.exists()
+    unfinished.unlink()
+    run(out)
+    assert contents(out) == contents(whole)
+
+
+def test_the_command_reports_a_full_disk_in_one_line(tiny_checkpoint, tmp_path, capsys):
+    """Every file may have 1000 bytes, the limit that the kernel has for a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    args = ["hf-to-mcore", str(tiny_checkpoint("qwen3")), str(tmp_path / "out")]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.main(args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: [Errno 27] File too large")
+    assert "out.partial" in line
+    assert not (tmp_path / "out").exists()
+    command.main(args)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_output_that_exists_is_refused_and_intact(conversions, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match=r"output='.*out' exists"):
+        conversions("mcore-to-hf")(tmp_path / "out")
+    assert contents(tmp_path / "out") == {"model.safetensors": b"precious"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_second_process_may_not_write_the_same_output(conversions, tmp_path):
+    run, out = conversions("mcore-to-hf"), tmp_path / "out"
+
+    def progress(done, total):
+        if done:
+            with pytest.raises(UserError, match="being written by another process"):
+                run(out)
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(out, progress=progress)
+    run(out)
+    assert out.is_dir()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def in_two_shards(folder):
+    """Make two shards and an index of the single file."""
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"shard{i % 2}.safetensors" for i, name in enumerate(sorted(whole))}
+    for file in ("shard0.safetensors", "shard1.safetensors"):
+        save_file({n: whole[n] for n, where in weight_map.items() if where == file}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return weight_map
+
+
+def lose_a_shard(folder):
+    in_two_shards(folder)
+    (folder / "shard1.safetensors").unlink()
+
+
+def swap_a_place(folder):
+    weight_map = in_two_shards(folder)
+    name = min(weight_map)
+    other = {"shard0.safetensors": "shard1.safetensors", "shard1.safetensors": "shard0.safetensors"}
+    weight_map[name] = other[weight_map[name]]
+    edit_json(folder / "model.safetensors.index.json", weight_map=weight_map)
+
+
+def make_an_integer(folder):
+    whole = load_file(folder / "model.safetensors")
+    whole["model.norm.weight"] = whole["model.norm.weight"].to(torch.int32)
+    save_file(whole, folder / "model.safetensors")
+
+
+BROKEN_HF = {
+    "cut short": (lambda f: cut(f / "model.safetensors"), "damaged or cut short"),
+    "shard missing": (lose_a_shard, "lacks 1 of the shards"),
+    "index wrong": (swap_a_place, "which the index says it holds"),
+    "no index": (lambda f: (f / "model.safetensors").unlink(), "has neither"),
+    "family": (lambda f: edit_json(f / "config.json", model_type="rwkv"), "rwkv"),
+    "shape": (lambda f: edit_json(f / "config.json", intermediate_size=64), "config.json asks for"),
+    "layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), "no place for"),
+    "dtype": (make_an_integer, "is not one of F32, BF16, F16"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+}
+
+BROKEN_MCORE = {
+    "cut short": (lambda f: cut(f / "__0_0.distcp"), "is cut short"),
+    "file missing": (lambda f: (f / "__0_0.distcp").unlink(), "lacks its file __0_0.distcp"),
+    "unfinished": (lambda f: (f / "metadata.json").unlink(), "has no metadata.json"),
+    "no metadata": (lambda f: (f / ".metadata").unlink(), "has no .metadata"),
+    "metadata cut": (lambda f: cut(f / ".metadata"), "is damaged"),
+    "numbers damaged": (
+        lambda f: (f / "__0_0.distcp").write_bytes(bytes((f / "__0_0.distcp").stat().st_size)),
+        "is damaged at byte 0",
+    ),
+    "shape": (lambda f: edit_json(f / "config.json", intermediate_size=64), "config.json asks for"),
+    "experts": (lambda f: edit_json(f / "config.json", model_type="llama"), "no place for|no tens"),
+    "no config": (lambda f: (f / "config.json").unlink(), "--config-from"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_HF)
+def test_a_broken_folder_is_one_clear_line(tiny_checkpoint, tmp_path, capsys, fault):
+    source, (break_it, message) = tmp_path / "source", BROKEN_HF[fault]
+    shutil.copytree(tiny_checkpoint("qwen3"), source)
+    break_it(source)
+    assert_refused(["hf-to-mcore", source, tmp_path / "out"], message, capsys)
+
+
+@pytest.mark.parametrize("fault", BROKEN_MCORE)
+def test_a_broken_distributed_checkpoint_is_one_clear_line(
+    tiny_checkpoint, tmp_path, capsys, fault
+):
+    source, (break_it, message) = tmp_path / "source", BROKEN_MCORE[fault]
+    hf_to_mcore(tiny_checkpoint("qwen3"), source)
+    break_it(source)
+    assert_refused(["mcore-to-hf", source, tmp_path / "out"], message, capsys)
+
+
+def assert_refused(args, message, capsys):
+    """The command ends with exit code 2, one line and no output."""
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(arg) for arg in args])
+    assert ended.value.code == USER_ERROR_EXIT_CODE
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert re.search(message, line), line
+    assert not Path(args[2]).exists()
+
+
+def test_a_run_s_checkpoint_takes_the_model_of_its_configuration(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("qwen3")
+    step = tmp_path / "run/checkpoints/global_step_3"
+    hf_to_mcore(source, step / "actor")
+    (step / "actor/config.json").unlink()
+    (tmp_path / "run/config.yaml").write_text(f"model: {{path: {source}}}")
+    mcore_to_hf(step, tmp_path / "hf")
+    assert_same_tensors(tensors(tmp_path / "hf"), tensors(source))
+
+
+def test_prompts_without_verify_are_refused(tmp_path, capsys):
+    assert_refused(["hf-to-mcore", "x", tmp_path / "out", "--prompt", "Hi"], "no effect", capsys)
