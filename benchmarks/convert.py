@@ -4,21 +4,22 @@
     python benchmarks/convert.py --gib 0.1 --folder /mnt/disk     # a small one, on that disk
 
 Makes a random Qwen3-MoE checkpoint (bfloat16, shards of about 1 GB) in a temporary folder and runs
-`mcore-rl convert` in both directions, each in a process of its own, which is what a user waits for:
-the seconds it takes to import torch and transformers are in. Compared with `cp -r` of the same
-files and `sync`, before and after. The page cache is warm for both.
+`mcore-rl convert` in both directions, each in a process of its own. Compared with `cp -r` of the
+same files and `sync`, before and after; the page cache is warm for both. `seconds` is what a user
+waits for; `import_seconds` of them go by before the first byte, the time of a process that imports
+the same and ends.
 
-Memory is the largest sum of anonymous and mapped file pages that the process ever held
-(ru_maxrss of the child, as the kernel counts it: VmHWM).
+Memory is the largest sum of anonymous and mapped file pages that the process ever held: ru_maxrss
+of the child. (It is never below that of this process, which forked it: 0.4 GB.)
 
-Exit code 1 if a limit is missed: 1.5 GB of memory, twice the time of the copy (4 GiB only: for
-less, imports outweigh the rest).
+Exit code 1 if a limit is missed: 1.5 GB of memory; twice the time of the copy, without imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -53,8 +54,8 @@ EXPERT_LAYER = {
 }
 
 
-def make_checkpoint(folder: Path, num_bytes: int) -> int:
-    """Write a checkpoint of about `num_bytes` and return its exact size."""
+def make_checkpoint(folder: Path, num_bytes: int) -> None:
+    """Write a checkpoint of about `num_bytes`."""
     config = Qwen3MoeConfig(**EXPERT_LAYER, num_hidden_layers=1)
     shapes = _shapes(config)
     outside = 2 * sum(s.numel() for n, s in shapes.items() if ".layers." not in n)
@@ -84,7 +85,6 @@ def make_checkpoint(folder: Path, num_bytes: int) -> int:
         weight_map |= dict.fromkeys(names, file)
     total = 2 * sum(shape.numel() for shape in shapes.values())
     (folder / INDEX_FILE).write_text(index_text(weight_map, total))
-    return total
 
 
 def measured(command: list[str]) -> tuple[float, float]:
@@ -108,12 +108,19 @@ def copied(source: Path, target: Path) -> float:
 def run(folder: Path, num_bytes: int) -> list[dict[str, float | str]]:
     """Measure both directions in `folder`."""
     hf, mcore, back, copy = (folder / name for name in ("hf", "mcore", "back", "copy"))
-    total = make_checkpoint(hf, num_bytes)
+    # In a process of its own: what this one ever held would count as its children's.
+    maker = multiprocessing.get_context("spawn").Process(
+        target=make_checkpoint, args=(hf, num_bytes)
+    )
+    maker.start()
+    maker.join()
+    total = json.loads((hf / INDEX_FILE).read_text())["metadata"]["total_size"]
     convert = [sys.executable, "-m", "mcore_rl.convert"]
     rows: list[dict[str, float | str]] = []
     for direction, source, target in (("hf-to-mcore", hf, mcore), ("mcore-to-hf", mcore, back)):
         os.sync()
         before = copied(source, copy)
+        imports, _ = measured([sys.executable, "-c", "import mcore_rl.convert.convert"])
         seconds, memory = measured([*convert, direction, str(source), str(target)])
         after = copied(source, copy)
         row = {
@@ -122,7 +129,8 @@ def run(folder: Path, num_bytes: int) -> list[dict[str, float | str]]:
             "seconds": seconds,
             "cp_sync_seconds_before": before,
             "cp_sync_seconds_after": after,
-            "time_ratio": seconds / ((before + after) / 2),
+            "import_seconds": imports,
+            "time_ratio": (seconds - imports) / ((before + after) / 2),
             "peak_rss_gb": memory,
         }
         print(json.dumps({key: v if isinstance(v, str) else round(v, 2) for key, v in row.items()}))
@@ -147,10 +155,14 @@ def main() -> None:
         if free < needed:
             parser.error(f"{folder} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} needed")
         rows = run(Path(folder), num_bytes)
-    missed = any(float(row["peak_rss_gb"]) > MEMORY_LIMIT_GB for row in rows)
-    if args.gib >= 4:
-        missed |= any(float(row["time_ratio"]) > TIME_LIMIT for row in rows)
-    sys.exit(int(missed))
+    sys.exit(
+        int(
+            any(
+                float(row["peak_rss_gb"]) > MEMORY_LIMIT_GB or float(row["time_ratio"]) > TIME_LIMIT
+                for row in rows
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ DTYPES = ("float32", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     args = _parser().parse_args(argv)
+    # Megatron's loader goes through parts of torch.distributed.checkpoint that torch deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
         args.run(args)
     except UserError as error:

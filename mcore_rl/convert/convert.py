@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -244,7 +244,7 @@ def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> N
         )
     known = {param.key for param in params}
     parts = {key.split(".")[0] for key in known}
-    strange = [k for k in mcore.keys() if k.split(".")[0] in parts and k not in known]
+    strange = [k for k in mcore.tensor_keys() if k.split(".")[0] in parts and k not in known]
     require(
         not strange,
         "checkpoint",
@@ -330,7 +330,7 @@ def _write_distcp(
             write_tensor(stream, shape, dtype, parts)
             ends.append(stream.tell())
             counter.add(planned.nbytes)
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _finished_lengths(staged: StagedFolder, name: str) -> list[int] | None:

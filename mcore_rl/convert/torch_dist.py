@@ -65,7 +65,7 @@ class TorchDistSource:
         self._streams: dict[str, BinaryIO] = {}
         self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
 
-    def keys(self) -> list[str]:
+    def tensor_keys(self) -> list[str]:
         """Return the keys of all tensors, sorted."""
         return self._keys_of(TensorStorageMetadata)
 

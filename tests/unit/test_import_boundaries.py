@@ -69,6 +69,8 @@ MAY_IMPORT = {
         "models.safetensors_io",
         "models.spec",
     ),
+    # A model is built for --verify alone.
+    "convert": ("data.packing", "megatron", "models", "observability.run_folder"),
     "cli": (),
 }
 
@@ -81,15 +83,15 @@ LIBRARY_OWNERS = {
     "megatron": ("megatron.",),
     "hydra": ("config.",),
     "yaml": ("config.",),
-    "omegaconf": ("config.", "loop.resume", "observability.report"),
-    "transformers": ("data.chat", "data.prompts", "models.", "megatron.", "loop."),
+    "omegaconf": ("config.", "convert.convert", "loop.resume", "observability.report"),
+    "transformers": ("data.chat", "data.prompts", "models.", "megatron.", "loop.", "convert."),
     "huggingface_hub": ("models.",),
     "safetensors": ("models.",),
     "pyarrow": ("data.",),
     "jinja2": ("data.chat",),
     "matplotlib": ("observability.",),
     "math_verify": ("rewards.math",),
-    "rich": ("observability.",),
+    "rich": ("observability.", "convert."),
     "packaging": ("megatron.versions",),
     "torch": ("",),
     "numpy": ("",),

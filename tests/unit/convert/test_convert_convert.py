@@ -108,14 +108,14 @@ def conversions(tiny_checkpoint, tmp_path):
 DIRECTIONS = pytest.mark.parametrize("direction", ["hf-to-mcore", "mcore-to-hf"])
 
 
-class Stopped(Exception):
+class StopHereError(Exception):
     """What a conversion is stopped with."""
 
 
 def stop_at(share):
     def progress(done, total):
         if done > share * total:
-            raise Stopped
+            raise StopHereError
 
     return progress
 
@@ -125,7 +125,7 @@ def stop_at(share):
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(conversions, tmp_path, direction, share):
     run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
     run(whole)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopHereError):
         run(out, progress=stop_at(share))
     assert not out.exists()
     partial = tmp_path / "out.partial"
@@ -167,7 +167,7 @@ def test_a_killed_process_leaves_no_output_and_the_next_one_goes_on(
 
 def test_another_conversion_starts_from_nothing(conversions, tmp_path):
     run, out = conversions("mcore-to-hf"), tmp_path / "out"
-    with pytest.raises(Stopped):
+    with pytest.raises(StopHereError):
         run(out, progress=stop_at(0.5))
     run(out, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in tensors(out).values()} == {torch.bfloat16}
@@ -178,7 +178,7 @@ def test_a_full_disk_ends_the_conversion_and_it_goes_on_later(conversions, tmp_p
     """/dev/full in place of a file that is not finished gives the kernel's own ENOSPC."""
     run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
     run(whole)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopHereError):
         run(out, progress=stop_at(0.5))
     (unfinished,) = (tmp_path / "out.partial").glob("*.tmp")
     unfinished.unlink()
@@ -193,10 +193,10 @@ def test_a_full_disk_ends_the_conversion_and_it_goes_on_later(conversions, tmp_p
 
 
 def test_the_command_reports_a_full_disk_in_one_line(tiny_checkpoint, tmp_path, capsys):
-    """Every file may have 1000 bytes, the limit that the kernel has for a process."""
+    """Every file may have 10,000 bytes, a limit that the kernel has for a process."""
+    args = ["hf-to-mcore", str(tiny_checkpoint("qwen3")), str(tmp_path / "out")]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    args = ["hf-to-mcore", str(tiny_checkpoint("qwen3")), str(tmp_path / "out")]
     try:
         with pytest.raises(SystemExit) as ended:
             command.main(args)
@@ -227,9 +227,9 @@ def test_a_second_process_may_not_write_the_same_output(conversions, tmp_path):
         if done:
             with pytest.raises(UserError, match="being written by another process"):
                 run(out)
-            raise Stopped
+            raise StopHereError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StopHereError):
         run(out, progress=progress)
     run(out)
     assert out.is_dir()
@@ -274,6 +274,8 @@ def make_an_integer(folder):
     save_file(whole, folder / "model.safetensors")
 
 
+ONE_LAYER = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+
 BROKEN_HF = {
     "cut short": (lambda f: cut(f / "model.safetensors"), "damaged or cut short"),
     "shard missing": (lose_a_shard, "lacks 1 of the shards"),
@@ -281,7 +283,7 @@ BROKEN_HF = {
     "no index": (lambda f: (f / "model.safetensors").unlink(), "has neither"),
     "family": (lambda f: edit_json(f / "config.json", model_type="rwkv"), "rwkv"),
     "shape": (lambda f: edit_json(f / "config.json", intermediate_size=64), "config.json asks for"),
-    "layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), "no place for"),
+    "layers": (lambda f: edit_json(f / "config.json", **ONE_LAYER), "no place for"),
     "dtype": (make_an_integer, "is not one of F32, BF16, F16"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
 }
