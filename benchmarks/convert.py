@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
-from mcore_rl.models.safetensors_io import INDEX_FILE, index_text, shard_file_name
+from mcore_rl.models.safetensors_io import INDEX_FILE, index_text, plan_shards
 from mcore_rl.models.spec import model_family
 
 MEMORY_LIMIT_GB = 1.5
@@ -63,28 +63,21 @@ def make_checkpoint(folder: Path, num_bytes: int) -> None:
     config.num_hidden_layers = max(1, round((num_bytes - outside) / layer))
     config.save_pretrained(folder)
     shapes = _shapes(config)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        if size + 2 * shape.numel() > 10**9:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += 2 * shape.numel()
+    on_meta = (
+        (name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        for name, shape in shapes.items()
+    )
+    shards = plan_shards(on_meta, 10**9)
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = shard_file_name(i, len(shards))
+    for shard in shards:
         tensors = {
             name: torch.randint(-(2**14), 2**14, shapes[name], generator=generator)
             .to(torch.int16)
             .view(torch.bfloat16)
-            for name in names
+            for name in shard.names
         }
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    total = 2 * sum(shape.numel() for shape in shapes.values())
-    (folder / INDEX_FILE).write_text(index_text(weight_map, total))
+        save_file(tensors, folder / shard.file_name, {"format": "pt"})
+    (folder / INDEX_FILE).write_text(index_text(shards))
 
 
 def measured(command: list[str]) -> tuple[float, float]:

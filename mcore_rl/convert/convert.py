@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -47,12 +47,12 @@ from mcore_rl.errors import require
 from mcore_rl.models.mappings import Range, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
     INDEX_FILE,
-    SINGLE_FILE,
     CheckpointReader,
     check_checkpoint,
+    config_with_dtype,
     index_text,
     model_files,
-    shard_file_name,
+    plan_shards,
 )
 from mcore_rl.models.spec import CONFIG_FILE, load_hf_config, model_family
 from mcore_rl.observability import run_folder
@@ -68,8 +68,6 @@ COMMON_FILE = "common.pt"
 
 Progress = Callable[[int, int], None]
 """(bytes written so far, bytes in all)"""
-
-Sized = TypeVar("Sized", TensorInfo, "_PlannedPiece")
 
 
 def hf_to_mcore(
@@ -163,38 +161,31 @@ def mcore_to_hf(
     params = stored_params(config)
     check_torch_dist(mcore, params)
     param_of = {hf.name: param for param in params for hf in param.entry.mapping.sources}
-    tensors = [
-        TensorInfo(hf.name, param.dtype(mcore.dtype(param.key), dtype), hf.shape)
+    tensors = {
+        hf.name: TensorInfo(hf.name, param.dtype(mcore.dtype(param.key), dtype), hf.shape)
         for param in params
         for hf in param.entry.mapping.sources
-    ]
-    shards = list(_by_file(tensors, file_bytes))
-    many = len(shards) > 1
-    names = [shard_file_name(i, len(shards)) if many else SINGLE_FILE for i in range(len(shards))]
-    counter = _Counter(sum(tensor.nbytes for tensor in tensors), progress)
+    }
+    shards = plan_shards(((info.name, info.on_meta()) for info in tensors.values()), file_bytes)
+    counter = _Counter(sum(shard.num_bytes for shard in shards), progress)
     task = _task("mcore-to-hf", [folder, model_folder], dtype, file_bytes)
     staged = StagedFolder(out, task)
     try:
-        for name, shard in zip(names, shards, strict=True):
-            if staged.has(name):
-                counter.add(sum(tensor.nbytes for tensor in shard))
+        for shard in shards:
+            if staged.has(shard.file_name):
+                counter.add(shard.num_bytes)
                 continue
             # Wider numbers first keeps every tensor aligned to the size of its numbers.
-            shard = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
-            with staged.writing(name) as stream:
-                write_header(stream, shard)
-                for tensor in shard:
-                    for piece in hf_pieces(mcore, param_of[tensor.name], tensor.name):
-                        stream.write(bytes_of(piece.to(tensor.dtype)))
-                        counter.add(piece.numel() * tensor.dtype.itemsize)
-        _write_model_files(staged, model_folder, tensors[0].dtype)
-        if many:
-            shard_of = {
-                tensor.name: name
-                for name, shard in zip(names, shards, strict=True)
-                for tensor in shard
-            }
-            staged.write(INDEX_FILE, index_text(shard_of, counter.total).encode())
+            infos = [tensors[name] for name in shard.names]
+            infos.sort(key=lambda info: -info.dtype.itemsize)
+            with staged.writing(shard.file_name) as stream:
+                write_header(stream, infos)
+                for info in infos:
+                    for piece in hf_pieces(mcore, param_of[info.name], info.name):
+                        counter.add(stream.write(bytes_of(piece.to(info.dtype))))
+        _write_model_files(staged, model_folder, next(iter(tensors.values())).dtype)
+        if len(shards) > 1:
+            staged.write(INDEX_FILE, index_text(shards).encode())
         staged.finish()
     finally:
         staged.close()
@@ -349,28 +340,20 @@ def _write_model_files(staged: StagedFolder, source: Path, dtype: torch.dtype | 
     for file in model_files(source):
         content = file.read_bytes()
         if file.name == CONFIG_FILE and dtype is not None:
-            content = _with_dtype(content, str(dtype).removeprefix("torch."))
+            content = config_with_dtype(content.decode(), dtype).encode()
         staged.write(file.name, content)
 
 
-def _with_dtype(config: bytes, dtype: str) -> bytes:
-    values: dict[str, Any] = json.loads(config)
-    outdated = [key for key in ("dtype", "torch_dtype") if values.get(key, dtype) != dtype]
-    if not outdated:
-        return config
-    return (json.dumps(values | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
-
-
-def _by_file(items: Sequence[Sized], file_bytes: int) -> Iterator[list[Sized]]:
-    """Group items in order; a file holds `file_bytes` at most, or one item."""
-    group: list[Sized] = []
+def _by_file(pieces: Sequence[_PlannedPiece], file_bytes: int) -> Iterator[list[_PlannedPiece]]:
+    """Group pieces in order; a file holds `file_bytes` at most, or one piece."""
+    group: list[_PlannedPiece] = []
     num_bytes = 0
-    for item in items:
-        if group and num_bytes + item.nbytes > file_bytes:
+    for piece in pieces:
+        if group and num_bytes + piece.nbytes > file_bytes:
             yield group
             group, num_bytes = [], 0
-        group.append(item)
-        num_bytes += item.nbytes
+        group.append(piece)
+        num_bytes += piece.nbytes
     yield group
 
 

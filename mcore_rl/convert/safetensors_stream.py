@@ -40,6 +40,10 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
+    def on_meta(self) -> Tensor:
+        """Return a tensor of this shape and dtype without numbers."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
 
 class SafetensorsSource:
     """Slices of the tensors of a Hugging Face folder.

@@ -74,6 +74,11 @@ class CheckpointReader:
         """Return the names of all tensors, sorted."""
         return sorted(self._file_of)
 
+    def file(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        self._slice(name)
+        return self._file_of[name]
+
     def shape(self, name: str) -> Shape:
         """Return the full shape of a tensor."""
         return tuple(self._slice(name).get_shape())
@@ -303,15 +308,21 @@ def finish_checkpoint(folder: str | Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
         _partial_file(folder / shard.file_name).rename(folder / shard.file_name)
     if len(shards) > 1:
-        weight_map = {name: shard.file_name for shard in shards for name in shard.names}
-        total_bytes = sum(shard.num_bytes for shard in shards)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         flush_to_disk(folder)  # or a power cut could keep the index and lose a shard's name
         partial = _partial_file(folder / INDEX_FILE)
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(index_text(shards), encoding="utf-8")
         flush_to_disk(partial)
         partial.rename(folder / INDEX_FILE)
     flush_to_disk(folder)
+
+
+def index_text(shards: Iterable[Shard]) -> str:
+    """Return what the index of these shards says: the file of each tensor, and their size."""
+    shards = list(shards)
+    weight_map = {name: shard.file_name for shard in shards for name in shard.names}
+    total_bytes = sum(shard.num_bytes for shard in shards)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    return json.dumps(index, indent=2) + "\n"
 
 
 def copy_model_files(
@@ -336,24 +347,36 @@ def copy_model_files(
         "is not empty",
         "Choose another, or ask to overwrite.",
     )
-    files = {file for pattern in MODEL_FILES for file in source.glob(pattern) if file.is_file()}
+    files = model_files(source)
     for file in files:
         shutil.copy2(file, target / file.name)
         flush_to_disk(target / file.name)
-    return sorted(file.name for file in files)
+    return [file.name for file in files]
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """Return the configuration and tokenizer files of a model folder, sorted."""
+    found = {file for pattern in MODEL_FILES for file in Path(folder).glob(pattern)}
+    return sorted(file for file in found if file.is_file())
 
 
 def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:
-    """Have config.json say which dtype the weights beside it have.
+    """Have config.json say which dtype the weights beside it have."""
+    file = Path(folder) / CONFIG_FILE
+    text = config_with_dtype(file.read_text(encoding="utf-8"), dtype)
+    file.write_text(text, encoding="utf-8")
+    flush_to_disk(file)
+
+
+def config_with_dtype(text: str, dtype: torch.dtype) -> str:
+    """Return a config.json that says `dtype`; the same text where it says so already.
 
     The key is `dtype`, or that of older versions of transformers where the file has it.
     """
-    file = Path(folder) / CONFIG_FILE
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(text)
     keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}
-    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    flush_to_disk(file)
+    changed = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    return text if changed == config else json.dumps(changed, indent=2) + "\n"
 
 
 def flush_to_disk(path: Path) -> None:
