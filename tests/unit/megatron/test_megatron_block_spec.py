@@ -83,7 +83,7 @@ def test_transformer_engine_is_refused_where_it_cannot_run():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"transformer_impl": "te"}, "is not one of auto, local, transformer_engine"),
+        ({"transformer_impl": "fused"}, "is not one of auto, local, transformer_engine"),
         ({"transformer_impl": "transformer_engine", "dtype": "float32"}, "not in float32"),
         (
             {"override_transformer_config": {"transformer_impl": "local"}},
