@@ -27,6 +27,7 @@ from actor_inputs import (
 )
 
 from mcore_rl.algorithms.aggregate import AGG_MODES
+from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
 from mcore_rl.data.packing import SequenceCount, TokenBudget
 from mcore_rl.megatron.config import OptimConfig
 
@@ -37,10 +38,18 @@ from mcore_rl.megatron.config import OptimConfig
 OPTIM = OptimConfig(lr=1.0, eps=1.0, weight_decay=0.001)
 TEMPERATURE = 1.3
 
+# At the level of sequences, which context parallelism cuts; both bounds bind (asserted below).
+CORRECTION = RolloutCorrectionConfig(
+    rollout_is="sequence",
+    rollout_is_threshold=1.09,
+    rollout_rs="geometric",
+    rollout_rs_threshold=1.03,
+)
+
 OBJECTIVES = {
     "vanilla": policy_objective("vanilla", use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.05),
     "geo_mean": policy_objective("geo_mean", clip_ratio=0.1),
-    "gpg": policy_objective("gpg"),
+    "gpg": replace(policy_objective("gpg"), correction=CORRECTION),
     "gspo": policy_objective("gspo", clip_ratio=0.02, loss_agg_mode="seq-mean-token-mean"),
 }
 
@@ -173,6 +182,9 @@ def assert_the_case_means_something(objective, metrics, weights, initial):
     assert all(step["actor/grad_norm"] > 1.0 for step in metrics)
     if objective in ("geo_mean", "gspo") and len(metrics) > 1:
         assert all(0 < step["actor/clip_frac"] < 1 for step in metrics)
+    if objective == "gpg" and len(metrics) > 1:
+        for key in ("mismatch/is_clipped_frac", "mismatch/is_rejected_frac"):
+            assert all(0 < step[key] < 1 for step in metrics)
 
 
 def assert_same_update(found, expected, tolerance):
