@@ -72,6 +72,12 @@ def logprobs(spec, sequences, cut):
         return cluster.logprobs(sequences)
 
 
+def layer_outputs(spec, sequences, cut):
+    """Return what comes out of the layers for each sequence, by module."""
+    with running_cluster(spec, cut) as (cluster, _):
+        return cluster.layer_outputs(sequences)
+
+
 def train(spec, minibatches, objective, cut):
     """Do a step of one update on each minibatch; return (metrics of each, exported weights,
     logprobs of the last minibatch's sequences under them).

@@ -92,6 +92,21 @@ class Cluster:
         """Return logprobs of every trained token under the reference weights, by sequence."""
         return self._forward("actor.ref_logprobs", sequences)
 
+    def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
+        """Return what comes out of embedding, layers and final norm for each sequence.
+
+        Returns:
+            By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
+        """
+        by_rank = self._workers.call_each(
+            "actor.layer_outputs", self._shares(self._plan(sequences))
+        )
+        found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
+        for result in by_rank:  # each stage has layers of its own
+            for index, outputs in result.items():
+                found[index] |= outputs
+        return found
+
     def _forward(self, method: str, sequences: Sequence[TokenSequence]) -> list[Any]:
         plan = self._plan(sequences)
         by_rank = self._workers.call_each(method, self._shares(plan))

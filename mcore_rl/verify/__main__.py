@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError
-from mcore_rl.verify import layouts
+from mcore_rl.verify import layouts, model
 
-CHECKS = (layouts,)
+CHECKS = (model, layouts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,7 +25,6 @@ _KEYS = {
     "etp": "expert_tensor_parallel_size",
 }
 _PART = re.compile(rf"({'|'.join(_KEYS)}|dp)([1-9]\d*)|(sp)(0)")
-_OPTION = "--layouts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,8 @@ class NamedLayout:
         return [*pairs, f"trainer.n_gpus_per_node={self.num_processes}"]
 
 
-def parse_layout(name: str) -> NamedLayout:
-    """Return the layout called `name`.
+def parse_layout(name: str, option: str = "--layouts") -> NamedLayout:
+    """Return the layout called `name`; `option` is where the user wrote it.
 
     Raises:
         UserError: if it is not made of known axes, names one twice, or has `sp0` without `tp`.
@@ -69,16 +68,16 @@ def parse_layout(name: str) -> NamedLayout:
     spelt = "".join(f"{axis}{size}" for axis, size in parts)
     require(
         bool(parts) and spelt == name,
-        _OPTION,
+        option,
         name,
         f"is not made of {', '.join(_KEYS)}, dp, each with a size of at least 1, or sp0",
         "Examples: tp2pp2, pp2vpp2, ep2dp4, tp2sp0.",
     )
     sizes = dict(parts)
-    require(len(sizes) == len(parts), _OPTION, name, "names an axis twice")
+    require(len(sizes) == len(parts), option, name, "names an axis twice")
     require(
         "sp" not in sizes or sizes.get("tp", 1) > 1,
-        _OPTION,
+        option,
         name,
         "turns sequence parallelism off, which is on only with tp of at least 2",
         "Leave out sp0.",
@@ -94,5 +93,5 @@ def parse_layouts(names: str) -> list[NamedLayout]:
     """
     layouts = [parse_layout(name.strip()) for name in names.split(",")]
     repeated = [a.name for i, a in enumerate(layouts) if a in layouts[:i]]
-    require(not repeated, _OPTION, names, f"names {', '.join(repeated)} twice")
+    require(not repeated, "--layouts", names, f"names {', '.join(repeated)} twice")
     return layouts

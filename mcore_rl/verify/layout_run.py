@@ -20,15 +20,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mcore_rl.algorithms.objective import resolve_objective
-from mcore_rl.config.checks import (
-    parallel_sizes_divide_the_workers,
-    pipelines_are_interleaved_only_with_stages,
-)
 from mcore_rl.config.run import RunConfig
 from mcore_rl.launch.start import StartWorkers, run_command, start_cluster
 from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import TokenSequence
+from mcore_rl.verify.runs import check_sizes
 
 MODULE = "mcore_rl.verify.layout_run"
 METRICS_FILE = "metrics.json"
@@ -51,12 +48,6 @@ def read_minibatch(work: Path) -> list[TokenSequence]:
     """Return what `write_minibatch` wrote."""
     rows = json.loads((work / _MINIBATCH_FILE).read_text(encoding="utf-8"))
     return [TokenSequence(**row) for row in rows]
-
-
-def check_layout_run(cfg: RunConfig) -> None:
-    """Raise a UserError if the sizes of the layout cannot stand together."""
-    parallel_sizes_divide_the_workers(cfg)
-    pipelines_are_interleaved_only_with_stages(cfg)
 
 
 def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
@@ -107,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Train on one minibatch; started by `mcore-rl verify layouts`.",
         sys.argv[1:] if argv is None else argv,
         RunConfig,
-        check_layout_run,
+        check_sizes,
         run,
     )
 

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -29,14 +28,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mcore_rl.config.compose import compose_config, parse_command_line
-from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
-from mcore_rl.models.layout import check_layout
-from mcore_rl.models.spec import load_hf_config
+from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.types import TokenSequence
 from mcore_rl.verify.compare import GRAD_NORM, LOSS, Difference, compare_metrics, compare_weights
 from mcore_rl.verify.layout_names import NamedLayout, parse_layout, parse_layouts
@@ -44,10 +38,10 @@ from mcore_rl.verify.layout_run import (
     METRICS_FILE,
     MODULE,
     WEIGHTS_FOLDER,
-    check_layout_run,
     write_minibatch,
 )
 from mcore_rl.verify.processes import run_module
+from mcore_rl.verify.runs import check_fits, quoted
 
 ONE_PROCESS = NamedLayout("one", {})
 CANDIDATES = (
@@ -120,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
     check_numbers(args)
     hf_config = load_hf_config(args.model)
+    check_weights(args.model, hf_config)
     limit = hf_config.max_position_embeddings
     rule = f"is more than max_position_embeddings={limit} of the model"
     require(args.max_length <= limit, "--max-length", args.max_length, rule)
@@ -172,14 +167,7 @@ def chosen_layouts(args: argparse.Namespace, hf_config: Any) -> list[NamedLayout
 
 def check_one(args: argparse.Namespace, layout: NamedLayout, hf_config: Any) -> None:
     """Raise a UserError unless the layout divides the model and fits on this machine."""
-    cfg = compose_config(RunConfig, parse_command_line(MODULE, "", overrides(args, layout)))
-    check_layout_run(cfg)
-    sizes = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
-    sequence_parallel = cfg.actor.megatron.uses_sequence_parallel
-    check_layout(hf_config, sizes, sequence_parallel=sequence_parallel)
-    most = args.max_processes or torch.cuda.device_count() or max(4, os.cpu_count() or 1)
-    rule = f"is less than the {layout.num_processes} processes that the layout needs"
-    require(layout.num_processes <= most, "--max-processes", most, rule)
+    check_fits(MODULE, overrides(args, layout), hf_config, args.max_processes)
 
 
 def overrides(args: argparse.Namespace, layout: NamedLayout) -> list[str]:
@@ -197,11 +185,6 @@ def overrides(args: argparse.Namespace, layout: NamedLayout) -> list[str]:
         f"actor.ppo_micro_batch_size_per_gpu={math.ceil(args.sequences / num_pieces)}",
         *layout.overrides,
     ]
-
-
-def quoted(path: Path) -> str:
-    """Return a path as a value that Hydra reads back whatever characters it has."""
-    return "'" + str(path.absolute()).replace("'", r"\'") + "'"
 
 
 def random_minibatch(args: argparse.Namespace, vocab_size: int) -> list[TokenSequence]:

@@ -6,7 +6,7 @@ come in and go out; weights leave through `export`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from mcore_rl.data.batch import PackedBatch
 from mcore_rl.megatron.checkpoint import load_checkpoint, save_checkpoint
 from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
+from mcore_rl.megatron.layer_outputs import LayerRecording
 from mcore_rl.megatron.model import (
     DTYPES,
     build_chunks,
@@ -127,6 +128,16 @@ class TrainWorker:
         """
         assert self.reference is not None, "built without a reference model"
         return forward_logprobs(self.reference, micro_batches, self.parallel, self.device)
+
+    def layer_outputs(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> dict[int, Mapping[str, np.ndarray]]:
+        """Return what comes out of this rank's layers under the current weights, by planned index
+        and module; see `LayerRecording.by_index`."""
+        models = [chunk.module for chunk in self.chunks]
+        recording = LayerRecording(models, self.parallel)
+        forward_logprobs(self.chunks, micro_batches, self.parallel, self.device, recording)
+        return recording.by_index(micro_batches)
 
     def begin_step(self) -> None:
         """Move the learning-rate schedule to the coming step."""

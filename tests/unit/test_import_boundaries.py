@@ -50,7 +50,6 @@ MAY_IMPORT = {
         "data",
         "launch.cluster",
         "models.layout",
-        "models.safetensors_io",
         "models.spec",
         "observability",
         "rewards",
@@ -59,15 +58,17 @@ MAY_IMPORT = {
     "train": ("config", "launch", "loop", "observability.report", "rollout.base"),
     "sft": ("config", "launch", "loop"),
     "report": ("observability.report",),
-    # Imports of one check: it trains as the commands do and reads what they wrote.
+    # Imports of checks: they run as the commands do and read what these wrote.
     "verify": (
         "algorithms.objective",
         "config",
+        "data.chat",
         "launch",
         "loop.objectives",
         "models.layout",
         "models.safetensors_io",
         "models.spec",
+        "rollout.base",
     ),
     # A model is built for --verify alone.
     "convert": ("data.packing", "megatron", "models", "observability.run_folder"),
@@ -84,7 +85,15 @@ LIBRARY_OWNERS = {
     "hydra": ("config.",),
     "yaml": ("config.",),
     "omegaconf": ("config.", "convert.convert", "loop.resume", "observability.report"),
-    "transformers": ("data.chat", "data.prompts", "models.", "megatron.", "loop.", "convert."),
+    "transformers": (
+        "data.chat",
+        "data.prompts",
+        "models.",
+        "megatron.",
+        "loop.",
+        "convert.",
+        "verify.",
+    ),
     "huggingface_hub": ("models.",),
     "safetensors": ("models.",),
     "pyarrow": ("data.",),

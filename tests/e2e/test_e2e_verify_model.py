@@ -1,0 +1,76 @@
+"""`mcore-rl verify model`: three implementations agree, and an altered layer is found by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import commands
+import pytest
+from safetensors.torch import load_file, save_file
+
+TOLERANCE = 1e-4
+
+
+def verify(model, tmp_path, *argv):
+    """Run the command with its temporary files in `tmp_path`; return how it ended, and its JSON."""
+    scratch, numbers = tmp_path / "scratch", tmp_path / "numbers.json"
+    scratch.mkdir()
+    done = commands.run(
+        *("model", "--model", str(model), "--json", str(numbers), *argv),
+        module="mcore_rl.verify",
+        environment={"TMPDIR": str(scratch)},
+    )
+    assert numbers.exists(), done.stdout + done.stderr
+    assert list(scratch.glob("verify-model-*")) == []
+    return done, json.loads(numbers.read_text())
+
+
+def test_transformers_megatron_and_vllm_agree_on_given_prompts(files, tmp_path):
+    """Proves the three-way comparison through the real engines of two processes with expert
+    parallelism, fed by the weight sync."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1+1=\n\n12+7=\n3+19=\n")
+    argv = ("--layout", "ep2", "--prompts", str(prompts), "--max-tokens", "4")
+    done, numbers = verify(files.model, tmp_path, *argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines[:3]] == [
+        "Megatron - transformers",
+        "vLLM - transformers",
+        "vLLM - Megatron",
+    ]
+    assert all(" log-probabilities agree, by " in line for line in lines[:3])
+    assert lines[3:5] == [lines[3], "passed within 0.0001"]
+    assert lines[3].startswith("all 4 modules agree, by ")
+    sides = numbers["logprobs"]
+    assert len(numbers["token_ids"]) == 3
+    for number, token_ids in enumerate(numbers["token_ids"]):
+        assert len(sides["vLLM"][number]) == 4
+        for name in ("transformers", "Megatron"):
+            found = sides[name][number]
+            assert len(found) == len(token_ids) - 1
+            assert found[-4:] == pytest.approx(sides["vLLM"][number], rel=0, abs=TOLERANCE)
+    # The case means something: the model is not sure of everything.
+    assert min(min(values) for values in sides["vLLM"]) < -0.5
+
+
+def test_an_altered_layer_is_named_and_an_engine_that_cannot_start_is_left_out(
+    tiny_checkpoint, tmp_path
+):
+    """The heads of this checkpoint are too small for vLLM's attention on CPU. One of its tensors is
+    altered on Megatron's side; in two stages the layer lies on the second."""
+    original, altered = tiny_checkpoint("qwen2_tied"), tmp_path / "altered"
+    shutil.copytree(original, altered)
+    tensors = load_file(altered / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3] += 0.01
+    save_file(tensors, altered / "model.safetensors")
+    done, numbers = verify(altered, tmp_path, "--against", str(original), "--layout", "pp2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    left_out, pair, first, verdict = done.stdout.splitlines()
+    assert left_out.startswith("vLLM is left out: ")
+    assert pair.startswith("Megatron - transformers: ")
+    assert " log-probabilities DEPART, by " in pair
+    assert first.startswith("first module that departs: model.layers.2, by ")
+    assert verdict == "FAILED within 0.0001"
+    assert numbers["logprobs"].keys() == {"transformers", "Megatron"}
