@@ -170,15 +170,15 @@ def load_hf_config(folder: str | Path) -> PreTrainedConfig:
     return config
 
 
-def _family_called(model_type: str) -> ModelFamily:
-    reason = MISSING.get(model_type)
-    require_field(reason is None, "model_type", model_type, f"is not supported: {reason}")
-    return MODEL_FAMILIES.get(model_type)
-
-
 def check_weights(folder: str | Path, config: PreTrainedConfig) -> None:
     """Raise a UserError unless the folder holds the weights that its configuration asks for."""
     family = model_family(config)
     check_checkpoint(
         CheckpointReader(folder), family.entries(config), family.unused_prefixes(config)
     )
+
+
+def _family_called(model_type: str) -> ModelFamily:
+    reason = MISSING.get(model_type)
+    require_field(reason is None, "model_type", model_type, f"is not supported: {reason}")
+    return MODEL_FAMILIES.get(model_type)
