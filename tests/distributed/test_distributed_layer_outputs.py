@@ -3,20 +3,18 @@
 import actor_cases
 import pytest
 import torch
-from actor_inputs import CP2, EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id, random_sequences
+from actor_inputs import CP2, EP2, ETP1, TP2, VPP2, actor_spec, layout_id, random_sequences
 
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.verify.model_compare import TransformersModel
 
 SEQUENCES = random_sequences(3, (9, 2, 14, 5, 11))
 CASES = [
-    ("qwen3_moe", 1, {}),
     ("qwen3_moe", 2, {}),
     ("qwen3_moe", 2, TP2 | EP2 | ETP1),
     ("qwen2_tied", 2, TP2 | {"sequence_parallel": False}),
     ("qwen2_tied", 2, VPP2),
     ("qwen2_tied", 2, CP2),
-    ("qwen2_tied", 4, TP2 | PP2),
     ("qwen2_tied", 4, TP2 | CP2),
 ]
 
@@ -36,6 +34,5 @@ def test_outputs_of_layers_are_those_of_transformers(
             assert outputs.keys() == expected.keys() == set(model.names)
             for module, output in expected.items():
                 difference = (torch.from_numpy(outputs[module]) - output).abs().max()
-                # float32, relative to the largest output; observed OBSERVED.
-                print("OBS", module, float(difference / output.abs().max()))
+                # float32, relative to the largest output; observed 1.3e-6.
                 assert difference <= 1e-5 * output.abs().max(), module
