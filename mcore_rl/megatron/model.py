@@ -28,13 +28,13 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mcore_rl.errors import UserError, closest_hint
+from mcore_rl.errors import UserError, closest_hint, require
 from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.models.layout import layers_of_stages
-from mcore_rl.models.mappings import ParamEntry, to_megatron
+from mcore_rl.models.mappings import ParamEntry, hf_shapes, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
 
@@ -351,7 +351,7 @@ def load_weights(
 
     Raises:
         AssertionError: if a local parameter has no entry or another shape than its entry makes.
-        UserError: if the checkpoint lacks a tensor.
+        UserError: if the checkpoint lacks a tensor or holds one that is not finite.
     """
     missing = dict(params)
     for entry in entries:
@@ -361,5 +361,11 @@ def load_weights(
         group = shard_group(entry, parallel)
         shard = to_megatron(entry, group.rank(), group.size(), reader.read)
         assert shard.shape == param.shape, (entry.megatron_name, shard.shape, param.shape)
+        require(
+            bool(shard.isfinite().all()),
+            "checkpoint",
+            str(reader.folder),
+            f"holds infinities or NaN in {' or '.join(hf_shapes(entry))}",
+        )
         param.copy_(shard)
     assert not missing, f"no mapping for {sorted(missing)}"

@@ -6,6 +6,8 @@ import contextlib
 
 from actor_cases import running_worker
 
+from mcore_rl.errors import UserError
+from mcore_rl.megatron import parallel
 from mcore_rl.megatron.model import load_weights
 from mcore_rl.models import safetensors_io
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -30,6 +32,16 @@ def bytes_read(spec):
         actor, reader = worker.actor, CountingReader(spec.model_path)
         load_weights(actor.params, actor.entries, reader, worker.parallel)
         return reader.num_bytes
+
+
+def refusal(spec):
+    """Return why the weights are refused, None if they are not."""
+    try:
+        with running_worker(spec):
+            return None
+    except UserError as error:
+        parallel.shut_down()  # what no worker was left to do
+        return str(error)
 
 
 @contextlib.contextmanager

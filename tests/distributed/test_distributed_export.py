@@ -7,6 +7,7 @@ import export_cases
 import pytest
 import torch
 from actor_inputs import EP2, ETP1, PP2, TP2, actor_spec
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -72,3 +73,16 @@ def test_a_rank_reads_no_more_than_what_it_holds(processes, tiny_checkpoint):
         else:  # one of 61 rows of the vocabulary cannot be halved
             assert sum(sizes) == whole, name
             assert abs(sizes[0] - sizes[1]) <= whole // 61, name
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(processes, source):
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 2] = float("nan")
+    save_file(tensors, file)
+    (said,) = processes.run(export_cases.refusal, 1, actor_spec(source))
+    name = "model.layers.1.self_attn"
+    assert said == (
+        f"checkpoint={str(source)!r} holds infinities or NaN in {name}.q_proj.weight or "
+        f"{name}.k_proj.weight or {name}.v_proj.weight."
+    )
