@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         ended, left_out = score(args, layout, prompts, work)
         if ended.exit_code != 0:
             sys.stderr.write(ended.log)
-            sys.stdout.write(f"failed: {ended.reason}\n")
+            hint = "" if left_out else " (--no-engine compares the other two)"
+            sys.stdout.write(f"failed: {ended.reason}{hint}\n")
             return 1
         scored = read_scored(work)
         logprobs, layers = compare_with_transformers(

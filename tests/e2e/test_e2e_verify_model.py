@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import commands
@@ -12,14 +13,14 @@ from safetensors.torch import load_file, save_file
 TOLERANCE = 1e-4
 
 
-def verify(model, tmp_path, *argv):
+def verify(model, tmp_path, *argv, **environment):
     """Run the command with its temporary files in `tmp_path`; return how it ended, and its JSON."""
     scratch, numbers = tmp_path / "scratch", tmp_path / "numbers.json"
     scratch.mkdir()
     done = commands.run(
         *("model", "--model", str(model), "--json", str(numbers), *argv),
         module="mcore_rl.verify",
-        environment={"TMPDIR": str(scratch)},
+        environment={"TMPDIR": str(scratch)} | environment,
     )
     assert numbers.exists(), done.stdout + done.stderr
     assert list(scratch.glob("verify-model-*")) == []
@@ -58,17 +59,21 @@ def test_transformers_megatron_and_vllm_agree_on_given_prompts(files, tmp_path):
 def test_an_altered_layer_is_named_and_an_engine_that_cannot_start_is_left_out(
     tiny_checkpoint, tmp_path
 ):
-    """The heads of this checkpoint are too small for vLLM's attention on CPU. One of its tensors is
-    altered on Megatron's side; in two stages the layer lies on the second."""
+    """One tensor is altered on Megatron's side; in two stages its layer lies on the second. The
+    engine is one that cannot even be imported."""
+    (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM on this machine')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     original, altered = tiny_checkpoint("qwen2_tied"), tmp_path / "altered"
     shutil.copytree(original, altered)
     tensors = load_file(altered / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"][3] += 0.01
     save_file(tensors, altered / "model.safetensors")
-    done, numbers = verify(altered, tmp_path, "--against", str(original), "--layout", "pp2")
+    argv = ("--against", str(original), "--layout", "pp2")
+    done, numbers = verify(altered, tmp_path, *argv, PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     left_out, pair, first, verdict = done.stdout.splitlines()
     assert left_out.startswith("vLLM is left out: ")
+    assert left_out.endswith("ImportError: no vLLM on this machine")
     assert pair.startswith("Megatron - transformers: ")
     assert " log-probabilities DEPART, by " in pair
     assert first.startswith("first module that departs: model.layers.2, by ")
