@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def write_header(stream: BinaryIO, tensors: Sequence[TensorInfo]) -> None:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU, row by row; shared where it is contiguous."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _read_exactly(descriptor: int, into: memoryview, start: int, file: Path) -> None:

@@ -19,12 +19,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -150,7 +149,7 @@ class TorchDistSource:
         num_kept = sum(tensor.nbytes for tensor in self._cache.values())
         while self._cache and num_kept + info.length > _CACHE_BYTES:
             num_kept -= self._cache.popitem(last=False)[1].nbytes
-        part = _FilePart(self._streams[info.relative_path], info.offset, info.length)
+        part: Any = _FilePart(self._streams[info.relative_path], info.offset, info.length)
         try:
             tensor = torch.load(part, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

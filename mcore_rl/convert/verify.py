@@ -148,7 +148,8 @@ def _megatron_logits(
 
     cpu.install()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     groups = parallel.initialize(Layout(), seed=0)
     megatron_config = MegatronConfig(dtype="float32", transformer_impl="local")
     config = build_transformer_config(hf_config, megatron_config, groups)
