@@ -36,11 +36,12 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
@@ -52,6 +53,7 @@ from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.types import Denominators, MicroBatch, TokenSequence
 from mcore_rl.workers.spec import ActorSpec, WorkerSpec
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 NUM_LAYERS = 4
 NUM_EXPERTS, TOP_K = 8, 2
 LENGTHS = (16, 512)
@@ -76,9 +78,9 @@ class Case:
     batch: str
 
 
-def model_config(model: str, hidden: int) -> Qwen3Config | Qwen3MoeConfig:
+def model_config(model: str, hidden: int) -> Any:
     """Return the config of a small model with the proportions of its family."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 16 * hidden,
         "hidden_size": hidden,
         "num_hidden_layers": NUM_LAYERS,
@@ -99,7 +101,7 @@ def model_config(model: str, hidden: int) -> Qwen3Config | Qwen3MoeConfig:
     )
 
 
-def products_per_token(config: Qwen3Config | Qwen3MoeConfig) -> int:
+def products_per_token(config: Any) -> int:
     """Return the multiply-adds per token of one forward pass, attention's products left out."""
     hidden, heads = config.hidden_size, config.head_dim * config.num_attention_heads
     attention = hidden * (2 * heads + 2 * config.head_dim * config.num_key_value_heads)
@@ -153,7 +155,7 @@ def our_step(folder: Path, sequences: list[TokenSequence]):
     def step() -> float:
         plan = plan_minibatch(sequences, 1, SequenceCount(num_sequences=len(sequences)))
         metrics = worker.actor.update(plan.micro_batches[0], plan.denominators, OBJECTIVE)
-        return metrics["actor/loss"].value
+        return float(metrics["actor/loss"].value)
 
     try:
         yield step
@@ -161,7 +163,7 @@ def our_step(folder: Path, sequences: list[TokenSequence]):
         worker.close()
 
 
-def their_step(model: PreTrainedModel, sequences: list[TokenSequence], num_sequences: int) -> Step:
+def their_step(model: Any, sequences: list[TokenSequence], num_sequences: int) -> Step:
     """Return the step of a transformers model on padded batches of `num_sequences`, of like length
     where there are several."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
@@ -203,16 +205,16 @@ def their_step(model: PreTrainedModel, sequences: list[TokenSequence], num_seque
     return step
 
 
-def seconds_of(step: Step) -> float:
-    start = time.perf_counter()
+def seconds_of(step: Step, clock: Callable[[], float]) -> float:
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def product_rate() -> float:
-    """Return multiply-adds per second of one large float32 product, the best of three."""
+def product_rate(clock: Callable[[], float]) -> float:
+    """Return multiply-adds per second of one large float32 product, the best of four."""
     left, right = torch.randn(2048, 1024), torch.randn(1024, 2048)
-    seconds = min(seconds_of(lambda: float((left @ right)[0, 0])) for _ in range(4))
+    seconds = min(seconds_of(lambda: float((left @ right)[0, 0]), clock) for _ in range(4))
     return 2048 * 1024 * 2048 / seconds
 
 
@@ -230,15 +232,16 @@ def measure(case: Case, args: argparse.Namespace, folder: Path) -> None:
     sequences = make_sequences(make_lengths(case.batch, args.sequences), config.vocab_size)
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
     theirs = their_step(model, sequences, 4 if case.batch == "sorted" else len(sequences))
+    clock = CLOCKS[args.clock]
     rates, our_seconds, their_seconds = [], [], []
     with our_step(folder, sequences) as ours:
         first, other = ours(), theirs()  # also the warm-up
         # float32 sums in another order.
         assert abs(first - other) < 1e-4, f"the sides disagree on the loss: {first} and {other}"
         for _ in range(args.repeats):
-            rates.append(product_rate())
-            our_seconds.append(seconds_of(ours))
-            their_seconds.append(seconds_of(theirs))
+            rates.append(product_rate(clock))
+            our_seconds.append(seconds_of(ours, clock))
+            their_seconds.append(seconds_of(theirs, clock))
     ratio = statistics.median(t / o for o, t in zip(our_seconds, their_seconds, strict=True))
     seconds, other_seconds = statistics.median(our_seconds), statistics.median(their_seconds)
     # Forward once, backward twice.
@@ -270,11 +273,19 @@ def main() -> None:
         default="grouped_mm",
         help="how transformers computes experts; batched_mm copies weights for every token",
     )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: for a loaded machine, with one thread"
+    )
     args = parser.parse_args()
+    if args.clock == "cpu" and torch.get_num_threads() != 1:
+        parser.error("--clock cpu adds up the threads: set OMP_NUM_THREADS=1")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    print(f"{torch.get_num_threads()} threads, {args.sequences} sequences, float32")
+    print(
+        f"{torch.get_num_threads()} threads, {args.sequences} sequences, float32, "
+        f"{args.clock} clock"
+    )
     print("model  hidden  batch   our tokens/s  their tokens/s  ratio  limit / ours")
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)

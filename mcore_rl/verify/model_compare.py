@@ -50,9 +50,10 @@ class TransformersModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="eager"
-        ).to("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         names = [f"model.layers.{layer}" for layer in range(self.model.config.num_hidden_layers)]
         self.names = ["model.embed_tokens", *names, "model.norm"]
         """Of the modules whose outputs are compared, in their order."""
