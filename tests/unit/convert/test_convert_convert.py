@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_limit import files_no_longer_than
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CHECKPOINTS
 
@@ -195,13 +195,8 @@ def test_a_full_disk_ends_the_conversion_and_it_goes_on_later(conversions, tmp_p
 def test_the_command_reports_a_full_disk_in_one_line(tiny_checkpoint, tmp_path, capsys):
     """Every file may have 10,000 bytes, a limit that the kernel has for a process."""
     args = ["hf-to-mcore", str(tiny_checkpoint("qwen3")), str(tmp_path / "out")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(SystemExit) as ended:
-            command.main(args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_no_longer_than(10_000), pytest.raises(SystemExit) as ended:
+        command.main(args)
     assert ended.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: [Errno 27] File too large")

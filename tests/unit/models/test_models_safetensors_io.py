@@ -3,11 +3,11 @@
 import gc
 import json
 import re
-import resource
 import struct
 
 import pytest
 import torch
+from file_limit import files_no_longer_than
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import CheckpointError, UserError
@@ -139,20 +139,13 @@ def test_a_tensor_of_another_size_than_planned_is_refused(tmp_path):
     assert not (tmp_path / SINGLE_FILE).exists()
 
 
-@pytest.fixture
-def full_disk():
-    """No file of this process may grow beyond 4 KiB: what a full disk does, without being root."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_file_that_cannot_be_written_is_named_and_there_is_no_checkpoint(tmp_path):
     tensors = {"small": torch.ones(9), "large": torch.ones(5000)}
     shards = plan_shards(tensors.items(), 1000)
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors.tmp could not be"):
+    with (
+        files_no_longer_than(4096),
+        pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors.tmp could not be"),
+    ):
         write_checkpoint(tmp_path, tensors.items(), shards)
     with pytest.raises(UserError, match="has neither"):
         CheckpointReader(tmp_path)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-import resource
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
+from file_limit import files_no_longer_than
 from rich.console import Console
 
 from mcore_rl.errors import RunError, UserError
@@ -96,17 +95,6 @@ def test_tensorboard_forgets_the_steps_that_a_resumed_run_does_again(tmp_path):
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("reward/mean")
     assert [(e.step, e.value) for e in events] == [(0, 1.0), (1, 1.0), (2, 9.0), (3, 9.0)]
-
-
-@contextmanager
-def files_no_longer_than(num_bytes):
-    """The kernel refuses longer files with an OSError, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_that_fails_ends_the_run_and_names_file_and_step(tmp_path):
