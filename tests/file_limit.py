@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_no_longer_than(num_bytes: int) -> Iterator[None]:
-    """Writing past `num_bytes` of any file raises OSError (EFBIG), as ENOSPC does on a full disk."""
+    """Writing a file past `num_bytes` raises OSError (EFBIG), as ENOSPC on a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

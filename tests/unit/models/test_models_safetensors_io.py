@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import resource
 import struct
 
 import pytest
