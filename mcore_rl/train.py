@@ -23,7 +23,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
     from mcore_rl.observability.report import write_report
 
     inputs = load_run_inputs(cfg)
-    run_dir = open_run_folder(cfg, may_resume=cfg.trainer.resume_mode == "auto")
+    run_dir = open_run_folder(cfg)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     cluster = start_cluster(
         cfg,

@@ -187,3 +187,12 @@ class Place:
     """Whether its results count; the other ranks of the same model return nothing."""
     hosts_engine: bool
     """Whether it can generate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteState:
+    """How far a rank is with writing its part of a checkpoint."""
+
+    is_done: bool
+    problem: str = ""
+    """Why it cannot be written: ".../actor cannot be written: No space left on device"."""

@@ -5,6 +5,7 @@ processes give, the way the launcher does, and plans micro-batches the way `laun
 """
 
 import contextlib
+import resource
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from actor_inputs import ONE_MICRO_BATCH
 
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
+from mcore_rl.errors import CheckpointError
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.metrics import to_floats
@@ -27,6 +29,7 @@ class SpmdWorkers:
     def __init__(self, worker):
         self.worker = worker
         self.world_size = dist.get_world_size()
+        self.step = None
 
     def call(self, method, *args):
         return self.call_each(method, [args] * self.world_size)
@@ -210,13 +213,68 @@ def optimizer_state(worker):
 def run_script(spec, script, cut=ONE_MICRO_BATCH):
     """Do the commands of `script` and return after each (metrics or None, weights, Adam's state).
 
-    Commands: ("begin_step",), ("update", sequences, objective), ("save", folder),
-    ("load", folder).
+    Commands: ("begin_step",), ("update", sequences, objective), ("begin_save", folder),
+    ("end_save",), ("load", folder).
     """
     with running_cluster(spec, cut) as (cluster, worker):
         answers = []
         for method, *args in script:
-            answer = getattr(cluster, method)(*args)
+            if method == "end_save":
+                assert cluster.end_save(wait=True)
+                answer = None
+            else:
+                answer = getattr(cluster, method)(*args)
             metrics = to_floats(answer) if answer else None
             answers.append((metrics, exported(worker), optimizer_state(worker)))
         return answers
+
+
+def checkpoint_tensors(folder):
+    """Return every tensor of an actor's checkpoint in full: weights, masters and moments."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    from mcore_rl.megatron import cpu
+
+    cpu.install()
+    return load_plain_tensors(str(folder))
+
+
+def failure_to_save(spec, folder, num_bytes):
+    """Return the error of a checkpoint of which rank 1 may write no file of more than `num_bytes`;
+    one before it, in the subfolder "first", succeeds."""
+    files = resource.RLIMIT_FSIZE
+    soft, hard = resource.getrlimit(files)
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
+        cluster.begin_save(f"{folder}/first")
+        assert cluster.end_save(wait=True)
+        if dist.get_rank() == 1:
+            resource.setrlimit(files, (num_bytes, hard))
+        try:
+            cluster.begin_save(f"{folder}/second")
+            cluster.end_save(wait=True)
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(files, (soft, hard))
+
+
+def failure_to_load(spec, folder):
+    """Return the error of loading a checkpoint."""
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
+        try:
+            cluster.load(str(folder))
+        except CheckpointError as error:
+            return str(error)
+
+
+def save_without(spec, folder, part):
+    """Write a checkpoint that lacks one part of its state: "optimizer", "schedule"."""
+    from megatron.core import dist_checkpointing
+
+    from mcore_rl.megatron import checkpoint
+
+    with running_worker(spec) as worker:
+        actor = worker.actor
+        state = checkpoint._state_to_save(actor.chunks, actor.optimizer, worker.parallel)
+        del state[part]
+        dist_checkpointing.save(state, str(folder))

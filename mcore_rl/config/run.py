@@ -125,18 +125,38 @@ class TrainerConfig:
     """Validate every so many steps, and after the last; -1: only after the last."""
     save_freq: int = -1
     """Save a checkpoint every so many steps, and after the last; -1: only after the last."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from copies in host memory; a crash meanwhile
+    leaves the previous one in force."""
     max_ckpt_to_keep: int | None = None
     """Delete older checkpoints than the last so many; None keeps all."""
+    best_ckpt_metric: str | None = None
+    """Keep the checkpoint with the best value of this metric too, of those that have one:
+    eval/<data source>/accuracy, for example."""
+    best_ckpt_mode: str = "max"
+    """Whether the largest ("max") or the smallest ("min") value is the best."""
     resume_mode: str = "auto"
-    """auto: go on from the last checkpoint in the run folder if there is one; disable: start anew
-    and refuse a run folder that holds a run."""
+    """auto: go on from the last checkpoint in the run folder if there is one; resume_path: go on
+    from resume_from_path; disable: start anew and refuse a run folder that holds a run."""
+    resume_from_path: str | None = None
+    """Folder global_step_<n>. One of this run: later ones are done again. One of another run: where
+    this run begins; once it has checkpoints of its own, it goes on from the last of them."""
     export_hf_model: bool = True
     """Write the trained weights as a Hugging Face folder after the last step."""
     log_val_generations: int = 8
     """Samples written per step and per validation."""
 
     def __post_init__(self) -> None:
-        require_one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable"))
+        modes = ("auto", "disable", "resume_path")
+        require_one_of("trainer.resume_mode", self.resume_mode, modes)
+        require_one_of("trainer.best_ckpt_mode", self.best_ckpt_mode, ("max", "min"))
+        require(
+            (self.resume_mode == "resume_path") == (self.resume_from_path is not None),
+            "trainer.resume_from_path",
+            self.resume_from_path,
+            f"does not fit trainer.resume_mode={self.resume_mode}",
+            "Set both, resume_path and the folder of a checkpoint, or neither.",
+        )
         for name in ("total_epochs", "n_gpus_per_node", "nnodes"):
             require(
                 getattr(self, name) >= 1,
@@ -153,6 +173,20 @@ class TrainerConfig:
             require(value == -1 or value >= 1, f"trainer.{name}", value, "must be -1 or at least 1")
         keep = self.max_ckpt_to_keep
         require(keep is None or keep >= 1, "trainer.max_ckpt_to_keep", keep, "must be at least 1")
+        require(
+            self.best_ckpt_metric is None or keep is not None,
+            "trainer.best_ckpt_metric",
+            self.best_ckpt_metric,
+            "has no effect: every checkpoint is kept",
+            "Set trainer.max_ckpt_to_keep too.",
+        )
+        require(
+            self.best_ckpt_mode == "max" or self.best_ckpt_metric is not None,
+            "trainer.best_ckpt_mode",
+            self.best_ckpt_mode,
+            "has no effect without trainer.best_ckpt_metric",
+            "Set that too, or leave it out.",
+        )
 
     @property
     def world_size(self) -> int:

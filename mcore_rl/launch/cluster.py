@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
+from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.types import Layout, MinibatchPlan, Place, TokenSequence
+from mcore_rl.types import Layout, MinibatchPlan, Place, TokenSequence, WriteState
 
 
 class WorkerGroup(Protocol):
@@ -126,12 +127,38 @@ class Cluster:
         metrics = merge(self._workers.call_each("actor.update", shares))
         return merge([metrics, packing_metrics(plan, self.cut)])
 
-    def save(self, folder: str) -> None:
-        """Write the actor's training state into an existing empty folder."""
-        self._workers.call("actor.save", folder)
+    def begin_save(self, folder: str) -> None:
+        """Begin to write the actor's training state into an existing empty folder.
+
+        Training may go on; what is written is the state of now. One at a time.
+        """
+        self._workers.call("actor.begin_save", folder)
+
+    def end_save(self, *, wait: bool) -> bool:
+        """Complete what `begin_save` began if every rank has written its part.
+
+        Args:
+            wait: until they have.
+
+        Returns:
+            Whether it is complete; if not, ask again.
+
+        Raises:
+            CheckpointError: if a rank cannot write, with that rank.
+        """
+        states: list[WriteState] = self._workers.call("actor.save_state", wait)
+        for rank, state in enumerate(states):
+            if state.problem:
+                raise CheckpointError(
+                    state.problem, rank=rank, role="worker, actor.save", step=self._workers.step
+                )
+        if not all(state.is_done for state in states):
+            return False
+        self._workers.call("actor.finish_save")
+        return True
 
     def load(self, folder: str) -> None:
-        """Read back what `save` wrote."""
+        """Read back what was saved."""
         self._workers.call("actor.load", folder)
 
     def export_hf(self, folder: str) -> None:

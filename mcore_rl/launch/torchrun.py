@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, CheckpointError, RunError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -230,12 +230,13 @@ def end_process(error: Exception) -> None:
 
 
 def _is_said_elsewhere(error: Exception) -> bool:
-    """Whether this is but the echo of another rank's failure, or a mistake that rank 0 names too.
+    """Whether this is but the echo of another rank's failure, or one that rank 0 names too: a
+    user's mistake, or a checkpoint that no rank can read.
 
     Then the agent that started the processes ends this one before long; where there is none, it
     speaks after all.
     """
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, CheckpointError)):
         return rank() > 0
     return any(
         text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")

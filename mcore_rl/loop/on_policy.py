@@ -22,12 +22,12 @@ from mcore_rl.config.run import RunConfig
 from mcore_rl.data.packing import split_minibatches
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.agreement import check_agreement
+from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.collect import collect_groups
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import PolicyObjective
-from mcore_rl.loop.resume import resume, save
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
 from mcore_rl.types import SampleGroup
@@ -43,7 +43,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
     )
     kl = KlController(cfg.algorithm.kl_ctrl, cfg.algorithm.kl_penalty)
     kept = {"prompts": inputs.prompts, "kl": kl}
-    start = resume(run_dir, cluster, kept)
+    checkpoints = Checkpoints(trainer, run_dir, cluster, kept)
+    start = checkpoints.resume()
     samples = SampleLog(run_dir, start, trainer.log_val_generations)
 
     cluster.sync_weights(version=start)
@@ -52,6 +53,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
     with open_log(trainer, run_dir, start, total_steps) as log:
         for step in range(start, total_steps):
             cluster.enter_step(step)
+            checkpoints.poll()
             metrics: list[Metrics] = []
             if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
                 with log.stage("eval"):
@@ -77,13 +79,14 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
             # takes is that of the next step.
             if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
                 with log.stage("checkpoint"):
-                    save(run_dir, step + 1, cluster, kept, trainer.max_ckpt_to_keep)
+                    checkpoints.save(step + 1)
 
         if inputs.val_prompts:
             with log.stage("eval"):
                 groups, eval_metrics = evaluate(cfg, inputs, cluster)
             samples.log(total_steps, groups)
             log.log(total_steps, merge([eval_metrics, log.times()]))
+        checkpoints.finish()
 
 
 def is_due(step: int, frequency: int) -> bool:

@@ -6,22 +6,23 @@ from pathlib import Path
 
 from mcore_rl.config.run import SftRunConfig
 from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.loop.on_policy import is_due
-from mcore_rl.loop.resume import resume, save
 from mcore_rl.metrics import merge
 
 
 def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path) -> None:
     """Train to the last step, from the run folder's latest checkpoint if it has one."""
     trainer, total_steps = cfg.trainer, inputs.total_steps
-    kept = {"sequences": inputs.sequences}
-    start = resume(run_dir, cluster, kept)
+    checkpoints = Checkpoints(trainer, run_dir, cluster, {"sequences": inputs.sequences})
+    start = checkpoints.resume()
     with open_log(trainer, run_dir, start, total_steps) as log:
         for step in range(start, total_steps):
             cluster.enter_step(step)
+            checkpoints.poll()
             sequences = inputs.sequences.next(cfg.data.train_batch_size)
             with log.stage("train"):
                 cluster.begin_step()
@@ -29,4 +30,5 @@ def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path)
             log.log(step, merge([metrics, log.times()]))
             if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
                 with log.stage("checkpoint"):
-                    save(run_dir, step + 1, cluster, kept, trainer.max_ckpt_to_keep)
+                    checkpoints.save(step + 1)
+        checkpoints.finish()

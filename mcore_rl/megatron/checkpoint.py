@@ -1,8 +1,21 @@
 """Training checkpoints in Megatron's distributed format: model, optimizer, schedule.
 
-Any layout reads what any other wrote ("fully_reshardable"). There are no random states in it:
-training draws no random numbers, since dropout is refused. What the controller knows (step, place
-in the data) is saved beside it by `loop/resume.py`, which also makes the folder appear at once.
+    pending = begin_save(folder, chunks, optimizer, parallel)    # copies, then writes meanwhile
+    ...training goes on...
+    pending.state(wait=True)                                     # this rank's files are on disk
+    pending.finish()                                             # so are everyone's: seal it
+
+Invariants:
+- What is saved is what was there when `begin_save` returned, whatever happens afterwards.
+- Any layout reads what any other wrote ("fully_reshardable").
+- A checkpoint that lacks something, or is of another model, is refused: nothing starts fresh.
+- Of the optimizer come moments and step counters, of the schedule the number of steps; rates, decay
+  and betas are the configuration's.
+
+There are no random states in it. Training draws no random numbers, since dropout is refused, and
+states kept by rank would be those of one layout; what is drawn elsewhere (order of the data, seeds
+of samples) is derived from seed and step. What the controller knows is saved beside it by
+`loop/checkpoints.py`, which also makes the folder appear at once.
 """
 
 from __future__ import annotations
@@ -10,45 +23,134 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
+from torch.distributed.checkpoint import CheckpointException
 
+from mcore_rl.errors import CheckpointError
 from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.types import WriteState
+
+_LONGEST_REASON = 400
+"""Characters; Megatron lists every key that does not match."""
 
 
-def save_checkpoint(
+class PendingSave:
+    """A checkpoint whose files this rank writes in the background, from copies.
+
+    A thread writes them and not a process, as Megatron would have it: an orphan of a killed rank
+    would go on writing into the folder of the run that the user has begun to resume.
+
+    Args:
+        folder: of the checkpoint.
+        request: Megatron's plan of it.
+    """
+
+    def __init__(self, folder: Path, request: Any) -> None:
+        self._folder, self._request = folder, request
+        writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] = writer.submit(_write, request, _copied_buckets(request))
+        writer.shutdown(wait=False)
+
+    def state(self, *, wait: bool) -> WriteState:
+        """Return how far this rank is, at once or, with `wait`, when it has written or failed."""
+        if not wait and not self._writing.done():
+            return WriteState(is_done=False)
+        error = self._writing.exception()
+        problem = _cannot_be(self._folder, "written", error) if error else ""
+        return WriteState(is_done=True, problem=problem)
+
+    def finish(self) -> None:
+        """Write what makes the files a checkpoint; collective, when all ranks have written.
+
+        Raises:
+            CheckpointError: if that cannot be written.
+        """
+        with _as_checkpoint_error(self._folder, "written"):
+            for finalize in self._request.finalize_fns:
+                finalize()
+
+
+def begin_save(
     folder: Path,
     chunks: Sequence[DistributedDataParallel],
     optimizer: PolicyOptimizer,
     parallel: Parallel,
-) -> None:
-    """Write everything that training needs to go on; collective.
+) -> PendingSave:
+    """Copy everything that training needs to go on and begin to write it; collective.
 
     Args:
         folder: exists, is empty and is seen by every rank.
         chunks: model chunks wrapped for training.
         optimizer: theirs.
         parallel: process groups.
+
+    Raises:
+        CheckpointError: if the part that is written at once cannot be.
     """
+    state = _state_to_save(chunks, optimizer, parallel)
+    # Read by this process alone, so it needs no server process (filesystem_async.py:51), which
+    # would take seconds to start and outlive a rank that is killed.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    with _as_checkpoint_error(folder, "written"):
+        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+    return PendingSave(folder, request)
+
+
+def _state_to_save(
+    chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, parallel: Parallel
+) -> dict[str, Any]:
     for one in _parts(optimizer.inner):
         # Adam makes its moments in its first update; a run may have skipped all so far.
         one.init_state_fn(one.optimizer, one.config)
     state = _sharded_state(chunks, optimizer, parallel, is_loading=False)
-    state["schedule"] = optimizer.schedule.state_dict()
-    # Written while this call lasts, so the results need no queue in a process of its own
-    # (filesystem_async.py:51), which takes seconds to start and outlives a rank that is killed.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy("torch_dist"))
+    state["schedule"] = {"num_steps": optimizer.schedule.num_steps}
+    return state
+
+
+def _copied_buckets(request: Any) -> list[Any]:
+    """Return what this rank writes, file by file, with copies of the tensors in host memory."""
+    if request.async_fn is None:  # nothing that another rank does not write
+        return []
+    _, buckets, _ = request.async_fn_args
+    return [
+        (path, key, (objects, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
+        for path, key, (objects, tensors) in buckets
+    ]
+
+
+def _write(request: Any, buckets: list[Any]) -> None:
+    """Write the files and sync them to disk; does what
+    FileSystemWriterAsync.write_preloaded_data_multiproc does with processes that it forks."""
+    if not buckets:
+        return
+    transforms, _ = request.async_fn.args
+    _, _, results = request.async_fn_args
+    written = {}
+    for number, bucket in enumerate(buckets):
+        answers, unfinished = queue.SimpleQueue(), queue.Queue()
+        unfinished.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, answers, unfinished, use_fsync=True
+        )
+        _, written[number] = answers.get()
+        if isinstance(written[number], Exception):
+            raise written[number]
+    results.put(written)
 
 
 def load_checkpoint(
@@ -57,23 +159,63 @@ def load_checkpoint(
     optimizer: PolicyOptimizer,
     parallel: Parallel,
 ) -> None:
-    """Read back what `save_checkpoint` wrote; collective, whatever layout wrote it."""
+    """Read back what was saved; collective, whatever layout wrote it.
+
+    Raises:
+        CheckpointError: if it cannot be read, lacks something that this model and optimizer have,
+            or has something that they lack.
+    """
     wanted = _sharded_state(chunks, optimizer, parallel, is_loading=True)
-    state: Any = dist_checkpointing.load(
-        wanted, str(folder), get_default_load_sharded_strategy(str(folder))
-    )
-    for index, chunk in enumerate(chunks):
-        _model(chunk).load_state_dict(state[f"model{index}"])
-    with torch.no_grad():  # float32 parameters are views into leaves
-        optimizer.inner.load_state_dict(state["optimizer"])
-    optimizer.schedule.load_state_dict(state["schedule"])
+    settings = [_settings(group) for group in optimizer.inner.param_groups]
+    with _as_checkpoint_error(folder, "read"):
+        strategy = get_default_load_sharded_strategy(str(folder))
+        state: Any = dist_checkpointing.load(
+            wanted, str(folder), strategy, strict=StrictHandling.RAISE_ALL
+        )
+        for index, chunk in enumerate(chunks):
+            _load_weights(_model(chunk), state[f"model{index}"])
+        with torch.no_grad():  # float32 parameters are views into leaves
+            optimizer.inner.load_state_dict(state["optimizer"])
+        num_steps = state["schedule"]["num_steps"]
+    for group, own in zip(optimizer.inner.param_groups, settings, strict=True):
+        group.update(own)
+    optimizer.schedule.num_steps = 0
+    optimizer.schedule.step(increment=num_steps)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what a group of parameters has from the configuration."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(folder: Path, verb: str) -> Iterator[None]:
+    try:
+        yield
+    # CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(_cannot_be(folder, verb, error)) from error
+
+
+def _cannot_be(folder: Path, verb: str, error: BaseException) -> str:
+    """Return one line about the failure, without the tracebacks that torch makes part of it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()), (error,))[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch.save covers it by an error of its own
+    reason = " ".join(str(cause or error).split())
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}..."
+    name = "" if isinstance(error, CheckpointingException) else f"{type(cause or error).__name__}: "
+    return f"{folder} cannot be {verb}: {name}{reason}"
 
 
 def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parallel) -> None:
     """Fill chunks that are not wrapped for training from a distributed checkpoint; collective.
 
     Args:
-        folder: what `save_checkpoint` or `mcore-rl convert hf-to-mcore` wrote; of its content only
+        folder: what `begin_save` or `mcore-rl convert hf-to-mcore` wrote; of its content only
             the weights are read.
         chunks: of `build_chunks`, in any layout.
         parallel: process groups.
@@ -83,8 +225,7 @@ def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parall
         wanted, str(folder), get_default_load_sharded_strategy(str(folder))
     )
     for index, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
-        assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
+        _load_weights(chunk, state[f"model{index}"])
 
 
 def _weights(chunk: Any, parallel: Parallel) -> dict[str, Any]:
@@ -92,6 +233,11 @@ def _weights(chunk: Any, parallel: Parallel) -> dict[str, Any]:
     Engine's factors of FP8, and which modules have one depends on the layer specs."""
     state = chunk.sharded_state_dict(metadata=_metadata(parallel))
     return {name: value for name, value in state.items() if not _is_extra_state(name)}
+
+
+def _load_weights(chunk: Any, state: dict[str, Any]) -> None:
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
 
 
 def _is_extra_state(name: str) -> bool:
@@ -104,14 +250,12 @@ def _sharded_state(
     parallel: Parallel,
     is_loading: bool,
 ) -> dict[str, Any]:
-    metadata = _metadata(parallel)
     state: dict[str, Any] = {
-        f"model{index}": _model(chunk).sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(chunks)
+        f"model{index}": _weights(_model(chunk), parallel) for index, chunk in enumerate(chunks)
     }
     with _padding_kept(optimizer.inner):
         state["optimizer"] = optimizer.inner.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=metadata
+            dict(state), is_loading=is_loading, metadata=_metadata(parallel)
         )
     return state
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.data.batch import PackedBatch
-from mcore_rl.megatron.checkpoint import load_checkpoint, save_checkpoint
+from mcore_rl.megatron.checkpoint import PendingSave, begin_save, load_checkpoint
 from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
 from mcore_rl.megatron.layer_outputs import LayerRecording
 from mcore_rl.megatron.model import (
@@ -43,7 +43,7 @@ from mcore_rl.models.safetensors_io import (
     write_shards,
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
-from mcore_rl.types import Denominators, MicroBatch
+from mcore_rl.types import Denominators, MicroBatch, WriteState
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.workers.spec import ActorSpec
 
@@ -102,6 +102,7 @@ class TrainWorker:
             self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
         )
         self.exporter = WeightExporter(self.params, self.entries, parallel)
+        self._pending_save: PendingSave | None = None
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
         """Return logprobs of every token under the current weights, by planned index."""
@@ -176,12 +177,24 @@ class TrainWorker:
                 metrics["actor/grad_norm"] = mean(grad_norm)
         return to_host(metrics)
 
-    def save(self, folder: str) -> None:
-        """Write model, optimizer, schedule and random states into `folder`."""
-        save_checkpoint(Path(folder), self.chunks, self.optimizer, self.parallel)
+    def begin_save(self, folder: str) -> None:
+        """Copy model, optimizer and schedule, and begin to write them into `folder`."""
+        assert self._pending_save is None, "one checkpoint at a time"
+        self._pending_save = begin_save(Path(folder), self.chunks, self.optimizer, self.parallel)
+
+    def save_state(self, wait: bool) -> WriteState:
+        """Return how far this rank is with writing; with `wait`, when it has come to an end."""
+        assert self._pending_save is not None, "begin_save comes first"
+        return self._pending_save.state(wait=wait)
+
+    def finish_save(self) -> None:
+        """Make what all ranks have written a checkpoint."""
+        assert self._pending_save is not None, "begin_save comes first"
+        self._pending_save.finish()
+        self._pending_save = None
 
     def load(self, folder: str) -> None:
-        """Read back what `save` wrote, in this or another layout."""
+        """Read back what was saved, in this or another layout."""
         load_checkpoint(Path(folder), self.chunks, self.optimizer, self.parallel)
 
     def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

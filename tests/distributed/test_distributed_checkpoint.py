@@ -36,25 +36,28 @@ def steps(seeds):
 
 @pytest.fixture
 def continued(processes, tiny_checkpoint, tmp_path):
-    """Return a function: train three steps in one layout, save, train two more there, and train
-    the same two in fresh workers of another layout that load the checkpoint.
+    """Return a function: train three steps in one layout, begin a checkpoint, train two more there
+    before it is ended, and train the same two in fresh workers of another layout that load it (and
+    save a copy of what they loaded).
 
     It returns what every rank of the first and of the second had after loading or saving and after
     each of the two steps: (metrics, weights, Adam's state).
     """
 
     def run(name, saved_in, loaded_in):
-        folder = tmp_path / "actor"
+        folder, copy = tmp_path / "actor", tmp_path / "copy"
         folder.mkdir()
+        copy.mkdir()
         runs = []
         for (world_size, megatron), first in (
-            (saved_in, [*steps(range(3)), ("save", str(folder))]),
-            (loaded_in, [("load", str(folder))]),
+            (saved_in, [*steps(range(3)), ("begin_save", str(folder))]),
+            (loaded_in, [("load", str(folder)), ("begin_save", str(copy))]),
         ):
             spec = actor_spec(tiny_checkpoint(name), optim=OPTIM, **megatron)
-            script = [*first, *steps((3, 4))]
+            script = [*first, *steps((3, 4)), ("end_save",)]
             by_rank = processes.run(actor_cases.run_script, world_size, spec, script, CUT)
-            runs.append([[answers[-5], answers[-3], answers[-1]] for answers in by_rank])
+            at = len(first) - 1
+            runs.append([[answers[at], answers[at + 2], answers[at + 4]] for answers in by_rank])
         return runs
 
     return run
@@ -99,13 +102,19 @@ def test_the_same_layout_goes_on_bit_by_bit(continued, name, world_size, megatro
         ("qwen3_moe", (1, {}), (2, TP2)),
     ],
 )
-def test_another_layout_goes_on_alike(continued, name, saved_in, loaded_in):
-    """Weights bit by bit after loading; metrics and weights of two more steps up to rounding.
+def test_another_layout_goes_on_alike(continued, processes, tmp_path, name, saved_in, loaded_in):
+    """Weights and moments bit by bit after loading; metrics and weights of two more steps up to
+    rounding.
 
     With tied embeddings on two stages the optimizer's state lies in several padded buckets, which
     Megatron-Core 0.16.1 alone would save wrongly.
     """
     saved, loaded = continued(name, saved_in, loaded_in)
+    folders = (tmp_path / "actor", tmp_path / "copy")
+    in_full = [processes.run(actor_cases.checkpoint_tensors, 1, folder)[0] for folder in folders]
+    assert in_full[0].keys() == in_full[1].keys()
+    assert sum("exp_avg" in key for key in in_full[0]) > 0
+    assert all(torch.equal(in_full[0][key], in_full[1][key]) for key in in_full[0])
     at_save, *expected_steps = saved[0]
     for rank in loaded:
         after_load, *found_steps = rank
@@ -121,3 +130,78 @@ def test_another_layout_goes_on_alike(continued, name, saved_in, loaded_in):
             for key, weight in expected_weights.items():
                 difference = (weights[key] - weight).abs().max() / weight.abs().max()
                 assert difference <= 1e-6, key
+
+
+def test_moments_are_the_checkpoint_s_and_rates_the_configuration_s(
+    processes, tiny_checkpoint, tmp_path
+):
+    """A run that goes on from another's checkpoint may have another rate, decay or length."""
+    other = OptimConfig(lr=0.02, eps=0.1, weight_decay=0.3, lr_decay_style="linear")
+    folder = tiny_checkpoint("qwen3")
+    script = [*steps(range(3)), ("begin_save", str(tmp_path)), ("end_save",)]
+    [saved] = processes.run(actor_cases.run_script, 1, actor_spec(folder, optim=OPTIM), script, CUT)
+    script = [("load", str(tmp_path)), *steps((3,))]
+    [loaded] = processes.run(
+        actor_cases.run_script, 1, actor_spec(folder, optim=other), script, CUT
+    )
+    (_, weights, (counters, moments)), (_, old_weights, (old_counters, old_moments)) = (
+        loaded[0],
+        saved[-1],
+    )
+    assert counters == old_counters == [3] * len(counters)
+    assert all(map(torch.equal, moments, old_moments))
+    assert all(torch.equal(weights[key], old_weights[key]) for key in old_weights)
+    # The fourth of the ten steps of a linear decay from 0.02.
+    assert loaded[-1][0]["actor/lr"] == pytest.approx(0.02 * (1 - 4 / 10), rel=1e-6)
+
+
+def test_a_rank_that_cannot_write_is_named_and_the_checkpoint_before_stays(
+    processes, tiny_checkpoint, tmp_path
+):
+    """A real limit on the size of files; with tensor parallelism every rank writes its shards."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    spec = actor_spec(tiny_checkpoint("qwen3"), **TP2)
+    said = processes.run(actor_cases.failure_to_save, 2, spec, tmp_path, 4096)
+    assert (
+        said
+        == [
+            f"[role worker, actor.save, rank 1] {tmp_path}/second cannot be written: "
+            "OSError: [Errno 27] File too large"
+        ]
+        * 2
+    )
+    assert not (tmp_path / "second" / "metadata.json").exists()
+    tensors = processes.run(actor_cases.checkpoint_tensors, 1, tmp_path / "first")[0]
+    assert tensors
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [("optimizer", "Unexpected keys (not found in the checkpoint)"), ("schedule", "'schedule'")],
+)
+def test_a_checkpoint_without_optimizer_or_schedule_is_refused(
+    processes, tiny_checkpoint, tmp_path, part, reason
+):
+    spec = actor_spec(tiny_checkpoint("qwen3"))
+    processes.run(actor_cases.save_without, 1, spec, tmp_path, part)
+    [said] = processes.run(actor_cases.failure_to_load, 1, spec, tmp_path)
+    assert said.startswith(f"{tmp_path} cannot be read: ")
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [("qwen3_one_group", "Global shape mismatch"), ("qwen3_moe", "Missing keys")],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    processes, tiny_checkpoint, tmp_path, other, reason
+):
+    script = [("begin_save", str(tmp_path)), ("end_save",)]
+    processes.run(actor_cases.run_script, 1, actor_spec(tiny_checkpoint(other)), script, CUT)
+    spec = actor_spec(tiny_checkpoint("qwen3"))
+    [said] = processes.run(actor_cases.failure_to_load, 1, spec, tmp_path)
+    assert said.startswith(f"{tmp_path} cannot be read: ")
+    assert reason in said
+    assert "\n" not in said
+    assert len(said) < 600

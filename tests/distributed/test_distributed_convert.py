@@ -84,7 +84,7 @@ def test_a_training_checkpoint_becomes_the_folder_that_the_trainer_exports(
     saved.mkdir(parents=True)
     spec = actor_spec(tiny_checkpoint(name), **megatron)
     steps = [("begin_step",), ("update", random_sequences(0), actor_cases.SftObjective())]
-    script = [*steps, ("save", str(saved))]
+    script = [*steps, ("begin_save", str(saved)), ("end_save",)]
     exported = processes.run(actor_cases.run_script, world_size, spec, script)[0][-1][1]
 
     target = tmp_path / "hf"

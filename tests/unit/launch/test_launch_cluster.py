@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mcore_rl.data.packing import SequenceCount, TokenBudget
+from mcore_rl.errors import CheckpointError
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.metrics import maximum, mean, to_floats
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
-from mcore_rl.types import Layout, Place, TokenSequence
+from mcore_rl.types import Layout, Place, TokenSequence, WriteState
 
 
 class EchoWorkers:
@@ -20,6 +21,7 @@ class EchoWorkers:
         self.step = None
         self.calls = []
         self.is_closed = False
+        self.save_states = []
 
     def call(self, method, *args):
         return self.call_each(method, [args] * self.world_size)
@@ -70,10 +72,16 @@ class EchoWorkers:
     def begin_step(self, rank):
         pass
 
-    def save(self, rank, folder):
+    def begin_save(self, rank, folder):
         pass
 
-    load = export_hf = save
+    load = export_hf = begin_save
+
+    def save_state(self, rank, wait):
+        return self.save_states[rank]
+
+    def finish_save(self, rank):
+        pass
 
     def close(self):
         self.is_closed = True
@@ -197,13 +205,38 @@ def test_syncs_and_folders_reach_every_rank():
     cluster, workers = make_cluster(places(dp=2))
     assert to_floats(cluster.sync_weights(4)) == {"weight_sync/bytes": 101.0}
     cluster.begin_step()
-    cluster.save("a")
+    cluster.begin_save("a")
     cluster.load("b")
     cluster.export_hf("c")
     assert workers.calls[1:] == [
         ("sync_weights", [(4,), (4,)]),
         ("actor.begin_step", [(), ()]),
-        ("actor.save", [("a",), ("a",)]),
+        ("actor.begin_save", [("a",), ("a",)]),
         ("actor.load", [("b",), ("b",)]),
         ("actor.export_hf", [("c",), ("c",)]),
     ]
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_checkpoint_is_completed_when_every_rank_has_written(wait):
+    cluster, workers = make_cluster(places(dp=2))
+    workers.save_states = [WriteState(is_done=True), WriteState(is_done=False)]
+    assert not cluster.end_save(wait=wait)
+    assert workers.calls[1:] == [("actor.save_state", [(wait,), (wait,)])]
+    workers.save_states = [WriteState(is_done=True)] * 2
+    assert cluster.end_save(wait=wait)
+    assert workers.calls[-1] == ("actor.finish_save", [(), ()])
+
+
+def test_the_first_rank_that_cannot_write_is_named():
+    cluster, workers = make_cluster(places(dp=2))
+    workers.save_states = [
+        WriteState(is_done=False),
+        WriteState(is_done=True, problem="a cannot be written: disk full"),
+    ]
+    cluster.enter_step(7)
+    with pytest.raises(CheckpointError) as caught:
+        cluster.end_save(wait=False)
+    assert str(caught.value) == (
+        "[role worker, actor.save, rank 1, step 7] a cannot be written: disk full"
+    )

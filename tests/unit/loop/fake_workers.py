@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.types import Layout, Place, Prompt
+from mcore_rl.types import Layout, Place, Prompt, WriteState
 from mcore_rl.weight_sync.base import send_directly
 from mcore_rl.weight_sync.sync import sync_weights
 
@@ -82,11 +83,13 @@ class UnigramEngine:
 class UnigramActor:
     """The trained vector, its frozen copy and what a checkpoint keeps of it."""
 
-    def __init__(self, temperature: float, learning_rate: float) -> None:
+    def __init__(self, temperature: float, learning_rate: float, save_takes: int) -> None:
         self.temperature, self.learning_rate = temperature, learning_rate
         self.weights = torch.linspace(0.0, 1.0, VOCABULARY)
         self.reference = self.weights.clone()
         self.num_begun = 0
+        self.save_takes = save_takes
+        self.pending_save: tuple[Path, str] | None = None
 
     def log_softmax(self, weights: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(weights / self.temperature, dim=0)
@@ -121,9 +124,25 @@ class UnigramActor:
         metrics[0]["actor/lr"] = maximum(rate)
         return metrics
 
-    def save(self, folder: str) -> None:
+    def begin_save(self, folder: str) -> None:
+        assert self.pending_save is None
         state = {"weights": self.weights.tolist(), "num_begun": self.num_begun}
-        (Path(folder) / "state.json").write_text(json.dumps(state))
+        self.pending_save = Path(folder) / "state.json", json.dumps(state)
+        self.num_asked = 0
+
+    def save_state(self, wait: bool) -> WriteState:
+        assert self.pending_save is not None
+        file, text = self.pending_save
+        self.num_asked += 1
+        if not wait and self.num_asked <= self.save_takes:
+            file.write_text(text[: len(text) // 2])
+            return WriteState(is_done=False)
+        file.write_text(text)
+        return WriteState(is_done=True)
+
+    def finish_save(self) -> None:
+        assert self.pending_save is not None
+        self.pending_save = None
 
     def load(self, folder: str) -> None:
         state = json.loads((Path(folder) / "state.json").read_text())
@@ -150,6 +169,8 @@ class FakeWorkers:
         learning_rate: of the actor.
         crash_at: (method, number): the crash comes in place of that call, counted from 0.
         engine: class of the engines.
+        save_takes: how often a checkpoint is asked for in vain before it is written.
+        save_problem: why rank 1 cannot write its part of any.
     """
 
     world_size = 2
@@ -160,8 +181,11 @@ class FakeWorkers:
         learning_rate: float = 5.0,
         crash_at: tuple[str, int] | None = None,
         engine: type[UnigramEngine] = UnigramEngine,
+        save_takes: int = 0,
+        save_problem: str = "",
     ) -> None:
-        self.actor = UnigramActor(temperature, learning_rate)
+        self.actor = UnigramActor(temperature, learning_rate, save_takes)
+        self.save_problem = save_problem
         self.engines = [engine(temperature) for _ in range(self.world_size)]
         self.crash_at = crash_at
         self.calls: list[tuple[str, Any]] = []
@@ -216,8 +240,13 @@ class FakeWorkers:
                 self.actor.num_begun += 1
             case "actor.update":
                 return self.actor.update(args_of_rank)
-            case "actor.save":
-                self.actor.save(args_of_rank[0][0])
+            case "actor.begin_save":
+                self.actor.begin_save(args_of_rank[0][0])
+            case "actor.save_state":
+                state = self.actor.save_state(args_of_rank[0][0])
+                return [state, replace(state, problem=self.save_problem)]
+            case "actor.finish_save":
+                self.actor.finish_save()
             case "actor.load":
                 self.actor.load(args_of_rank[0][0])
             case _:
@@ -269,6 +298,7 @@ def make_config(*overrides: str) -> RunConfig:
         "actor.megatron.dtype=float32",
         "actor.ppo_mini_batch_size=2",
         "rollout.n=3",
+        "reward.num_workers=1",
         "trainer.logger=[]",
     ]
     return compose_config(RunConfig, parse_command_line("train", "", [*base, *overrides]))

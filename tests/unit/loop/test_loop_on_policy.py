@@ -29,13 +29,15 @@ def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
         "generate with 1",
         *trained,
         "sync to 2",
-        "actor.save",
+        "actor.begin_save",
+        "actor.save_state",
+        "actor.finish_save",
     ]
 
 
 def test_a_failure_would_name_the_step_of_its_call(run_loop):
     workers = run_loop(GMPO, steps=2).workers
-    assert workers.steps == [None] * 4 + [0] * 6 + [1] * 7
+    assert workers.steps == [None] * 4 + [0] * 6 + [1] * 9
 
 
 def test_samples_of_a_step_carry_the_version_of_its_weights(run_loop):

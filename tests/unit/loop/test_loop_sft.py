@@ -30,7 +30,7 @@ def run(tmp_path, *overrides, steps=6, folder="run", crash_at=None):
     cfg = compose_config(SftRunConfig, parse_command_line("sft", "", argv))
     inputs = SftInputs(sequences=ItemStream(SEQUENCES), total_steps=steps)
     workers = FakeWorkers(crash_at=crash_at)
-    run_dir = open_run_folder(cfg, may_resume=True)
+    run_dir = open_run_folder(cfg)
     if crash_at is None:
         train(cfg, inputs, make_cluster(workers, cfg), run_dir)
     else:
@@ -49,7 +49,8 @@ def read_metrics(run_dir):
 def test_a_step_is_one_update_on_the_next_sequences_and_asks_for_no_engine(tmp_path):
     workers, metrics = run(tmp_path, steps=3)
     step = ["actor.begin_step", "actor.update"]
-    assert workers.methods == ["place", *step, *step, "actor.save", *step, "actor.save"]
+    save = ["actor.begin_save", "actor.save_state", "actor.finish_save"]
+    assert workers.methods == ["place", *step, *step, *save, *step, *save]
     assert [line["step"] for line in metrics] == [0, 1, 2]
     for method, args in workers.calls:
         if method == "actor.update":
@@ -65,7 +66,9 @@ def test_the_loss_falls_to_what_the_data_allows(tmp_path):
     assert sum(losses[-5:]) / 5 < 1.4
 
 
-@pytest.mark.parametrize("crash_at", [("actor.update", 0), ("actor.update", 3), ("actor.save", 1)])
+@pytest.mark.parametrize(
+    "crash_at", [("actor.update", 0), ("actor.update", 3), ("actor.begin_save", 1)]
+)
 def test_a_run_that_died_goes_on_to_the_same_numbers(tmp_path, crash_at):
     whole, expected = run(tmp_path, folder="whole")
     run(tmp_path, crash_at=crash_at)

@@ -1,0 +1,275 @@
+"""Checkpoints of a run: written beside and renamed, found again, continued.
+
+    <run folder>/checkpoints/global_step_20/actor/          Megatron's distributed checkpoint
+                                           /controller.json step, place in the data, KL coefficient,
+                                                            and the size of every file
+                            /latest_checkpointed_iteration.txt
+
+A folder appears under its name only when all ranks have written their parts and all of it is on the
+disk, and the pointer moves after that, so a crash of the run or of the machine leaves the previous
+checkpoint in force. With `trainer.async_save` the ranks write copies while training goes on, one
+checkpoint at a time; it comes into force at the beginning of a later step, or when the next one or
+the end of the run waits for it.
+
+`global_step_20` is what step 20 begins with. The version of the weights is the step, and nothing is
+in flight between two steps: no samples are kept. What a step draws (prompts, samples) it derives
+from seed and step, so a resumed run computes what the uninterrupted one would have, bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mcore_rl.config.run import TrainerConfig
+from mcore_rl.errors import CheckpointError, UserError, closest_hint
+from mcore_rl.launch.cluster import Cluster
+from mcore_rl.loop.durable_files import rename_whole, sync, write_whole
+from mcore_rl.observability.jsonl import read_records
+from mcore_rl.observability.run_folder import METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+POINTER = "latest_checkpointed_iteration.txt"
+CONTROLLER_FILE = "controller.json"
+
+
+class Stateful(Protocol):
+    """Part of the controller that a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A checkpoint that the ranks are writing."""
+
+    step: int
+    state: dict[str, Any]
+    """Of the controller, when it began."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        trainer: how they are written, kept and resumed.
+        run_dir: the run folder.
+        cluster: running workers, whose actor is saved and loaded.
+        parts: what else is saved and restored, by name.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainerConfig,
+        run_dir: Path,
+        cluster: Cluster,
+        parts: Mapping[str, Stateful],
+    ) -> None:
+        self._trainer, self._cluster, self._parts = trainer, cluster, parts
+        self._metrics = run_dir / METRICS_FILE
+        self._folder = run_dir / CHECKPOINTS
+        self._begun: _Begun | None = None
+
+    def resume(self) -> int:
+        """Load the checkpoint to go on from, if there is one, and return the step to go on with.
+
+        Raises:
+            CheckpointError: if it is not there, not whole, or of another model.
+        """
+        folder = self._to_resume()
+        if folder is None:
+            return 0
+        if problem := _problem(folder):
+            raise CheckpointError(
+                f"{folder} is not whole: {problem}. {self._way_out(folder)}", role="controller"
+            )
+        state = json.loads((folder / CONTROLLER_FILE).read_text())
+        for name in self._parts:
+            if name not in state:
+                raise CheckpointError(
+                    f"{folder} is of another kind of run: {CONTROLLER_FILE} has no {name!r}",
+                    role="controller",
+                )
+        self._cluster.load(str(folder / "actor"))
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        step = int(state["step"])
+        if folder.parent.resolve() == self._folder.resolve():
+            # One that is gone back to is the latest now: later ones are done again.
+            write_whole(self._folder / POINTER, str(step))
+        logger.info("resumed from %s", folder)
+        return step
+
+    def save(self, step: int) -> None:
+        """Begin a checkpoint from which `step` is the next step; end it too unless `async_save`.
+
+        Raises:
+            CheckpointError: if it cannot be written; the previous one stays in force.
+        """
+        self.finish()
+        partial = self._partial(step)
+        with self._failing_at(step):
+            for leftover in (partial, self._final(step)):  # of a crash; the pointer names neither
+                shutil.rmtree(leftover, ignore_errors=True)
+            (partial / "actor").mkdir(parents=True)
+            sync(self._folder.parent)
+            self._cluster.begin_save(str(partial / "actor"))
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        self._begun = _Begun(step, {"step": step, **parts})
+        if not self._trainer.async_save:
+            self.finish()
+
+    def poll(self) -> None:
+        """Put the checkpoint in force that was begun, if every rank has written its part.
+
+        Raises:
+            CheckpointError: if one of them cannot.
+        """
+        self._end(wait=False)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that was begun, if any, and put it in force.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self._end(wait=True)
+
+    def _end(self, *, wait: bool) -> None:
+        if self._begun is None or not self._cluster.end_save(wait=wait):
+            return
+        step, partial = self._begun.step, self._partial(self._begun.step)
+        with self._failing_at(step):
+            state = {**self._begun.state, "files": _sizes(partial)}
+            write_whole(partial / CONTROLLER_FILE, json.dumps(state))
+            rename_whole(partial, self._final(step))
+            write_whole(self._folder / POINTER, str(step))
+            self._begun = None
+            self._drop_others(step)
+
+    @contextmanager
+    def _failing_at(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._final(step)} cannot be written: {error}", role="controller", step=step
+            ) from error
+
+    def _final(self, step: int) -> Path:
+        return self._folder / f"global_step_{step}"
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f"global_step_{step}.partial"
+
+    def _steps(self) -> list[int]:
+        """Return the steps of all checkpoints that have their names, in order."""
+        names = [folder.name for folder in self._folder.glob("global_step_*")]
+        numbers = [name.removeprefix("global_step_") for name in names]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _to_resume(self) -> Path | None:
+        pointer = self._folder / POINTER
+        if self._trainer.resume_from_path is not None:
+            folder = Path(self._trainer.resume_from_path)
+            is_own = folder.parent.resolve() == self._folder.resolve()
+            # Another run's checkpoint is where this run began; it may have come further since.
+            if is_own or not pointer.exists():
+                return folder
+        if not pointer.exists():
+            return None
+        try:
+            return self._final(int(pointer.read_text()))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{pointer} names no step: {error}. {self._way_out(self._folder)}",
+                role="controller",
+            ) from error
+
+    def _way_out(self, bad: Path) -> str:
+        """Say what a run can be resumed from when the checkpoint `bad` cannot be used."""
+        others = [self._final(step) for step in reversed(self._steps())]
+        whole = (other for other in others if other != bad and not _problem(other))
+        if (found := next(whole, None)) is None:
+            return "No other checkpoint of the run is whole: begin a run of another name."
+        return (
+            f"{found.name} is whole: go on from it with trainer.resume_mode=resume_path "
+            f"trainer.resume_from_path={found}"
+        )
+
+    def _drop_others(self, step: int) -> None:
+        """Drop all but the last and the best of the checkpoints up to `step`."""
+        if self._trainer.max_ckpt_to_keep is None:
+            return
+        # Those of later steps are left from before the run went back to an earlier one.
+        steps = [number for number in self._steps() if number <= step]
+        older = steps[: -self._trainer.max_ckpt_to_keep]
+        for number in older:
+            if number != self._best_of(steps):
+                shutil.rmtree(self._final(number))
+
+    def _best_of(self, steps: list[int]) -> int | None:
+        """Return the step of the best checkpoint so far, the later one of equals.
+
+        The line of step s in metrics.jsonl describes the weights of `global_step_s`. The latest
+        checkpoint has no line yet.
+        """
+        metric = self._trainer.best_ckpt_metric
+        if metric is None:
+            return None
+        lines = read_records(self._metrics)
+        if not any(metric in line for line in lines):
+            _refuse_unknown_metric(metric, lines)
+        sign = 1 if self._trainer.best_ckpt_mode == "max" else -1
+        values = [
+            (sign * line[metric], line["step"])
+            for line in lines
+            if line["step"] in steps and math.isfinite(line.get(metric, math.nan))
+        ]
+        return max(values)[1] if values else None
+
+
+def _refuse_unknown_metric(metric: str, lines: list[dict[str, Any]]) -> None:
+    """Raise a UserError if the lines should have the metric: those of validation may come later."""
+    keys = {key for line in lines for key in line}
+    if not metric.startswith("eval/") or any(key.startswith("eval/") for key in keys):
+        raise UserError(
+            f"trainer.best_ckpt_metric={metric!r} is not among the metrics of the run."
+            f"{closest_hint(metric, sorted(keys))} All of them are in {METRICS_FILE}."
+        )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file below `folder`, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def _problem(folder: Path) -> str:
+    """Return what is missing of a checkpoint; "" if it is whole."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        sizes = json.loads((folder / CONTROLLER_FILE).read_text())["files"]
+    except FileNotFoundError:
+        return f"{CONTROLLER_FILE} is missing"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{CONTROLLER_FILE} cannot be read ({error})"
+    found = _sizes(folder)
+    for name, size in sizes.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes and was written with {size}"
+    return ""

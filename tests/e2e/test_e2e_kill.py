@@ -1,0 +1,134 @@
+"""kill -9 again and again, and disks that fill up: what is left is resumed to the same numbers.
+
+`pytest -m slow tests/e2e/test_e2e_kill.py` does the long version, 20 kills.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import commands
+import psutil
+import pytest
+from stage_marks import read_stages
+
+STAGES = ("rollout", "train", "weight_sync", "checkpoint")
+POINTER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
+MARKED = {
+    "environment": {
+        "MCORE_RL_PLUGINS": "stage_marks",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+}
+# The answers of the fake engine do not depend on the weights; what is trained on them does.
+ENGINES = {"fake": ["rollout.name=fake", "rollout.logprob_tolerance=1e9"], "vllm": []}
+
+
+def argv_of(files, run_dir, engine, *overrides):
+    return files.argv(
+        run_dir,
+        *ENGINES[engine],
+        "data.train_batch_size=4",
+        "trainer.logger=[stage_marks]",
+        "trainer.save_freq=1",
+        "trainer.max_ckpt_to_keep=2",
+        *overrides,
+    )
+
+
+def wait_and_kill(process, run_dir, num_before, stage, number, delay):
+    """Kill everything `delay` seconds into the `number`-th `stage` of this start, from 1."""
+
+    def is_there():
+        return [name for name, _ in read_stages(run_dir)[num_before:]].count(stage) >= number
+
+    commands.wait_for(is_there, process)
+    time.sleep(delay)
+    commands.kill_all(process)
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_kills", "seed"),
+    [
+        pytest.param("fake", 4, 0, marks=pytest.mark.timeout(900)),
+        pytest.param("fake", 14, 1, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+        pytest.param("vllm", 6, 2, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
+    files, tmp_path, engine, num_kills, seed
+):
+    """Each stage is hit as often as the others, at a random moment of it, in the first or second
+    step after a start; every other start saves asynchronously, so that its checkpoints are being
+    written in the other stages too."""
+    source = random.Random(seed)
+    stages = list(itertools.islice(itertools.cycle(STAGES), num_kills))
+    source.shuffle(stages)
+    length = f"trainer.total_training_steps={num_kills + 4}"
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = commands.run(*argv_of(files, whole, engine, length), **MARKED)
+    assert done.returncode == 0, done.stderr
+    marks = read_stages(whole)
+    lasted = {
+        stage: statistics.median(
+            end - begin for (name, begin), (_, end) in itertools.pairwise(marks) if name == stage
+        )
+        for stage in STAGES
+    }
+
+    for attempt, stage in enumerate(stages):
+        asynchronous = f"trainer.async_save={str(attempt % 2 == 1).lower()}"
+        num_before = len(read_stages(killed))
+        process = commands.start(*argv_of(files, killed, engine, length, asynchronous), **MARKED)
+        delay = source.random() * lasted[stage]
+        wait_and_kill(process, killed, num_before, stage, source.choice((1, 2)), delay)
+        assert process.returncode == -9
+        assert not (killed / "hf_model").exists()
+
+    done = commands.run(*argv_of(files, killed, engine, length), **MARKED)
+    assert done.returncode == 0, done.stderr
+    assert commands.read_metrics(killed) == commands.read_metrics(whole)
+    samples = [commands.read_lines(run / "samples.jsonl") for run in (killed, whole)]
+    assert samples[0] == samples[1]
+    weights = [(run / "hf_model" / "model.safetensors").read_bytes() for run in (killed, whole)]
+    assert weights[0] == weights[1]
+    names = [
+        sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (killed, whole)
+    ]
+    assert names[0] == names[1]  # nothing half-written is left
+
+
+@pytest.mark.timeout(600)
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
+    files, tmp_path
+):
+    """The ranks may write no file of more than 64 KiB once the first checkpoint is there: in the
+    background, like all of a checkpoint here."""
+    run_dir = tmp_path / "run"
+    argv = argv_of(
+        files, run_dir, "fake", "trainer.async_save=true", "trainer.total_training_steps=1000"
+    )
+    process = commands.start(*argv, **MARKED)
+    commands.wait_for(lambda: (run_dir / POINTER).exists(), process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    done = commands.finish(process)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: [role worker, actor.save, rank ")
+    assert ", step " in error
+    assert error.endswith("/actor cannot be written: OSError: [Errno 27] File too large")
+
+    step = int((run_dir / POINTER).read_text())
+    resumed = commands.run(*argv, f"trainer.total_training_steps={step + 1}", **MARKED)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed from {run_dir}/checkpoints/global_step_{step}" in resumed.stderr

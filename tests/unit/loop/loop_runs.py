@@ -1,0 +1,88 @@
+"""Runs of the whole loop on fake workers, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_config, make_inputs
+
+from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.resume import open_run_folder
+
+
+@dataclass
+class Run:
+    """One run of the loop and what it left behind."""
+
+    folder: Path
+    workers: FakeWorkers
+
+    @property
+    def calls(self) -> list[str]:
+        """What was asked for: ["place", "sync to 0", "generate with 0", "actor.logprobs", ...]."""
+        calls = []
+        for (method, args), version in zip(self.workers.calls, self.workers.versions, strict=True):
+            if method == "sync_weights":
+                calls.append(f"sync to {args[0][0]}")
+            elif method == "generate":
+                calls.append(f"generate with {version}")
+            else:
+                calls.append(method)
+        return calls
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(self.workers.methods)
+
+    def arguments(self, method: str) -> list[Any]:
+        """Return the arguments by rank of every call of `method`."""
+        return [args for called, args in self.workers.calls if called == method]
+
+    @property
+    def updates(self) -> list[list[Any]]:
+        """The sequences of every update, over both ranks."""
+        return [
+            [s for micro_batches, *_ in args for mb in micro_batches for s in mb.sequences]
+            for args in self.arguments("actor.update")
+        ]
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """Every line of metrics.jsonl without what the clock says."""
+        return [
+            {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))}
+            for line in self.lines("metrics.jsonl")
+        ]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+
+def run_in(
+    root, *overrides, folder="run", steps=3, num_val=0, reward=REWARD, **workers_kwargs
+) -> Run:
+    """Do a run with all its files below `root`.
+
+    Like the command, it opens the run folder first, so that a second call with the same folder is a
+    resume in a new process. A crash that the workers were told of is swallowed.
+    """
+    reward_file = root / "reward.py"
+    reward_file.write_text(reward)
+    cfg = make_config(*overrides, f"trainer.default_local_dir={root / folder}")
+    inputs = make_inputs(reward_file, cfg, steps, num_val)
+    run_dir = open_run_folder(cfg)
+    workers = FakeWorkers(temperature=cfg.rollout.temperature, **workers_kwargs)
+    try:
+        train(cfg, inputs, make_cluster(workers, cfg), run_dir)
+        assert workers.crash_at is None, "the crash never came"
+    except CrashError:
+        pass
+    return Run(run_dir, workers)
