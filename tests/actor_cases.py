@@ -17,6 +17,7 @@ from mcore_rl.errors import CheckpointError
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.metrics import to_floats
+from mcore_rl.types import WriteState
 from mcore_rl.workers.spec import WorkerSpec
 
 CPU = torch.device("cpu")
@@ -236,7 +237,8 @@ def checkpoint_tensors(folder):
     from mcore_rl.megatron import cpu
 
     cpu.install()
-    return load_plain_tensors(str(folder))
+    state = load_plain_tensors(str(folder))
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def failure_to_save(spec, folder, num_bytes):
@@ -269,12 +271,12 @@ def failure_to_load(spec, folder):
 
 def save_without(spec, folder, part):
     """Write a checkpoint that lacks one part of its state: "optimizer", "schedule"."""
-    from megatron.core import dist_checkpointing
-
     from mcore_rl.megatron import checkpoint
 
     with running_worker(spec) as worker:
         actor = worker.actor
         state = checkpoint._state_to_save(actor.chunks, actor.optimizer, worker.parallel)
         del state[part]
-        dist_checkpointing.save(state, str(folder))
+        pending = checkpoint._begin_write(folder, state)
+        assert pending.state(wait=True) == WriteState(is_done=True)
+        pending.finish()

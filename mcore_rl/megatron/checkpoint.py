@@ -101,14 +101,7 @@ def begin_save(
     Raises:
         CheckpointError: if the part that is written at once cannot be.
     """
-    state = _state_to_save(chunks, optimizer, parallel)
-    # Read by this process alone, so it needs no server process (filesystem_async.py:51), which
-    # would take seconds to start and outlive a rank that is killed.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    strategy = get_default_save_sharded_strategy("torch_dist")
-    with _as_checkpoint_error(folder, "written"):
-        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
-    return PendingSave(folder, request)
+    return _begin_write(folder, _state_to_save(chunks, optimizer, parallel))
 
 
 def _state_to_save(
@@ -120,6 +113,16 @@ def _state_to_save(
     state = _sharded_state(chunks, optimizer, parallel, is_loading=False)
     state["schedule"] = {"num_steps": optimizer.schedule.num_steps}
     return state
+
+
+def _begin_write(folder: Path, state: dict[str, Any]) -> PendingSave:
+    # Read by this process alone, so it needs no server process (filesystem_async.py:51), which
+    # would take seconds to start and outlive a rank that is killed.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    with _as_checkpoint_error(folder, "written"):
+        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+    return PendingSave(folder, request)
 
 
 def _copied_buckets(request: Any) -> list[Any]:

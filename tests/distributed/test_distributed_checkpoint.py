@@ -92,6 +92,12 @@ def test_the_same_layout_goes_on_bit_by_bit(continued, name, world_size, megatro
         )
 
 
+def real(key, tensors):
+    """Return a tensor without the rows of the vocabulary (61) that tensor parallelism adds."""
+    has_padding = "word_embeddings" in key or "output_layer" in key
+    return tensors[key][:61] if has_padding else tensors[key]
+
+
 @pytest.mark.parametrize(
     ("name", "saved_in", "loaded_in"),
     [
@@ -111,10 +117,12 @@ def test_another_layout_goes_on_alike(continued, processes, tmp_path, name, save
     """
     saved, loaded = continued(name, saved_in, loaded_in)
     folders = (tmp_path / "actor", tmp_path / "copy")
-    in_full = [processes.run(actor_cases.checkpoint_tensors, 1, folder)[0] for folder in folders]
-    assert in_full[0].keys() == in_full[1].keys()
-    assert sum("exp_avg" in key for key in in_full[0]) > 0
-    assert all(torch.equal(in_full[0][key], in_full[1][key]) for key in in_full[0])
+    written, copied = (
+        processes.run(actor_cases.checkpoint_tensors, 1, folder)[0] for folder in folders
+    )
+    assert written.keys() == copied.keys()
+    assert sum("exp_avg" in key for key in written) > 0
+    assert [key for key in written if not torch.equal(real(key, written), real(key, copied))] == []
     at_save, *expected_steps = saved[0]
     for rank in loaded:
         after_load, *found_steps = rank
