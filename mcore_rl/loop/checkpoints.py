@@ -214,10 +214,11 @@ class Checkpoints:
             return
         # Those of later steps are left from before the run went back to an earlier one.
         steps = [number for number in self._steps() if number <= step]
-        older = steps[: -self._trainer.max_ckpt_to_keep]
-        for number in older:
-            if number != self._best_of(steps):
-                shutil.rmtree(self._final(number))
+        if older := steps[: -self._trainer.max_ckpt_to_keep]:
+            best = self._best_of(steps)
+            for number in older:
+                if number != best:
+                    shutil.rmtree(self._final(number))
 
     def _best_of(self, steps: list[int]) -> int | None:
         """Return the step of the best checkpoint so far, the later one of equals.

@@ -193,8 +193,8 @@ def test_frozen_routers_stay_as_they_are(processes, spec_of, tmp_path, world_siz
     everything else trains."""
     spec = spec_of(moe_router_freeze=True, **megatron)
     update = ("update", SEQUENCES, SftObjective())
-    script = [("begin_step",), update, update, ("save", str(tmp_path)), update]
-    script += [("load", str(tmp_path)), update]
+    save = [("begin_save", str(tmp_path)), ("end_save",)]
+    script = [("begin_step",), update, update, *save, update, ("load", str(tmp_path)), update]
     first = processes.run(actor_cases.run_script, world_size, spec, script)[0]
     begun, *_, saved, third, loaded, again = first
     for name, before in begun[1].items():

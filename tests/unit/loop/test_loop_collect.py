@@ -54,7 +54,9 @@ def test_batches_have_the_size_asked_for_and_a_prompt_that_comes_again_is_answer
     assert max(Counter(r.sampling.seed for r in requests).values()) == 1
 
 
-@pytest.mark.parametrize("crash_at", [("generate", 3), ("actor.update", 2), ("actor.save", 1)])
+@pytest.mark.parametrize(
+    "crash_at", [("generate", 3), ("actor.update", 2), ("actor.begin_save", 1)]
+)
 def test_a_run_with_dynamic_sampling_resumes_to_the_same_numbers(run_loop, crash_at):
     options = [FILTER, "data.gen_batch_size=3", "trainer.save_freq=1"]
     whole = run_loop(*options, steps=3, reward=ALIKE_W1, folder="whole")

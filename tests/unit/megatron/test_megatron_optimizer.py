@@ -120,7 +120,7 @@ def test_a_run_whose_first_update_was_skipped_can_be_saved_and_goes_on(run, tmp_
     """No moments exist yet when the checkpoint is written."""
     spoilt = ("update", SEQUENCES, PoisonedObjective(SEQUENCES[0].token_ids[0], math.nan))
     expected = run([("begin_step",), ("begin_step",), STEP[1]])[-1]
-    run([("begin_step",), spoilt, ("save", str(tmp_path))])
+    run([("begin_step",), spoilt, ("begin_save", str(tmp_path)), ("end_save",)])
     metrics, weights, _ = run([("load", str(tmp_path)), *STEP])[-1]
     assert metrics == expected[0]
     assert all(torch.equal(weights[name], expected[1][name]) for name in weights)
