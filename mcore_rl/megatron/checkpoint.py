@@ -37,7 +37,7 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_rl.errors import CheckpointError
 from mcore_rl.megatron.optimizer import PolicyOptimizer
@@ -145,7 +145,8 @@ def _write(request: Any, buckets: list[Any]) -> None:
     _, _, results = request.async_fn_args
     written = {}
     for number, bucket in enumerate(buckets):
-        answers, unfinished = queue.SimpleQueue(), queue.Queue()
+        answers: Any = queue.SimpleQueue()  # declared as those between processes
+        unfinished: Any = queue.Queue()
         unfinished.put(number)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, number, bucket, answers, unfinished, use_fsync=True
