@@ -214,11 +214,10 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
         f"has neither {CONFIG_FILE} nor a run folder's {config_file.name} two levels above",
         fix,
     )
-    model_path = Path(OmegaConf.to_container(OmegaConf.load(config_file))["model"]["path"])  # type: ignore[reportArgumentType]
-    require(
-        model_path.is_dir(), "model.path", str(model_path), f"of {config_file} is not there", fix
-    )
-    return folder, model_path
+    model_path = OmegaConf.select(OmegaConf.load(config_file), "model.path")
+    is_folder = model_path is not None and Path(model_path).is_dir()
+    require(is_folder, "model.path", model_path, f"of {config_file} is not a folder here", fix)
+    return folder, Path(model_path)
 
 
 def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:

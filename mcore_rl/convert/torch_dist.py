@@ -39,13 +39,13 @@ from mcore_rl.models.mappings import Shape
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
-_CACHE_BYTES = 256 * 2**20
+_CACHE_BYTES = 64 * 2**20
 
 
 class TorchDistSource:
     """Rectangles of the tensors of a distributed checkpoint, whoever wrote it, in any layout.
 
-    Memory is that of the rectangles stored there: the last ones read stay, 256 MiB or one of them.
+    Memory is that of the rectangles stored there: the last ones read stay, 64 MiB or one of them.
 
     Raises:
         UserError: if the folder is not a whole checkpoint.
