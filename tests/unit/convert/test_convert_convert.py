@@ -344,12 +344,13 @@ def test_prompts_without_verify_are_refused(tmp_path, capsys):
 VERIFY = """
 import sys
 from mcore_rl.convert.verify import verify
-print(verify(mcore=sys.argv[1], hf=sys.argv[2], written="mcore", prompts=[]))
+for hf in sys.argv[2:]:
+    print(verify(mcore=sys.argv[1], hf=hf, written="mcore", prompts=[]))
 """
 
 
 def test_verify_tells_the_same_model_from_another(tiny_checkpoint, tmp_path):
-    """In processes of their own: Megatron's support for CPU stays installed where it was."""
+    """In a process of its own: Megatron's support for CPU stays installed where it was."""
     source = tiny_checkpoint("qwen3_moe")
     hf_to_mcore(source, tmp_path / "mcore", dtype=torch.bfloat16)
     mcore_to_hf(tmp_path / "mcore", tmp_path / "other")
@@ -357,16 +358,14 @@ def test_verify_tells_the_same_model_from_another(tiny_checkpoint, tmp_path):
     changed = load_file(file)
     changed["model.layers.1.mlp.experts.3.up_proj.weight"][5, 7] += 2
     save_file(changed, file, {"format": "pt"})
-    same, different = (
-        subprocess.run(
-            [sys.executable, "-c", VERIFY, str(tmp_path / "mcore"), str(folder)],
-            timeout=240,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.splitlines()[-1]
-        for folder in (source, tmp_path / "other")
-    )
+    folders = map(str, (tmp_path / "mcore", source, tmp_path / "other"))
+    *_, same, different = subprocess.run(
+        [sys.executable, "-c", VERIFY, *folders],
+        timeout=240,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
     # Observed: logits of size 6 that differ by 6e-6.
     assert same.startswith("verified: 45 tensors equal bit by bit; logits differ by")
     assert different.startswith("NOT THE SAME: 1 of 45 tensors differ, first model.layers.1.mlp")
