@@ -155,6 +155,11 @@ def resolve_objective(cfg: ObjectiveConfig, max_response_length: int) -> ActorOb
             cfg.policy_loss.loss_mode,
             agg_mode,
         )
+    if cfg.clip_ratio is not None and None not in (cfg.clip_ratio_low, cfg.clip_ratio_high):
+        logger.warning(
+            "actor.clip_ratio=%s does not apply: actor.clip_ratio_low and clip_ratio_high are set",
+            cfg.clip_ratio,
+        )
     if agg_mode == SCALED_AGG_MODE and factor is None:
         factor = float(max_response_length)
     return ActorObjective(

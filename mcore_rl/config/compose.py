@@ -3,9 +3,10 @@
     python -m mcore_rl.train --config-name gmpo model.path=... actor.optim.lr=1e-6
 
 Keys are checked against the typed tree before anything is composed, so a misspelt one stops with
-the closest key that exists. The prefix `actor_rollout_ref.` of other trainers means nothing more
-than its absence. `MCORE_RL_PLUGINS=my_pkg.my_loss,...` names modules that are imported first, so
-that what they register can be chosen.
+the closest key that exists. The prefix `actor_rollout_ref.` of verl's keys means nothing more than
+its absence, Hydra's signs `+` and `++` neither; verl's other names are translated (`translate.py`).
+`MCORE_RL_PLUGINS=my_pkg.my_loss,...` names modules that are imported first, so that what they
+register can be chosen.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize, initialize_config_dir
@@ -30,7 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mcore_rl.errors import UserError, closest_hint
+from mcore_rl.config.translate import TABLE, VERL_BASES, Assignment, translate
+from mcore_rl.errors import UserError, closest_hint, require
 
 Config = TypeVar("Config")
 
@@ -48,29 +51,45 @@ class CommandLine:
 
     config_name: str
     config_dir: Path
-    overrides: tuple[str, ...]
+    overrides: tuple[Assignment, ...]
+    """In the names of this package."""
+    warning: str
+    """Names what the command line has and nothing here reads; "" if all is read."""
     show: bool
     """Print the resolved configuration and stop."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
 def parse_command_line(program: str, description: str, argv: Sequence[str]) -> CommandLine:
-    """Return the parsed arguments; `--help` prints and exits as usual."""
-    parser = argparse.ArgumentParser(
+    """Return the parsed arguments; `--help` prints and exits as usual.
+
+    Raises:
+        UserError: one line for an unknown option, or what is no `key=value`.
+    """
+    parser = _Parser(
         prog=program,
         description=description,
         epilog="Overrides are key=value pairs of the configuration: data.train_batch_size=64. "
         f"See all keys with: {program} --cfg job model.path=x data.train_files=x",
     )
     parser.add_argument("--config-name", "-cn", default=BASE, help="recipe, a file in configs/")
-    parser.add_argument("--config-dir", "-cd", default=None, help="folder of the recipe")
+    parser.add_argument(
+        "--config-dir", "--config-path", "-cd", default=None, help="folder of the recipe"
+    )
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(list(argv))
-    config_dir = Path(args.config_dir).resolve() if args.config_dir else _RECIPES
+    overrides, warning = translate(map(_parse_override, args.overrides))
+    name = args.config_name.removesuffix(".yaml")
     return CommandLine(
-        config_name=args.config_name.removesuffix(".yaml"),
-        config_dir=config_dir,
-        overrides=tuple(args.overrides),
+        config_name=BASE if name in VERL_BASES else name,
+        config_dir=Path(args.config_dir).resolve() if args.config_dir else _RECIPES,
+        overrides=tuple(overrides),
+        warning=warning,
         show=args.cfg is not None,
     )
 
@@ -84,7 +103,7 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     _import_plugins()
     schema = OmegaConf.structured(root)
     ConfigStore.instance().store(name=BASE, node=root)
-    overrides = [_checked_override(text, schema) for text in line.overrides]
+    overrides = [_checked_override(option, schema) for option in line.overrides]
     if line.config_name == BASE:
         search_path = initialize(config_path=None, version_base=None)
     else:
@@ -105,7 +124,23 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"--config-name {line.config_name}: {reason}.") from error
     assert isinstance(config, root)
+    _check_finite(config, "")
     return config
+
+
+def _check_finite(node: Any, key: str) -> None:
+    """Refuse NaN and infinity, which pass for a number in most comparisons, wherever they stand."""
+    if isinstance(node, float):
+        require(math.isfinite(node), key, node, "is not finite")
+    below: Iterable[tuple[Any, Any]] = ()
+    if is_dataclass(node):
+        below = ((field.name, getattr(node, field.name)) for field in fields(node))
+    elif isinstance(node, dict):
+        below = node.items()
+    elif isinstance(node, list):
+        below = enumerate(node)
+    for name, value in below:
+        _check_finite(value, f"{key}.{name}".lstrip("."))
 
 
 def to_yaml(config: Any) -> str:
@@ -135,21 +170,32 @@ def _check_recipe(line: CommandLine) -> None:
         )
 
 
-def _checked_override(text: str, schema: DictConfig) -> str:
+def _parse_override(text: str) -> Assignment:
     try:
         override: Override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{text!r} is not of the form key=value ({reason}).") from error
-    key = override.key_or_group.removeprefix(_PREFIX)
+        raise UserError(
+            f"{text!r} is not of the form key=value ({reason}). Quote the value for both the shell "
+            "and Hydra if it has signs: \"key='a,b'\"."
+        ) from error
     if override.is_sweep_override():
         raise UserError(f"{text!r} is a sweep. Quote the value if the commas belong to it.")
+    if override.type is OverrideType.DEL or override.package is not None:
+        raise UserError(f"{text!r} changes which keys there are. Only key=value is taken.")
+    key = override.key_or_group.removeprefix(_PREFIX)
+    return Assignment(key, override.value(), text.split("=", 1)[1])
+
+
+def _checked_override(option: Assignment, schema: DictConfig) -> str:
+    """Return the assignment as Hydra wants it."""
+    key = option.key
     if not _exists(key, schema):
-        raise UserError(f"{key}: there is no such key.{closest_hint(key, _all_keys(schema))}")
-    text = text.replace(_PREFIX, "", 1) if _PREFIX in text.split("=", 1)[0] else text
-    # Hydra wants `+` before a key that is not there yet: below an untyped dictionary, all of them.
-    is_plain = override.type is OverrideType.CHANGE
-    return f"++{text}" if is_plain and _is_untyped(_find(key, schema)) else text
+        known = [*_all_keys(schema), *TABLE]
+        raise UserError(f"{key}: there is no such key.{closest_hint(key, known)}")
+    # Hydra wants `++` before a key that is not there yet: below an untyped dictionary, all of them.
+    sign = "++" if _is_untyped(_find(key, schema)) else ""
+    return f"{sign}{key}={option.text}"
 
 
 def _exists(key: str, schema: DictConfig) -> bool:

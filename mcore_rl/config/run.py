@@ -18,6 +18,9 @@ from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rollout.base import RolloutConfig
 from mcore_rl.types import Layout
 
+MAX_PROCESSES_PER_NODE = 128
+"""More than any machine has devices; beyond it a typing error would flood the machine."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -164,6 +167,9 @@ class TrainerConfig:
                 getattr(self, name),
                 "must be at least 1",
             )
+        most = MAX_PROCESSES_PER_NODE
+        fits = self.n_gpus_per_node <= most
+        require(fits, "trainer.n_gpus_per_node", self.n_gpus_per_node, f"is more than {most}")
         steps = self.total_training_steps
         require(
             steps is None or steps >= 1, "trainer.total_training_steps", steps, "must be at least 1"
@@ -171,6 +177,8 @@ class TrainerConfig:
         for name in ("test_freq", "save_freq"):
             value = getattr(self, name)
             require(value == -1 or value >= 1, f"trainer.{name}", value, "must be -1 or at least 1")
+        shown = self.log_val_generations
+        require(shown >= 0, "trainer.log_val_generations", shown, "must be >= 0")
         keep = self.max_ckpt_to_keep
         require(keep is None or keep >= 1, "trainer.max_ckpt_to_keep", keep, "must be at least 1")
         require(

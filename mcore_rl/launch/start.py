@@ -6,6 +6,7 @@ torchrun started, or starts them itself on this machine.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -22,6 +23,8 @@ from mcore_rl.launch.cluster import Cluster
 from mcore_rl.observability.log_setup import setup_logging
 from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.workers.spec import ActorSpec, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 StartWorkers = Callable[[WorkerSpec], torchrun.TorchrunWorkers]
@@ -45,10 +48,12 @@ def run_command(
         check: cross-section rules.
         program: the controller; it starts the workers when its inputs have proved good.
     """
-    line = parse_command_line(f"python -m {module}", description, argv)
     try:
+        line = parse_command_line(f"python -m {module}", description, argv)
         config: Any = compose_config(root, line)
         if line.show:
+            if line.warning:
+                sys.stderr.write(f"warning: {line.warning}\n")
             sys.stdout.write(to_yaml(config))
             return
         check(config)
@@ -62,6 +67,8 @@ def run_command(
             sys.exit(torchrun.launch_processes(module, argv, world_size))
         _quiet_libraries()
         setup_logging(torchrun.rank(), "controller" if torchrun.rank() == 0 else "worker")
+        if line.warning and torchrun.rank() == 0:
+            logger.warning("%s", line.warning)
         torchrun.run_program(world_size, _make_worker, lambda start: program(config, start))
     except Exception as error:  # noqa: BLE001  whatever it is, no process may outlive it
         torchrun.end_process(error)

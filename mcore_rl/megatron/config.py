@@ -45,15 +45,14 @@ class MegatronConfig:
         for name in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
         ):
-            require(
-                getattr(self, name) >= 1,
-                f"actor.megatron.{name}",
-                getattr(self, name),
-                "must be at least 1",
-            )
+            size = getattr(self, name)
+            is_size = size is None or size >= 1
+            require(is_size, f"actor.megatron.{name}", size, "must be at least 1")
         require_one_of("actor.megatron.dtype", self.dtype, DTYPES)
         impl = self.transformer_impl
         require_one_of("actor.megatron.transformer_impl", impl, TRANSFORMER_IMPLS)
@@ -127,6 +126,9 @@ class OptimConfig:
         require(
             self.weight_decay >= 0, "actor.optim.weight_decay", self.weight_decay, "must be >= 0"
         )
+        steps = self.lr_decay_steps
+        require(steps is None or steps >= 1, "actor.optim.lr_decay_steps", steps, "must be >= 1")
+        require(self.eps > 0, "actor.optim.eps", self.eps, "must be > 0")
         require_one_of(
             "actor.optim.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine")
         )

@@ -36,12 +36,16 @@ class ValKwargsConfig:
     def __post_init__(self) -> None:
         require(self.n >= 1, "rollout.val_kwargs.n", self.n, "must be at least 1")
         require(
-            self.temperature > 0,
+            self.temperature > 0 or (self.temperature == 0 and not self.do_sample),
             "rollout.val_kwargs.temperature",
             self.temperature,
             "must be > 0",
             "Set rollout.val_kwargs.do_sample=false for greedy decoding.",
         )
+        top_p, top_k = self.top_p, self.top_k
+        require(0 < top_p <= 1, "rollout.val_kwargs.top_p", top_p, "must lie in (0, 1]")
+        is_size = top_k == -1 or top_k >= 1
+        require(is_size, "rollout.val_kwargs.top_k", top_k, "must be -1 or at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +69,10 @@ class RolloutConfig:
     """Longest prompt plus response; None: the sum of both limits in `data`."""
     max_num_seqs: int = 256
     """Requests that the engine runs at one time."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens of one forward pass; None: the engine's own. On CPU not read."""
+    enable_chunked_prefill: bool | None = None
+    """Compute long prompts in chunks; None: the engine's own. On CPU not read: never."""
     gpu_memory_utilization: float = 0.5
     """Share of a CUDA device's memory for the engine."""
     kv_cache_memory_bytes: int | None = None
@@ -105,9 +113,17 @@ class RolloutConfig:
             "Leave it at -1; rollout.val_kwargs.top_k is free.",
         )
         require_one_of("rollout.dtype", self.dtype or "float32", ("float32", "bfloat16"))
-        require(
-            self.max_num_seqs >= 1, "rollout.max_num_seqs", self.max_num_seqs, "must be at least 1"
-        )
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "kv_cache_memory_bytes",
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"rollout.{name}", value, "must be at least 1")
+        tolerance = self.logprob_tolerance
+        is_positive = tolerance is None or tolerance > 0
+        require(is_positive, "rollout.logprob_tolerance", tolerance, "must be > 0")
         require(
             0 < self.gpu_memory_utilization <= 1,
             "rollout.gpu_memory_utilization",

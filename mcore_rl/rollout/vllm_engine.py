@@ -10,6 +10,7 @@ the same process does not notice it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from mcore_rl.rollout.base import (
     GenerationRequest,
     GenerationResult,
 )
+
+logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 256 << 20
 CPU_TOKENS_PER_FORWARD = 4096
@@ -83,13 +86,21 @@ class VllmEngine:
             "disable_log_stats": True,
             "seed": 0,
         }
+        chunking = {
+            "enable_chunked_prefill": cfg.enable_chunked_prefill,
+            "max_num_batched_tokens": cfg.max_num_batched_tokens,
+        }
+        chunking = {name: value for name, value in chunking.items() if value is not None}
         if on_cpu:
             # The last draw of a prompt that is computed in chunks is taken back by setting the
             # generator's offset (gpu_model_runner.py:3502), which a CPU generator does not have.
-            settings["enable_chunked_prefill"] = False
-            settings["max_num_batched_tokens"] = max(
+            for name in chunking:
+                logger.warning("rollout.%s is not read on CPU: prompts are computed whole", name)
+            chunking["enable_chunked_prefill"] = False
+            chunking["max_num_batched_tokens"] = max(
                 CPU_TOKENS_PER_FORWARD, spec.max_model_len, cfg.max_num_seqs
             )
+        settings |= chunking
         kv_cache_bytes = cfg.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None)
         if kv_cache_bytes is not None:
             settings["kv_cache_memory_bytes"] = kv_cache_bytes

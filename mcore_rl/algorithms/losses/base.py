@@ -126,8 +126,7 @@ def resolve_clip(
     `clip_ratio_low` and `clip_ratio_high` fall back to `clip_ratio`, that to the loss's default.
 
     Raises:
-        UserError: for an option out of range, one that the loss does not read, or a `clip_ratio`
-            that both specific options override.
+        UserError: for an option out of range, or one that the loss does not read.
     """
     loss = POLICY_LOSSES.get(loss_mode)
     bounds = {
@@ -146,9 +145,6 @@ def resolve_clip(
     require(in_range, "actor.clip_ratio_c", clip_ratio_c, "must be > 1")
     if loss.default_clip is None:
         return ClipBounds()
-    overridden = clip_ratio is not None and None not in (clip_ratio_low, clip_ratio_high)
-    rule = "is overridden by both actor.clip_ratio_low and actor.clip_ratio_high"
-    require(not overridden, "actor.clip_ratio", clip_ratio, rule, "Remove it or one of them.")
     default_low, default_high = loss.default_clip
     return ClipBounds(
         low=_first_set(clip_ratio_low, clip_ratio, default_low),

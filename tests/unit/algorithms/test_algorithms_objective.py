@@ -256,6 +256,18 @@ def test_an_aggregation_that_does_not_apply_warns_once_and_is_not_used(loss_mode
     assert "token-sum does not apply" in caplog.text
 
 
+def test_a_clip_ratio_that_both_sides_override_warns_and_is_not_used(caplog):
+    with caplog.at_level(logging.WARNING):
+        for options in ({"clip_ratio": 0.1}, {"clip_ratio": 0.1, "clip_ratio_low": 0.3}):
+            resolve_objective(ObjectiveConfig(**options), 100)
+        assert not caplog.records
+        cfg = ObjectiveConfig(clip_ratio=0.1, clip_ratio_low=0.3, clip_ratio_high=0.4)
+        clip = resolve_objective(cfg, 100).clip
+    assert (clip.low, clip.high) == (0.3, 0.4)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "actor.clip_ratio=0.1 does not apply" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,6 +112,15 @@ def test_the_prefix_of_other_trainers_equals_its_absence():
     assert compose(f"+actor_rollout_ref.{extra}") == compose(f"+{extra}")
 
 
+@pytest.mark.parametrize("sign", ["+", "++"])
+def test_hydra_s_signs_equal_their_absence(sign):
+    assert compose(f"{sign}rollout.n=2") == compose("rollout.n=2") != compose()
+
+
+def test_the_last_of_several_values_of_a_key_counts():
+    assert compose("rollout.n=2", "actor_rollout_ref.rollout.n=3").rollout.n == 3
+
+
 def test_the_prefix_inside_a_value_stays():
     assert compose("model.path=actor_rollout_ref.m").model.path == "actor_rollout_ref.m"
 
@@ -148,8 +157,15 @@ def test_a_misspelt_key_names_itself_and_the_closest(override, closest):
         ("trainer.best_ckpt_metric=m", "trainer.best_ckpt_metric='m' has no effect"),
         ("trainer.best_ckpt_mode=min", "trainer.best_ckpt_mode='min' has no effect"),
         ("trainer.default_local_dir=${nowhere}", "trainer.default_local_dir: Interpolation key"),
-        ("~actor.optim.lr", "actor.optim.lr: "),
-        ("+rollout.n=2", "Could not append to config. An item is already at 'rollout.n'."),
+        ("~actor.optim.lr", "'~actor.optim.lr' changes which keys there are."),
+        ("rollout@actor=vllm", "'rollout@actor=vllm' changes which keys there are."),
+        ("rollout.n=2,4", "'rollout.n=2,4' is a sweep."),
+        ("actor.entropy_coeff=nan", "actor.entropy_coeff=nan is not finite."),
+        ("actor.optim.betas=[0.9,0.999,inf]", "actor.optim.betas="),
+        (
+            "rollout.engine_kwargs={a: [1.0, -inf]}",
+            "rollout.engine_kwargs.a.1=-inf is not finite.",
+        ),
         ("model.path", "'model.path' is not of the form key=value"),
         ("model.path=a=b", "'model.path=a=b' is not of the form key=value"),
     ],

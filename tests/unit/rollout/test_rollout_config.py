@@ -20,6 +20,10 @@ from mcore_rl.rollout.fake_engine import FakeEngine
         ("top_k", 50, "log-probabilities differ"),
         ("dtype", "float16", "is not one of float32, bfloat16"),
         ("max_num_seqs", 0, "must be at least 1"),
+        ("max_num_batched_tokens", 0, "must be at least 1"),
+        ("max_model_len", -1, "must be at least 1"),
+        ("kv_cache_memory_bytes", 0, "must be at least 1"),
+        ("logprob_tolerance", 0.0, "must be > 0"),
         ("gpu_memory_utilization", 0.0, r"must lie in \(0, 1\]"),
         ("gpu_memory_utilization", 1.1, r"must lie in \(0, 1\]"),
     ],
@@ -29,10 +33,17 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, rule):
         RolloutConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("n", 0), ("temperature", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 0), ("temperature", 0.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", 0)],
+)
 def test_validation_sampling_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=rf"^rollout\.val_kwargs\.{field}="):
-        ValKwargsConfig(**{field: value})
+        ValKwargsConfig(do_sample=True, **{field: value})
+
+
+def test_a_greedy_validation_does_not_read_its_temperature():
+    assert ValKwargsConfig(temperature=0.0).temperature == 0
 
 
 def test_validation_may_sample_from_a_part_of_the_vocabulary():
