@@ -98,6 +98,7 @@ TABLE: dict[str, Row] = {
         {-1: "", None: ""},
     ),
     "actor.load_weight": Refused("Training starts from the weights in model.path.", _ON),
+    "actor.checkpoint.async_save": Renamed("trainer.async_save"),
     "actor.checkpoint.load_contents": Refused("A checkpoint is resumed whole."),
     "actor.checkpoint.save_contents": Unread("a checkpoint is whole, trainer.export_hf_model"),
     "actor.ulysses_sequence_parallel_size": Renamed("actor.megatron.context_parallel_size"),
