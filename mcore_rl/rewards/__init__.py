@@ -11,6 +11,7 @@ from mcore_rl.rewards import (
     gsm8k,
     math,
     math_reasoning,
+    piecewise_continuity,
     qa,
     trivia,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "gsm8k",
     "math",
     "math_reasoning",
+    "piecewise_continuity",
     "qa",
     "trivia",
 ]
