@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def prepare(files: list[str], out: Path, limit: int | None, sft: bool) -> list[P
         raise UserError("Two input files have the same name. Prepare them into two folders.")
     out.mkdir(parents=True, exist_ok=True)
     for file, target in zip(files, targets, strict=True):
-        rows = [make_row(row) for row in read_rows(file)[:limit]]
+        rows = [make_row(row) for row in islice(read_rows(file), limit)]
         pq.write_table(pa.Table.from_pylist(rows), target)
         print(f"{target}: {len(rows)} rows")
     return targets

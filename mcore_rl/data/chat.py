@@ -167,8 +167,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **v
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, **variables
         )
-    except TemplateError as error:
-        raise ChatTemplateError(f"the chat template refuses the messages ({error})") from None
+    # A template is a program: what it expects of a message shows in whatever its lines raise.
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ChatTemplateError(f"the chat template refuses the messages ({reason})") from None
     assert isinstance(text, str)
     return text
 

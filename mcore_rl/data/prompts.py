@@ -12,6 +12,7 @@ Columns read: the ones that `data.prompt_key` and `data.reward_fn_key` name, `gr
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class DataConfig:
     """The `data` section: where prompts come from and how long they may be."""
 
     train_files: Any = None
-    """Path or list of paths: Parquet, JSON array or JSON lines."""
+    """A file, folder or data set of the Hugging Face hub (see `sources.py`), or a list of them, of
+    any forms: Parquet, JSON array, JSON lines."""
     val_files: Any = None
     """The same for validation; None for none."""
     prompt_key: str = "prompt"
@@ -79,9 +81,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for key in ("train_files", "val_files"):
             value = getattr(self, key)
-            is_paths = isinstance(value, list) and all(isinstance(x, str) for x in value)
+            names = value if isinstance(value, list) else [value]
+            is_paths = bool(names) and all(isinstance(name, str) and name for name in names)
             require(
-                value is None or isinstance(value, str) or (is_paths and len(value) > 0),
+                value is None or is_paths,
                 f"data.{key}",
                 value,
                 "must be a path or a list of paths",
@@ -245,9 +248,8 @@ def _encode_rows(
     files: str | Sequence[str], cfg: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Row, list[int]]]:
     """Yield every row that is not dropped with the token ids of its prompt."""
-    rows = read_rows(files)
-    num_dropped = 0
-    for row in rows:
+    num_rows = num_dropped = 0
+    for num_rows, row in enumerate(read_rows(files), start=1):  # noqa: B007  counted
         try:
             token_ids = encode_prompt(
                 tokenizer, _messages(row, cfg.prompt_key), cfg.apply_chat_template_kwargs
@@ -261,12 +263,12 @@ def _encode_rows(
             token_ids = _truncate(token_ids, row, cfg)
         yield row, token_ids
     if num_dropped:
-        logger.info("dropped %d of %d prompts as too long", num_dropped, len(rows))
+        logger.info("dropped %d of %d prompts as too long", num_dropped, num_rows)
     require(
-        num_dropped < len(rows),
+        num_dropped < num_rows,
         "data.max_prompt_length",
         cfg.max_prompt_length,
-        f"is less than every one of the {len(rows)} prompts, so all are dropped",
+        f"is less than every one of the {num_rows} prompts, so all are dropped",
         "Raise it.",
     )
 
@@ -305,10 +307,10 @@ def _ground_truth(row: Row) -> Any:
     value = row.get("ground_truth")
     if value is None:
         value = row.mapping("reward_model").get("ground_truth")
+    fix = "It is the reference answer that the reward compares with."
     if value is None:
-        raise row.error(
-            "ground_truth",
-            "there is no value, nor one at reward_model.ground_truth",
-            "It is the reference answer that the reward compares with.",
-        )
+        problem = "there is no value, nor one at reward_model.ground_truth"
+        raise row.error("ground_truth", problem, fix)
+    if isinstance(value, float) and math.isinf(value):
+        raise row.error("ground_truth", f"{value} is no number", fix)
     return value

@@ -1,20 +1,37 @@
 """Data files to rows: Parquet, a JSON array or JSON lines, told apart by content.
 
-Rows come in the order of the files and keep their place (file, index from 0), so that every fault
-of the data is one UserError that names file, row and column. What the columns mean is not decided
-here (`data/prompts.py` does).
+Rows come one after another in the order of the files and keep their place (file, index from 0), so
+that every fault of the data is one UserError that names file, row and column. What the columns mean
+is not decided here (`data/prompts.py` does).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.data.sources import find_files
 from mcore_rl.errors import UserError
+
+_PARQUET_ROWS = 1024
+"""Read at a time."""
+
+_UNPACK, _SAVE = "Unpack it.", "Save it as UTF-8 without a byte-order mark."
+_FOREIGN_FILES = {
+    b"\x1f\x8b": ("is compressed (gzip)", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("is compressed (zstd)", _UNPACK),
+    b"BZh": ("is compressed (bzip2)", _UNPACK),
+    b"\xfd7zXZ": ("is compressed (xz)", _UNPACK),
+    b"PK\x03\x04": ("is compressed (zip)", _UNPACK),
+    b"\xef\xbb\xbf": ("begins with a byte-order mark", _SAVE),
+    b"\xff\xfe": ("is UTF-16", _SAVE),
+    b"\xfe\xff": ("is UTF-16", _SAVE),
+}
+"""What is wrong with a file that begins so, and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,91 +89,121 @@ class Row:
         return value or {}
 
 
-def read_rows(files: str | Sequence[str]) -> list[Row]:
-    """Return all rows of one file or of several, in order.
+def read_rows(names: str | Sequence[str]) -> Iterator[Row]:
+    """Yield all rows of one file, folder or data set (see `sources.py`) or of several, in order.
+
+    Of Parquet and JSON lines only a part is in memory at a time, of a JSON array the whole.
 
     Raises:
         UserError: for a file that is missing, empty, of another format or damaged.
     """
-    paths = [files] if isinstance(files, str) else list(files)
-    return [row for path in paths for row in _read_file(Path(path).expanduser())]
+    names = [names] if isinstance(names, str) else names
+    for path in [path for name in names for path in find_files(name)]:
+        yield from _read_file(path)
 
 
-def _read_file(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file. Check the path.")
+def _read_file(path: Path) -> Iterator[Row]:
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(1 << 16).lstrip()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    start = content.lstrip()[:4]
-    if start == b"PAR1":
-        columns = _read_parquet(path)
-    elif start[:1] == b"[":
-        columns = _read_json_array(path, content)
-    elif start[:1] == b"{":
-        columns = _read_json_lines(path, content)
-    elif start:
-        raise UserError(f"{path}: is neither Parquet nor a JSON array nor JSON lines.")
+    for start, (problem, fix) in _FOREIGN_FILES.items():
+        if head.startswith(start):
+            raise UserError(f"{path}: {problem}. {fix}")
+    if head.startswith(b"PAR1"):
+        rows = _read_parquet(path)
+    elif head.startswith(b"["):
+        rows = _read_json_array(path)
+    elif head.startswith(b"{"):
+        rows = _read_json_lines(path)
+    elif head:
+        raise UserError(
+            f"{path}: is neither Parquet nor a JSON array nor JSON lines. Write it as one of these."
+        )
     else:
-        columns = []
-    if not columns:
+        rows = iter(())
+    index = -1
+    for index, columns in enumerate(rows):
+        yield Row(path, index, columns)
+    if index < 0:
         raise UserError(f"{path}: holds no rows. Leave it out or write it again.")
-    return [Row(path, index, row) for index, row in enumerate(columns)]
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    index = 0
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{path}: has the column {name!r} twice. Rename one of them.")
+        for batch in file.iter_batches(_PARQUET_ROWS):
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError, pa.ArrowException):
+                raise _find_bad_cell(path, index, batch) from None
+            yield from rows
+            index += len(rows)
     except (pa.ArrowException, OSError) as error:
         reason = _one_line(error)
         raise UserError(f"{path}: is damaged Parquet ({reason}). Write it again.") from None
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        raise _find_bad_text(path, table) from None
 
 
-def _find_bad_text(path: Path, table) -> UserError:
-    for name in table.column_names:
-        for index, value in enumerate(table[name]):
+def _find_bad_cell(path: Path, first: int, batch) -> UserError:
+    for name in batch.schema.names:
+        for index, value in enumerate(batch[name], first):
             try:
                 value.as_py()
             except UnicodeDecodeError as error:
                 return Row(path, index, {}).error(name, f"the text is not valid UTF-8 ({error})")
-    raise AssertionError(f"{path}: no cell fails to decode, yet the table does")
+            except Exception as error:  # noqa: BLE001  whatever a type of Arrow's raises
+                return Row(path, index, {}).error(name, f"cannot be read ({_one_line(error)})")
+    raise AssertionError(f"{path}: no cell fails to be read, yet the table does")
 
 
-def _read_json_array(path: Path, content: bytes) -> list[dict[str, Any]]:
-    rows = _parse_json(content, f"{path}")
+def _read_json_array(path: Path) -> Iterator[dict[str, Any]]:
+    rows = _parse_json(path.read_bytes(), f"{path}")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {index}: is {_type_name(row)}, not a JSON object.")
-    return rows
+    rows.reverse()
+    while rows:  # so that a row may be freed as soon as it has been used
+        yield rows.pop()
 
 
-def _read_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parse_json(line, f"{path} line {number}")
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: is {_type_name(row)}, not a JSON object.")
-        rows.append(row)
-    return rows
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = _parse_json(line, f"{path} line {number}")
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number}: is {_type_name(row)}, not a JSON object.")
+            yield row
 
 
 def _parse_json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode())
+        return json.loads(content.decode(), object_pairs_hook=_with_different_keys)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: is not valid UTF-8 ({error}). Save it as UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: is not valid JSON ({_one_line(error)}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: is not valid JSON ({_one_line(error)}). "
+            "A file holds one array of objects, or one object per line."
+        ) from None
+
+
+def _with_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {max(keys, key=keys.count)!r} twice")
+    return row
 
 
 def _type_name(value: object) -> str:

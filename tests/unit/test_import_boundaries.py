@@ -94,7 +94,7 @@ LIBRARY_OWNERS = {
         "convert.",
         "verify.",
     ),
-    "huggingface_hub": ("models.",),
+    "huggingface_hub": ("data.sources", "models."),
     "safetensors": ("models.",),
     "pyarrow": ("data.",),
     "jinja2": ("data.chat",),

@@ -11,6 +11,7 @@ SPECIALS = ["<pad>", "<unk>", "<eos>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "{% if message.name %}{{ message.name + ':' }}{% endif %}"
     "<|im_start|>{{ message.role[0] }}{{ message.content }}<|im_end|>"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>a{% endif %}"

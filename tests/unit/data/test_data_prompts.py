@@ -70,6 +70,16 @@ MALFORMED_ROWS = {
         {"prompt": [{"role": "robot", "content": "a"}]},
         "column 'prompt': the chat template refuses .*no robots",
     ),
+    "messages in a list": (
+        {"prompt": [[{"role": "user"}]]},
+        "column 'prompt': message 0 is no obj",
+    ),
+    "role is null": ({"prompt": [{"role": None, "content": "a"}]}, "column 'prompt': .*Message 0"),
+    "what the template cannot use": (
+        {"prompt": [{"role": "user", "content": "a", "name": 3}]},
+        "column 'prompt': the chat template refuses .*int",
+    ),
+    "infinite ground truth": ({"ground_truth": math.inf}, "column 'ground_truth': inf is no num"),
     "no ground truth": ({"ground_truth": None}, "column 'ground_truth': there is no value"),
     "NaN ground truth": ({"ground_truth": math.nan}, "column 'ground_truth': there is no value"),
     "reward_model is text": (
@@ -157,6 +167,8 @@ def test_a_malformed_sft_response_names_its_row(tokenizer, write_jsonl, response
         ({"val_batch_size": 0}, r"data\.val_batch_size=0 must be > 0"),
         ({"max_prompt_length": -1}, r"data\.max_prompt_length=-1 must be > 0"),
         ({"truncation": "lft"}, r"data\.truncation='lft' .*Did you mean 'left'"),
+        ({"train_files": ""}, r"data\.train_files='' must be a path"),
+        ({"train_files": ["a", ""]}, r"data\.train_files=\['a', ''\] must be a path"),
         ({"train_files": []}, r"data\.train_files=\[\] must be a path"),
         ({"val_files": 3}, r"data\.val_files=3 must be a path"),
     ],
