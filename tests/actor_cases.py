@@ -188,14 +188,14 @@ def policy_and_reference_with_routes(spec, sequences, other_sequences):
         return [*found, cluster.record_logprobs(sequences)]
 
 
-def round_trip(spec, folder):
+def round_trip(spec, folder, sequences):
     """Export the loaded weights to this rank and to a model folder; return (names by bucket,
-    tensors)."""
-    with running_worker(spec) as worker:
+    tensors, logprobs of the sequences)."""
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, worker):
         names = [[name for name, _ in bucket] for bucket in worker.actor.exporter]
         tensors = exported(worker)
-        worker.actor.export_hf(folder)
-        return names, tensors
+        cluster.export_hf(folder)
+        return names, tensors, cluster.logprobs(sequences)
 
 
 def optimizer_state(worker):

@@ -20,7 +20,8 @@ LENGTHS = (9, 3, 14, 5, 2, 11, 7, 6)
 # Settings of MegatronConfig that make layouts.
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
-EP2, ETP1 = {"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}
+EP2 = {"expert_model_parallel_size": 2}
+ETP1, ETP2 = {"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2}
 TP4, PP4 = {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 4}
 CP4, EP4 = {"context_parallel_size": 4}, {"expert_model_parallel_size": 4}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}

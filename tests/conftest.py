@@ -19,15 +19,17 @@ def processes():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """Return a function: name in `tiny_checkpoints.CHECKPOINTS` -> its folder, written once."""
+    """Return a function: name in `tiny_checkpoints.CHECKPOINTS`, with fields of its config that are
+    to differ -> its folder, written once."""
     from tiny_checkpoints import save_tiny_checkpoint
 
     folders = {}
 
-    def folder_of(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp("checkpoints") / name
-            save_tiny_checkpoint(name, folders[name])
-        return folders[name]
+    def folder_of(name, **sizes):
+        key = name, *sizes.items()
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("checkpoints") / name
+            save_tiny_checkpoint(name, folders[key], **sizes)
+        return folders[key]
 
     return folder_of

@@ -141,10 +141,12 @@ CHECKPOINTS = {
 }
 
 
-def save_tiny_checkpoint(name, folder, seed=0):
-    """Write the checkpoint `name` into `folder` and return it as a transformers model."""
-    config_class, sizes = CHECKPOINTS[name]
-    model = AutoModelForCausalLM.from_config(config_class(**sizes), attn_implementation="eager")
+def save_tiny_checkpoint(name, folder, seed=0, **sizes):
+    """Write the checkpoint `name`, with other sizes if given, into `folder` and return it as a
+    transformers model."""
+    config_class, usual_sizes = CHECKPOINTS[name]
+    config = config_class(**usual_sizes | sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

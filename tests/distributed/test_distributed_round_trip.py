@@ -1,92 +1,152 @@
 """Hugging Face -> Megatron in a layout -> Hugging Face: every tensor comes back bit by bit."""
 
+import functools
+
 import actor_cases
 import pytest
 import torch
-from actor_inputs import EP2, EP4, ETP1, PP2, TP2, VPP2, actor_spec, layout_id
+from actor_inputs import EP2, EP4, ETP1, ETP2, PP2, TP2, VPP2, actor_spec, layout_id
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.models.safetensors_io import CheckpointReader
-from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.models.spec import MODEL_FAMILIES, load_hf_config, model_family, routing
+from mcore_rl.types import TokenSequence
 
-CASES = [
-    ("qwen2", 1, {}),
-    ("qwen2", 2, TP2),
-    ("qwen3", 2, {}),
-    ("qwen3_one_group", 2, TP2),
-    ("qwen2_tied", 2, TP2),
-    ("qwen2_tied", 2, PP2),
-    ("qwen2_tied", 2, VPP2),
-    ("qwen3_moe_mixed", 1, {}),
-    ("qwen3_moe_mixed", 2, EP2),
-    ("qwen3_moe_mixed", 2, PP2),
-    ("qwen3_moe", 2, TP2),
-    ("qwen3_moe", 2, TP2 | EP2 | ETP1),
-    ("qwen3_moe_four_layers", 2, VPP2),
-    ("qwen3_moe", 4, TP2 | EP2),
-    ("qwen3_moe", 4, TP2 | PP2 | EP2 | ETP1),
-    ("llama", 2, TP2),
-    ("llama", 2, PP2),
-    ("llama", 2, VPP2),
-    ("llama", 4, TP2 | PP2),
-    ("mixtral", 2, EP2),
-    ("mixtral", 2, TP2),
-    ("qwen2_moe", 2, TP2 | EP2 | ETP1),
-    ("qwen2_moe", 4, TP2 | EP2),
-    ("qwen2_moe", 2, PP2),
-    ("glm4_moe", 2, TP2),
-    ("glm4_moe", 4, PP2 | EP2),
-    ("glm4_moe", 4, TP2 | EP4 | ETP1),
-    ("deepseek_v3", 2, TP2),
-    ("deepseek_v3", 4, TP2 | EP4 | ETP1),
-    ("moonlight", 2, EP2),
-    ("moonlight", 2, PP2),
-    ("deepseek_v2", 2, TP2 | EP2 | ETP1),
+DENSE = ("llama", "qwen2", "qwen2_tied", "qwen3")
+LATENT = ("deepseek_v2", "deepseek_v3", "moonlight")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", *LATENT)
+
+# The vocabulary of 61 is no multiple of two tensor-parallel ranks.
+SIZES = {
+    "usual": {},
+    "kv2": {"num_key_value_heads": 2},  # as many groups as ranks
+    # More groups than ranks, and layers that no two stages share equally.
+    "odd": {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4},
+}
+LAYOUTS = [(2, TP2, "kv2"), (2, PP2, "odd"), (4, TP2 | PP2, "odd")]
+MIXTURE_LAYOUTS = [
+    (2, TP2 | ETP1, "kv2"),
+    (2, PP2, "odd"),
+    (2, EP2, "kv2"),
+    (2, ETP2, "kv2"),
+    (4, TP2 | PP2, "odd"),
+    (4, PP2 | EP2, "odd"),
+    (2, TP2 | EP2 | ETP1, "kv2"),
+]
+TABLE = [
+    # Latent attention has no groups, and its tiny checkpoints have three layers.
+    (name, world_size, megatron, "usual" if name in LATENT else sizes)
+    for names, layouts in ((DENSE, LAYOUTS), (MIXTURES, MIXTURE_LAYOUTS))
+    for name in names
+    for world_size, megatron, sizes in layouts
+]
+OTHERS = [
+    (name, world_size, megatron, "usual")
+    for name, world_size, megatron in (
+        ("qwen2", 1, {}),
+        ("qwen3", 2, {}),
+        ("qwen3_one_group", 2, TP2),
+        ("qwen2_tied", 2, VPP2),
+        ("llama", 2, VPP2),
+        ("qwen3_moe_mixed", 1, {}),
+        ("qwen3_moe_mixed", 2, PP2),
+        ("qwen3_moe_four_layers", 2, VPP2),
+        ("qwen3_moe", 4, TP2 | EP2),
+        ("qwen3_moe", 4, TP2 | PP2 | EP2 | ETP1),
+        ("deepseek_v3", 4, TP2 | EP4 | ETP1),
+    )
+]
+SEQUENCES = [
+    TokenSequence(token_ids=list(ids), loss_mask=[False] + [True] * (len(ids) - 1))
+    for ids in (range(20), range(60, 0, -3), [7, 3, 3, 41, 0, 19])
 ]
 
 
-@pytest.mark.parametrize(("name", "world_size", "megatron"), CASES, ids=layout_id)
+@pytest.fixture(scope="module")
+def expected_logprobs():
+    """Return a function: folder -> what transformers gives for `SEQUENCES`, one after another."""
+
+    @functools.cache
+    def compute(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        found = []
+        for sequence in SEQUENCES:
+            token_ids = torch.tensor([sequence.token_ids])
+            with torch.no_grad():
+                logprobs = model(token_ids).logits[:, :-1].log_softmax(-1)
+            of_token = logprobs.gather(-1, token_ids[:, 1:, None])
+            found.append(torch.cat([torch.zeros(1), of_token.flatten()]))
+        return torch.cat(found)
+
+    return compute
+
+
+@pytest.mark.parametrize(("name", "world_size", "megatron", "sizes"), TABLE + OTHERS, ids=layout_id)
 def test_weights_come_back_bit_by_bit_on_every_rank_and_as_a_folder(
-    processes, tiny_checkpoint, tmp_path, name, world_size, megatron
+    processes, tiny_checkpoint, expected_logprobs, tmp_path, name, world_size, megatron, sizes
 ):
     """Proves loading and export through the real model, whole layers in order, one per bucket, and
-    that transformers computes the same from the exported folder. The vocabulary of 61 is padded
-    for two tensor-parallel ranks.
-    """
-    source, target = tiny_checkpoint(name), tmp_path / "exported"
-    spec = actor_spec(source, **megatron)
-    by_rank = processes.run(actor_cases.round_trip, world_size, spec, str(target))
+    that the model in between is the one that transformers loads."""
+    source, target = tiny_checkpoint(name, **SIZES[sizes]), tmp_path / "exported"
+    args = actor_spec(source, **megatron), str(target), SEQUENCES
+    by_rank = processes.run(actor_cases.round_trip, world_size, *args)
 
     config = load_hf_config(source)
-    reader = CheckpointReader(source)
-    assert_experts_differ(reader)
-    layers = [None, *range(config.num_hidden_layers), None]
     entries = model_family(config).entries(config)
     in_order = [hf.name for entry in entries for hf in entry.mapping.sources]
-    for buckets, tensors in by_rank:
-        assert sorted(tensors) == reader.names()
-        for tensor_name, tensor in tensors.items():
-            assert torch.equal(tensor, reader.read(tensor_name)), tensor_name
+    layers = [None, *range(config.num_hidden_layers), None]
+    expected = read_all(source)
+    assert experts_are_distinct(expected)
+    for buckets, tensors, logprobs in by_rank:
+        assert changed_tensors(tensors, expected) == []
         assert [layer_of(names) for names in buckets] == layers
-        in_order = [
-            hf.name for e in model_family(config).entries(config) for hf in e.mapping.sources
-        ]
         assert [tensor_name for names in buckets for tensor_name in names] == in_order
+        # float32 log-probabilities down to -19; observed 1.8e-5.
+        found = torch.cat([torch.tensor(values) for values in logprobs])
+        torch.testing.assert_close(found, expected_logprobs(source), rtol=0, atol=1e-4)
 
+    assert changed_tensors(read_all(target), expected) == []
     assert (target / "config.json").read_text() == (source / "config.json").read_text()
-    token_ids = torch.arange(61).unsqueeze(0)
-    with torch.no_grad():
-        ours, theirs = (
-            AutoModelForCausalLM.from_pretrained(folder)(token_ids).logits
-            for folder in (target, source)
-        )
-    assert torch.equal(ours, theirs)
 
 
-def assert_experts_differ(reader):
-    """No two experts may be equal, or one in the place of another would not be seen."""
-    experts = [name for name in reader.names() if ".experts." in name]
-    assert len({reader.read(name).numpy().tobytes() for name in experts}) == len(experts)
+def test_every_family_is_in_the_table(tiny_checkpoint):
+    configs = {name: load_hf_config(tiny_checkpoint(name)) for name in DENSE + MIXTURES}
+    assert {config.model_type for config in configs.values()} == set(MODEL_FAMILIES)
+    assert [name for name, config in configs.items() if routing(config)] == list(MIXTURES)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_swapped_a_duplicated_and_a_lost_expert_would_be_seen(tiny_checkpoint, name):
+    """Every expert of every layer has weights of its own, in every projection."""
+    whole = read_all(tiny_checkpoint(name))
+    assert experts_are_distinct(whole)
+    assert changed_tensors(dict(whole), whole) == []
+    experts = [name for name in whole if ".experts." in name]
+    for first in experts:
+        second = next(n for n in experts if n != first and n.split(".")[-2] == first.split(".")[-2])
+        swapped = whole | {first: whole[second], second: whole[first]}
+        assert changed_tensors(swapped, whole) == sorted([first, second])
+        assert changed_tensors(whole | {first: whole[second]}, whole) == [first]
+        assert changed_tensors({n: whole[n] for n in whole if n != first}, whole) == [first]
+
+
+def read_all(folder):
+    """Return every tensor of a checkpoint, by name."""
+    reader = CheckpointReader(folder)
+    return {name: reader.read(name) for name in reader.names()}
+
+
+def changed_tensors(found, expected):
+    """Return the names of tensors that are not equal or only in one of the two."""
+    names = sorted(found.keys() | expected.keys())
+    both = found.keys() & expected.keys()
+    return [n for n in names if n not in both or not torch.equal(found[n], expected[n])]
+
+
+def experts_are_distinct(tensors):
+    """Whether no two tensors of experts are equal, so that one in place of another is seen."""
+    experts = [tensor for name, tensor in tensors.items() if ".experts." in name]
+    return len({tensor.numpy().tobytes() for tensor in experts}) == len(experts)
 
 
 def layer_of(names):
@@ -104,8 +164,8 @@ def test_a_bfloat16_model_exports_the_rounded_weights_and_exact_biases_of_router
 ):
     spec = actor_spec(tiny_checkpoint(name), dtype="bfloat16", **megatron)
     reader = CheckpointReader(tiny_checkpoint(name))
-    args = spec, str(tmp_path / "exported")
-    for _, tensors in processes.run(actor_cases.round_trip, 2, *args):
+    args = spec, str(tmp_path / "exported"), SEQUENCES
+    for _, tensors, _ in processes.run(actor_cases.round_trip, 2, *args):
         assert sorted(tensors) == reader.names()
         for tensor_name, tensor in tensors.items():
             expected = reader.read(tensor_name)
