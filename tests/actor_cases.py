@@ -141,31 +141,48 @@ def gradients(spec, sequences, objective, cut):
     For layouts in which no data-parallel rank holds a part of the gradient. Buffers, which have
     none, get zeros.
     """
+    with running_worker(spec) as worker:
+        actor = worker.actor
+        metrics = backward(worker, sequences, objective, cut)
+        return exported_gradients(worker, actor.params, actor.entries), metrics
+
+
+def backward(worker, sequences, objective, cut):
+    """Accumulate the gradient of the objective in the worker and return its metrics."""
     from mcore_rl.megatron.forward_backward import forward_backward
+
+    actor, layout = worker.actor, worker.parallel.layout
+    plan = plan_minibatch(sequences, layout.dp, cut)
+    actor.optimizer.zero_grad()
+    micro_batches = plan.micro_batches[worker.place().dp_rank]
+    with actor.routers.replaying(micro_batches) as routes:
+        metrics = forward_backward(
+            actor.chunks,
+            micro_batches,
+            worker.parallel,
+            CPU,
+            lambda *args: objective(*args, plan.denominators),
+            plan.denominators.num_tokens,
+            objective.with_entropy,
+            routes,
+        )
+    return to_floats(metrics)
+
+
+def exported_gradients(worker, params, entries):
+    """Return the gradients of parameters, zeros for those without, by Hugging Face name."""
+    gradients = {
+        name: getattr(param, "main_grad", torch.zeros_like(param)) for name, param in params.items()
+    }
+    return gathered(worker, gradients, entries)
+
+
+def gathered(worker, params, entries):
+    """Return the full tensors of what the ranks hold in parts, by Hugging Face name."""
     from mcore_rl.weight_sync.export import WeightExporter
 
-    with running_worker(spec) as worker:
-        actor, layout = worker.actor, worker.parallel.layout
-        plan = plan_minibatch(sequences, layout.dp, cut)
-        actor.optimizer.zero_grad()
-        micro_batches = plan.micro_batches[worker.place().dp_rank]
-        with actor.routers.replaying(micro_batches) as routes:
-            metrics = forward_backward(
-                actor.chunks,
-                micro_batches,
-                worker.parallel,
-                CPU,
-                lambda *args: objective(*args, plan.denominators),
-                plan.denominators.num_tokens,
-                objective.with_entropy,
-                routes,
-            )
-        found = {
-            name: getattr(param, "main_grad", torch.zeros_like(param))
-            for name, param in actor.params.items()
-        }
-        exporter = WeightExporter(found, actor.entries, worker.parallel)
-        return {n: t.clone() for bucket in exporter for n, t in bucket}, to_floats(metrics)
+    exporter = WeightExporter(params, entries, worker.parallel)
+    return {name: tensor.clone() for bucket in exporter for name, tensor in bucket}
 
 
 def policy_and_reference_logprobs(spec, sequences, cut):

@@ -75,6 +75,7 @@ def actor_spec(
     grad_clip=1.0,
     temperature=1.0,
     with_reference=False,
+    lora=None,
     **megatron,
 ):
     """Return the spec of an actor; further arguments are those of MegatronConfig."""
@@ -86,6 +87,7 @@ def actor_spec(
         total_steps=10,
         temperature=temperature,
         with_reference=with_reference,
+        lora=lora,
     )
 
 

@@ -7,13 +7,20 @@ component stand in the component's file. After composition nothing writes to the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mcore_rl.algorithms.advantages.base import AlgorithmConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig
 from mcore_rl.data.packing import Cut, SequenceCount, TokenBudget
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require, require_one_of
-from mcore_rl.megatron.config import MegatronConfig, OptimConfig, RouterReplayConfig
+from mcore_rl.megatron.config import (
+    ALL_LINEAR,
+    LoraConfig,
+    MegatronConfig,
+    OptimConfig,
+    RouterReplayConfig,
+)
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rollout.base import RolloutConfig
 from mcore_rl.types import Layout
@@ -28,6 +35,39 @@ class ModelConfig:
 
     path: str | None = None
     """Hugging Face folder with config, tokenizer and safetensors."""
+    lora_rank: int = 0
+    """Rank of the adapters of LoRA, which then train instead of the weights; 0: no adapters."""
+    lora_alpha: float = 16
+    """What an adapter adds is scaled by lora_alpha / lora_rank."""
+    target_modules: Any = "all-linear"
+    """Layers with adapters: all-linear (of attention, MLPs and experts), or a list of the last
+    parts of Hugging Face's names, such as [q_proj,k_proj,v_proj]."""
+
+    def __post_init__(self) -> None:
+        rank, alpha, modules = self.lora_rank, self.lora_alpha, self.target_modules
+        require(rank >= 0, "model.lora_rank", rank, "must be >= 0")
+        require(alpha > 0, "model.lora_alpha", alpha, "must be > 0")
+        is_list = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+        require(
+            modules == ALL_LINEAR or (is_list and len(modules) > 0),
+            "model.target_modules",
+            modules,
+            "is neither all-linear nor a list of names",
+            "Give names as [q_proj,k_proj,v_proj].",
+        )
+        unused = "has no effect without adapters"
+        fix = "Set model.lora_rank, or leave it out."
+        require(rank > 0 or alpha == 16, "model.lora_alpha", alpha, unused, fix)
+        require(rank > 0 or modules == ALL_LINEAR, "model.target_modules", modules, unused, fix)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters; None where all weights train."""
+        if self.lora_rank == 0:
+            return None
+        modules = self.target_modules
+        names = (modules,) if modules == ALL_LINEAR else tuple(modules)
+        return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, target_modules=names)
 
 
 @dataclass(kw_only=True)

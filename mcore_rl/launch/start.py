@@ -102,6 +102,7 @@ def start_cluster(
         total_steps=total_steps,
         temperature=temperature,
         with_reference=with_reference,
+        lora=cfg.model.lora,
     )
     workers = start_workers(WorkerSpec(layout=layout, actor=actor, engine=engine))
     return Cluster(workers, layout, cfg.actor.cut)

@@ -8,6 +8,8 @@ from typing import Any
 from mcore_rl.errors import require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
+ALL_LINEAR = "all-linear"
+"""Instead of names of layers: every linear layer of attention, MLPs and experts."""
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 
 
@@ -76,6 +78,21 @@ class MegatronConfig:
         if self.sequence_parallel is None:
             return self.tensor_model_parallel_size > 1
         return self.sequence_parallel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """What `model.lora_rank`, `model.lora_alpha` and `model.target_modules` ask for."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    """Last parts of Hugging Face's names of layers, or ALL_LINEAR alone."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two halves of an adapter is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclass(kw_only=True, slots=True)

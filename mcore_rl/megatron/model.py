@@ -313,7 +313,7 @@ def named_local_parameters(chunks: Sequence[PolicyModel], parallel: Parallel) ->
     for chunk in chunks:
         biases = [item for item in chunk.named_buffers() if item[0].endswith(".expert_bias")]
         for local_name, param in [*chunk.named_parameters(), *biases]:
-            name = _canonical_name(local_name, chunk, parallel)
+            name = canonical_name(local_name, chunk, parallel)
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
             assert name not in found, f"two local parameters are called {name}"
@@ -321,7 +321,8 @@ def named_local_parameters(chunks: Sequence[PolicyModel], parallel: Parallel) ->
     return found
 
 
-def _canonical_name(name_in_chunk: str, chunk: PolicyModel, parallel: Parallel) -> str:
+def canonical_name(name_in_chunk: str, chunk: PolicyModel, parallel: Parallel) -> str:
+    """Return the name with global numbers of a parameter that the chunk itself calls so."""
     local_name = canonical_parameter_name(name_in_chunk)
     match = _LAYER.match(local_name)
     if not match:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mcore_rl.megatron.config import MegatronConfig, OptimConfig
+from mcore_rl.megatron.config import LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.types import Layout
 
@@ -22,7 +22,10 @@ class ActorSpec:
     temperature: float
     """Logits are divided by it, as the engine does."""
     with_reference: bool
-    """Whether a frozen copy of the initial weights is kept."""
+    """Whether log-probabilities under the initial weights will be asked for. A frozen copy of them
+    is kept for it, unless adapters leave the weights as they are."""
+    lora: LoraConfig | None = None
+    """None: all weights train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from mcore_rl.data.batch import PackedBatch
 from mcore_rl.megatron.checkpoint import PendingSave, begin_save, load_checkpoint
 from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
 from mcore_rl.megatron.layer_outputs import LayerRecording
+from mcore_rl.megatron.lora import LoraAdapters
 from mcore_rl.megatron.model import (
     DTYPES,
     build_chunks,
@@ -32,6 +33,7 @@ from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import ModelRouters
 from mcore_rl.metrics import Metrics, maximum, mean, to_host, total
+from mcore_rl.models.lora import write_peft_adapter
 from mcore_rl.models.safetensors_io import (
     MAX_SHARD_BYTES,
     CheckpointReader,
@@ -91,9 +93,17 @@ class TrainWorker:
             load_weights(params, self.entries, reader, parallel)
             return chunks
 
-        self.reference = build() if spec.with_reference else None
+        # Without their adapters the weights are those of the reference: no second copy is needed.
+        self.reference = build() if spec.with_reference and not spec.lora else None
         chunks = build()
         self.params = named_local_parameters(chunks, parallel)
+        self.lora = None
+        weights: Mapping[str, Tensor] = self.params
+        if spec.lora:
+            self.lora = LoraAdapters(
+                chunks, self.params, self.entries, spec.lora, parallel, spec.megatron.seed
+            )
+            weights = self.lora.merged(self.params)
         self.routers = ModelRouters(chunks, routing(hf_config), parallel)
         if spec.megatron.moe_router_freeze:
             freeze_routers(chunks)
@@ -101,7 +111,7 @@ class TrainWorker:
         self.optimizer = PolicyOptimizer(
             self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
         )
-        self.exporter = WeightExporter(self.params, self.entries, parallel)
+        self.exporter = WeightExporter(weights, self.entries, parallel)
         self._pending_save: PendingSave | None = None
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
@@ -127,6 +137,9 @@ class TrainWorker:
 
         The reference chooses its experts by itself, also where the sequences carry routes.
         """
+        if self.lora:
+            with self.lora.disabled():
+                return forward_logprobs(self.chunks, micro_batches, self.parallel, self.device)
         assert self.reference is not None, "built without a reference model"
         return forward_logprobs(self.reference, micro_batches, self.parallel, self.device)
 
@@ -200,6 +213,8 @@ class TrainWorker:
     def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write the weights as a Hugging Face folder with config and tokenizer.
 
+        Adapters are merged into the weights and also written by themselves, below `adapter`.
+
         Every rank writes shards of its own into the folder, which all of them must see; the folder
         holds a model when the call is over on all of them.
 
@@ -216,6 +231,21 @@ class TrainWorker:
             begin_checkpoint(target)
         dist.barrier()
         write_shards(target, tensors, shards, self.parallel.rank, self.parallel.layout.world_size)
+        if self.lora:
+            self._write_adapter(target / "adapter", self.lora)
         dist.barrier()
         if self.parallel.rank == 0:
             finish_checkpoint(target, shards)
+
+    def _write_adapter(self, folder: Path, lora: LoraAdapters) -> None:
+        exporter = WeightExporter(lora.params, lora.entries, self.parallel)
+        tensors = {name: tensor for bucket in exporter for name, tensor in bucket}
+        if self.parallel.rank == 0:
+            write_peft_adapter(
+                folder,
+                lora.adapters,
+                tensors,
+                base=self.model_path,
+                rank=lora.config.rank,
+                alpha=lora.config.alpha,
+            )

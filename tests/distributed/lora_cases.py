@@ -1,0 +1,69 @@
+"""What the processes are asked to do in the tests of LoRA."""
+
+import torch
+from actor_cases import backward, exported_gradients, gathered, running_cluster
+
+from mcore_rl.metrics import to_floats
+
+
+def adapters(worker):
+    """Return the full halves of all adapters, by Hugging Face name."""
+    lora = worker.actor.lora
+    return gathered(worker, lora.params, lora.entries)
+
+
+@torch.no_grad()
+def fill_b(worker):
+    """Give every B, which begins as zeros, random values that do not depend on the layout."""
+    from mcore_rl.megatron.model import shard_group
+    from mcore_rl.models.mappings import hf_shapes, take, to_megatron
+
+    lora = worker.actor.lora
+    for entry in lora.entries:
+        param = lora.params.get(entry.megatron_name)
+        if param is None or not entry.megatron_name.endswith("lora_B"):
+            continue
+        generator = torch.Generator().manual_seed(len(entry.megatron_name))
+        full = {
+            name: 0.1 * torch.randn(shape, generator=generator)
+            for name, shape in hf_shapes(entry).items()
+        }
+        group = shard_group(entry, worker.parallel)
+        read = lambda name, rows, cols, full=full: take(full[name], rows, cols)  # noqa: E731
+        param.copy_(to_megatron(entry, group.rank(), group.size(), read))
+
+
+def train(spec, minibatches, objective, cut):
+    """Do a step of one update on each minibatch; return (metrics of each, adapters before, after,
+    logprobs of the last minibatch, whether the base is what it was)."""
+    with running_cluster(spec, cut) as (cluster, worker):
+        base = {name: param.clone() for name, param in worker.actor.params.items()}
+        before, metrics = adapters(worker), []
+        for sequences in minibatches:
+            cluster.begin_step()
+            metrics.append(to_floats(cluster.update(sequences, objective)))
+        after, logprobs = adapters(worker), cluster.logprobs(minibatches[-1])
+        return metrics, before, after, logprobs, is_unchanged(worker.actor.params, base)
+
+
+def gradients_and_export(spec, sequences, objective, cut, folder):
+    """Fill every B, train nothing, export; return (metrics, what was found by name)."""
+    with running_cluster(spec, cut) as (cluster, worker):
+        actor = worker.actor
+        base = {name: param.clone() for name, param in actor.params.items()}
+        fill_b(worker)
+        found = {
+            "logprobs": cluster.logprobs(sequences),
+            "ref_logprobs": cluster.ref_logprobs(sequences),
+            "adapters": adapters(worker),
+        }
+        metrics = backward(worker, sequences, objective, cut)
+        lora = actor.lora
+        found["gradients"] = exported_gradients(worker, lora.params, lora.entries)
+        actor.export_hf(folder)
+        found["base_is_the_same"] = is_unchanged(actor.params, base)
+        return metrics, found
+
+
+def is_unchanged(params, before):
+    return all(torch.equal(param, before[name]) for name, param in params.items())
