@@ -8,7 +8,7 @@ from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.loop.objectives import PolicyObjective
-from mcore_rl.megatron.config import MegatronConfig, OptimConfig
+from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.types import TokenSequence
 from mcore_rl.workers.spec import ActorSpec
 
@@ -40,6 +40,8 @@ SELECTIVE_RECOMPUTE = {
     }
 }
 
+LORA = LoraConfig(rank=4, alpha=8.0, target_modules=(ALL_LINEAR,))
+
 _SHORT = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
@@ -55,13 +57,15 @@ _SHORT = {
 
 
 def layout_id(value):
-    """Return a test id of MegatronConfig's settings: "tp2-etp1"; None for other parameters."""
+    """Return a test id of arguments of `actor_spec`: "tp2-etp1"; None for other parameters."""
     if not isinstance(value, dict):
         return None
     parts = []
     for key, setting in value.items():
         if key == "override_transformer_config":
             parts.append(f"recompute_{setting['recompute_granularity']}")
+        elif key == "lora":
+            parts.append(key)
         else:
             parts.append(f"{_SHORT[key]}{setting if isinstance(setting, str) else int(setting)}")
     return "-".join(parts) or "dp"

@@ -1,6 +1,6 @@
 """Training checkpoints in Megatron's distributed format: model, optimizer, schedule.
 
-    pending = begin_save(folder, chunks, optimizer, parallel)    # copies, then writes meanwhile
+    pending = begin_save(folder, weights, optimizer, parallel)    # copies, then writes meanwhile
     ...training goes on...
     pending.state(wait=True)                                     # this rank's files are on disk
     pending.finish()                                             # so are everyone's: seal it
@@ -9,6 +9,7 @@ Invariants:
 - What is saved is what was there when `begin_save` returned, whatever happens afterwards.
 - Any layout reads what any other wrote ("fully_reshardable").
 - A checkpoint that lacks something, or is of another model, is refused: nothing starts fresh.
+- With LoRA a checkpoint holds the adapters and not the base, of which it knows a digest.
 - Of the optimizer come moments and step counters, of the schedule the number of steps; rates, decay
   and betas are the configuration's.
 
@@ -22,10 +23,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -36,16 +37,65 @@ from megatron.core.dist_checkpointing.serialization import (
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.distributed import DistributedDataParallel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mcore_rl.errors import CheckpointError
+from mcore_rl.errors import CheckpointError, require
 from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.types import WriteState
 
 _LONGEST_REASON = 400
 """Characters; Megatron lists every key that does not match."""
+
+
+class TrainedWeights(Protocol):
+    """What the optimizer trains and a checkpoint holds."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a run must have in common with the checkpoint that it reads, by key."""
+        ...
+
+    def sharded_state(self) -> dict[str, Any]:
+        """Return Megatron's sharded tensors; their data are the parameters themselves."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over the values of a `sharded_state` that was read."""
+        ...
+
+
+_WITHOUT_ADAPTERS = {"model.lora_rank": 0}
+
+
+class WholeModel:
+    """Every parameter of a model.
+
+    Args:
+        chunks: of `build_chunks`.
+        parallel: process groups.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: Parallel) -> None:
+        self._chunks, self._parallel = chunks, parallel
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return _WITHOUT_ADAPTERS
+
+    def sharded_state(self) -> dict[str, Any]:
+        return {f"model{i}": self._of_chunk(chunk) for i, chunk in enumerate(self._chunks)}
+
+    def _of_chunk(self, chunk: Any) -> dict[str, Any]:
+        """Return the state without extra states: they are nothing but Transformer Engine's factors
+        of FP8, and which modules have one depends on the layer specs."""
+        state = chunk.sharded_state_dict(metadata=_metadata(self._parallel))
+        return {name: value for name, value in state.items() if not _is_extra_state(name)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for index, chunk in enumerate(self._chunks):
+            missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
+            assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
 
 
 class PendingSave:
@@ -86,7 +136,7 @@ class PendingSave:
 
 def begin_save(
     folder: Path,
-    chunks: Sequence[DistributedDataParallel],
+    weights: TrainedWeights,
     optimizer: PolicyOptimizer,
     parallel: Parallel,
 ) -> PendingSave:
@@ -94,23 +144,24 @@ def begin_save(
 
     Args:
         folder: exists, is empty and is seen by every rank.
-        chunks: model chunks wrapped for training.
+        weights: that the optimizer trains.
         optimizer: theirs.
         parallel: process groups.
 
     Raises:
         CheckpointError: if the part that is written at once cannot be.
     """
-    return _begin_write(folder, _state_to_save(chunks, optimizer, parallel))
+    return _begin_write(folder, _state_to_save(weights, optimizer, parallel))
 
 
 def _state_to_save(
-    chunks: Sequence[DistributedDataParallel], optimizer: PolicyOptimizer, parallel: Parallel
+    weights: TrainedWeights, optimizer: PolicyOptimizer, parallel: Parallel
 ) -> dict[str, Any]:
     for one in _parts(optimizer.inner):
         # Adam makes its moments in its first update; a run may have skipped all so far.
         one.init_state_fn(one.optimizer, one.config)
-    state = _sharded_state(chunks, optimizer, parallel, is_loading=False)
+    state = _sharded_state(weights, optimizer, parallel, is_loading=False)
+    state["identity"] = weights.identity
     state["schedule"] = {"num_steps": optimizer.schedule.num_steps}
     return state
 
@@ -159,7 +210,7 @@ def _write(request: Any, buckets: list[Any]) -> None:
 
 def load_checkpoint(
     folder: Path,
-    chunks: Sequence[DistributedDataParallel],
+    weights: TrainedWeights,
     optimizer: PolicyOptimizer,
     parallel: Parallel,
 ) -> None:
@@ -168,16 +219,23 @@ def load_checkpoint(
     Raises:
         CheckpointError: if it cannot be read, lacks something that this model and optimizer have,
             or has something that they lack.
+        UserError: if it is of other adapters, of another base, or with adapters where there are
+            none.
     """
-    wanted = _sharded_state(chunks, optimizer, parallel, is_loading=True)
+    with _as_checkpoint_error(folder, "read"):
+        common: Any = dist_checkpointing.load_common_state_dict(str(folder))
+    saved = common.get("identity", _WITHOUT_ADAPTERS)
+    for key, value in weights.identity.items():
+        rule = f"is not what the checkpoint {folder} was saved with, {saved.get(key)!r}"
+        require(saved.get(key) == value, key, value, rule, "Use the same, or another run folder.")
+    wanted = _sharded_state(weights, optimizer, parallel, is_loading=True)
     settings = [_settings(group) for group in optimizer.inner.param_groups]
     with _as_checkpoint_error(folder, "read"):
         strategy = get_default_load_sharded_strategy(str(folder))
         state: Any = dist_checkpointing.load(
             wanted, str(folder), strategy, strict=StrictHandling.RAISE_ALL
         )
-        for index, chunk in enumerate(chunks):
-            _load_weights(_model(chunk), state[f"model{index}"])
+        weights.load(state)
         with torch.no_grad():  # float32 parameters are views into leaves
             optimizer.inner.load_state_dict(state["optimizer"])
         num_steps = state["schedule"]["num_steps"]
@@ -224,24 +282,10 @@ def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parall
         chunks: of `build_chunks`, in any layout.
         parallel: process groups.
     """
-    wanted = {f"model{index}": _weights(chunk, parallel) for index, chunk in enumerate(chunks)}
-    state: Any = dist_checkpointing.load(
-        wanted, str(folder), get_default_load_sharded_strategy(str(folder))
-    )
-    for index, chunk in enumerate(chunks):
-        _load_weights(chunk, state[f"model{index}"])
-
-
-def _weights(chunk: Any, parallel: Parallel) -> dict[str, Any]:
-    """Return the sharded state of a chunk without extra states: they are nothing but Transformer
-    Engine's factors of FP8, and which modules have one depends on the layer specs."""
-    state = chunk.sharded_state_dict(metadata=_metadata(parallel))
-    return {name: value for name, value in state.items() if not _is_extra_state(name)}
-
-
-def _load_weights(chunk: Any, state: dict[str, Any]) -> None:
-    missing, unexpected = chunk.load_state_dict(state, strict=False)
-    assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
+    model = WholeModel(chunks, parallel)
+    strategy = get_default_load_sharded_strategy(str(folder))
+    state: Any = dist_checkpointing.load(model.sharded_state(), str(folder), strategy)
+    model.load(state)
 
 
 def _is_extra_state(name: str) -> bool:
@@ -249,14 +293,12 @@ def _is_extra_state(name: str) -> bool:
 
 
 def _sharded_state(
-    chunks: Sequence[DistributedDataParallel],
+    weights: TrainedWeights,
     optimizer: PolicyOptimizer,
     parallel: Parallel,
     is_loading: bool,
 ) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        f"model{index}": _weights(_model(chunk), parallel) for index, chunk in enumerate(chunks)
-    }
+    state = weights.sharded_state()
     with _padding_kept(optimizer.inner):
         state["optimizer"] = optimizer.inner.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=_metadata(parallel)
@@ -306,7 +348,3 @@ def _padding_kept(optimizer: Any) -> Iterator[None]:
     finally:
         for (part, _), numel in zip(parts, unpadded, strict=True):
             part.numel_unpadded = numel
-
-
-def _model(chunk: DistributedDataParallel) -> Any:
-    return chunk.module

@@ -225,16 +225,18 @@ class LoraAdapters:
     def sharded_state(self) -> dict[str, Any]:
         """Return the adapters as Megatron's distributed checkpoints take them, by name."""
         entries = {entry.megatron_name: entry for entry in self.entries}
+        params = self.params.items()
         return {
-            name: _sharded(entries[name], param, self._parallel)
-            for name, param in self.params.items()
+            "adapters": {
+                name: _sharded(entries[name], param, self._parallel) for name, param in params
+            }
         }
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Take over the values of a `sharded_state` that was read."""
         for name, param in self.params.items():
-            param.copy_(state[name])
+            param.copy_(state["adapters"][name])
 
 
 class _Merged(Mapping[str, Tensor]):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.data.batch import PackedBatch
-from mcore_rl.megatron.checkpoint import PendingSave, begin_save, load_checkpoint
+from mcore_rl.megatron.checkpoint import PendingSave, WholeModel, begin_save, load_checkpoint
 from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
 from mcore_rl.megatron.layer_outputs import LayerRecording
 from mcore_rl.megatron.lora import LoraAdapters
@@ -112,6 +112,7 @@ class TrainWorker:
             self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
         )
         self.exporter = WeightExporter(weights, self.entries, parallel)
+        self._trained = self.lora or WholeModel(chunks, parallel)
         self._pending_save: PendingSave | None = None
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
@@ -191,9 +192,9 @@ class TrainWorker:
         return to_host(metrics)
 
     def begin_save(self, folder: str) -> None:
-        """Copy model, optimizer and schedule, and begin to write them into `folder`."""
+        """Copy weights, optimizer and schedule, and begin to write them into `folder`."""
         assert self._pending_save is None, "one checkpoint at a time"
-        self._pending_save = begin_save(Path(folder), self.chunks, self.optimizer, self.parallel)
+        self._pending_save = begin_save(Path(folder), self._trained, self.optimizer, self.parallel)
 
     def save_state(self, wait: bool) -> WriteState:
         """Return how far this rank is with writing; with `wait`, when it has come to an end."""
@@ -208,7 +209,7 @@ class TrainWorker:
 
     def load(self, folder: str) -> None:
         """Read back what was saved, in this or another layout."""
-        load_checkpoint(Path(folder), self.chunks, self.optimizer, self.parallel)
+        load_checkpoint(Path(folder), self._trained, self.optimizer, self.parallel)
 
     def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write the weights as a Hugging Face folder with config and tokenizer.

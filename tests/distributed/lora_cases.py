@@ -51,8 +51,9 @@ def gradients_and_export(spec, sequences, objective, cut, folder):
     with running_cluster(spec, cut) as (cluster, worker):
         actor = worker.actor
         base = {name: param.clone() for name, param in actor.params.items()}
+        found = {"initial_logprobs": cluster.logprobs(sequences)}
         fill_b(worker)
-        found = {
+        found |= {
             "logprobs": cluster.logprobs(sequences),
             "ref_logprobs": cluster.ref_logprobs(sequences),
             "adapters": adapters(worker),

@@ -6,6 +6,7 @@ import torch
 from actor_inputs import (
     EP2,
     ETP1,
+    LORA,
     PP2,
     TP2,
     VPP2,
@@ -22,6 +23,7 @@ from mcore_rl.megatron.config import OptimConfig
 # gradients near 0 that rounding shows. The rate differs in every step.
 OPTIM = OptimConfig(lr=0.05, eps=0.01, lr_warmup_steps=8)
 OBJECTIVE = policy_objective("vanilla", entropy_coeff=0.01)
+ADAPTERS = {"lora": LORA}
 CUT = SequenceCount(num_sequences=3)
 
 
@@ -72,6 +74,7 @@ def continued(processes, tiny_checkpoint, tmp_path):
         ("qwen3_moe", 2, EP2),
         ("qwen3_moe", 2, TP2 | ETP1),
         ("qwen3_moe", 2, EP2 | {"dtype": "bfloat16"}),  # masters in float32
+        ("qwen3_moe", 2, EP2 | {"dtype": "bfloat16", "lora": LORA}),
     ],
     ids=layout_id,
 )
@@ -106,6 +109,8 @@ def real(key, tensors):
         ("qwen2_tied", (2, VPP2), (1, {})),
         ("qwen3_moe", (2, TP2 | ETP1), (2, EP2)),
         ("qwen3_moe", (1, {}), (2, TP2)),
+        ("qwen2_moe", (2, TP2 | EP2 | ETP1 | ADAPTERS), (1, ADAPTERS)),
+        ("qwen2_moe", (1, ADAPTERS), (2, PP2 | ADAPTERS)),
     ],
 )
 def test_another_layout_goes_on_alike(continued, processes, tmp_path, name, saved_in, loaded_in):
