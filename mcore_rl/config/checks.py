@@ -22,6 +22,7 @@ def check_run(cfg: RunConfig) -> None:
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
     frozen_routers_stay_as_they_are(cfg)
+    adapters_hang_on_layers_of_their_own(cfg)
     minibatches_divide_a_step(cfg)
     groups_are_large_enough(cfg)
     groups_that_are_filtered_have_several_samples(cfg)
@@ -47,6 +48,7 @@ def check_sft(cfg: SftRunConfig) -> None:
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
     frozen_routers_stay_as_they_are(cfg)
+    adapters_hang_on_layers_of_their_own(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
 
 
@@ -147,9 +149,29 @@ def router_losses_do_not_depend_on_the_layout(cfg: RunConfig | SftRunConfig) -> 
 
 
 def frozen_routers_stay_as_they_are(cfg: RunConfig | SftRunConfig) -> None:
-    if cfg.actor.megatron.moe_router_freeze:
-        rule = "would move routers that actor.megatron.moe_router_freeze=true leaves as they are"
-        _require_not_overridden(cfg, "moe_router_bias_update_rate", rule, "Remove one of them.")
+    for is_frozen, what in (
+        (cfg.actor.megatron.moe_router_freeze, "actor.megatron.moe_router_freeze=true"),
+        (cfg.model.lora is not None, f"model.lora_rank={cfg.model.lora_rank}"),
+    ):
+        if is_frozen:
+            rule = f"would move routers that {what} leaves as they are"
+            _require_not_overridden(cfg, "moe_router_bias_update_rate", rule, "Remove one of them.")
+
+
+def adapters_hang_on_layers_of_their_own(cfg: RunConfig | SftRunConfig) -> None:
+    """Transformer Engine's layers are fused with the norm before them, or hold all experts."""
+    if cfg.model.lora is None:
+        return
+    impl = cfg.actor.megatron.transformer_impl
+    require(
+        impl != "transformer_engine",
+        "actor.megatron.transformer_impl",
+        impl,
+        f"has no layers that model.lora_rank={cfg.model.lora_rank} could adapt",
+        "Use local.",
+    )
+    rule = "puts experts into one layer, which cannot be adapted"
+    _require_not_overridden(cfg, "moe_grouped_gemm", rule, "Remove it.")
 
 
 def routers_can_replay(cfg: RunConfig) -> None:

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -174,8 +176,8 @@ class LoraAdapters:
                     name in layers,
                     "model.lora_rank",
                     config.rank,
-                    f"cannot adapt {name}: it is not the weight of a layer of its own",
-                    "Use actor.megatron.transformer_impl=local without moe_grouped_gemm.",
+                    f"cannot adapt {name}: it is not the weight of a linear layer alone",
+                    "Set actor.megatron.transformer_impl=local.",
                 )
                 self._bound[name] = _bind(adapter, layers[name], config, parallel, seed)
         logger.info("LoRA: %d modules of %d", len(self.adapters), len(weights))
@@ -259,12 +261,12 @@ class _Merged(Mapping[str, Tensor]):
 
 
 def _linear_layers(chunks: Sequence[PolicyModel], parallel: Parallel) -> dict[str, torch.nn.Module]:
-    """Return every layer of the chunks by the canonical name of its weight."""
+    """Return every linear layer of the local spec by the canonical name of its weight."""
     return {
         canonical_name(f"{name}.weight", chunk, parallel): module
         for chunk in chunks
         for name, module in chunk.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, Linear))
     }
 
 

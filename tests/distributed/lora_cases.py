@@ -2,7 +2,9 @@
 
 import torch
 from actor_cases import backward, exported_gradients, gathered, running_cluster
+from actor_inputs import ONE_MICRO_BATCH
 
+from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 
 
@@ -68,3 +70,26 @@ def gradients_and_export(spec, sequences, objective, cut, folder):
 
 def is_unchanged(params, before):
     return all(torch.equal(param, before[name]) for name, param in params.items())
+
+
+def identity(spec):
+    """Return what a checkpoint must have in common with a run."""
+    with running_cluster(spec, ONE_MICRO_BATCH) as (_, worker):
+        return worker.actor.lora.identity
+
+
+def save_and_load(spec, others, folder):
+    """Save a checkpoint of `spec`; return what loading it says in the workers of each other spec,
+    None where it is loaded."""
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
+        cluster.begin_save(folder)
+        cluster.end_save(wait=True)
+    answers = []
+    for other in others:
+        with running_cluster(other, ONE_MICRO_BATCH) as (cluster, _):
+            try:
+                cluster.load(folder)
+                answers.append(None)
+            except UserError as error:
+                answers.append(str(error))
+    return answers

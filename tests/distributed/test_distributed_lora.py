@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+from dataclasses import replace
 
 import lora_cases
 import pytest
@@ -22,7 +24,7 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -187,6 +189,63 @@ def test_gradients_and_exports_are_those_of_transformers(
     # Relative to the tensor's largest: sums over 30 tokens and the layers above; observed 1.7e-5
     # (latent attention), else 3.8e-6.
     assert worst <= 5e-5
+
+
+def test_a_checkpoint_of_other_adapters_or_of_another_base_is_refused(
+    processes, tiny_checkpoint, tmp_path
+):
+    """The base of the last but one differs from the checkpoint's in one number of one expert."""
+    folder, base, changed = tmp_path / "saved", tiny_checkpoint("qwen3_moe"), tmp_path / "changed"
+    folder.mkdir()
+    shutil.copytree(base, changed)
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.3.down_proj.weight"][5, 7] += 1e-6
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    others = [
+        actor_spec(base, lora=replace(LORA, rank=8)),
+        actor_spec(base, lora=replace(LORA, alpha=4.0)),
+        actor_spec(base, lora=replace(LORA, target_modules=("o_proj",))),
+        actor_spec(base),
+        actor_spec(changed, lora=LORA),
+        actor_spec(base, lora=LORA),
+    ]
+    args = actor_spec(base, lora=LORA), others, str(folder)
+    (answers,) = processes.run(lora_cases.save_and_load, 1, *args)
+    rule = f"is not what the checkpoint {folder} was saved with"
+    for answer, start in zip(
+        answers[:5],
+        (
+            f"model.lora_rank=8 {rule}, 4.",
+            f"model.lora_alpha=4.0 {rule}, 8.0.",
+            f"model.target_modules=['o_proj'] {rule}, ['all-linear'].",
+            f"model.lora_rank=0 {rule}, 4.",
+            "weights of model.path='",
+        ),
+        strict=True,
+    ):
+        assert answer.startswith(start)
+        assert rule in answer
+    assert answers[5] is None
+
+
+def test_the_digest_of_the_base_does_not_depend_on_the_layout(processes, tiny_checkpoint):
+    """One process against shards with padding, experts of two ranks, and a tied copy."""
+    for name, megatron in (
+        ("qwen3_moe", TP2),
+        ("qwen3_moe", EP2),
+        ("qwen2_tied", PP2),
+        ("deepseek_v3", TP2 | PP2),
+    ):
+        one, *others = (
+            answer
+            for world_size, settings in ((1, {}), (4 if "deep" in name else 2, megatron))
+            for answer in processes.run(
+                lora_cases.identity,
+                world_size,
+                actor_spec(tiny_checkpoint(name), lora=LORA, **settings),
+            )
+        )
+        assert others == [one] * len(others)
 
 
 def token_logprobs(model, sequence):

@@ -92,6 +92,12 @@ RULES = {
         f"{OVERRIDE.lstrip('+')}.moe_aux_loss_coeff=0.01 has another gradient in every layout",
         [f"{OVERRIDE}.moe_aux_loss_coeff=0.01"],
     ),
+    "adapters_hang_on_layers_of_their_own": (
+        ["model.lora_rank=8", "actor.megatron.transformer_impl=transformer_engine"],
+        "actor.megatron.transformer_impl='transformer_engine' has no layers that model.lora_rank=8"
+        " could adapt. Use local.",
+        ["model.lora_rank=8", "model.lora_alpha=32", "model.target_modules=[o_proj]"],
+    ),
     "frozen_routers_stay_as_they_are": (
         [
             "actor.megatron.moe_router_freeze=true",

@@ -16,6 +16,7 @@ from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.errors import UserError
+from mcore_rl.megatron.config import LoraConfig
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
@@ -180,6 +181,36 @@ def test_a_choice_that_is_not_registered_lists_what_is():
     assert "Did you mean 'grpo'?" in text
     assert "gpg" in text
     assert "geo_mean" in refusal("actor.policy_loss.loss_mode=geomean")
+
+
+def test_lora_is_composed_under_the_keys_that_verl_has():
+    on = compose("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=32")
+    assert on.model.lora == LoraConfig(rank=8, alpha=32.0, target_modules=("all-linear",))
+    assert on.model.lora.scale == 4.0
+    chosen = compose("model.lora_rank=8", "model.target_modules=[o_proj,q_proj]")
+    assert chosen.model.lora.target_modules == ("o_proj", "q_proj")
+    assert compose("model.lora_rank=0").model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.lora_rank=-1"], "model.lora_rank=-1 must be >= 0."),
+        (["model.lora_rank=8", "model.lora_alpha=0"], "model.lora_alpha=0.0 must be > 0."),
+        (["model.lora_alpha=32"], "model.lora_alpha=32.0 has no effect without adapters."),
+        (["model.target_modules=[o_proj]"], "model.target_modules=['o_proj'] has no effect"),
+        (
+            ["model.lora_rank=8", "model.target_modules=o_proj"],
+            "model.target_modules='o_proj' is neither all-linear nor a list of names.",
+        ),
+        (
+            ["model.lora_rank=8", "model.target_modules=[]"],
+            "model.target_modules=[] is neither all-linear nor a list of names.",
+        ),
+    ],
+)
+def test_what_adapters_cannot_be_is_refused(overrides, expected):
+    assert refusal(*overrides).startswith(expected)
 
 
 @pytest.mark.parametrize(
