@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mcore_rl.durable_files import sync
 from mcore_rl.errors import UserError, require
 
 TASK_FILE = "conversion.json"
@@ -88,9 +89,7 @@ class StagedFolder:
             (self.path / name).unlink()
         os.fsync(self._lock)
         self.path.rename(self.final)
-        parent = os.open(self.final.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        sync(self.final.parent)
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
+from mcore_rl.durable_files import rename_whole
 from mcore_rl.errors import UserError
 from mcore_rl.launch import torchrun
 from mcore_rl.launch.cluster import Cluster
@@ -123,7 +124,7 @@ def export_model(cluster: Cluster, run_dir: Path) -> None:
     cluster.export_hf(str(partial))
     if final.exists():
         final.rename(previous)
-    partial.rename(final)
+    rename_whole(partial, final)
     shutil.rmtree(previous, ignore_errors=True)
     sys.stdout.write(f"model   {final}\n")
 

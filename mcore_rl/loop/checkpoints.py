@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mcore_rl.config.run import TrainerConfig
+from mcore_rl.durable_files import rename_whole, sync, write_whole
 from mcore_rl.errors import CheckpointError, UserError, closest_hint
 from mcore_rl.launch.cluster import Cluster
-from mcore_rl.loop.durable_files import rename_whole, sync, write_whole
 from mcore_rl.observability.jsonl import read_records
 from mcore_rl.observability.run_folder import METRICS_FILE
 

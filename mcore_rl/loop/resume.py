@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mcore_rl.config.compose import to_yaml
+from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError, require
 from mcore_rl.loop.checkpoints import CHECKPOINTS, CONTROLLER_FILE, POINTER
-from mcore_rl.loop.durable_files import write_whole
 from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
 
 _MAY_CHANGE = (

@@ -19,7 +19,6 @@ Nothing here converts: names, shapes and dtypes are those of the files.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mcore_rl.durable_files import sync
 from mcore_rl.errors import CheckpointError, UserError, closest_hint, require
 from mcore_rl.models.mappings import ParamEntry, Range, Shape, hf_shapes, take
 
@@ -308,12 +308,12 @@ def finish_checkpoint(folder: str | Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
         _partial_file(folder / shard.file_name).rename(folder / shard.file_name)
     if len(shards) > 1:
-        flush_to_disk(folder)  # or a power cut could keep the index and lose a shard's name
+        sync(folder)  # or a power cut could keep the index and lose a shard's name
         partial = _partial_file(folder / INDEX_FILE)
         partial.write_text(index_text(shards), encoding="utf-8")
-        flush_to_disk(partial)
+        sync(partial)
         partial.rename(folder / INDEX_FILE)
-    flush_to_disk(folder)
+    sync(folder)
 
 
 def index_text(shards: Iterable[Shard]) -> str:
@@ -350,7 +350,7 @@ def copy_model_files(
     files = model_files(source)
     for file in files:
         shutil.copy2(file, target / file.name)
-        flush_to_disk(target / file.name)
+        sync(target / file.name)
     return [file.name for file in files]
 
 
@@ -365,7 +365,7 @@ def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:
     file = Path(folder) / CONFIG_FILE
     text = config_with_dtype(file.read_text(encoding="utf-8"), dtype)
     file.write_text(text, encoding="utf-8")
-    flush_to_disk(file)
+    sync(file)
 
 
 def config_with_dtype(text: str, dtype: torch.dtype) -> str:
@@ -379,19 +379,10 @@ def config_with_dtype(text: str, dtype: torch.dtype) -> str:
     return text if changed == config else json.dumps(changed, indent=2) + "\n"
 
 
-def flush_to_disk(path: Path) -> None:
-    """Wait until the contents of a file, or the names in a folder, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(dict(tensors), file, {"format": "pt"})
-        flush_to_disk(file)
+        sync(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} could not be written: {error}") from error
 

@@ -1,17 +1,27 @@
 """Plug-in of the command: a tracker that writes down when each stage of a step begins.
 
-So that a test can kill a run in the stage of its choice.
+In the stage of a test's choice it kills the run: from within, because stages of milliseconds are
+over before another process has seen them begin.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from mcore_rl.observability.trackers import TRACKERS, RunInfo, Tracker
 
 FILE = "stages.txt"
+KILL_AT = "STAGE_MARKS_KILL_AT"
+"""Environment variable "<stage> <n> <seconds>": kill so long after the n-th such stage of this
+start began, counted from 1."""
 
 
 @TRACKERS.register("stage_marks")
@@ -20,6 +30,8 @@ class StageMarks(Tracker):
 
     def __init__(self, run: RunInfo) -> None:
         self._file = run.dir / FILE
+        self._stage, number, delay = os.environ.get(KILL_AT, "- 0 0").split()
+        self._num_to_come, self._delay = int(number), float(delay)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -27,11 +39,29 @@ class StageMarks(Tracker):
     def stage(self, name: str) -> None:
         with self._file.open("a") as file:
             file.write(f"{name} {time.monotonic()}\n")
+        if name == self._stage:
+            self._num_to_come -= 1
+            if self._num_to_come == 0:
+                threading.Thread(target=_kill_after, args=(self._delay, _whole_run())).start()
+
+
+def _whole_run() -> list[int]:
+    """Return the ids of the command's process and all others of it, this one last."""
+    agent = psutil.Process().parent()
+    assert agent is not None
+    others = {child.pid for child in agent.children(recursive=True)} - {os.getpid()}
+    return [agent.pid, *others, os.getpid()]
+
+
+def _kill_after(seconds: float, processes: list[int]) -> None:
+    time.sleep(seconds)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def read_stages(run_dir: Path) -> list[tuple[str, float]]:
     """Return (stage, when it began) of every stage so far."""
-    file = run_dir / FILE
-    lines = file.read_text().splitlines(True) if file.exists() else []
+    lines = (run_dir / FILE).read_text().splitlines(True)
     marks = [line.split() for line in lines if line.endswith("\n")]
     return [(name, float(seconds)) for name, seconds in marks]

@@ -12,14 +12,13 @@ import os
 import random
 import resource
 import statistics
-import time
 from collections import Counter
 from pathlib import Path
 
 import commands
 import psutil
 import pytest
-from stage_marks import read_stages
+from stage_marks import KILL_AT, read_stages
 
 from mcore_rl.loop.checkpoints import CONTROLLER_FILE
 
@@ -27,14 +26,8 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("rollout", "train", "weight_sync", "checkpoint")
 POINTER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
-MARKED = {
-    "environment": {
-        "MCORE_RL_PLUGINS": "stage_marks",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-    }
-}
+PATHS = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+MARKED = {"MCORE_RL_PLUGINS": "stage_marks", "PYTHONPATH": os.pathsep.join(PATHS)}
 # The answers of the fake engine do not depend on the weights; what is trained on them does.
 ENGINES = {"fake": ["rollout.name=fake", "rollout.logprob_tolerance=1e9"], "vllm": []}
 
@@ -49,17 +42,6 @@ def argv_of(files, run_dir, engine, *overrides):
         "trainer.max_ckpt_to_keep=2",
         *overrides,
     )
-
-
-def wait_and_kill(process, run_dir, num_before, stage, number, delay):
-    """Kill everything `delay` seconds into the `number`-th `stage` of this start, from 1."""
-
-    def is_there():
-        return [name for name, _ in read_stages(run_dir)[num_before:]].count(stage) >= number
-
-    commands.wait_for(is_there, process)
-    time.sleep(delay)
-    commands.kill_all(process)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +65,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
     length = f"trainer.total_training_steps={num_kills + 4}"
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = commands.run(*argv_of(files, whole, engine, length), **MARKED)
+    done = commands.run(*argv_of(files, whole, engine, length), environment=MARKED)
     assert done.returncode == 0, done.stderr
     marks = read_stages(whole)
     lasted = {
@@ -96,17 +78,17 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
     killed_in = Counter()
     for attempt, stage in enumerate(stages):
         asynchronous = f"trainer.async_save={str(attempt % 2 == 1).lower()}"
-        num_before = len(read_stages(killed))
-        process = commands.start(*argv_of(files, killed, engine, length, asynchronous), **MARKED)
         delay = source.random() * lasted[stage]
-        wait_and_kill(process, killed, num_before, stage, source.choice((1, 2)), delay)
+        kill_at = {KILL_AT: f"{stage} {source.choice((1, 2))} {delay}"}
+        argv = argv_of(files, killed, engine, length, asynchronous)
+        process = commands.run(*argv, environment=MARKED | kill_at)
         assert process.returncode == -9
         assert not (killed / "hf_model").exists()
         killed_in[read_stages(killed)[-1][0]] += 1
         killed_in["half-written checkpoint"] += any(killed.glob("checkpoints/*.partial"))
     logger.info("killed %d times: %s", num_kills, dict(killed_in))
 
-    done = commands.run(*argv_of(files, killed, engine, length), **MARKED)
+    done = commands.run(*argv_of(files, killed, engine, length), environment=MARKED)
     assert done.returncode == 0, done.stderr
     assert commands.read_metrics(killed) == commands.read_metrics(whole)
     samples = [commands.read_lines(run / "samples.jsonl") for run in (killed, whole)]
@@ -131,7 +113,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     argv = argv_of(
         files, run_dir, "fake", "trainer.async_save=true", "trainer.total_training_steps=1000"
     )
-    process = commands.start(*argv, **MARKED)
+    process = commands.start(*argv, environment=MARKED)
     commands.wait_for(lambda: (run_dir / POINTER).exists(), process)
     for child in psutil.Process(process.pid).children(recursive=True):
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -143,6 +125,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     assert error.endswith("/actor cannot be written: OSError: [Errno 27] File too large")
 
     step = int((run_dir / POINTER).read_text())
-    resumed = commands.run(*argv, f"trainer.total_training_steps={step + 1}", **MARKED)
+    resumed = commands.run(*argv, f"trainer.total_training_steps={step + 1}", environment=MARKED)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from {run_dir}/checkpoints/global_step_{step}" in resumed.stderr
