@@ -24,9 +24,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mcore_rl.durable_files import sync
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.models.mappings import HfTensor, ParamEntry, ParamMapping, Replicated, Row
-from mcore_rl.models.safetensors_io import flush_to_disk
 
 _LINEAR_WEIGHT = re.compile(r"\.linear_\w+\.weight$")
 
@@ -148,7 +148,7 @@ def write_peft_adapter(
     }
     save_file(tensors, weights_file, {"format": "pt"})
     for path in (config_file, weights_file, folder):
-        flush_to_disk(path)
+        sync(path)
 
 
 def _with_sources(mapping: ParamMapping, of: Callable[[HfTensor], HfTensor]) -> ParamMapping:
