@@ -292,7 +292,7 @@ def save_without(spec, folder, part):
 
     with running_worker(spec) as worker:
         actor = worker.actor
-        state = checkpoint._state_to_save(actor.chunks, actor.optimizer, worker.parallel)
+        state = checkpoint._state_to_save(actor.trained, actor.optimizer, worker.parallel)
         del state[part]
         pending = checkpoint._begin_write(folder, state)
         assert pending.state(wait=True) == WriteState(is_done=True)

@@ -41,6 +41,7 @@ SELECTIVE_RECOMPUTE = {
 }
 
 LORA = LoraConfig(rank=4, alpha=8.0, target_modules=(ALL_LINEAR,))
+LORA_OF_EXPERTS = replace(LORA, target_modules=("gate_proj", "up_proj", "down_proj"))
 
 _SHORT = {
     "tensor_model_parallel_size": "tp",
@@ -63,7 +64,8 @@ def layout_id(value):
     parts = []
     for key, setting in value.items():
         if key == "override_transformer_config":
-            parts.append(f"recompute_{setting['recompute_granularity']}")
+            granularity = setting.get("recompute_granularity")
+            parts.append(f"recompute_{granularity}" if granularity else "_".join(setting))
         elif key == "lora":
             parts.append(key)
         else:

@@ -44,6 +44,7 @@ from mcore_rl.convert.torch_dist import (
     write_tensor,
 )
 from mcore_rl.errors import require
+from mcore_rl.models.lora import is_adapter
 from mcore_rl.models.mappings import Range, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
     INDEX_FILE,
@@ -222,6 +223,13 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
 
 def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:
     """Raise a UserError unless the checkpoint holds the parameters of the model and no others."""
+    require(
+        not any(map(is_adapter, mcore.tensor_keys())),
+        "checkpoint",
+        str(mcore.folder),
+        "holds the adapters of LoRA and not the weights they adapt",
+        "The run writes both as one model, hf_model, after its last step.",
+    )
     for param in params:
         found, wanted = mcore.shape(param.key), param.stacked_shape
         if isinstance(param.entry.mapping, Vocab):  # padded for the layout it was trained in

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
@@ -40,7 +44,7 @@ class PolicyOptimizer:
         bfloat16 = megatron.dtype == "bfloat16"
         self.chunks: list[Any] = list(chunks)
         self.grad_clip = grad_clip
-        self.inner: Any = get_megatron_optimizer(
+        optimizers: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=optim.lr,
@@ -57,6 +61,9 @@ class PolicyOptimizer:
             self.chunks,
             use_gloo_process_groups=torch.cuda.is_available(),
         )
+        # Where experts alone train (LoRA), the optimizer of all else is empty and cannot be saved.
+        parts = [one for one in optimizers.chained_optimizers if one.optimizer is not None]
+        self.inner: Any = ChainedOptimizer(parts)
         decay_steps = optim.lr_decay_steps or total_steps
         self.schedule = OptimizerParamScheduler(
             self.inner,

@@ -46,6 +46,11 @@ def linear_weights(entries: Iterable[ParamEntry]) -> list[ParamEntry]:
     return [entry for entry in entries if _LINEAR_WEIGHT.search(entry.megatron_name)]
 
 
+def is_adapter(megatron_name: str) -> bool:
+    """Whether a parameter, or what a checkpoint has under its name, is half an adapter."""
+    return ".adapter.lora_" in megatron_name
+
+
 def chosen_weights(
     weights: Sequence[ParamEntry], target_modules: Sequence[str]
 ) -> list[ParamEntry]:

@@ -112,7 +112,7 @@ class TrainWorker:
             self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
         )
         self.exporter = WeightExporter(weights, self.entries, parallel)
-        self._trained = self.lora or WholeModel(chunks, parallel)
+        self.trained = self.lora or WholeModel(chunks, parallel)
         self._pending_save: PendingSave | None = None
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
@@ -194,7 +194,7 @@ class TrainWorker:
     def begin_save(self, folder: str) -> None:
         """Copy weights, optimizer and schedule, and begin to write them into `folder`."""
         assert self._pending_save is None, "one checkpoint at a time"
-        self._pending_save = begin_save(Path(folder), self._trained, self.optimizer, self.parallel)
+        self._pending_save = begin_save(Path(folder), self.trained, self.optimizer, self.parallel)
 
     def save_state(self, wait: bool) -> WriteState:
         """Return how far this rank is with writing; with `wait`, when it has come to an end."""
@@ -209,7 +209,7 @@ class TrainWorker:
 
     def load(self, folder: str) -> None:
         """Read back what was saved, in this or another layout."""
-        load_checkpoint(Path(folder), self._trained, self.optimizer, self.parallel)
+        load_checkpoint(Path(folder), self.trained, self.optimizer, self.parallel)
 
     def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write the weights as a Hugging Face folder with config and tokenizer.

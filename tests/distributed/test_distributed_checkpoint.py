@@ -7,6 +7,7 @@ from actor_inputs import (
     EP2,
     ETP1,
     LORA,
+    LORA_OF_EXPERTS,
     PP2,
     TP2,
     VPP2,
@@ -75,6 +76,7 @@ def continued(processes, tiny_checkpoint, tmp_path):
         ("qwen3_moe", 2, TP2 | ETP1),
         ("qwen3_moe", 2, EP2 | {"dtype": "bfloat16"}),  # masters in float32
         ("qwen3_moe", 2, EP2 | {"dtype": "bfloat16", "lora": LORA}),
+        ("qwen3_moe", 1, {"lora": LORA_OF_EXPERTS}),  # the optimizer of all else is empty
     ],
     ids=layout_id,
 )

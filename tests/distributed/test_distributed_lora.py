@@ -18,6 +18,7 @@ from actor_inputs import (
     PP2,
     SELECTIVE_RECOMPUTE,
     TP2,
+    TP4,
     VPP2,
     actor_spec,
     layout_id,
@@ -28,11 +29,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from mcore_rl.convert.convert import mcore_to_hf
 from mcore_rl.data.packing import SequenceCount
+from mcore_rl.errors import UserError
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.megatron.config import OptimConfig
 
 ETP2 = {"expert_tensor_parallel_size": 2}
+OVERLAPPED_SHARED_EXPERTS = {"override_transformer_config": {"moe_shared_expert_overlap": True}}
 
 # As in test_distributed_invariance: with epsilon 1 an update is proportional to the gradient, so a
 # gradient of the wrong size shows.
@@ -51,14 +55,15 @@ LAYOUTS = [
     ("qwen3_one_group", 2, TP2),
     ("qwen2_tied", 2, VPP2),
     ("qwen3_moe", 2, EP2),
-    ("qwen3_moe", 2, TP2),
     ("qwen3_moe", 2, TP2 | ETP1),
     ("qwen3_moe", 2, ETP2),
     ("qwen3_moe", 2, TP2 | EP2 | ETP1),
     ("qwen3_moe", 2, CP2 | EP2 | SELECTIVE_RECOMPUTE),
     ("qwen2_moe", 2, TP2 | {"use_distributed_optimizer": False}),
+    ("qwen2_moe", 2, TP2 | ETP1 | OVERLAPPED_SHARED_EXPERTS),
     ("deepseek_v3", 2, TP2),
     ("qwen3_moe", 4, TP2 | EP2 | {"use_distributed_optimizer": False}),
+    ("qwen3_moe", 4, TP4 | ETP2),
     ("qwen3_moe", 4, TP2 | EP2 | PP2 | ETP1),
 ]
 
@@ -226,6 +231,8 @@ def test_a_checkpoint_of_other_adapters_or_of_another_base_is_refused(
         assert answer.startswith(start)
         assert rule in answer
     assert answers[5] is None
+    with pytest.raises(UserError, match="holds the adapters of LoRA and not the weights"):
+        mcore_to_hf(folder, tmp_path / "out", config_from=base)
 
 
 def test_the_digest_of_the_base_does_not_depend_on_the_layout(processes, tiny_checkpoint):
