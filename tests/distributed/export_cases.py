@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 
 from actor_cases import running_worker
+from file_limit import files_no_longer_than
 
-from mcore_rl.errors import UserError
+from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.megatron import parallel
 from mcore_rl.megatron.model import load_weights
 from mcore_rl.models import safetensors_io
@@ -65,3 +66,13 @@ def export(spec, folder, max_shard_bytes):
     with running_worker(spec) as worker, files_written() as names:
         worker.actor.export_hf(folder, max_shard_bytes)
         return names
+
+
+def failure_to_export(spec, folder, num_bytes):
+    """Return why an export fails if no file may be longer than `num_bytes`."""
+    with running_worker(spec) as worker:
+        try:
+            with files_no_longer_than(num_bytes):
+                worker.actor.export_hf(folder)
+        except CheckpointError as error:
+            return str(error)

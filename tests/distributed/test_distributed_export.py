@@ -10,6 +10,7 @@ from actor_inputs import EP2, ETP1, PP2, TP2, actor_spec
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mcore_rl.errors import UserError
 from mcore_rl.models.safetensors_io import CheckpointReader
 
 OTHER_FILES = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
@@ -86,3 +87,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(processes, source):
         f"checkpoint={str(source)!r} holds infinities or NaN in {name}.q_proj.weight or "
         f"{name}.k_proj.weight or {name}.v_proj.weight."
     )
+
+
+def test_an_export_that_cannot_be_written_names_the_file_and_is_no_model(
+    processes, tiny_checkpoint, tmp_path
+):
+    target = tmp_path / "exported"
+    args = actor_spec(tiny_checkpoint("qwen3_moe")), str(target), 20_000
+    (said,) = processes.run(export_cases.failure_to_export, 1, *args)
+    assert said.startswith(f"{target}/model.safetensors.tmp could not be written: ")
+    assert "File too large" in said
+    assert "\n" not in said
+    with pytest.raises(UserError, match="safetensors"):
+        CheckpointReader(target)
