@@ -47,6 +47,13 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
     sys.stdout.write(f"report  {write_report(run_dir)}\n")
 
 
+def plan(cfg: RunConfig) -> None:
+    """Print what the run would do."""
+    from mcore_rl.plan.report import write_plan
+
+    write_plan(cfg)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     run_command(
@@ -56,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunConfig,
         check_run,
         run,
+        plan,
     )
 
 

@@ -188,6 +188,11 @@ class TrainerConfig:
     """Write the trained weights as a Hugging Face folder after the last step."""
     log_val_generations: int = 8
     """Samples written per step and per validation."""
+    dry_run: bool = False
+    """Print placement, packing of a step and memory per device, and stop. Starts no process and
+    reads no weights: model.path needs config.json alone."""
+    device_memory_gib: float = 80.0
+    """dry_run: what a device has."""
 
     def __post_init__(self) -> None:
         modes = ("auto", "disable", "resume_path")
@@ -199,6 +204,15 @@ class TrainerConfig:
             self.resume_from_path,
             f"does not fit trainer.resume_mode={self.resume_mode}",
             "Set both, resume_path and the folder of a checkpoint, or neither.",
+        )
+        memory = self.device_memory_gib
+        require(memory > 0, "trainer.device_memory_gib", memory, "must be > 0")
+        require(
+            self.dry_run or memory == 80.0,
+            "trainer.device_memory_gib",
+            memory,
+            "is not read without trainer.dry_run=true",
+            "Remove it.",
         )
         for name in ("total_epochs", "n_gpus_per_node", "nnodes"):
             require(

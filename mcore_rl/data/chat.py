@@ -42,6 +42,11 @@ _VOCABULARY_FILES = (
 )
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether the folder holds the vocabulary of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in _VOCABULARY_FILES)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer saved in the folder `path`.
 
@@ -52,7 +57,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     require(folder.is_dir(), "model.path", path, "is not a folder", "Download the model first.")
     # Without this check transformers makes a tokenizer of one token from config.json alone.
     require(
-        any((folder / name).is_file() for name in _VOCABULARY_FILES),
+        has_tokenizer(folder),
         "model.path",
         path,
         f"holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})",

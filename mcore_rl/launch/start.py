@@ -38,6 +38,7 @@ def run_command(
     root: type[Config],
     check: Callable[[Config], None],
     program: Callable[[Config, StartWorkers], None],
+    plan: Callable[[Config], None] | None = None,
 ) -> None:
     """Run one command to its end; a user's mistake is one line and exit code 2.
 
@@ -48,6 +49,7 @@ def run_command(
         root: type of the configuration.
         check: cross-section rules.
         program: the controller; it starts the workers when its inputs have proved good.
+        plan: what trainer.dry_run=true does in place of the program, in one process.
     """
     try:
         line = parse_command_line(f"python -m {module}", description, argv)
@@ -58,6 +60,12 @@ def run_command(
             sys.stdout.write(to_yaml(config))
             return
         check(config)
+        if plan is not None and config.trainer.dry_run:
+            if torchrun.rank() == 0:
+                _quiet_libraries()
+                setup_logging(0, "controller")
+                plan(config)
+            return
         world_size = config.trainer.world_size
         if not torchrun.is_launched() and world_size > 1:
             if config.trainer.nnodes > 1:

@@ -17,7 +17,7 @@ from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Routing, TokenSequence
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +83,14 @@ def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:
     )
 
 
-def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
+def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
+    """Return the model's configuration, which fits the run's lengths and layout; weights and
+    tokenizer need not be there.
+
+    Raises:
+        UserError: one line for what does not fit.
+    """
     assert cfg.model.path is not None
-    for name in cfg.trainer.logger:
-        TRACKERS.get(name)
     hf_config = load_hf_config(cfg.model.path)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     require(
@@ -109,7 +113,14 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
         "has no effect: the model has no experts",
         "Leave it out.",
     )
-    check_weights(cfg.model.path, hf_config)
+    return hf_config
+
+
+def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
+    assert cfg.model.path is not None
+    for name in cfg.trainer.logger:
+        TRACKERS.get(name)
+    check_weights(cfg.model.path, check_model(cfg))
     return load_tokenizer(cfg.model.path)
 
 

@@ -96,10 +96,10 @@ EXAMPLE = Problem(left=-2, right=2, slope=1, offset=-5, right_offset=3, left_slo
 """a = -3, b = 3, a + b = 0."""
 
 
-def draw_problem(rng: random.Random) -> Problem:
-    """Return one of 2464 problems with small numbers."""
-    right, slope, offset = rng.choice((2, 3)), rng.choice((-1, 1)), rng.randint(-5, 5)
-    a = rng.randint(-3, 3)
+def draw_problem(rng: random.Random, largest: int = 5) -> Problem:
+    """Return a problem whose a and middle offset are at most `largest`: one of 32 (2 n + 1)^2."""
+    right, slope, offset = rng.choice((2, 3)), rng.choice((-1, 1)), rng.randint(-largest, largest)
+    a = rng.randint(-largest, largest)
     return Problem(
         left=-rng.choice((2, 3)),
         right=right,

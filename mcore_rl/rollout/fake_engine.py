@@ -20,6 +20,21 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import ENGINES, EngineSpec, GenerationRequest, GenerationResult
 
 
+def response_length(request: GenerationRequest) -> int:
+    """Return how many tokens the engine answers with, without drawing them."""
+    max_tokens = request.sampling.max_tokens
+    return min(_length(_source(request), max_tokens), max_tokens)
+
+
+def _source(request: GenerationRequest) -> random.Random:
+    return random.Random(f"{request.sampling.seed}:{list(request.prompt_token_ids)}")
+
+
+def _length(source: random.Random, max_tokens: int) -> int:
+    """Return the drawn length; beyond `max_tokens` the response is cut."""
+    return source.randint(1, max_tokens + 1)
+
+
 class FakeEngine:
     """A `RolloutEngine` that draws tokens uniformly; counts what it is given."""
 
@@ -39,8 +54,8 @@ class FakeEngine:
 
     def _draw(self, request: GenerationRequest) -> GenerationResult:
         sampling = request.sampling
-        source = random.Random(f"{sampling.seed}:{list(request.prompt_token_ids)}")
-        length = source.randint(1, sampling.max_tokens + 1)
+        source = _source(request)
+        length = _length(source, sampling.max_tokens)
         tokens = [
             source.randrange(self.vocab_size) for _ in range(min(length, sampling.max_tokens))
         ]

@@ -56,7 +56,18 @@ MAY_IMPORT = {
         "rewards",
         "rollout.base",
     ),
-    "train": ("config", "launch", "loop", "observability.report", "rollout.base"),
+    # Reads what a run reads before it starts, and counts with the entries of models.
+    "plan": (
+        "config",
+        "data",
+        "loop.inputs",
+        "models",
+        "observability",
+        "rollout.base",
+        "rollout.fake_engine",
+        "train",
+    ),
+    "train": ("plan.report", "config", "launch", "loop", "observability.report", "rollout.base"),
     "sft": ("config", "launch", "loop"),
     "report": ("observability.report",),
     # Imports of checks: they run as the commands do and read what these wrote.
@@ -92,6 +103,7 @@ LIBRARY_OWNERS = {
         "models.",
         "megatron.",
         "loop.",
+        "plan.",
         "convert.",
         "verify.",
     ),

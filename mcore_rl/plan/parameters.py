@@ -1,0 +1,116 @@
+"""How many parameters each pipeline stage puts on a rank.
+
+Counted from the entries that loading and export use (`models/mappings.py`), so the count is that of
+the model that would be built. All ranks of a stage hold as many: every axis divides evenly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from mcore_rl.models.layout import layers_of_stages
+from mcore_rl.models.mappings import ParamEntry
+from mcore_rl.models.spec import model_family
+from mcore_rl.types import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageParameters:
+    """Elements that one rank of a pipeline stage holds."""
+
+    layers: tuple[int, ...]
+    """Decoder layers of the stage, from 0."""
+    dense: int
+    """Trained, with a copy on every data-parallel (and context-parallel) rank."""
+    experts: int
+    """Trained, with a copy on every expert-data-parallel rank."""
+    frozen: int
+    """Without gradient: routers that are frozen, their biases."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.frozen
+
+
+def model_size(config: PreTrainedConfig) -> int:
+    """Return the elements of the whole model, as Hugging Face counts them."""
+    entries = model_family(config).entries(config)
+    return sum(math.prod(hf.shape) for entry in entries for hf in entry.mapping.sources)
+
+
+def stage_parameters(
+    config: PreTrainedConfig, layout: Layout, *, routers_are_frozen: bool = False
+) -> list[StageParameters]:
+    """Return what a rank of each pipeline stage holds, first stage first.
+
+    Args:
+        config: of a supported family.
+        layout: divides the model (`models.layout.check_layout`).
+        routers_are_frozen: `actor.megatron.moe_router_freeze`.
+    """
+    entries = model_family(config).entries(config)
+    stages = []
+    for stage, layers in enumerate(stage_layers(config.num_hidden_layers, layout)):
+        held = [entry for entry in entries if _is_on(entry, stage, layers, config, layout)]
+        frozen = [entry for entry in held if _is_frozen(entry, routers_are_frozen)]
+        experts = [entry for entry in held if entry.is_expert]
+        num_frozen, num_experts = _elements(frozen, layout.tp), _elements(experts, layout.etp)
+        dense = [entry for entry in held if not entry.is_expert]
+        stages.append(
+            StageParameters(
+                layers=layers,
+                dense=_elements(dense, layout.tp) - num_frozen,
+                experts=num_experts // layout.ep,
+                frozen=num_frozen,
+            )
+        )
+    return stages
+
+
+def stage_layers(num_layers: int, layout: Layout) -> list[tuple[int, ...]]:
+    """Return the decoder layers of each pipeline stage, those of its virtual stages together."""
+    ends = list(itertools.accumulate(layers_of_stages(num_layers, layout)))
+    chunks = [range(start, end) for start, end in itertools.pairwise([0, *ends])]
+    return [
+        tuple(layer for chunk in chunks[stage :: layout.pp] for layer in chunk)
+        for stage in range(layout.pp)
+    ]
+
+
+def _is_on(
+    entry: ParamEntry,
+    stage: int,
+    layers: tuple[int, ...],
+    config: PreTrainedConfig,
+    layout: Layout,
+) -> bool:
+    if entry.layer is not None:
+        return entry.layer in layers
+    is_first, is_last = stage == 0, stage == layout.pp - 1
+    if entry.megatron_name.startswith("embedding."):
+        return is_first or (is_last and config.tie_word_embeddings)  # the last keeps a copy
+    return is_last
+
+
+def _is_frozen(entry: ParamEntry, routers_are_frozen: bool) -> bool:
+    is_bias = entry.megatron_name.endswith(".expert_bias")  # a buffer
+    return is_bias or (routers_are_frozen and entry.megatron_name.endswith(".router.weight"))
+
+
+def _elements(entries: Iterable[ParamEntry], num_shards: int) -> int:
+    """Return the elements of the first shard of each entry, padding included."""
+    return sum(_shard_elements(entry, num_shards) for entry in entries)
+
+
+def _shard_elements(entry: ParamEntry, num_shards: int) -> int:
+    columns = {hf.name: math.prod(hf.shape[1:]) for hf in entry.mapping.sources}
+    return sum(
+        (block.num_rows + block.num_pad_rows)
+        * (block.cols[1] - block.cols[0] if block.cols else columns[block.hf_name])
+        for block in entry.mapping.blocks(0, num_shards)
+    )

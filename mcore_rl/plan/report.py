@@ -1,0 +1,202 @@
+"""The plan of a run as text: model, placement, one step, memory."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedConfig
+
+from mcore_rl.config.run import RunConfig, train_layout
+from mcore_rl.data.packing import TokenBudget
+from mcore_rl.errors import require
+from mcore_rl.loop.inputs import check_model
+from mcore_rl.metrics import to_floats
+from mcore_rl.models.spec import model_family
+from mcore_rl.plan.memory import (
+    BYTES,
+    StageMemory,
+    activation_memory,
+    kv_bytes_per_token,
+    logit_memory,
+    state_memory,
+)
+from mcore_rl.plan.parameters import StageParameters, model_size, stage_parameters
+from mcore_rl.plan.placement import coordinates, expert_dp_size
+from mcore_rl.plan.step import StepPlan, plan_step
+from mcore_rl.types import Layout
+
+GIB = 2**30
+MAX_RANKS_SHOWN = 128
+USABLE = 0.9
+"""Share of a device for what is estimated; the rest is for what `memory.py` does not count."""
+
+
+def write_plan(cfg: RunConfig) -> None:
+    """Write the plan of the run to stdout.
+
+    Raises:
+        UserError: for whatever the run would refuse before it starts, weights and rewards aside.
+    """
+    hf_config = check_model(cfg)
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    refuse_own_pipeline_splits(cfg)
+    step = plan_step(cfg, layout)
+    stages = stage_parameters(
+        hf_config, layout, routers_are_frozen=cfg.actor.megatron.moe_router_freeze
+    )
+    memory = stage_memory(cfg, hf_config, layout, stages, step)
+    lines = [
+        *_placement_lines(cfg, layout),
+        "",
+        *_step_lines(cfg, layout, step),
+        "",
+        *_memory_lines(cfg, hf_config, stages, memory),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def refuse_own_pipeline_splits(cfg: RunConfig) -> None:
+    for name in cfg.actor.megatron.override_transformer_config:
+        require(
+            not name.startswith(("num_layers_in_", "account_for_", "pipeline_model_parallel_lay")),
+            f"actor.megatron.override_transformer_config.{name}",
+            cfg.actor.megatron.override_transformer_config[name],
+            "divides the layers in a way that trainer.dry_run=true does not know",
+            "Leave it out of the plan.",
+        )
+
+
+def stage_memory(
+    cfg: RunConfig,
+    hf_config: PreTrainedConfig,
+    layout: Layout,
+    stages: Sequence[StageParameters],
+    step: StepPlan,
+) -> list[StageMemory]:
+    """Return what a device of each pipeline stage holds at its fullest."""
+    megatron = cfg.actor.megatron
+    arch = model_family(hf_config).transformer_kwargs(hf_config)
+    cut = cfg.actor.cut
+    # A budget is planned for in full: some step will fill it.
+    largest = cut.max_tokens if isinstance(cut, TokenBudget) else step.largest_micro_batch
+    tokens = -(-largest // layout.cp)
+    with_reference = cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward
+    memory = []
+    for number, stage in enumerate(stages):
+        weights, gradients, optimizer = state_memory(
+            stage,
+            layout,
+            dtype=megatron.dtype,
+            use_distributed_optimizer=megatron.use_distributed_optimizer,
+        )
+        memory.append(
+            StageMemory(
+                weights=weights,
+                gradients=gradients,
+                optimizer=optimizer,
+                reference=weights if with_reference else 0,
+                activations=activation_memory(
+                    arch,
+                    layout,
+                    stages,
+                    number,
+                    tokens=tokens,
+                    num_micro_batches=max(step.micro_batches),
+                    dtype=megatron.dtype,
+                    sequence_parallel=megatron.uses_sequence_parallel,
+                    recomputes_layers=megatron.override_transformer_config.get(
+                        "recompute_granularity"
+                    )
+                    == "full",
+                ),
+                logits=logit_memory(layout, number, tokens=tokens, vocab_size=hf_config.vocab_size),
+            )
+        )
+    return memory
+
+
+def _placement_lines(cfg: RunConfig, layout: Layout) -> Iterable[str]:
+    trainer, engine_ranks = cfg.trainer, cfg.rollout.tensor_model_parallel_size
+    yield (
+        f"placement   {layout.world_size} processes on {trainer.nnodes} nodes: tp {layout.tp} x cp "
+        f"{layout.cp} x dp {layout.dp} x pp {layout.pp}"
+        + (f" (vpp {layout.vpp})" if layout.vpp > 1 else "")
+        + f"; experts etp {layout.etp} x ep {layout.ep} x dp {expert_dp_size(layout)} x pp "
+        f"{layout.pp}; {layout.world_size // engine_ranks} engines of {engine_ranks}"
+    )
+    yield "  node  rank    tp    cp    dp    pp    ep   etp   edp  engine"
+    for place in coordinates(layout)[:MAX_RANKS_SHOWN]:
+        numbers = (
+            place.rank // trainer.n_gpus_per_node,
+            *(place.rank, place.tp, place.cp, place.dp, place.pp),
+            *(place.ep, place.etp, place.expert_dp),
+        )
+        row = "".join(f"{number:6d}" for number in numbers)
+        yield f"{row}{place.rank // engine_ranks:8d}"
+    if layout.world_size > MAX_RANKS_SHOWN:
+        yield f"  ... and {layout.world_size - MAX_RANKS_SHOWN} more"
+
+
+def _step_lines(cfg: RunConfig, layout: Layout, step: StepPlan) -> Iterable[str]:
+    metrics = to_floats(step.metrics)
+    updates = len(step.micro_batches) * cfg.actor.ppo_epochs
+    yield (
+        f"step        {len(step.prompt_tokens)} prompts x {cfg.rollout.n} samples, {updates} "
+        f"updates of {cfg.actor.ppo_mini_batch_size} prompts; response lengths of the fake engine"
+    )
+    for name, lengths in (("prompt", step.prompt_tokens), ("response", step.response_tokens)):
+        yield (f"  {name + ' tokens':26s} mean {statistics.fmean(lengths):.0f}, max {max(lengths)}")
+    yield f"  {'tokens':26s} {metrics['batch/tokens']:.0f}"
+    fewest, most = min(step.micro_batches), max(step.micro_batches)
+    counts = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    yield f"  {'micro-batches per update':26s} {counts} on each of {layout.dp} data-parallel ranks"
+    yield f"  {'packing fraction':26s} {metrics['batch/packing_frac']:.3f}"
+    yield f"  {'dp imbalance fraction':26s} {metrics['batch/dp_imbalance_frac']:.3f}"
+
+
+def _memory_lines(
+    cfg: RunConfig,
+    hf_config: PreTrainedConfig,
+    stages: Sequence[StageParameters],
+    memory: Sequence[StageMemory],
+) -> Iterable[str]:
+    engine_dtype = cfg.rollout.dtype or cfg.actor.megatron.dtype
+    engine_ranks = cfg.rollout.tensor_model_parallel_size
+    num_parameters, device = model_size(hf_config), cfg.trainer.device_memory_gib * GIB
+    engine_weights = num_parameters * BYTES[engine_dtype] / engine_ranks
+    kv_cache = cfg.rollout.kv_cache_memory_bytes
+    if kv_cache is None:
+        kv_cache = max(0.0, cfg.rollout.gpu_memory_utilization * device - engine_weights)
+    yield (
+        f"memory      {num_parameters:,} parameters in {cfg.actor.megatron.dtype}; an estimate, in "
+        "GiB per device of each pipeline stage"
+    )
+    names = StageMemory.__slots__
+    yield (
+        "  stage  layers     parameters"
+        + "".join(f"{name:>12s}" for name in names)
+        + ("     trainer      engine    kv cache         all")
+    )
+    for number, (stage, held) in enumerate(zip(stages, memory, strict=True)):
+        sizes = [getattr(held, name) for name in names]
+        everything = [*sizes, held.total, engine_weights, kv_cache]
+        cells = [*everything, held.total + engine_weights + kv_cache]
+        yield f"{number:7d}{len(stage.layers):8d}{stage.total:15,d}" + "".join(
+            f"{size / GIB:12.2f}" for size in cells
+        )
+    arch = model_family(hf_config).transformer_kwargs(hf_config)
+    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
+    num_tokens = int(kv_cache // kv_bytes_per_token(arch, engine_dtype, engine_ranks))
+    yield (
+        f"  kv cache: {num_tokens:,} tokens, {num_tokens // longest} sequences of {longest} at a "
+        f"time (rollout.max_num_seqs={cfg.rollout.max_num_seqs})"
+    )
+    most = max(held.total for held in memory) + engine_weights + kv_cache
+    fits = most <= USABLE * device and num_tokens >= longest
+    yield (
+        f"  {'fits' if fits else 'does not fit'}: {most / GIB:.1f} of "
+        f"{cfg.trainer.device_memory_gib:g} GiB (trainer.device_memory_gib), of which a tenth is "
+        "left for what is not counted"
+    )

@@ -1,0 +1,241 @@
+"""Plans of runs that no test machine could start: 64 devices, a model of 30 billion parameters.
+
+Against real workers the plan is tested in tests/distributed/test_distributed_plan.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import Qwen3MoeConfig
+
+from mcore_rl.config.checks import check_run
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig
+from mcore_rl.errors import UserError
+from mcore_rl.models.spec import model_family
+from mcore_rl.plan.memory import activation_memory, kv_bytes_per_token, state_memory
+from mcore_rl.plan.parameters import StageParameters, model_size, stage_layers
+from mcore_rl.plan.placement import coordinates, expert_dp_size
+from mcore_rl.plan.report import write_plan
+from mcore_rl.plan.step import plan_step
+from mcore_rl.types import Layout
+
+QWEN3_30B_A3B = Qwen3MoeConfig(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    max_position_embeddings=40960,
+    tie_word_embeddings=False,
+)
+LAYOUT = Layout(tp=4, pp=2, ep=8, dp=8)
+NUM_ROWS = 64
+
+
+@pytest.fixture
+def argv(tmp_path):
+    """Return the arguments of a run on 8 x 8 devices, with nothing but config.json and data."""
+    QWEN3_30B_A3B.save_pretrained(tmp_path)
+    rows = [
+        {"prompt": "x" * 4 * (i + 1), "ground_truth": "1", "data_source": "math"}
+        for i in range(NUM_ROWS)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        *["--config-name", "gmpo", f"model.path={tmp_path}"],
+        f"data.train_files={tmp_path / 'train.jsonl'}",
+        "data.train_batch_size=64",
+        "data.max_response_length=512",
+        "rollout.n=4",
+        "actor.ppo_mini_batch_size=16",
+        "actor.ppo_max_token_len_per_gpu=2048",
+        "actor.megatron.tensor_model_parallel_size=4",
+        "actor.megatron.pipeline_model_parallel_size=2",
+        "actor.megatron.expert_model_parallel_size=8",
+        "actor.megatron.expert_tensor_parallel_size=1",
+        "trainer.nnodes=8",
+        "trainer.n_gpus_per_node=8",
+    ]
+
+
+def config(argv, *overrides):
+    line = parse_command_line("train", "", [*argv, "trainer.dry_run=true", *overrides])
+    cfg = compose_config(RunConfig, line)
+    check_run(cfg)
+    return cfg
+
+
+def test_the_command_plans_64_devices_in_one_process_without_weights(argv):
+    done = subprocess.run(
+        [sys.executable, "-m", "mcore_rl.plan", *argv, "rollout.max_num_seqs=32"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "has no tokenizer" in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == (
+        "placement   64 processes on 8 nodes: tp 4 x cp 1 x dp 8 x pp 2; experts etp 1 x ep 8 x "
+        "dp 4 x pp 2; 64 engines of 1"
+    )
+    places = [line.split() for line in lines[2:66]]
+    assert places[37] == ["4", "37", "1", "0", "1", "1", "5", "0", "0", "37"]
+    text = done.stdout
+    assert "64 prompts x 4 samples, 4 updates of 16 prompts" in text
+    assert "30,532,122,624 parameters in bfloat16" in text
+    assert "rollout.max_num_seqs=32" in text
+    assert "of 80 GiB" in text
+
+
+def test_a_device_that_is_large_enough_fits(argv, capsys):
+    write_plan(config(argv))
+    assert "does not fit" in capsys.readouterr().out  # an engine holds the whole model
+    write_plan(config(argv, "trainer.device_memory_gib=200"))
+    out = capsys.readouterr().out
+    assert "  fits: " in out
+    assert "of 200 GiB" in out
+
+
+def test_the_step_has_the_lengths_of_the_data_and_of_the_fake_engine(argv):
+    cfg = config(argv)
+    step = plan_step(cfg, LAYOUT)
+    assert sorted(step.prompt_tokens) == list(range(1, NUM_ROWS + 1))  # 4 characters each
+    assert len(step.response_tokens) == 4 * NUM_ROWS
+    assert max(step.response_tokens) <= 512
+    mean = sum(step.response_tokens) / len(step.response_tokens)
+    assert mean == pytest.approx(256, abs=40)  # 4 standard deviations of 256 uniform draws
+    assert len(step.micro_batches) == 4
+    assert step.largest_micro_batch <= 2048
+    assert step.metrics["batch/tokens"].value == (
+        4 * sum(step.prompt_tokens) + sum(step.response_tokens)
+    )
+    assert plan_step(cfg, LAYOUT) == step
+
+
+def test_prompts_are_cut_to_the_limit_and_messages_counted(argv, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "y" * 8000}] * 2} for _ in range(64)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert set(plan_step(config(argv), LAYOUT).prompt_tokens) == {1024}
+    long = config(argv, "data.max_prompt_length=8000", "actor.ppo_max_token_len_per_gpu=9000")
+    assert set(plan_step(long, LAYOUT).prompt_tokens) == {4000}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["data.train_batch_size=128"], "data.train_batch_size=128"),
+        (["actor.megatron.expert_model_parallel_size=3"], "expert 3"),
+        (
+            [
+                "actor.megatron.tensor_model_parallel_size=1",
+                "actor.megatron.pipeline_model_parallel_size=64",
+                "actor.megatron.expert_model_parallel_size=1",
+            ],
+            "pipeline_model_parallel_size=64",
+        ),
+        (
+            ["actor.megatron.override_transformer_config.num_layers_in_first_pipeline_stage=20"],
+            "num_layers_in_first_pipeline_stage",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(argv, overrides, named):
+    with pytest.raises(UserError, match=named):
+        write_plan(config(argv, *overrides))
+
+
+def test_an_option_of_the_dry_run_is_refused_without_it(argv):
+    line = parse_command_line("train", "", [*argv, "trainer.device_memory_gib=40"])
+    with pytest.raises(UserError, match=r"trainer\.device_memory_gib"):
+        compose_config(RunConfig, line)
+
+
+def test_every_rank_has_a_place_of_its_own_on_both_kinds_of_axes():
+    layout = Layout(tp=2, pp=3, cp=2, ep=4, etp=1, dp=4)
+    places = coordinates(layout)
+    dense = {(p.tp, p.cp, p.dp, p.pp) for p in places}
+    experts = {(p.etp, p.ep, p.expert_dp, p.pp) for p in places}
+    assert len(dense) == len(experts) == len(places) == 48
+    assert expert_dp_size(layout) == 4
+    assert max(p.expert_dp for p in places) == 3
+
+
+def test_virtual_stages_are_dealt_out_in_turn():
+    assert stage_layers(8, Layout(pp=2, vpp=2)) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert stage_layers(5, Layout(pp=2)) == [(0, 1, 2), (3, 4)]
+
+
+def test_state_is_cut_over_the_ranks_that_hold_copies():
+    stage = StageParameters(layers=(0,), dense=800, experts=640, frozen=10)
+    layout = Layout(tp=4, pp=2, ep=8, dp=8)  # an expert has 4 copies
+    sharded = state_memory(stage, layout, dtype="bfloat16", use_distributed_optimizer=True)
+    assert sharded == (2 * 1450, 4 * 1440, 12 * 100 + 12 * 160)
+    whole = state_memory(stage, layout, dtype="float32", use_distributed_optimizer=False)
+    assert whole == (4 * 1450, 4 * 1440, 8 * 1440)
+
+
+def test_sizes_of_a_known_model():
+    arch = model_family(QWEN3_30B_A3B).transformer_kwargs(QWEN3_30B_A3B)
+    assert model_size(QWEN3_30B_A3B) == 30_532_122_624
+    assert kv_bytes_per_token(arch, "bfloat16", 1) == 2 * 48 * 4 * 128 * 2
+    assert kv_bytes_per_token(arch, "bfloat16", 2) == 48 * 4 * 128 * 2
+    assert kv_bytes_per_token(arch, "bfloat16", 8) == 2 * 48 * 128 * 2  # a head at least
+
+
+def test_activations_follow_the_schedule_and_recomputation():
+    arch = model_family(QWEN3_30B_A3B).transformer_kwargs(QWEN3_30B_A3B)
+
+    def memory(stage=0, recomputes=False, num_micro_batches=8, **sizes):
+        layout = Layout(**sizes)
+        stages = [
+            StageParameters(layers=layers, dense=0, experts=0, frozen=0)
+            for layers in stage_layers(48, layout)
+        ]
+        return activation_memory(
+            arch,
+            layout,
+            stages,
+            stage,
+            tokens=1000,
+            num_micro_batches=num_micro_batches,
+            dtype="bfloat16",
+            sequence_parallel=True,
+            recomputes_layers=recomputes,
+        )
+
+    one = memory()
+    assert memory(pp=4) == one  # 4 micro-batches of a quarter of the layers
+    assert memory(pp=4, stage=3) == one // 4
+    assert memory(pp=4, num_micro_batches=2) == one // 2
+    assert memory(pp=4, vpp=2) == pytest.approx(one * (1 + 3 / 8))  # 1 + (pp - 1) / (pp vpp)
+    assert memory(tp=2) == pytest.approx(one / 2, rel=1e-6)
+    by_layer = 48 * 1000 * 2048 * 2  # inputs, and one layer
+    assert memory(recomputes=True) == by_layer + one // 48
+
+
+def test_a_copy_of_the_first_model_counts_where_a_kl_needs_it(argv, capsys):
+    write_plan(config(argv))
+    without = reference_column(capsys.readouterr().out)
+    write_plan(config(argv, "actor.use_kl_loss=true"))
+    assert without == 0 < reference_column(capsys.readouterr().out)
+
+
+def reference_column(out):
+    """Return the number under `reference` of the first stage."""
+    lines = out.splitlines()
+    number = next(i for i, line in enumerate(lines) if line.startswith("  stage "))
+    names, cells = lines[number].replace("kv cache", "kv_cache").split(), lines[number + 1].split()
+    return float(cells[names.index("reference")])
