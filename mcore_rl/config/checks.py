@@ -38,7 +38,6 @@ def check_run(cfg: RunConfig) -> None:
 
 def check_sft(cfg: SftRunConfig) -> None:
     """Raise a UserError for the first rule that the configuration of an SFT run breaks."""
-    only_steps_with_rollouts_are_planned(cfg)
     a_model_is_named(cfg)
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
@@ -51,11 +50,6 @@ def check_sft(cfg: SftRunConfig) -> None:
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
-
-
-def only_steps_with_rollouts_are_planned(cfg: SftRunConfig) -> None:
-    rule = "plans reinforcement learning only"
-    require(not cfg.trainer.dry_run, "trainer.dry_run", cfg.trainer.dry_run, rule, "Leave it out.")
 
 
 def a_model_is_named(cfg: RunConfig | SftRunConfig) -> None:

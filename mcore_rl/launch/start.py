@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
 from mcore_rl.durable_files import rename_whole
-from mcore_rl.errors import UserError
+from mcore_rl.errors import UserError, require
 from mcore_rl.launch import torchrun
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.observability.log_setup import setup_logging
@@ -60,8 +60,9 @@ def run_command(
             sys.stdout.write(to_yaml(config))
             return
         check(config)
-        if plan is not None and config.trainer.dry_run:
-            if torchrun.rank() == 0:
+        if config.trainer.dry_run:
+            require(plan is not None, "trainer.dry_run", True, f"is not known to {module}")
+            if plan is not None and torchrun.rank() == 0:
                 _quiet_libraries()
                 setup_logging(0, "controller")
                 plan(config)

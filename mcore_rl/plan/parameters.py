@@ -6,14 +6,17 @@ the model that would be built. All ranks of a stage hold as many: every axis div
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig
 from mcore_rl.models.layout import layers_of_stages
+from mcore_rl.models.lora import adapter_of, chosen_weights, linear_weights
 from mcore_rl.models.mappings import ParamEntry
 from mcore_rl.models.spec import model_family
 from mcore_rl.types import Layout
@@ -30,7 +33,7 @@ class StageParameters:
     experts: int
     """Trained, with a copy on every expert-data-parallel rank."""
     frozen: int
-    """Without gradient: routers that are frozen, their biases."""
+    """Without gradient: all but the adapters of LoRA; frozen routers; routers' biases."""
 
     @property
     def total(self) -> int:
@@ -44,7 +47,11 @@ def model_size(config: PreTrainedConfig) -> int:
 
 
 def stage_parameters(
-    config: PreTrainedConfig, layout: Layout, *, routers_are_frozen: bool = False
+    config: PreTrainedConfig,
+    layout: Layout,
+    *,
+    routers_are_frozen: bool = False,
+    lora: LoraConfig | None = None,
 ) -> list[StageParameters]:
     """Return what a rank of each pipeline stage holds, first stage first.
 
@@ -52,21 +59,24 @@ def stage_parameters(
         config: of a supported family.
         layout: divides the model (`models.layout.check_layout`).
         routers_are_frozen: `actor.megatron.moe_router_freeze`.
+        lora: adapters, which then train alone; None: there are none.
     """
     entries = model_family(config).entries(config)
+    trained = _adapters(entries, lora) if lora else _trained(entries, routers_are_frozen)
+    names = {entry.megatron_name for entry in trained}
+    frozen = [entry for entry in entries if entry.megatron_name not in names]
+
     stages = []
     for stage, layers in enumerate(stage_layers(config.num_hidden_layers, layout)):
-        held = [entry for entry in entries if _is_on(entry, stage, layers, config, layout)]
-        frozen = [entry for entry in held if _is_frozen(entry, routers_are_frozen)]
-        experts = [entry for entry in held if entry.is_expert]
-        num_frozen, num_experts = _elements(frozen, layout.tp), _elements(experts, layout.etp)
-        dense = [entry for entry in held if not entry.is_expert]
+        on_stage = functools.partial(
+            _elements_on, stage=stage, layers=layers, config=config, layout=layout
+        )
         stages.append(
             StageParameters(
                 layers=layers,
-                dense=_elements(dense, layout.tp) - num_frozen,
-                experts=num_experts // layout.ep,
-                frozen=num_frozen,
+                dense=on_stage(entry for entry in trained if not entry.is_expert),
+                experts=on_stage(entry for entry in trained if entry.is_expert),
+                frozen=on_stage(frozen),
             )
         )
     return stages
@@ -82,6 +92,35 @@ def stage_layers(num_layers: int, layout: Layout) -> list[tuple[int, ...]]:
     ]
 
 
+def _adapters(entries: Sequence[ParamEntry], lora: LoraConfig) -> list[ParamEntry]:
+    weights = linear_weights(entries)
+    if lora.target_modules != (ALL_LINEAR,):
+        weights = chosen_weights(weights, lora.target_modules)
+    adapters = [adapter_of(weight, lora.rank) for weight in weights]
+    return [entry for adapter in adapters for entry in (adapter.a, adapter.b)]
+
+
+def _trained(entries: Sequence[ParamEntry], routers_are_frozen: bool) -> list[ParamEntry]:
+    # A router's bias is a buffer.
+    frozen = (".expert_bias", ".router.weight") if routers_are_frozen else (".expert_bias",)
+    return [entry for entry in entries if not entry.megatron_name.endswith(frozen)]
+
+
+def _elements_on(
+    entries: Iterable[ParamEntry],
+    *,
+    stage: int,
+    layers: tuple[int, ...],
+    config: PreTrainedConfig,
+    layout: Layout,
+) -> int:
+    """Return the elements of the entries that one rank of a stage holds, padding included."""
+    held = [entry for entry in entries if _is_on(entry, stage, layers, config, layout)]
+    experts = sum(_shard_elements(entry, layout.etp) for entry in held if entry.is_expert)
+    dense = sum(_shard_elements(entry, layout.tp) for entry in held if not entry.is_expert)
+    return dense + experts // layout.ep
+
+
 def _is_on(
     entry: ParamEntry,
     stage: int,
@@ -95,16 +134,6 @@ def _is_on(
     if entry.megatron_name.startswith("embedding."):
         return is_first or (is_last and config.tie_word_embeddings)  # the last keeps a copy
     return is_last
-
-
-def _is_frozen(entry: ParamEntry, routers_are_frozen: bool) -> bool:
-    is_bias = entry.megatron_name.endswith(".expert_bias")  # a buffer
-    return is_bias or (routers_are_frozen and entry.megatron_name.endswith(".router.weight"))
-
-
-def _elements(entries: Iterable[ParamEntry], num_shards: int) -> int:
-    """Return the elements of the first shard of each entry, padding included."""
-    return sum(_shard_elements(entry, num_shards) for entry in entries)
 
 
 def _shard_elements(entry: ParamEntry, num_shards: int) -> int:

@@ -44,7 +44,10 @@ def write_plan(cfg: RunConfig) -> None:
     refuse_own_pipeline_splits(cfg)
     step = plan_step(cfg, layout)
     stages = stage_parameters(
-        hf_config, layout, routers_are_frozen=cfg.actor.megatron.moe_router_freeze
+        hf_config,
+        layout,
+        routers_are_frozen=cfg.actor.megatron.moe_router_freeze,
+        lora=cfg.model.lora,
     )
     memory = stage_memory(cfg, hf_config, layout, stages, step)
     lines = [
@@ -82,7 +85,9 @@ def stage_memory(
     # A budget is planned for in full: some step will fill it.
     largest = cut.max_tokens if isinstance(cut, TokenBudget) else step.largest_micro_batch
     tokens = -(-largest // layout.cp)
-    with_reference = cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward
+    # Under LoRA the base is the first model.
+    needs_reference = cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward
+    with_reference = needs_reference and cfg.model.lora is None
     memory = []
     for number, stage in enumerate(stages):
         weights, gradients, optimizer = state_memory(

@@ -17,7 +17,10 @@ def place_and_parameters(spec):
             for chunk in worker.actor.chunks
             for layer in chunk.module.decoder.layers
         }
-        held = sum(tensor.numel() for tensor in worker.actor.params.values())
+        tensors = dict(worker.actor.params)
+        if worker.actor.lora:
+            tensors |= worker.actor.lora.params
+        held = sum(tensor.numel() for tensor in tensors.values())
         trained = sum(param.numel() for param in params if param.requires_grad)
         return {"rank": groups.rank, **place}, trained, held, sorted(layers)
 

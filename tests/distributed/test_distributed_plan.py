@@ -1,6 +1,6 @@
 """The plan says what real workers are: places, parameters, bytes."""
 
-import dataclasses
+from dataclasses import asdict, replace
 
 import plan_cases
 import pytest
@@ -21,6 +21,7 @@ from tiny_checkpoints import MOE
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from mcore_rl.config.run import train_layout
+from mcore_rl.megatron.config import LoraConfig
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import activation_memory, logit_memory, state_memory
 from mcore_rl.plan.parameters import stage_parameters
@@ -52,20 +53,33 @@ def test_places_and_parameters_are_those_of_the_real_model(
     places = coordinates(layout)
     by_rank = processes.run(plan_cases.place_and_parameters, world_size, spec)
     for place, (found, trained, held, layers) in zip(places, by_rank, strict=True):
-        assert dataclasses.asdict(place) == found
+        assert asdict(place) == found
         stage = stages[place.pp]
         assert (stage.dense + stage.experts, stage.total) == (trained, held)
         assert sorted(stage.layers) == layers
 
 
-def test_frozen_routers_have_no_gradients(processes, tiny_checkpoint):
-    spec = actor_spec(tiny_checkpoint("qwen3_moe"), **FROZEN)
-    layout = train_layout(spec.megatron, 1)
-    config = load_hf_config(spec.model_path)
-    (stage,) = stage_parameters(config, layout, routers_are_frozen=True)
-    ((_, trained, held, _),) = processes.run(plan_cases.place_and_parameters, 1, spec)
-    assert (stage.dense + stage.experts, stage.total) == (trained, held)
-    assert stage.frozen > 0
+@pytest.mark.parametrize(
+    ("world_size", "lora", "megatron"),
+    [
+        (1, None, FROZEN),
+        (2, LoraConfig(rank=3, alpha=1, target_modules=("all-linear",)), TP2 | EP2 | ETP1),
+        (2, LoraConfig(rank=3, alpha=1, target_modules=("o_proj", "down_proj")), TP2),
+    ],
+)
+def test_what_is_frozen_has_no_gradients(processes, tiny_checkpoint, world_size, lora, megatron):
+    spec = replace(actor_spec(tiny_checkpoint("qwen3_moe"), **megatron), lora=lora)
+    layout = train_layout(spec.megatron, world_size)
+    (stage,) = stage_parameters(
+        load_hf_config(spec.model_path),
+        layout,
+        routers_are_frozen=spec.megatron.moe_router_freeze,
+        lora=lora,
+    )
+    for _, trained, held, _ in processes.run(plan_cases.place_and_parameters, world_size, spec):
+        assert stage.dense + stage.experts == trained
+        assert stage.total == held
+        assert stage.frozen > 0
 
 
 @pytest.fixture(scope="module")
