@@ -39,6 +39,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
             config=cfg.rollout,
             routing=inputs.routing,
         ),
+        critic=cfg.critic if cfg.has_critic else None,
     )
     train(cfg, inputs, cluster, run_dir)
     if cfg.trainer.export_hf_model:

@@ -9,8 +9,8 @@ next-token targets happens once, in `data/batch.py`). Values where `loss_mask` i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class Sample:
     """Recomputed by the trainer before the first update of the step; empty until then."""
     ref_logprobs: Sequence[float] = ()
     """Under the reference model; empty unless a KL term asks for it."""
+    values: Sequence[float] = ()
+    """The critic's, of the state in which each token was chosen; empty without a critic."""
+    returns: Sequence[float] = ()
+    """What these values should have been; empty without a critic."""
     routed_experts: np.ndarray | None = field(default=None, compare=False)
     """[len(token_ids) - 1, MoE layers, topk] unsigned integers: at i the experts of token i as an
     input, in the order of the layers; the last token is no input. None unless routes are replayed:
@@ -75,7 +79,7 @@ class Sample:
         return len(self.token_ids) - len(self.prompt.token_ids)
 
     def to_sequence(self) -> TokenSequence:
-        """Return the part of the sample that the trainer reads."""
+        """Return the part of the sample that the actor reads."""
         return TokenSequence(
             token_ids=self.token_ids,
             loss_mask=self.loss_mask,
@@ -97,6 +101,26 @@ class SampleGroup:
     """Reward of a greedy response to the prompt; None unless the estimator asks for it."""
 
 
+def with_sample_fields(groups: Sequence[SampleGroup], **fields: Iterable[Any]) -> list[SampleGroup]:
+    """Return the groups with fields of their samples set.
+
+    Args:
+        groups: in any order.
+        fields: by name, one value per sample, in the order of the groups.
+    """
+    values = {name: iter(of_sample) for name, of_sample in fields.items()}
+    return [
+        replace(
+            group,
+            samples=[
+                replace(sample, **{name: next(items) for name, items in values.items()})
+                for sample in group.samples
+            ],
+        )
+        for group in groups
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequence:
     """One sequence as the trainer sees it: tokens, mask and per-token inputs of the losses.
@@ -111,6 +135,8 @@ class TokenSequence:
     advantages: Sequence[float] = ()
     old_logprobs: Sequence[float] = ()
     ref_logprobs: Sequence[float] = ()
+    values: Sequence[float] = ()
+    returns: Sequence[float] = ()
     routed_experts: np.ndarray | None = field(default=None, compare=False)
     """See `Sample.routed_experts`; None: the router chooses."""
 

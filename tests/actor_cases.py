@@ -42,20 +42,21 @@ class SpmdWorkers:
 
 
 @contextlib.contextmanager
-def running_worker(spec):
-    """Yield this rank's worker, built from an ActorSpec."""
+def running_worker(spec, critic=None):
+    """Yield this rank's worker, built from an ActorSpec and, if given, a ModelSpec of a critic."""
     from mcore_rl.workers.worker import Worker
 
     layout = train_layout(spec.megatron, dist.get_world_size())
-    worker = Worker(WorkerSpec(layout=layout, actor=spec, engine=None), CPU)
+    worker = Worker(WorkerSpec(layout=layout, actor=spec, engine=None, critic=critic), CPU)
     try:
         yield worker
     finally:
         worker.close()
         # A mixture of experts keeps its last graph, whose hooks hold the wrapper, which holds the
         # model: a cycle through autograd that the garbage collector cannot see.
-        for chunk in worker.actor.chunks:
-            del chunk.module
+        for model in filter(None, (worker.actor, worker.critic)):
+            for chunk in model.chunks:
+                del chunk.module
 
 
 @contextlib.contextmanager

@@ -5,8 +5,12 @@ They run after composition, before any process is started, and change nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 from mcore_rl.algorithms.advantages.base import ADVANTAGES
-from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
+from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
 from mcore_rl.errors import require
 
 
@@ -24,6 +28,8 @@ def check_run(cfg: RunConfig) -> None:
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
     minibatches_divide_a_step(cfg)
+    a_critic_is_described_only_where_there_is_one(cfg)
+    minibatches_of_the_critic_divide_a_step(cfg)
     groups_are_large_enough(cfg)
     groups_that_are_filtered_have_several_samples(cfg)
     prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
@@ -215,6 +221,32 @@ def minibatches_divide_a_step(cfg: RunConfig) -> None:
         size,
         f"does not divide data.train_batch_size={step}",
     )
+
+
+def a_critic_is_described_only_where_there_is_one(cfg: RunConfig) -> None:
+    if not cfg.has_critic:
+        estimator = cfg.algorithm.adv_estimator
+        rule = f"is not read with algorithm.adv_estimator={estimator}, which needs no critic"
+        for key, value in _differences(cfg.critic, CriticConfig(), "critic"):
+            require(False, key, value, rule, "Remove it.")
+        warmup = cfg.trainer.critic_warmup
+        require(warmup == 0, "trainer.critic_warmup", warmup, rule, "Remove it.")
+
+
+def _differences(section: Any, other: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of each option in which a section differs from another."""
+    for name in (field.name for field in fields(section)):
+        value, unlike = getattr(section, name), getattr(other, name)
+        if is_dataclass(value):
+            yield from _differences(value, unlike, f"{key}.{name}")
+        elif value != unlike:
+            yield f"{key}.{name}", value
+
+
+def minibatches_of_the_critic_divide_a_step(cfg: RunConfig) -> None:
+    size, step = cfg.critic.ppo_mini_batch_size, cfg.data.train_batch_size
+    rule = f"does not divide data.train_batch_size={step}"
+    require(size is None or step % size == 0, "critic.ppo_mini_batch_size", size, rule)
 
 
 def groups_are_large_enough(cfg: RunConfig) -> None:

@@ -7,15 +7,17 @@ component stand in the component's file. After composition nothing writes to the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from mcore_rl.algorithms.advantages.base import AlgorithmConfig
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AlgorithmConfig
+from mcore_rl.algorithms.aggregate import AGG_MODES
 from mcore_rl.algorithms.objective import ObjectiveConfig
 from mcore_rl.data.packing import Cut, SequenceCount, TokenBudget
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.megatron.config import (
     ALL_LINEAR,
+    CriticOptimConfig,
     LoraConfig,
     MegatronConfig,
     OptimConfig,
@@ -71,8 +73,10 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
-    """What actors of every kind of training share: how a minibatch is cut, and the optimizer."""
+class MinibatchConfig:
+    """What every trained model has: how a minibatch is cut, and clipping."""
+
+    SECTION: ClassVar[str] = "actor"
 
     ppo_micro_batch_size_per_gpu: int | None = None
     """Sequences per micro-batch; None: cut by tokens."""
@@ -83,47 +87,58 @@ class TrainingConfig:
     context-parallel ranks, so it holds context_parallel_size times as many."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def __post_init__(self) -> None:
-        size = self.ppo_micro_batch_size_per_gpu
+        section, size = self.SECTION, self.ppo_micro_batch_size_per_gpu
         require(
             size is None or size >= 1,
-            "actor.ppo_micro_batch_size_per_gpu",
+            f"{section}.ppo_micro_batch_size_per_gpu",
             size,
             "must be at least 1",
         )
         require(
             not (self.use_dynamic_bsz and size is not None),
-            "actor.ppo_micro_batch_size_per_gpu",
+            f"{section}.ppo_micro_batch_size_per_gpu",
             size,
-            "has no effect with actor.use_dynamic_bsz=true",
+            f"has no effect with {section}.use_dynamic_bsz=true",
             "Leave one of them out.",
         )
         require(
             self.use_dynamic_bsz is not False or size is not None,
-            "actor.use_dynamic_bsz",
+            f"{section}.use_dynamic_bsz",
             self.use_dynamic_bsz,
-            "needs actor.ppo_micro_batch_size_per_gpu",
-            "Set it, or leave out actor.use_dynamic_bsz.",
+            f"needs {section}.ppo_micro_batch_size_per_gpu",
+            f"Set it, or leave out {section}.use_dynamic_bsz.",
         )
         require(
             self.ppo_max_token_len_per_gpu >= 1,
-            "actor.ppo_max_token_len_per_gpu",
+            f"{section}.ppo_max_token_len_per_gpu",
             self.ppo_max_token_len_per_gpu,
             "must be at least 1",
         )
-        require(self.grad_clip >= 0, "actor.grad_clip", self.grad_clip, "must be >= 0")
+        require(self.grad_clip >= 0, f"{section}.grad_clip", self.grad_clip, "must be >= 0")
+
+    def cut_over(self, context_parallel_size: int) -> Cut:
+        """How a minibatch is cut into micro-batches."""
+        if self.ppo_micro_batch_size_per_gpu is not None:
+            return SequenceCount(num_sequences=self.ppo_micro_batch_size_per_gpu)
+        cp = context_parallel_size
+        key = f"{self.SECTION}.ppo_max_token_len_per_gpu"
+        key += " * context_parallel_size" if cp > 1 else ""
+        return TokenBudget(max_tokens=self.ppo_max_token_len_per_gpu * cp, key=key)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(MinibatchConfig):
+    """What actors of every kind of training share."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     @property
     def cut(self) -> Cut:
         """How a minibatch is cut into micro-batches."""
-        if self.ppo_micro_batch_size_per_gpu is not None:
-            return SequenceCount(num_sequences=self.ppo_micro_batch_size_per_gpu)
-        cp = self.megatron.context_parallel_size
-        key = "actor.ppo_max_token_len_per_gpu" + (" * context_parallel_size" if cp > 1 else "")
-        return TokenBudget(max_tokens=self.ppo_max_token_len_per_gpu * cp, key=key)
+        return self.cut_over(self.megatron.context_parallel_size)
 
 
 @dataclass(kw_only=True)
@@ -147,6 +162,43 @@ class ActorConfig(TrainingConfig, ObjectiveConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class CriticModelConfig:
+    """`critic.model`: the checkpoint that the critic starts from; all of it trains."""
+
+    path: str | None = None
+    """Hugging Face folder, whose `score.weight` is the head if it has one; None: model.path. A new
+    head begins at 0."""
+
+
+@dataclass(kw_only=True)
+class CriticConfig(MinibatchConfig):
+    """`critic`: the model whose values `algorithm.adv_estimator=gae` reads; otherwise there is none
+    and nothing here is read. It has the layout, type and Megatron options of `actor.megatron`."""
+
+    SECTION: ClassVar[str] = "critic"
+
+    model: CriticModelConfig = field(default_factory=CriticModelConfig)
+    optim: CriticOptimConfig = field(default_factory=CriticOptimConfig)
+    ppo_mini_batch_size: int | None = None
+    """Prompts per optimizer update; None: the actor's."""
+    ppo_epochs: int | None = None
+    """Passes over the samples of a step; None: the actor's."""
+    cliprange_value: float = 0.5
+    """How far a value may move from the old one before it is held back."""
+    loss_agg_mode: str = "token-mean"
+    """How the losses of tokens add up, as `actor.loss_agg_mode`."""
+
+    def __post_init__(self) -> None:
+        MinibatchConfig.__post_init__(self)
+        require_one_of("critic.loss_agg_mode", self.loss_agg_mode, AGG_MODES)
+        clip = self.cliprange_value
+        require(clip > 0, "critic.cliprange_value", clip, "must be > 0")
+        for name in ("ppo_mini_batch_size", "ppo_epochs"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"critic.{name}", value, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainerConfig:
     """`trainer`: length of the run, what is logged, saved and resumed."""
 
@@ -162,6 +214,8 @@ class TrainerConfig:
     """The run folder: config, metrics, samples, checkpoints, report."""
     logger: list[str] = field(default_factory=lambda: ["console", "tensorboard"])
     """Trackers: console, tensorboard, wandb; metrics.jsonl is always written."""
+    critic_warmup: int = 0
+    """Steps in which the critic alone trains; read with a critic."""
     val_before_train: bool = True
     """Validate before the first step."""
     test_freq: int = -1
@@ -228,6 +282,8 @@ class TrainerConfig:
         require(
             steps is None or steps >= 1, "trainer.total_training_steps", steps, "must be at least 1"
         )
+        warmup = self.critic_warmup
+        require(warmup >= 0, "trainer.critic_warmup", warmup, "must be at least 0")
         for name in ("test_freq", "save_freq"):
             value = getattr(self, name)
             require(value == -1 or value >= 1, f"trainer.{name}", value, "must be -1 or at least 1")
@@ -262,11 +318,16 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     custom_reward_function: CustomRewardConfig = field(default_factory=CustomRewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @property
+    def has_critic(self) -> bool:
+        return ADVANTAGES.get(self.algorithm.adv_estimator).needs_critic
 
 
 @dataclass(kw_only=True, slots=True)

@@ -385,9 +385,35 @@ TABLE: dict[str, Row] = {
         "reward_model.strategy",
         "reward_model.use_dynamic_bsz",
     ),
+    # critic
+    "critic.strategy": Unread("actors and critics are Megatron's", {"megatron": ""}),
+    "critic.megatron.*": Refused("A critic has the layout and options of actor.megatron."),
+    "critic.ulysses_sequence_parallel_size": Refused(
+        "A critic has the layout of actor.megatron.", {1: ""}
+    ),
+    "critic.ppo_micro_batch_size": Refused("Set critic.ppo_micro_batch_size_per_gpu.", _UNSET),
+    "critic.shuffle": Refused("The minibatches of a step keep the order of its prompts.", _OFF),
+    "critic.model.tokenizer_path": Refused("A critic reads the tokens of the actor.", _UNSET),
+    "critic.model.use_remove_padding": Unread("rows are always packed", _ON),
+    "critic.model.enable_gradient_checkpointing": Unread(
+        "a critic recomputes what the actor does", _OFF
+    ),
+    **_rows(
+        Unread("values are computed in the micro-batches of training"),
+        "critic.forward_micro_batch_size",
+        "critic.forward_micro_batch_size_per_gpu",
+        "critic.forward_max_token_len_per_gpu",
+    ),
+    **_rows(
+        _NOT_OFFLOADED,
+        "critic.megatron.param_offload",
+        "critic.megatron.grad_offload",
+        "critic.megatron.optimizer_offload",
+        "critic.model.fsdp_config.param_offload",
+        "critic.model.fsdp_config.optimizer_offload",
+    ),
     # trainer
     "trainer.balance_batch": Unread("devices are always balanced", _ON),
-    "trainer.critic_warmup": Refused("There is no critic.", {0: ""}),
     "trainer.max_actor_ckpt_to_keep": Renamed("trainer.max_ckpt_to_keep"),
     "trainer.max_critic_ckpt_to_keep": Unread("trainer.max_ckpt_to_keep decides", _UNSET),
     "trainer.val_only": Refused("A run trains.", _OFF),

@@ -143,7 +143,7 @@ def _megatron_logits(
     from mcore_rl.megatron import cpu, parallel
     from mcore_rl.megatron.checkpoint import load_model
     from mcore_rl.megatron.config import MegatronConfig
-    from mcore_rl.megatron.forward_backward import forward_logprobs
+    from mcore_rl.megatron.forward_backward import forward_tokens
     from mcore_rl.megatron.model import build_chunks, build_transformer_config
 
     cpu.install()
@@ -168,7 +168,7 @@ def _megatron_logits(
     for tokens in token_ids:
         sequence = TokenSequence(token_ids=tokens, loss_mask=[False] + [True] * (len(tokens) - 1))
         (micro_batches,) = plan_micro_batches([sequence], 1, SequenceCount(num_sequences=1))
-        forward_logprobs([model], micro_batches, groups, weight.device)
+        forward_tokens([model], micro_batches, groups, weight.device)
     parallel.shut_down()
     dist.destroy_process_group()
     vocab = hf_config.vocab_size

@@ -39,7 +39,14 @@ from torch import Tensor
 from mcore_rl.algorithms.segments import Segments
 from mcore_rl.types import MicroBatch, TokenSequence
 
-_OPTIONAL = ("rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
+_OPTIONAL = (
+    "rollout_logprobs",
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "returns",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +74,8 @@ class PackedBatch:
     advantages_T: Tensor | None = None
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
+    values_T: Tensor | None = None
+    returns_T: Tensor | None = None
     routed_experts_TLK: Tensor | None = None
     """[T, MoE layers, topk] int16, the experts of each input; -1 for padding: any would do. None
     where the sequences carry none, and in an empty micro-batch."""

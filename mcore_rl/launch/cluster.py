@@ -8,6 +8,7 @@ data-parallel ranks, requests into shares for the engines, and puts results back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,12 +45,16 @@ class Cluster:
 
     Args:
         workers: running workers.
-        layout: the parallel layout of the actor.
-        cut: how a minibatch is cut into micro-batches.
+        layout: the parallel layout of the actor, and of the critic.
+        cut: how a minibatch of the actor is cut into micro-batches.
+        critic_cut: the same of the critic; None: there is none.
     """
 
-    def __init__(self, workers: WorkerGroup, layout: Layout, cut: Cut) -> None:
+    def __init__(
+        self, workers: WorkerGroup, layout: Layout, cut: Cut, critic_cut: Cut | None = None
+    ) -> None:
         self.layout, self.cut = layout, cut
+        self._cuts = {"actor": cut} | ({"critic": critic_cut} if critic_cut else {})
         self._workers = workers
         self._places: list[Place] = workers.call("place")
 
@@ -99,40 +104,55 @@ class Cluster:
         Returns:
             By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
         """
-        by_rank = self._workers.call_each(
-            "actor.layer_outputs", self._shares(self._plan(sequences))
-        )
+        plan = self._plan("actor", sequences)
+        by_rank = self._workers.call_each("actor.layer_outputs", self._shares(plan))
         found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
         for result in by_rank:  # each stage has layers of its own
             for index, outputs in result.items():
                 found[index] |= outputs
         return found
 
+    def values(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Return the critic's value of every trained token, by sequence."""
+        return self._forward("critic.values", sequences)
+
     def _forward(self, method: str, sequences: Sequence[TokenSequence]) -> list[Any]:
-        plan = self._plan(sequences)
+        plan = self._plan(method.split(".")[0], sequences)
         by_rank = self._workers.call_each(method, self._shares(plan))
         found: dict[int, Any] = {}
         for result in by_rank:
             found |= result
         return [found[index] for index in range(len(sequences))]
 
-    def begin_step(self) -> None:
-        """Move the learning-rate schedule to the coming step."""
-        self._workers.call("actor.begin_step")
+    def begin_step(self, role: str = "actor") -> None:
+        """Move the learning-rate schedule of actor or critic to the coming step."""
+        self._workers.call(f"{role}.begin_step")
 
     def update(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
-        """Do one optimizer update on a minibatch of sequences; return its metrics."""
-        plan = self._plan(sequences)
+        """Do one optimizer update of the actor on a minibatch of sequences; return its metrics."""
+        plan = self._plan("actor", sequences)
+        return merge([self._update("actor", plan, objective), packing_metrics(plan, self.cut)])
+
+    def update_critic(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
+        """Do one optimizer update of the critic on a minibatch of sequences; return its metrics."""
+        return self._update("critic", self._plan("critic", sequences), objective)
+
+    def _update(self, role: str, plan: MinibatchPlan, objective: Any) -> Metrics:
         shares = [(*share, plan.denominators, objective) for share in self._shares(plan)]
-        metrics = merge(self._workers.call_each("actor.update", shares))
-        return merge([metrics, packing_metrics(plan, self.cut)])
+        return merge(self._workers.call_each(f"{role}.update", shares))
 
     def begin_save(self, folder: str) -> None:
-        """Begin to write the actor's training state into an existing empty folder.
+        """Begin to write the training state of actor and critic into folders of their names.
 
         Training may go on; what is written is the state of now. One at a time.
+
+        Args:
+            folder: exists, without them, and is seen by every rank.
         """
-        self._workers.call("actor.begin_save", folder)
+        for role in self._cuts:
+            of_role = Path(folder) / role
+            of_role.mkdir(exist_ok=True)
+            self._workers.call(f"{role}.begin_save", str(of_role))
 
     def end_save(self, *, wait: bool) -> bool:
         """Complete what `begin_save` began if every rank has written its part.
@@ -146,20 +166,26 @@ class Cluster:
         Raises:
             CheckpointError: if a rank cannot write, with that rank.
         """
-        states: list[WriteState] = self._workers.call("actor.save_state", wait)
-        for rank, state in enumerate(states):
-            if state.problem:
-                raise CheckpointError(
-                    state.problem, rank=rank, role="worker, actor.save", step=self._workers.step
-                )
-        if not all(state.is_done for state in states):
-            return False
-        self._workers.call("actor.finish_save")
+        for role in self._cuts:
+            states: list[WriteState] = self._workers.call(f"{role}.save_state", wait)
+            for rank, state in enumerate(states):
+                if state.problem:
+                    raise CheckpointError(
+                        state.problem,
+                        rank=rank,
+                        role=f"worker, {role}.save",
+                        step=self._workers.step,
+                    )
+            if not all(state.is_done for state in states):
+                return False
+        for role in self._cuts:
+            self._workers.call(f"{role}.finish_save")
         return True
 
     def load(self, folder: str) -> None:
-        """Read back what was saved."""
-        self._workers.call("actor.load", folder)
+        """Read back what was saved into `folder`."""
+        for role in self._cuts:
+            self._workers.call(f"{role}.load", str(Path(folder) / role))
 
     def export_hf(self, folder: str) -> None:
         """Write the actor's weights as a Hugging Face folder."""
@@ -169,9 +195,10 @@ class Cluster:
         """End all workers."""
         self._workers.close()
 
-    def _plan(self, sequences: Sequence[TokenSequence]) -> MinibatchPlan:
+    def _plan(self, role: str, sequences: Sequence[TokenSequence]) -> MinibatchPlan:
         multiple_of = self.layout.pp if self.layout.vpp > 1 else 1
-        return plan_minibatch(sequences, self.layout.dp, self.cut, multiple_of=multiple_of)
+        cut = self._cuts[role]
+        return plan_minibatch(sequences, self.layout.dp, cut, multiple_of=multiple_of)
 
     def _shares(self, plan: MinibatchPlan) -> list[tuple[Any, ...]]:
         return [(plan.micro_batches[place.dp_rank],) for place in self._places]

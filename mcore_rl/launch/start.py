@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
-from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
+from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
 from mcore_rl.durable_files import rename_whole
 from mcore_rl.errors import UserError, require
 from mcore_rl.launch import torchrun
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.observability.log_setup import setup_logging
 from mcore_rl.rollout.base import EngineSpec
-from mcore_rl.workers.spec import ActorSpec, WorkerSpec
+from mcore_rl.workers.spec import ActorSpec, ModelSpec, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def start_cluster(
     temperature: float,
     with_reference: bool,
     engine: EngineSpec | None,
+    critic: CriticConfig | None = None,
 ) -> Cluster:
     """Start all workers as `cfg` describes them.
 
@@ -102,11 +103,13 @@ def start_cluster(
         temperature: of the logits.
         with_reference: keep a frozen copy of the initial weights.
         engine: None where nothing is generated.
+        critic: None where no values are needed.
     """
     layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    megatron = cfg.actor.megatron
     actor = ActorSpec(
         model_path=str(cfg.model.path),
-        megatron=cfg.actor.megatron,
+        megatron=megatron,
         optim=cfg.actor.optim,
         grad_clip=cfg.actor.grad_clip,
         total_steps=total_steps,
@@ -114,8 +117,18 @@ def start_cluster(
         with_reference=with_reference,
         lora=cfg.model.lora,
     )
-    workers = start_workers(WorkerSpec(layout=layout, actor=actor, engine=engine))
-    return Cluster(workers, layout, cfg.actor.cut)
+    critic_spec = critic and ModelSpec(
+        model_path=critic.model.path or actor.model_path,
+        megatron=megatron,
+        optim=critic.optim,
+        grad_clip=critic.grad_clip,
+        total_steps=total_steps,
+    )
+    workers = start_workers(
+        WorkerSpec(layout=layout, actor=actor, critic=critic_spec, engine=engine)
+    )
+    critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
+    return Cluster(workers, layout, cfg.actor.cut, critic_cut)
 
 
 def export_model(cluster: Cluster, run_dir: Path) -> None:

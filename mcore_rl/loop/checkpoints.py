@@ -1,6 +1,7 @@
 """Checkpoints of a run: written beside and renamed, found again, continued.
 
     <run folder>/checkpoints/global_step_20/actor/          Megatron's distributed checkpoint
+                                           /critic/         the same, where there is one
                                            /controller.json step, place in the data, KL coefficient,
                                                             and the size of every file
                             /latest_checkpointed_iteration.txt
@@ -101,7 +102,7 @@ class Checkpoints:
                     f"{folder} is of another kind of run: {CONTROLLER_FILE} has no {name!r}",
                     role="controller",
                 )
-        self._cluster.load(str(folder / "actor"))
+        self._cluster.load(str(folder))
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         step = int(state["step"])
@@ -122,9 +123,9 @@ class Checkpoints:
         with self._failing_at(step):
             for leftover in (partial, self._final(step)):  # of a crash; the pointer names neither
                 shutil.rmtree(leftover, ignore_errors=True)
-            (partial / "actor").mkdir(parents=True)
+            partial.mkdir(parents=True)
             sync(self._folder.parent)
-            self._cluster.begin_save(str(partial / "actor"))
+            self._cluster.begin_save(str(partial))
         parts = {name: part.state_dict() for name, part in self._parts.items()}
         self._begun = _Begun(step, {"step": step, **parts})
         if not self._trainer.async_save:

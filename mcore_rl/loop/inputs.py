@@ -12,6 +12,7 @@ from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.errors import require
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import check_weights, load_hf_config, routing
+from mcore_rl.models.value_head import check_value_weights
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Routing, TokenSequence
@@ -49,6 +50,8 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         UserError: one line for whatever is missing, malformed or does not fit together.
     """
     tokenizer = _load_model_side(cfg)
+    if cfg.has_critic:
+        _check_critic(cfg)
     scorer = RewardScorer(cfg.reward, cfg.custom_reward_function)
     prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer)
     val_prompts = []
@@ -122,6 +125,37 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
         TRACKERS.get(name)
     check_weights(cfg.model.path, check_model(cfg))
     return load_tokenizer(cfg.model.path)
+
+
+def _check_critic(cfg: RunConfig) -> None:
+    """Raise a UserError unless the critic can be built and read the actor's tokens."""
+    if cfg.critic.model.path is None:
+        return  # the actor's, which has been checked
+    key, path = "critic.model.path", cfg.critic.model.path
+    hf_config, actor = load_hf_config(path, key), load_hf_config(str(cfg.model.path))
+    require(
+        hf_config.vocab_size == actor.vocab_size,
+        key,
+        path,
+        f"has vocab_size={hf_config.vocab_size}, not {actor.vocab_size} as model.path",
+        "Take a critic with the tokenizer of the model.",
+    )
+    require(
+        hf_config.max_position_embeddings
+        >= cfg.data.max_prompt_length + cfg.data.max_response_length,
+        key,
+        path,
+        f"has max_position_embeddings={hf_config.max_position_embeddings}, fewer than "
+        "data.max_prompt_length + data.max_response_length",
+        "Lower one of them.",
+    )
+    megatron = cfg.actor.megatron
+    check_layout(
+        hf_config,
+        train_layout(megatron, cfg.trainer.world_size),
+        sequence_parallel=megatron.uses_sequence_parallel,
+    )
+    check_value_weights(path, hf_config)
 
 
 def _replayed_routing(cfg: RunConfig) -> Routing | None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from mcore_rl.algorithms.aggregate import token_weights
 from mcore_rl.algorithms.corrections import (
     RolloutCorrectionConfig,
     mismatch_metrics,
     rollout_weights,
 )
 from mcore_rl.algorithms.losses.base import PolicyLossInputs
+from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
 from mcore_rl.data.batch import PackedBatch
-from mcore_rl.metrics import Metrics
+from mcore_rl.metrics import Metrics, masked_mean, total
 from mcore_rl.types import Denominators
 
 
@@ -73,6 +76,40 @@ class PolicyObjective:
         if batch.rollout_logprobs_T is not None:
             metrics |= mismatch_metrics(old_logprobs_T, batch.rollout_logprobs_T, batch.mask_T)
         return objective, metrics | weight_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class CriticObjective:
+    """The clipped squared distance of the critic's values to their returns."""
+
+    cliprange_value: float
+    agg_mode: str
+    loss_scale_factor: float
+    """Constant of seq-mean-token-sum-norm, in tokens; the other aggregations do not read it."""
+    with_entropy: bool = False
+
+    def __call__(
+        self,
+        values_T: Tensor,
+        entropy_T: Tensor | None,
+        batch: PackedBatch,
+        denominators: Denominators,
+    ) -> tuple[Tensor, Metrics]:
+        assert batch.values_T is not None and batch.returns_T is not None
+        mask_T = batch.mask_T
+        loss_T, clipped_T = value_clip(
+            # Values of padding are finite, but they do not matter and shall not.
+            torch.where(mask_T, values_T, 0.0),
+            batch.values_T,
+            batch.returns_T,
+            self.cliprange_value,
+        )
+        w_T = token_weights(self.agg_mode, batch.segments, denominators, self.loss_scale_factor)
+        loss = (w_T * loss_T).sum()
+        return loss, {
+            "critic/value_loss": total(loss.detach()),
+            "critic/clip_frac": masked_mean(clipped_T, mask_T),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
@@ -24,13 +23,14 @@ from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.agreement import check_agreement
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.collect import collect_groups
+from mcore_rl.loop.critic import update_critic, with_values
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.log import open_log
 from mcore_rl.loop.objectives import PolicyObjective
-from mcore_rl.metrics import Metrics, mean, merge
+from mcore_rl.metrics import Metrics, mean, merge, total
 from mcore_rl.observability.samples import SampleLog
-from mcore_rl.types import SampleGroup
+from mcore_rl.types import SampleGroup, with_sample_fields
 
 
 def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) -> None:
@@ -68,10 +68,13 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
                 metrics.append(kl_metrics)
             if cfg.algorithm.overlong_filtering:
                 groups = without_truncated(groups)
+            groups = with_values(cfg, cluster, groups, log)
             groups, advantage_metrics = assign_advantages(groups, cfg.algorithm)
             metrics.append(advantage_metrics)
-            with log.stage("train"):
-                metrics.append(update(cfg, cluster, objective, groups))
+            metrics.append(update_critic(cfg, cluster, groups, log))
+            if step >= trainer.critic_warmup:
+                with log.stage("train"):
+                    metrics.append(update(cfg, cluster, objective, groups))
             with log.stage("weight_sync"):
                 metrics.append(cluster.sync_weights(version=step + 1))
             log.log(step, with_times(merge(metrics), log.times()))
@@ -106,20 +109,12 @@ def with_logprobs(
     several = len(groups) > cfg.actor.ppo_mini_batch_size or cfg.actor.ppo_epochs > 1
     if cfg.actor.router_replay.mode == "R2":
         logprobs, routes = zip(*cluster.record_logprobs(sequences), strict=True)
-        groups = _with(_with(groups, "old_logprobs", logprobs), "routed_experts", routes)
+        groups = with_sample_fields(groups, old_logprobs=logprobs, routed_experts=routes)
     elif in_reward or (several and objective.needs_old_logprobs):
-        groups = _with(groups, "old_logprobs", cluster.logprobs(sequences))
+        groups = with_sample_fields(groups, old_logprobs=cluster.logprobs(sequences))
     if in_reward or objective.spec.needs_ref_logprobs:
-        groups = _with(groups, "ref_logprobs", cluster.ref_logprobs(sequences))
+        groups = with_sample_fields(groups, ref_logprobs=cluster.ref_logprobs(sequences))
     return groups
-
-
-def _with(groups: Sequence[SampleGroup], field: str, values: Sequence[Any]) -> list[SampleGroup]:
-    of_sample = iter(values)
-    return [
-        replace(group, samples=[replace(s, **{field: next(of_sample)}) for s in group.samples])
-        for group in groups
-    ]
 
 
 def update(
@@ -140,5 +135,6 @@ def update(
 
 def with_times(metrics: Metrics, times: Metrics) -> Metrics:
     """Return the metrics of a step with its times and the tokens trained per second of it."""
-    tokens_per_s = metrics["batch/tokens"].value / times["time/step"].value
+    tokens = metrics.get("batch/tokens", total(0.0))  # none while the critic alone trains
+    tokens_per_s = tokens.value / times["time/step"].value
     return {**metrics, **times, "perf/tokens_per_s": mean(tokens_per_s)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mcore_rl.errors import require, require_one_of
 
@@ -112,6 +112,8 @@ class RouterReplayConfig:
 class OptimConfig:
     """`actor.optim`: AdamW and its learning-rate schedule."""
 
+    SECTION: ClassVar[str] = "actor.optim"
+
     lr: float = 1e-6
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -127,31 +129,43 @@ class OptimConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "actor.optim.lr", self.lr, "must be > 0")
+        require(self.lr > 0, f"{self.SECTION}.lr", self.lr, "must be > 0")
         require(
             0 <= self.min_lr <= self.lr,
-            "actor.optim.min_lr",
+            f"{self.SECTION}.min_lr",
             self.min_lr,
-            "must lie between 0 and actor.optim.lr",
+            f"must lie between 0 and {self.SECTION}.lr",
         )
         require(
             self.lr_warmup_steps >= 0,
-            "actor.optim.lr_warmup_steps",
+            f"{self.SECTION}.lr_warmup_steps",
             self.lr_warmup_steps,
             "must be >= 0",
         )
         require(
-            self.weight_decay >= 0, "actor.optim.weight_decay", self.weight_decay, "must be >= 0"
+            self.weight_decay >= 0,
+            f"{self.SECTION}.weight_decay",
+            self.weight_decay,
+            "must be >= 0",
         )
         steps = self.lr_decay_steps
         require(steps is None or steps >= 1, "actor.optim.lr_decay_steps", steps, "must be >= 1")
         require(self.eps > 0, "actor.optim.eps", self.eps, "must be > 0")
         require_one_of(
-            "actor.optim.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine")
+            f"{self.SECTION}.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine")
         )
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "actor.optim.betas",
+            f"{self.SECTION}.betas",
             list(self.betas),
             "must be two numbers in [0, 1)",
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class CriticOptimConfig(OptimConfig):
+    """`critic.optim`: as the actor's, with a higher rate: the head begins at nothing."""
+
+    SECTION: ClassVar[str] = "critic.optim"
+
+    lr: float = 1e-5

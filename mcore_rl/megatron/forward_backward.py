@@ -35,19 +35,21 @@ from mcore_rl.metrics import Metrics, merge
 from mcore_rl.types import MicroBatch
 
 Objective = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
-"""(logprobs_T, entropy_T, batch) -> (sum_T w_T * loss_T over this micro-batch, metrics)."""
+"""(what the model gives [T], entropy_T, batch) -> (sum_T w_T * loss_T over this micro-batch,
+metrics)."""
 
 PAD_TOKEN_ID = 0  # any valid token: padding is masked
 
 
-def forward_logprobs(
+def forward_tokens(
     chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     parallel: Parallel,
     device: torch.device,
     routes: Routes = own_routes,
 ) -> dict[int, list[float]]:
-    """Return log-probabilities of every token of every sequence, without gradients.
+    """Return what the model gives for every trained token of every sequence, without gradients:
+    log-probabilities of a policy, values of a critic.
 
     Every rank of the model must call this with the same number of micro-batches. `routes` says
     which experts the routers choose.
@@ -60,12 +62,12 @@ def forward_logprobs(
     rows = _packed_rows(micro_batches, parallel, device)
     whole_rows = iter(rows)
 
-    def objective(logprobs_L: Tensor, entropy_L: Tensor | None, _: PackedBatch):
+    def objective(output_L: Tensor, entropy_L: Tensor | None, _: PackedBatch):
         if parallel.reports_tokens:
             row = next(whole_rows)  # the schedule takes micro-batches in order
             boundaries = row.cu_seqlens_padded.tolist()
-            lists.extend(unpack(gather_positions(logprobs_L, boundaries, parallel.cp), row))
-        return logprobs_L.new_zeros(()), {}
+            lists.extend(unpack(gather_positions(output_L, boundaries, parallel.cp), row))
+        return output_L.new_zeros(()), {}
 
     with torch.no_grad():
         _run_schedule(chunks, rows, parallel, objective, 0, False, True, routes)

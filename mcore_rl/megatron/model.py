@@ -10,9 +10,10 @@ Parameters are addressed by their canonical name, with the global number of laye
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -37,6 +38,8 @@ from mcore_rl.models.layout import layers_of_stages
 from mcore_rl.models.mappings import ParamEntry, hf_shapes, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
+
+Model = TypeVar("Model", bound=GPTModel)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -228,7 +231,25 @@ def _pipeline_layout(layers: Sequence[int]) -> list[list[str]] | None:
 def build_chunks(
     hf_config: PreTrainedConfig, config: TransformerConfig, parallel: Parallel, temperature: float
 ) -> list[PolicyModel]:
-    """Return this rank's model chunks (one, or one per virtual stage), weights not yet loaded."""
+    """Return this rank's chunks of the policy, weights not yet loaded."""
+    policy = partial(PolicyModel, temperature=temperature, real_vocab_size=hf_config.vocab_size)
+    return build_models(hf_config, config, parallel, policy)
+
+
+def build_models(
+    hf_config: PreTrainedConfig,
+    config: TransformerConfig,
+    parallel: Parallel,
+    make: Callable[..., Model],
+) -> list[Model]:
+    """Return this rank's model chunks (one, or one per virtual stage), weights not yet loaded.
+
+    Args:
+        hf_config: of the checkpoint.
+        config: Megatron's, in this layout.
+        parallel: process groups.
+        make: a GPTModel from the arguments of one.
+    """
     layout = parallel.layout
     family = model_family(hf_config)
     # [is the MLP of this layer a mixture of experts] over the whole model
@@ -236,9 +257,7 @@ def build_chunks(
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
-        chunk = PolicyModel(
-            temperature=temperature,
-            real_vocab_size=hf_config.vocab_size,
+        chunk = make(
             config=config,
             transformer_layer_spec=block_spec(config, moe_layers, vp_stage),
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -255,7 +274,7 @@ def build_chunks(
     return chunks
 
 
-def _mark_expert_parameters(chunk: PolicyModel) -> None:
+def _mark_expert_parameters(chunk: GPTModel) -> None:
     """Have expert gradients summed over the expert data-parallel group.
 
     Megatron marks experts only when EP > 1 (layers.py:829, 886, 1209), so with EP = 1 and
@@ -266,7 +285,7 @@ def _mark_expert_parameters(chunk: PolicyModel) -> None:
             param.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def freeze_routers(chunks: Sequence[PolicyModel]) -> None:
+def freeze_routers(chunks: Sequence[GPTModel]) -> None:
     """Have training leave the routers as they are; call before `wrap_for_training`."""
     for chunk in chunks:
         for router in chunk.modules():
@@ -275,7 +294,7 @@ def freeze_routers(chunks: Sequence[PolicyModel]) -> None:
 
 
 def wrap_for_training(
-    chunks: Sequence[PolicyModel], config: TransformerConfig, cfg: MegatronConfig
+    chunks: Sequence[GPTModel], config: TransformerConfig, cfg: MegatronConfig
 ) -> list[DistributedDataParallel]:
     """Wrap the chunks with Megatron's gradient buffers and tell the schedule about them."""
     ddp_config = DistributedDataParallelConfig(
@@ -303,7 +322,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
-def named_local_parameters(chunks: Sequence[PolicyModel], parallel: Parallel) -> dict[str, Tensor]:
+def named_local_parameters(chunks: Sequence[GPTModel], parallel: Parallel) -> dict[str, Tensor]:
     """Return this rank's parameters by canonical name, and the routers' biases, which are buffers.
 
     A tied output layer on a last stage that is not the first holds a copy of the embedding; it is
@@ -321,7 +340,7 @@ def named_local_parameters(chunks: Sequence[PolicyModel], parallel: Parallel) ->
     return found
 
 
-def canonical_name(name_in_chunk: str, chunk: PolicyModel, parallel: Parallel) -> str:
+def canonical_name(name_in_chunk: str, chunk: GPTModel, parallel: Parallel) -> str:
     """Return the name with global numbers of a parameter that the chunk itself calls so."""
     local_name = canonical_parameter_name(name_in_chunk)
     match = _LAYER.match(local_name)

@@ -145,14 +145,18 @@ def routing(config: PreTrainedConfig) -> Routing | None:
     return Routing(layers=layers, num_experts=arch["num_moe_experts"], topk=arch["moe_router_topk"])
 
 
-def load_hf_config(folder: str | Path) -> PreTrainedConfig:
+def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedConfig:
     """Return the configuration in `folder`, with the defaults that transformers fills in.
+
+    Args:
+        folder: a Hugging Face folder.
+        key: by which the user named it, for messages.
 
     Raises:
         UserError: if the folder, its config.json or a family for it is missing, or if the
             configuration cannot be read or expressed.
     """
-    key, folder = "model.path", Path(folder)
+    folder = Path(folder)
     require(folder.is_dir(), key, str(folder), "is not a folder", "Give a downloaded checkpoint.")
     file = folder / CONFIG_FILE
     require(file.is_file(), key, str(folder), f"has no {CONFIG_FILE}")

@@ -10,8 +10,8 @@ from mcore_rl.types import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActorSpec:
-    """What every rank of the actor is built from."""
+class ModelSpec:
+    """What every rank of a trained model is built from."""
 
     model_path: str
     megatron: MegatronConfig
@@ -19,6 +19,12 @@ class ActorSpec:
     grad_clip: float
     total_steps: int
     """Steps of the run, for decaying schedules."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSpec(ModelSpec):
+    """What every rank of the actor is built from."""
+
     temperature: float
     """Logits are divided by it, as the engine does."""
     with_reference: bool
@@ -36,3 +42,5 @@ class WorkerSpec:
     actor: ActorSpec
     engine: EngineSpec | None
     """None where nothing is generated (supervised fine-tuning)."""
+    critic: ModelSpec | None = None
+    """None where the advantages need no values."""

@@ -1,4 +1,4 @@
-"""One rank of the actor: owns model shard and optimizer; its methods are the steps of training.
+"""One rank of the actor: log-probabilities, updates, and the weights for engines and exports.
 
 Every method is collective: the launcher calls it on all ranks together. Only small host objects
 come in and go out; weights leave through `export`.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from mcore_rl.data.batch import PackedBatch
-from mcore_rl.megatron.checkpoint import PendingSave, WholeModel, begin_save, load_checkpoint
-from mcore_rl.megatron.forward_backward import forward_backward, forward_logprobs
+from mcore_rl.megatron.checkpoint import WholeModel
+from mcore_rl.megatron.forward_backward import forward_tokens
 from mcore_rl.megatron.layer_outputs import LayerRecording
 from mcore_rl.megatron.lora import LoraAdapters
 from mcore_rl.megatron.model import (
@@ -27,12 +25,10 @@ from mcore_rl.megatron.model import (
     freeze_routers,
     load_weights,
     named_local_parameters,
-    wrap_for_training,
 )
-from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import ModelRouters
-from mcore_rl.metrics import Metrics, maximum, mean, to_host, total
+from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.models.lora import write_peft_adapter
 from mcore_rl.models.safetensors_io import (
     MAX_SHARD_BYTES,
@@ -45,31 +41,13 @@ from mcore_rl.models.safetensors_io import (
     write_shards,
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
-from mcore_rl.types import Denominators, MicroBatch, WriteState
+from mcore_rl.types import Denominators, MicroBatch
 from mcore_rl.weight_sync.export import WeightExporter
+from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
 from mcore_rl.workers.spec import ActorSpec
 
 
-class TrainObjective(Protocol):
-    """What a minibatch minimizes; picklable, since it travels from the controller."""
-
-    @property
-    def with_entropy(self) -> bool:
-        """Whether the model computes the entropy."""
-        ...
-
-    def __call__(
-        self,
-        logprobs_T: Tensor,
-        entropy_T: Tensor | None,
-        batch: PackedBatch,
-        denominators: Denominators,
-    ) -> tuple[Tensor, Metrics]:
-        """Return (sum_T w_T * loss_T over this micro-batch, metrics)."""
-        ...
-
-
-class TrainWorker:
+class TrainWorker(ModelWorker):
     """One rank of the actor.
 
     Args:
@@ -78,8 +56,9 @@ class TrainWorker:
         device: where this rank's shard lives.
     """
 
+    role = "actor"
+
     def __init__(self, spec: ActorSpec, parallel: Parallel, device: torch.device) -> None:
-        self.parallel, self.device = parallel, device
         self.model_path = spec.model_path
         self.dtype = DTYPES[spec.megatron.dtype]
         hf_config = load_hf_config(spec.model_path)
@@ -96,36 +75,32 @@ class TrainWorker:
         # Without their adapters the weights are those of the reference: no second copy is needed.
         self.reference = build() if spec.with_reference and not spec.lora else None
         chunks = build()
-        self.params = named_local_parameters(chunks, parallel)
-        self.lora = None
-        weights: Mapping[str, Tensor] = self.params
+        params = named_local_parameters(chunks, parallel)
+        self.lora, weights = None, params
         if spec.lora:
             self.lora = LoraAdapters(
-                chunks, self.params, self.entries, spec.lora, parallel, spec.megatron.seed
+                chunks, params, self.entries, spec.lora, parallel, spec.megatron.seed
             )
-            weights = self.lora.merged(self.params)
+            weights = self.lora.merged(params)
         self.routers = ModelRouters(chunks, routing(hf_config), parallel)
         if spec.megatron.moe_router_freeze:
             freeze_routers(chunks)
-        self.chunks = wrap_for_training(chunks, config, spec.megatron)
-        self.optimizer = PolicyOptimizer(
-            self.chunks, spec.optim, spec.megatron, spec.grad_clip, spec.total_steps
-        )
+        saved = self.lora or WholeModel(chunks, parallel)
+        super().__init__(spec, parallel, device, chunks, config, saved)
+        self.params = params
         self.exporter = WeightExporter(weights, self.entries, parallel)
-        self.trained = self.lora or WholeModel(chunks, parallel)
-        self._pending_save: PendingSave | None = None
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
         """Return logprobs of every token under the current weights, by planned index."""
         with self.routers.replaying(micro_batches) as routes:
-            return forward_logprobs(self.chunks, micro_batches, self.parallel, self.device, routes)
+            return forward_tokens(self.chunks, micro_batches, self.parallel, self.device, routes)
 
     def record_logprobs(
         self, micro_batches: Sequence[MicroBatch]
     ) -> dict[int, tuple[list[float], np.ndarray]]:
         """Return logprobs and, as `Sample.routed_experts`, the experts that the routers chose."""
         with self.routers.recording() as recording:
-            logprobs = forward_logprobs(
+            logprobs = forward_tokens(
                 self.chunks, micro_batches, self.parallel, self.device, recording
             )
         routes = recording.by_sequence()
@@ -140,9 +115,9 @@ class TrainWorker:
         """
         if self.lora:
             with self.lora.disabled():
-                return forward_logprobs(self.chunks, micro_batches, self.parallel, self.device)
+                return forward_tokens(self.chunks, micro_batches, self.parallel, self.device)
         assert self.reference is not None, "built without a reference model"
-        return forward_logprobs(self.reference, micro_batches, self.parallel, self.device)
+        return forward_tokens(self.reference, micro_batches, self.parallel, self.device)
 
     def layer_outputs(
         self, micro_batches: Sequence[MicroBatch]
@@ -151,12 +126,8 @@ class TrainWorker:
         and module; see `LayerRecording.by_index`."""
         models = [chunk.module for chunk in self.chunks]
         recording = LayerRecording(models, self.parallel)
-        forward_logprobs(self.chunks, micro_batches, self.parallel, self.device, recording)
+        forward_tokens(self.chunks, micro_batches, self.parallel, self.device, recording)
         return recording.by_index(micro_batches)
-
-    def begin_step(self) -> None:
-        """Move the learning-rate schedule to the coming step."""
-        self.optimizer.advance_schedule()
 
     def update(
         self,
@@ -165,51 +136,12 @@ class TrainWorker:
         objective: TrainObjective,
     ) -> Metrics:
         """Do one optimizer update and return its metrics (on ranks that report tokens)."""
-        self.optimizer.zero_grad()
         with self.routers.replaying(micro_batches) as routes:
-            metrics = forward_backward(
-                self.chunks,
-                micro_batches,
-                self.parallel,
-                self.device,
-                lambda logprobs_T, entropy_T, batch: objective(
-                    logprobs_T, entropy_T, batch, denominators
-                ),
-                denominators.num_tokens,
-                objective.with_entropy,
-                routes,
-            )
+            metrics = self.train_on(micro_batches, denominators, objective, routes)
         replay_metrics = self.routers.replay_metrics()
         if self.parallel.reports_sequences:
             metrics |= replay_metrics
-        grad_norm, applied = self.optimizer.step()
-        if self.parallel.reports_sequences and self.parallel.dp.rank() == 0:
-            # The same on every rank: one of them reports.
-            metrics["actor/num_skipped_updates"] = total(0.0 if applied else 1.0)
-            metrics["actor/lr"] = maximum(self.optimizer.lr)
-            if applied:
-                metrics["actor/grad_norm"] = mean(grad_norm)
         return to_host(metrics)
-
-    def begin_save(self, folder: str) -> None:
-        """Copy weights, optimizer and schedule, and begin to write them into `folder`."""
-        assert self._pending_save is None, "one checkpoint at a time"
-        self._pending_save = begin_save(Path(folder), self.trained, self.optimizer, self.parallel)
-
-    def save_state(self, wait: bool) -> WriteState:
-        """Return how far this rank is with writing; with `wait`, when it has come to an end."""
-        assert self._pending_save is not None, "begin_save comes first"
-        return self._pending_save.state(wait=wait)
-
-    def finish_save(self) -> None:
-        """Make what all ranks have written a checkpoint."""
-        assert self._pending_save is not None, "begin_save comes first"
-        self._pending_save.finish()
-        self._pending_save = None
-
-    def load(self, folder: str) -> None:
-        """Read back what was saved, in this or another layout."""
-        load_checkpoint(Path(folder), self.trained, self.optimizer, self.parallel)
 
     def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write the weights as a Hugging Face folder with config and tokenizer.

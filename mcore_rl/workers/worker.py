@@ -1,4 +1,5 @@
-"""One worker process: a rank of the actor and, for reinforcement learning, an engine beside it.
+"""One worker process: a rank of the actor and, for reinforcement learning, an engine beside it;
+where the advantages need values, a rank of the critic too.
 
 The launcher makes one per process and calls its methods by name, on all processes together.
 """
@@ -14,6 +15,7 @@ from mcore_rl.megatron import cpu, parallel
 from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.types import Place
+from mcore_rl.workers.critic_worker import CriticWorker
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.spec import WorkerSpec
 from mcore_rl.workers.train_worker import TrainWorker
@@ -31,6 +33,7 @@ class Worker:
         cpu.install()
         self.parallel = parallel.initialize(spec.layout, spec.actor.megatron.seed)
         self.actor = TrainWorker(spec.actor, self.parallel, device)
+        self.critic = CriticWorker(spec.critic, self.parallel, device) if spec.critic else None
         self.rollout = RolloutWorker(spec.engine) if spec.engine else None
 
     def place(self) -> Place:

@@ -48,7 +48,7 @@ def continued(processes, tiny_checkpoint, tmp_path):
     """
 
     def run(name, saved_in, loaded_in):
-        folder, copy = tmp_path / "actor", tmp_path / "copy"
+        folder, copy = tmp_path / "saved", tmp_path / "copy"
         folder.mkdir()
         copy.mkdir()
         runs = []
@@ -123,7 +123,7 @@ def test_another_layout_goes_on_alike(continued, processes, tmp_path, name, save
     Megatron-Core 0.16.1 alone would save wrongly.
     """
     saved, loaded = continued(name, saved_in, loaded_in)
-    folders = (tmp_path / "actor", tmp_path / "copy")
+    folders = (tmp_path / "saved" / "actor", tmp_path / "copy" / "actor")
     written, copied = (
         processes.run(actor_cases.checkpoint_tensors, 1, folder)[0] for folder in folders
     )
@@ -181,13 +181,13 @@ def test_a_rank_that_cannot_write_is_named_and_the_checkpoint_before_stays(
     assert (
         said
         == [
-            f"[role worker, actor.save, rank 1] {tmp_path}/second cannot be written: "
+            f"[role worker, actor.save, rank 1] {tmp_path}/second/actor cannot be written: "
             "OSError: [Errno 27] File too large"
         ]
         * 2
     )
-    assert not (tmp_path / "second" / "metadata.json").exists()
-    tensors = processes.run(actor_cases.checkpoint_tensors, 1, tmp_path / "first")[0]
+    assert not (tmp_path / "second" / "actor" / "metadata.json").exists()
+    tensors = processes.run(actor_cases.checkpoint_tensors, 1, tmp_path / "first" / "actor")[0]
     assert tensors
 
 

@@ -80,15 +80,15 @@ def test_a_training_checkpoint_becomes_the_folder_that_the_trainer_exports(
     processes, tiny_checkpoint, tmp_path, name, world_size, megatron
 ):
     """After two updates. The vocabulary of 61 is padded under tensor parallelism."""
-    saved = tmp_path / "global_step_2" / "actor"
-    saved.mkdir(parents=True)
+    saved = tmp_path / "global_step_2"
+    saved.mkdir()
     spec = actor_spec(tiny_checkpoint(name), **megatron)
     steps = [("begin_step",), ("update", random_sequences(0), actor_cases.SftObjective())]
     script = [*steps, ("begin_save", str(saved)), ("end_save",)]
     exported = processes.run(actor_cases.run_script, world_size, spec, script)[0][-1][1]
 
     target = tmp_path / "hf"
-    mcore_to_hf(saved.parent, target, config_from=tiny_checkpoint(name), file_bytes=20_000)
+    mcore_to_hf(saved, target, config_from=tiny_checkpoint(name), file_bytes=20_000)
     reader = CheckpointReader(target)
     assert reader.names() == sorted(exported)
     for tensor_name, tensor in exported.items():

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     # Only the sections that belong to components, and the types they are made of.
     "config": (
         "algorithms.advantages.base",
+        "algorithms.aggregate",
         "algorithms.objective",
         "data.packing",
         "data.prompts",
@@ -52,6 +53,7 @@ MAY_IMPORT = {
         "launch.cluster",
         "models.layout",
         "models.spec",
+        "models.value_head",
         "observability",
         "rewards",
         "rollout.base",

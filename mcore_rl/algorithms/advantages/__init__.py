@@ -5,6 +5,7 @@ and a line below.
 """
 
 from mcore_rl.algorithms.advantages import (
+    gae,
     gpg,
     grpo,
     grpo_passk,
@@ -28,6 +29,7 @@ __all__ = [
     "AdvantageInputs",
     "AlgorithmConfig",
     "assign_advantages",
+    "gae",
     "gpg",
     "grpo",
     "grpo_passk",

@@ -41,9 +41,9 @@ class AlgorithmConfig:
     gpg_f_norm: float = 1.0
     """gpg: advantages are divided by it."""
     gamma: float = 1.0
-    """reinforce_plus_plus: discount per token."""
+    """gae, reinforce_plus_plus: discount per token."""
     lam: float = 1.0
-    """Lambda of generalized advantage estimation."""
+    """gae: how far rewards reach back past the critic's values; 0: one token, 1: all the way."""
     use_kl_in_reward: bool = False
     """Take the KL against the reference off the reward; off, the two below are not read."""
     kl_penalty: str = "kl"
@@ -56,13 +56,6 @@ class AlgorithmConfig:
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.adv_estimator != "gae",
-            "algorithm.adv_estimator",
-            self.adv_estimator,
-            "needs a critic, and there is none yet",
-            "Take one that needs none: grpo, rloo, reinforce_plus_plus, ...",
-        )
         estimator = ADVANTAGES.get(self.adv_estimator)
         require_one_of("algorithm.gpg_alpha", self.gpg_alpha, GPG_ALPHAS)
         require(self.gpg_f_norm > 0, "algorithm.gpg_f_norm", self.gpg_f_norm, "must be > 0")
@@ -86,6 +79,8 @@ class AdvantageInputs:
     baseline_N: Tensor | None = None
     """[N] float64, reward of a greedy response to the sample's prompt; None unless the estimator
     asks for it."""
+    values_T: Tensor | None = None
+    """[T] float64, the critic's values; None unless the estimator needs a critic."""
 
     @property
     def group_size_P(self) -> Tensor:
@@ -143,6 +138,13 @@ class AdvantageEstimator:
     """Fewest samples per prompt with which it is defined."""
     needs_greedy_baseline: bool = False
     """Whether the loop answers every prompt once more, greedily, for `baseline_N`."""
+    returns: Callable[[AdvantageInputs, AlgorithmConfig], Tensor] | None = None
+    """Returns what a critic learns, [T] float64, 0 on untrained tokens; None: it needs none."""
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether `values_T` is read and a critic trains on `returns`."""
+        return self.returns is not None
 
 
 ADVANTAGES: Registry[AdvantageEstimator] = Registry(

@@ -36,6 +36,24 @@ RULES = {
         "trainer.n_gpus_per_node * trainer.nnodes=4 is not a multiple of tensor 3 x pipeline 1",
         ["trainer.n_gpus_per_node=6", "actor.megatron.tensor_model_parallel_size=3"],
     ),
+    "a_critic_is_described_only_where_there_is_one": (
+        ["critic.optim.lr=1e-4"],
+        "critic.optim.lr=0.0001 is not read with algorithm.adv_estimator=grpo",
+        ["critic.optim.lr=1e-4", "algorithm.adv_estimator=gae", "trainer.critic_warmup=3"],
+    ),
+    "minibatches_of_the_critic_divide_a_step": (
+        [
+            "algorithm.adv_estimator=gae",
+            "data.train_batch_size=512",
+            "critic.ppo_mini_batch_size=200",
+        ],
+        "critic.ppo_mini_batch_size=200 does not divide data.train_batch_size=512.",
+        [
+            "algorithm.adv_estimator=gae",
+            "data.train_batch_size=512",
+            "critic.ppo_mini_batch_size=64",
+        ],
+    ),
     "groups_that_are_filtered_have_several_samples": (
         ["algorithm.filter_groups.enable=true"],
         "rollout.n=1 leaves algorithm.filter_groups nothing to compare.",
@@ -149,6 +167,8 @@ NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
 
 # Rules about sections that supervised fine-tuning does not have.
 NOT_OF_SFT = {
+    "a_critic_is_described_only_where_there_is_one",
+    "minibatches_of_the_critic_divide_a_step",
     "groups_that_are_filtered_have_several_samples",
     "prompts_are_drawn_in_other_batches_only_to_be_filtered",
     "the_overlong_buffer_fits_in_a_response",

@@ -201,18 +201,18 @@ def test_an_interleaved_pipeline_gets_a_multiple_of_its_stages():
         assert {len(mbs) for mbs, *_ in workers.calls[-1][1]} == {expected}
 
 
-def test_syncs_and_folders_reach_every_rank():
+def test_syncs_and_folders_reach_every_rank(tmp_path):
     cluster, workers = make_cluster(places(dp=2))
     assert to_floats(cluster.sync_weights(4)) == {"weight_sync/bytes": 101.0}
     cluster.begin_step()
-    cluster.begin_save("a")
+    cluster.begin_save(str(tmp_path))
     cluster.load("b")
     cluster.export_hf("c")
     assert workers.calls[1:] == [
         ("sync_weights", [(4,), (4,)]),
         ("actor.begin_step", [(), ()]),
-        ("actor.begin_save", [("a",), ("a",)]),
-        ("actor.load", [("b",), ("b",)]),
+        ("actor.begin_save", [(f"{tmp_path}/actor",)] * 2),
+        ("actor.load", [("b/actor",)] * 2),
         ("actor.export_hf", [("c",), ("c",)]),
     ]
 

@@ -83,6 +83,8 @@ class UnigramEngine:
 class UnigramActor:
     """The trained vector, its frozen copy and what a checkpoint keeps of it."""
 
+    role = "actor"
+
     def __init__(self, temperature: float, learning_rate: float, save_takes: int) -> None:
         self.temperature, self.learning_rate = temperature, learning_rate
         self.weights = torch.linspace(0.0, 1.0, VOCABULARY)
@@ -98,7 +100,7 @@ class UnigramActor:
         found: dict[int, list[float]] = {}
         for micro_batch in micro_batches:
             batch = pack(micro_batch, pad_token_id=END, device="cpu")
-            lists = unpack(self.log_softmax(weights)[batch.labels_T], batch)
+            lists = unpack(self.output(weights, batch)[0], batch)
             found |= dict(zip(micro_batch.indices, lists, strict=True))
         return found
 
@@ -110,9 +112,7 @@ class UnigramActor:
             parts = []
             for micro_batch in micro_batches:
                 batch = pack(micro_batch, pad_token_id=END, device="cpu")
-                logprobs_V = self.log_softmax(weights)
-                entropy_T = -(logprobs_V.exp() * logprobs_V).sum().expand(len(batch.labels_T))
-                loss, part = objective(logprobs_V[batch.labels_T], entropy_T, batch, denominators)
+                loss, part = objective(*self.output(weights, batch), batch, denominators)
                 loss.backward()
                 parts.append(part)
             metrics.append(to_host(merge(parts)))
@@ -120,9 +120,15 @@ class UnigramActor:
         # A rate that depends on the schedule, so that a forgotten or repeated step shows.
         rate = self.learning_rate / self.num_begun
         self.weights = self.weights - rate * weights.grad
-        metrics[0]["actor/grad_norm"] = maximum(float(weights.grad.norm()))
-        metrics[0]["actor/lr"] = maximum(rate)
+        metrics[0][f"{self.role}/grad_norm"] = maximum(float(weights.grad.norm()))
+        metrics[0][f"{self.role}/lr"] = maximum(rate)
         return metrics
+
+    def output(self, weights, batch):
+        """Return (logprobs_T, entropy_T)."""
+        logprobs_V = self.log_softmax(weights)
+        entropy_T = -(logprobs_V.exp() * logprobs_V).sum().expand(len(batch.labels_T))
+        return logprobs_V[batch.labels_T], entropy_T
 
     def begin_save(self, folder: str) -> None:
         assert self.pending_save is None
@@ -147,6 +153,16 @@ class UnigramActor:
     def load(self, folder: str) -> None:
         state = json.loads((Path(folder) / "state.json").read_text())
         self.weights, self.num_begun = torch.tensor(state["weights"]), state["num_begun"]
+
+
+class UnigramCritic(UnigramActor):
+    """Learns a value for each token that a state may end with."""
+
+    role = "critic"
+
+    def output(self, weights, batch):
+        """Return (values_T, None)."""
+        return weights[batch.input_ids_T], None
 
 
 def fake_routes(num_inputs: int, step: int | None) -> np.ndarray:
@@ -185,6 +201,7 @@ class FakeWorkers:
         save_problem: str = "",
     ) -> None:
         self.actor = UnigramActor(temperature, learning_rate, save_takes)
+        self.critic = UnigramCritic(temperature, 1.0, save_takes)
         self.save_problem = save_problem
         self.engines = [engine(temperature) for _ in range(self.world_size)]
         self.crash_at = crash_at
@@ -207,7 +224,10 @@ class FakeWorkers:
         self.steps.append(self.step)
         if self.crash_at == (method, number):
             raise CrashError(f"{method} {number}")
+        model = self.critic if method.startswith("critic.") else self.actor
         match method:
+            case "critic.values":
+                return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
             case "place":
                 return [
                     Place(dp_rank=rank, reports_tokens=True, hosts_engine=True)
@@ -236,19 +256,19 @@ class FakeWorkers:
                 ]
             case "actor.ref_logprobs":
                 return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]
-            case "actor.begin_step":
-                self.actor.num_begun += 1
-            case "actor.update":
-                return self.actor.update(args_of_rank)
-            case "actor.begin_save":
-                self.actor.begin_save(args_of_rank[0][0])
-            case "actor.save_state":
-                state = self.actor.save_state(args_of_rank[0][0])
+            case "actor.begin_step" | "critic.begin_step":
+                model.num_begun += 1
+            case "actor.update" | "critic.update":
+                return model.update(args_of_rank)
+            case "actor.begin_save" | "critic.begin_save":
+                model.begin_save(args_of_rank[0][0])
+            case "actor.save_state" | "critic.save_state":
+                state = model.save_state(args_of_rank[0][0])
                 return [state, replace(state, problem=self.save_problem)]
-            case "actor.finish_save":
-                self.actor.finish_save()
-            case "actor.load":
-                self.actor.load(args_of_rank[0][0])
+            case "actor.finish_save" | "critic.finish_save":
+                model.finish_save()
+            case "actor.load" | "critic.load":
+                model.load(args_of_rank[0][0])
             case _:
                 raise AssertionError(f"the loop asked for {method}")
         return [None] * self.world_size
@@ -317,4 +337,5 @@ def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: in
 
 
 def make_cluster(workers: FakeWorkers, cfg: RunConfig) -> Cluster:
-    return Cluster(workers, Layout(dp=workers.world_size), cfg.actor.cut)
+    critic_cut = cfg.critic.cut_over(1) if cfg.has_critic else None
+    return Cluster(workers, Layout(dp=workers.world_size), cfg.actor.cut, critic_cut)

@@ -1,0 +1,70 @@
+"""GAE: PPO's advantages from the values of a critic, whitened over the batch.
+
+    delta_t  = r_t + gamma * V_{t+1} - V_t
+    A_t      = delta_t + gamma * lam * A_{t+1}
+    return_t = A_t + V_t                    (what the critic learns)
+
+t runs over the trained tokens of a sample; V after the last of them is 0, also where the response
+was cut off. The reward of the sample, KL included, is that of its last trained token.
+Source: arXiv:1506.02438, arXiv:1707.06347. Shapes: N samples, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mcore_rl.algorithms.advantages.base import (
+    ADVANTAGES,
+    AdvantageEstimator,
+    AdvantageInputs,
+    AlgorithmConfig,
+)
+from mcore_rl.algorithms.advantages.whiten import whiten
+
+
+def gae(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+    """Return the whitened advantage of each token, [T] float64."""
+    return whiten(raw_advantages(inputs, cfg), inputs.segments.mask_T)
+
+
+def lambda_returns(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+    """Return what the critic should have given for each token, [T] float64."""
+    assert inputs.values_T is not None, "gae needs the values of a critic"
+    mask_T = inputs.segments.mask_T
+    return torch.where(mask_T, raw_advantages(inputs, cfg) + inputs.values_T, 0.0)
+
+
+def raw_advantages(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+    """Return the advantage of each token before whitening, [T] float64."""
+    assert inputs.values_T is not None, "gae needs the values of a critic"
+    mask_T = inputs.segments.mask_T
+    lengths = inputs.segments.num_tokens_S.long().tolist()
+    # One row per sample, its trained tokens flush left: columns are walked from the last to the
+    # first, and what lies behind a row's end stays 0.
+    values_NL = _rows(inputs.values_T[mask_T], lengths)
+    rewards_NL = torch.zeros_like(values_NL)
+    has_tokens_N = inputs.segments.num_tokens_S > 0
+    last_N = inputs.segments.num_tokens_S.long() - 1
+    rewards_NL[has_tokens_N, last_N[has_tokens_N]] = inputs.rewards_N[has_tokens_N]
+    next_values_NL = torch.cat([values_NL[:, 1:], values_NL.new_zeros(len(lengths), 1)], dim=1)
+    delta_NL = rewards_NL + cfg.gamma * next_values_NL - values_NL
+    advantages_NL = torch.zeros_like(delta_NL)
+    carried_N = delta_NL.new_zeros(len(lengths))
+    for t in range(delta_NL.shape[1] - 1, -1, -1):
+        carried_N = delta_NL[:, t] + cfg.gamma * cfg.lam * carried_N
+        advantages_NL[:, t] = carried_N
+    advantages_T = torch.zeros_like(inputs.values_T)
+    is_token_NL = torch.arange(delta_NL.shape[1]) < inputs.segments.num_tokens_S.unsqueeze(1)
+    advantages_T[mask_T] = advantages_NL[is_token_NL]
+    return advantages_T
+
+
+def _rows(x_T: Tensor, lengths: list[int]) -> Tensor:
+    """Return the pieces of `x_T` of these lengths as rows, padded with 0 on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(x_T.split(lengths)), batch_first=True)
+
+
+ADVANTAGES.add(
+    "gae", AdvantageEstimator(compute=gae, reads=("gamma", "lam"), returns=lambda_returns)
+)
