@@ -199,9 +199,11 @@ def test_a_checkpoint_without_optimizer_or_schedule_is_refused(
     processes, tiny_checkpoint, tmp_path, part, reason
 ):
     spec = actor_spec(tiny_checkpoint("qwen3"))
-    processes.run(actor_cases.save_without, 1, spec, tmp_path, part)
+    folder = tmp_path / "actor"
+    folder.mkdir()
+    processes.run(actor_cases.save_without, 1, spec, folder, part)
     [said] = processes.run(actor_cases.failure_to_load, 1, spec, tmp_path)
-    assert said.startswith(f"{tmp_path} cannot be read: ")
+    assert said.startswith(f"{folder} cannot be read: ")
     assert reason in said
 
 
@@ -216,7 +218,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     processes.run(actor_cases.run_script, 1, actor_spec(tiny_checkpoint(other)), script, CUT)
     spec = actor_spec(tiny_checkpoint("qwen3"))
     [said] = processes.run(actor_cases.failure_to_load, 1, spec, tmp_path)
-    assert said.startswith(f"{tmp_path} cannot be read: ")
+    assert said.startswith(f"{tmp_path}/actor cannot be read: ")
     assert reason in said
     assert "\n" not in said
     assert len(said) < 600

@@ -216,7 +216,7 @@ def test_a_checkpoint_of_other_adapters_or_of_another_base_is_refused(
     ]
     args = actor_spec(base, lora=LORA), others, str(folder)
     (answers,) = processes.run(lora_cases.save_and_load, 1, *args)
-    rule = f"is not what the checkpoint {folder} was saved with"
+    rule = f"is not what the checkpoint {folder}/actor was saved with"
     for answer, start in zip(
         answers[:5],
         (
