@@ -40,7 +40,7 @@ SELECTIVE_RECOMPUTE = {
     }
 }
 
-LORA = LoraConfig(rank=4, alpha=8.0, target_modules=(ALL_LINEAR,))
+LORA = LoraConfig(rank=4, alpha=8, target_modules=(ALL_LINEAR,))
 LORA_OF_EXPERTS = replace(LORA, target_modules=("gate_proj", "up_proj", "down_proj"))
 
 _SHORT = {

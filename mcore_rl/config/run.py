@@ -39,7 +39,7 @@ class ModelConfig:
     """Hugging Face folder with config, tokenizer and safetensors."""
     lora_rank: int = 0
     """Rank of the adapters of LoRA, which then train instead of the weights; 0: no adapters."""
-    lora_alpha: float = 16
+    lora_alpha: int = 16
     """What an adapter adds is scaled by lora_alpha / lora_rank."""
     target_modules: Any = "all-linear"
     """Layers with adapters: all-linear (of attention, MLPs and experts), or a list of the last

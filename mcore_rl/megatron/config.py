@@ -85,7 +85,7 @@ class LoraConfig:
     """What `model.lora_rank`, `model.lora_alpha` and `model.target_modules` ask for."""
 
     rank: int
-    alpha: float
+    alpha: int
     target_modules: tuple[str, ...]
     """Last parts of Hugging Face's names of layers, or ALL_LINEAR alone."""
 

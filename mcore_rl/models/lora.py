@@ -121,7 +121,7 @@ def write_peft_adapter(
     *,
     base: str,
     rank: int,
-    alpha: float,
+    alpha: int,
 ) -> None:
     """Write a folder that `PeftModel.from_pretrained` and vLLM's LoRA requests read.
 

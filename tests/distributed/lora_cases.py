@@ -51,21 +51,23 @@ def train(spec, minibatches, objective, cut):
 def gradients_and_export(spec, sequences, objective, cut, folder):
     """Fill every B, train nothing, export; return (metrics, what was found by name)."""
     with running_cluster(spec, cut) as (cluster, worker):
-        actor = worker.actor
-        base = {name: param.clone() for name, param in actor.params.items()}
-        found = {"initial_logprobs": cluster.logprobs(sequences)}
+        lora, params = worker.actor.lora, worker.actor.params
+        assert lora is not None
+        base = {name: param.clone() for name, param in params.items()}
+        initial_logprobs = cluster.logprobs(sequences)
         fill_b(worker)
-        found |= {
-            "logprobs": cluster.logprobs(sequences),
-            "ref_logprobs": cluster.ref_logprobs(sequences),
-            "adapters": adapters(worker),
-        }
+        logprobs, ref_logprobs = cluster.logprobs(sequences), cluster.ref_logprobs(sequences)
         metrics = backward(worker, sequences, objective, cut)
-        lora = actor.lora
-        found["gradients"] = exported_gradients(worker, lora.params, lora.entries)
-        actor.export_hf(folder)
-        found["base_is_the_same"] = is_unchanged(actor.params, base)
-        return metrics, found
+        gradients = exported_gradients(worker, lora.params, lora.entries)
+        worker.actor.export_hf(folder)
+        return metrics, {
+            "initial_logprobs": initial_logprobs,
+            "logprobs": logprobs,
+            "ref_logprobs": ref_logprobs,
+            "adapters": adapters(worker),
+            "gradients": gradients,
+            "base_is_the_same": is_unchanged(params, base),
+        }
 
 
 def is_unchanged(params, before):
@@ -75,6 +77,7 @@ def is_unchanged(params, before):
 def identity(spec):
     """Return what a checkpoint must have in common with a run."""
     with running_cluster(spec, ONE_MICRO_BATCH) as (_, worker):
+        assert worker.actor.lora is not None
         return worker.actor.lora.identity
 
 

@@ -185,7 +185,7 @@ def test_a_choice_that_is_not_registered_lists_what_is():
 
 def test_lora_is_composed_under_the_keys_that_verl_has():
     on = compose("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=32")
-    assert on.model.lora == LoraConfig(rank=8, alpha=32.0, target_modules=("all-linear",))
+    assert on.model.lora == LoraConfig(rank=8, alpha=32, target_modules=("all-linear",))
     assert on.model.lora.scale == 4.0
     chosen = compose("model.lora_rank=8", "model.target_modules=[o_proj,q_proj]")
     assert chosen.model.lora.target_modules == ("o_proj", "q_proj")
@@ -196,8 +196,8 @@ def test_lora_is_composed_under_the_keys_that_verl_has():
     ("overrides", "expected"),
     [
         (["model.lora_rank=-1"], "model.lora_rank=-1 must be >= 0."),
-        (["model.lora_rank=8", "model.lora_alpha=0"], "model.lora_alpha=0.0 must be > 0."),
-        (["model.lora_alpha=32"], "model.lora_alpha=32.0 has no effect without adapters."),
+        (["model.lora_rank=8", "model.lora_alpha=0"], "model.lora_alpha=0 must be > 0."),
+        (["model.lora_alpha=32"], "model.lora_alpha=32 has no effect without adapters."),
         (["model.target_modules=[o_proj]"], "model.target_modules=['o_proj'] has no effect"),
         (
             ["model.lora_rank=8", "model.target_modules=o_proj"],

@@ -106,7 +106,7 @@ def test_the_written_files_have_pefts_names_and_keys(make_config, tmp_path):
         for name, shape in hf_shapes(half).items()
     }
     folder = tmp_path / "adapter"
-    write_peft_adapter(folder, adapters, found, base="base", rank=3, alpha=6.0)
+    write_peft_adapter(folder, adapters, found, base="base", rank=3, alpha=6)
     tensors = load_file(folder / "adapter_model.safetensors")
     layer = "base_model.model.model.layers.0"
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
@@ -128,7 +128,7 @@ def test_the_written_files_have_pefts_names_and_keys(make_config, tmp_path):
     assert written["peft_type"] == "LORA"
     assert (written["r"], written["lora_alpha"], written["base_model_name_or_path"]) == (
         3,
-        6.0,
+        6,
         "base",
     )
     assert written["target_modules"] == [
