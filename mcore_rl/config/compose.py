@@ -184,6 +184,8 @@ def _parse_override(text: str) -> Assignment:
     if override.type is OverrideType.DEL or override.package is not None:
         raise UserError(f"{text!r} changes which keys there are. Only key=value is taken.")
     key = override.key_or_group.removeprefix(_PREFIX)
+    if not key:
+        raise UserError(f"{text!r} is not of the form key=value: it has no key.")
     return Assignment(key, override.value(), text.split("=", 1)[1])
 
 

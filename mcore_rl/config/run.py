@@ -275,6 +275,8 @@ class TrainerConfig:
                 getattr(self, name),
                 "must be at least 1",
             )
+        folder = self.default_local_dir
+        require(bool(folder), "trainer.default_local_dir", folder, "is not set", "Name a folder.")
         most = MAX_PROCESSES_PER_NODE
         fits = self.n_gpus_per_node <= most
         require(fits, "trainer.n_gpus_per_node", self.n_gpus_per_node, f"is more than {most}")

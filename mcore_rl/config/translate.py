@@ -231,6 +231,10 @@ TABLE: dict[str, Row] = {
     "model.gradient_checkpointing_kwargs.*": Refused(
         "Set recompute_granularity and the like in actor.megatron.override_transformer_config."
     ),
+    "model.lora.rank": Renamed("model.lora_rank"),
+    "model.lora.alpha": Renamed("model.lora_alpha"),
+    "model.lora_adapter_path": Refused("Training starts from new adapters.", _UNSET),
+    "model.exclude_modules": Refused("Name the layers in model.target_modules.", _UNSET),
     "model.custom_chat_template": Refused("Put it into the tokenizer's folder.", _UNSET),
     "model.external_lib": Refused("Name the module in MCORE_RL_PLUGINS.", _UNSET),
     "model.tokenizer_path": Refused("The tokenizer is that in model.path.", _UNSET),

@@ -13,6 +13,7 @@ downloaded only with HF_HUB_OFFLINE=0, and no code of theirs is ever run.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -30,12 +31,12 @@ def find_files(name: str) -> list[Path]:
         UserError: if there are none, or if it is not clear which are meant.
     """
     path = Path(name).expanduser()
-    if name and path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where a name is too long
         return [path]
     source, _, split = name.partition("@")
     source, _, configuration = source.partition(":")
     folder = Path(source).expanduser()
-    if not source or not folder.is_dir():
+    if not source or not os.path.isdir(folder):
         folder = _cached_data_set(source, name)
     return _files_of_split(folder / configuration, split or "train", name)
 

@@ -224,7 +224,8 @@ def end_process(error: Exception) -> None:
     if not isinstance(error, UserError):
         traceback.print_exception(error)
         error, code = _located(error, "controller", None), 1
-    print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
+    print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
     sys.stdout.flush()
     os._exit(code)
 

@@ -49,12 +49,16 @@ def open_run_folder(cfg: Any) -> Path:
             f"has no {CONTROLLER_FILE}",
             "Name a folder global_step_<n> in the checkpoints of a run.",
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"cannot be made a folder ({error.strerror})"
+        require(False, "trainer.default_local_dir", str(folder), rule, "Name another.")
     if config_file.exists() and _has_begun(folder):
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
         _refuse_another_run(config_file, to_yaml(cfg), fix)
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(config_file, to_yaml(cfg))
     return folder
 

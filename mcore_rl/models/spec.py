@@ -15,6 +15,7 @@ Nothing here chooses numerics, fusions or parallel sizes: those belong to whoeve
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedCon
             configuration cannot be read or expressed.
     """
     folder = Path(folder)
-    require(folder.is_dir(), key, str(folder), "is not a folder", "Give a downloaded checkpoint.")
+    require(
+        os.path.isdir(folder), key, str(folder), "is not a folder", "Give a downloaded checkpoint."
+    )
     file = folder / CONFIG_FILE
     require(file.is_file(), key, str(folder), f"has no {CONFIG_FILE}")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,11 @@ def load_custom_reward(cfg: CustomRewardConfig) -> RewardFunction | None:
         return None
     path = Path(cfg.path).expanduser()
     require(
-        path.is_file(), "custom_reward_function.path", cfg.path, "does not exist", "Mend the path."
+        os.path.isfile(path),
+        "custom_reward_function.path",
+        cfg.path,
+        "does not exist",
+        "Mend the path.",
     )
     module = _import_file(path)
     if not hasattr(module, cfg.name):

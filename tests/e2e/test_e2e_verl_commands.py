@@ -1,0 +1,139 @@
+"""Command lines of verl, as people type them, with this package's module in place of verl's.
+
+Only folders and sizes are other ones. What the options become is tested with the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+
+GMPO = """
+python3 -m verl.trainer.main_ppo \
+    algorithm.adv_estimator=grpo \
+    actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean \
+    actor_rollout_ref.actor.clip_ratio_low=0.4 \
+    actor_rollout_ref.actor.clip_ratio_high=0.4 \
+    actor_rollout_ref.model.path=$MODEL \
+    data.train_files="['$DATA/train.parquet']" \
+    actor_rollout_ref.model.use_remove_padding=True \
+    actor_rollout_ref.rollout.name=vllm \
+    actor_rollout_ref.rollout.enable_chunked_prefill=True \
+    +reward_model.reward_kwargs.overlong_buffer_cfg.enable=True \
+    +reward_model.reward_kwargs.overlong_buffer_cfg.len=4 \
+    +reward_model.reward_kwargs.overlong_buffer_cfg.log=False \
+    trainer.logger='["console"]' \
+    trainer.total_epochs=15 $@
+"""
+
+GPG_WITH_KL = """
+python3 -m verl.trainer.main_ppo --config-path=config \
+    --config-name='ppo_megatron_trainer.yaml' \
+    algorithm.adv_estimator=gpg \
+    actor_rollout_ref.actor.policy_loss.loss_mode=gpg \
+    actor_rollout_ref.actor.use_kl_loss=True \
+    actor_rollout_ref.actor.kl_loss_coef=0.01 \
+    algorithm.use_kl_in_reward=False \
+    data.train_files="['$DATA/messages.jsonl', '$DATA/train.parquet']" \
+    data.filter_overlong_prompts=True \
+    data.truncation='error' \
+    actor_rollout_ref.model.path=$MODEL \
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm \
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 \
+    actor_rollout_ref.actor.entropy_coeff=0 \
+    actor_rollout_ref.model.enable_gradient_checkpointing=True \
+    actor_rollout_ref.actor.fsdp_config.param_offload=False \
+    actor_rollout_ref.rollout.gpu_memory_utilization=0.6 \
+    actor_rollout_ref.rollout.n=5 \
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16 \
+    actor_rollout_ref.ref.fsdp_config.param_offload=true \
+    trainer.critic_warmup=0 \
+    trainer.logger=['console'] \
+    trainer.total_epochs=15 $@
+"""
+
+SMALLER = (
+    "data.train_batch_size=8",
+    "data.max_prompt_length=16",
+    "data.max_response_length=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "actor_rollout_ref.actor.megatron.dtype=float32",
+    "trainer.total_training_steps=1",
+    "trainer.n_gpus_per_node=1",
+    "trainer.export_hf_model=false",
+)
+
+
+def write_messages(file: Path, rows: list[dict]) -> None:
+    """Write rows in verl's own form: a list of messages, the answer under reward_model."""
+    changed = [
+        {
+            "data_source": row["data_source"],
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": row["ground_truth"]},
+            "extra_info": {"index": index},
+        }
+        for index, row in enumerate(rows)
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in changed))
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "unread"),
+    [
+        (
+            GMPO,
+            (),
+            "reward_model.reward_kwargs.overlong_buffer_cfg.log (the penalty is always logged)",
+        ),
+        (
+            GPG_WITH_KL,
+            # Without a model: what it says is not what the trainer computes.
+            ("rollout.name=fake", "rollout.logprob_tolerance=1000"),
+            "ref.log_prob_micro_batch_size_per_gpu (log-probabilities are computed in the "
+            "micro-batches of training); ref.fsdp_config.param_offload (weights, gradients and "
+            "optimizer stay on their device)",
+        ),
+    ],
+    ids=["gmpo", "gpg"],
+)
+def test_a_command_line_of_verl_trains(files, tmp_path, command, more, unread):
+    rows = pq.read_table(files.data / "train.parquet").to_pylist()
+    data = tmp_path / "data"
+    data.mkdir()
+    write_messages(data / "messages.jsonl", rows[:16])
+    pq.write_table(pq.read_table(files.data / "train.parquet").slice(16), data / "train.parquet")
+    script = command.replace(
+        "python3 -m verl.trainer.main_ppo", f"{sys.executable} -m mcore_rl.train"
+    )
+    # The random model answers nothing right: it is rewarded for digits.
+    folders = (
+        f"custom_reward_function.path={files.reward}",
+        f"trainer.default_local_dir={tmp_path / 'run'}",
+    )
+    arguments = (*SMALLER, "reward.on_error=zero", *more, *folders)
+    done = commands.finish(
+        subprocess.Popen(
+            ["bash", "-c", script, "bash", *arguments],
+            env=commands.ENVIRONMENT | {"MODEL": str(files.model), "DATA": str(data)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if " not read here: " in line]
+    assert [line.partition(" not read here: ")[2] for line in warnings] == [unread]
+    (metrics,) = (m for m in commands.read_metrics(tmp_path / "run") if "actor/pg_loss" in m)
+    assert metrics["actor/grad_norm"] > 0
+    assert ("actor/kl_loss" in metrics) == (command == GPG_WITH_KL)
+    assert ("reward/overlong_penalty" in metrics) == (command == GMPO)
