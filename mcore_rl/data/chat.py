@@ -28,6 +28,10 @@ Message = Mapping[str, Any]
 """{"role": "user", "content": "What is 2 + 3?"}"""
 
 
+_VERBOSE = False
+"""Of transformers, which would warn of long texts; their length is judged by the `data` section."""
+
+
 class ChatTemplateError(UserError):
     """The chat template refuses the messages."""
 
@@ -101,14 +105,16 @@ def encode_prompt(
             "Leave it out.",
         )
         _warn_no_template(str(tokenizer.name_or_path))
-        return tokenizer.encode("\n".join(message["content"] for message in messages))
+        text = "\n".join(message["content"] for message in messages)
+        return tokenizer.encode(text, verbose=_VERBOSE)
     text = _render(tokenizer, messages, add_generation_prompt=True, **template_kwargs)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False, verbose=_VERBOSE)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of an assistant's turn, its end token included."""
-    return [*tokenizer.encode(text, add_special_tokens=False), end_of_turn_id(tokenizer)]
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=_VERBOSE)
+    return [*ids, end_of_turn_id(tokenizer)]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -291,7 +291,10 @@ BAD_DATA: dict[str, tuple[str, Callable[[Path], object]]] = {
         raw(json.dumps(ROW).encode() + b'\n{"prompt": "a", "prompt": "b"}'),
     ),
     "an array of arrays": (r" row 0: is a value of type list, not a JSON object\.", raw(b"[[1]]")),
-    "a line that is null": (r" line 2: is a value of type NoneType, .*", raw(b"{}\nnull")),
+    "a line that is null": (
+        r" line 2: is a value of type NoneType, .*",
+        raw(json.dumps(ROW).encode() + b"\nnull"),
+    ),
     "rows under a key": (
         r" row 0, column 'prompt': there is no value; columns are \['data'\]\. .*",
         raw(json.dumps({"data": [ROW]}).encode()),
@@ -317,7 +320,7 @@ BAD_DATA: dict[str, tuple[str, Callable[[Path], object]]] = {
         rows({"prompt": "\ud800"}),
     ),
     "a prompt too long": (
-        PROMPT + r"41 tokens, more than data\.max_prompt_length=16\. .*data\.truncation=left.*",
+        PROMPT + r"45 tokens, more than data\.max_prompt_length=16\. .*data\.truncation=left.*",
         rows({"prompt": "1+" * 20}),
     ),
     "a prompt of a megabyte": (PROMPT + r"\d+ tokens, more than .*", rows({"prompt": "1" * 2**20})),

@@ -42,7 +42,7 @@ python3 -m verl.trainer.main_ppo --config-path=config \
     actor_rollout_ref.actor.use_kl_loss=True \
     actor_rollout_ref.actor.kl_loss_coef=0.01 \
     algorithm.use_kl_in_reward=False \
-    data.train_files="['$DATA/messages.jsonl', '$DATA/train.parquet']" \
+    data.train_files="['$DATA/texts.jsonl', '$DATA/train.parquet']" \
     data.filter_overlong_prompts=True \
     data.truncation='error' \
     actor_rollout_ref.model.path=$MODEL \
@@ -72,12 +72,12 @@ SMALLER = (
 )
 
 
-def write_messages(file: Path, rows: list[dict]) -> None:
-    """Write rows in verl's own form: a list of messages, the answer under reward_model."""
+def write_texts(file: Path, rows: list[dict]) -> None:
+    """Write rows with text as prompts, and the answer where verl's files have it."""
     changed = [
         {
             "data_source": row["data_source"],
-            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "prompt": row["prompt"][0]["content"],
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": row["ground_truth"]},
             "extra_info": {"index": index},
@@ -110,7 +110,7 @@ def test_a_command_line_of_verl_trains(files, tmp_path, command, more, unread):
     rows = pq.read_table(files.data / "train.parquet").to_pylist()
     data = tmp_path / "data"
     data.mkdir()
-    write_messages(data / "messages.jsonl", rows[:16])
+    write_texts(data / "texts.jsonl", rows[:16])
     pq.write_table(pq.read_table(files.data / "train.parquet").slice(16), data / "train.parquet")
     script = command.replace(
         "python3 -m verl.trainer.main_ppo", f"{sys.executable} -m mcore_rl.train"
