@@ -120,7 +120,7 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise _one_line(error, schema) from error
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config-name {line.config_name}: {reason}.") from error
     assert isinstance(config, root)

@@ -104,6 +104,11 @@ class DataConfig:
             self.gen_batch_size,
             "must be > 0",
         )
+        for name in ("conversation", "add_generation_prompt", "tokenize"):
+            value = self.apply_chat_template_kwargs.get(name)
+            is_free = name not in self.apply_chat_template_kwargs
+            key = f"data.apply_chat_template_kwargs.{name}"
+            require(is_free, key, value, "is no variable of a template", "Remove it.")
         require_one_of("data.truncation", self.truncation, ["error", *_TRUNCATIONS])
 
 

@@ -41,7 +41,7 @@ def recipe(tmp_path):
     """Return a function (text) -> arguments that choose a recipe with that text."""
 
     def write(text: str) -> list[str]:
-        (tmp_path / "mine.yaml").write_text(text)
+        (tmp_path / "mine.yaml").write_text(text, "latin-1")
         return ["--config-dir", str(tmp_path), "--config-name", "mine"]
 
     return write
@@ -273,6 +273,7 @@ def test_a_recipe_of_ones_own_is_read(recipe):
         (ON_BASE + "rollout:\n  n: 0\n", "rollout.n=0 must be at least 1."),
         (ON_BASE + "rolout:\n  n: 3\n", "rolout: Key 'rolout' not in 'RunConfig'."),
         (ON_BASE + "rollout: [\n", "--config-name mine: while parsing"),
+        (ON_BASE + "# \xff\n", "--config-name mine: 'utf-8' codec can't decode byte 0xff"),
         ("defaults: [bsae]\n", "In 'mine': Could not load 'bsae'."),
         ("rollout:\n  n: 3\n", "--config-name mine: the recipe does not build on the typed tree."),
         ("", "--config-name mine: the recipe does not build on the typed tree."),

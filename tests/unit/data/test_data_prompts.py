@@ -166,6 +166,10 @@ def test_a_malformed_sft_response_names_its_row(tokenizer, write_jsonl, response
         ({"train_batch_size": 0}, r"data\.train_batch_size=0 must be > 0"),
         ({"val_batch_size": 0}, r"data\.val_batch_size=0 must be > 0"),
         ({"max_prompt_length": -1}, r"data\.max_prompt_length=-1 must be > 0"),
+        (
+            {"apply_chat_template_kwargs": {"tokenize": True}},
+            r"data\.apply_chat_template_kwargs\.tokenize=True is no variable",
+        ),
         ({"truncation": "lft"}, r"data\.truncation='lft' .*Did you mean 'left'"),
         ({"train_files": ""}, r"data\.train_files='' must be a path"),
         ({"train_files": ["a", ""]}, r"data\.train_files=\['a', ''\] must be a path"),
