@@ -45,6 +45,9 @@ class StageMemory:
     optimizer: int
     reference: int
     """Frozen copy of the first model, for a KL term."""
+    critic: int
+    """Weights, gradients and optimizer of the critic; its activations come when the actor's are
+    gone."""
     activations: int
     logits: int
 

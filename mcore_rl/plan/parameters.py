@@ -52,6 +52,7 @@ def stage_parameters(
     *,
     routers_are_frozen: bool = False,
     lora: LoraConfig | None = None,
+    has_output_layer: bool = True,
 ) -> list[StageParameters]:
     """Return what a rank of each pipeline stage holds, first stage first.
 
@@ -60,8 +61,11 @@ def stage_parameters(
         layout: divides the model (`models.layout.check_layout`).
         routers_are_frozen: `actor.megatron.moe_router_freeze`.
         lora: adapters, which then train alone; None: there are none.
+        has_output_layer: False for a critic, whose head is a row of numbers that is not counted.
     """
     entries = model_family(config).entries(config)
+    if not has_output_layer:
+        entries = [entry for entry in entries if entry.megatron_name != "output_layer.weight"]
     trained = _adapters(entries, lora) if lora else _trained(entries, routers_are_frozen)
     names = {entry.megatron_name for entry in trained}
     frozen = [entry for entry in entries if entry.megatron_name not in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from mcore_rl.data.packing import TokenBudget
 from mcore_rl.errors import require
 from mcore_rl.loop.inputs import check_model
 from mcore_rl.metrics import to_floats
-from mcore_rl.models.spec import model_family
+from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import (
     BYTES,
     StageMemory,
@@ -88,20 +89,23 @@ def stage_memory(
     # Under LoRA the base is the first model.
     needs_reference = cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward
     with_reference = needs_reference and cfg.model.lora is None
+    state = functools.partial(
+        state_memory,
+        layout=layout,
+        dtype=megatron.dtype,
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+    )
+    critic = _critic_parameters(cfg, layout) if cfg.has_critic else []
     memory = []
     for number, stage in enumerate(stages):
-        weights, gradients, optimizer = state_memory(
-            stage,
-            layout,
-            dtype=megatron.dtype,
-            use_distributed_optimizer=megatron.use_distributed_optimizer,
-        )
+        weights, gradients, optimizer = state(stage)
         memory.append(
             StageMemory(
                 weights=weights,
                 gradients=gradients,
                 optimizer=optimizer,
                 reference=weights if with_reference else 0,
+                critic=sum(state(critic[number])) if critic else 0,
                 activations=activation_memory(
                     arch,
                     layout,
@@ -120,6 +124,11 @@ def stage_memory(
             )
         )
     return memory
+
+
+def _critic_parameters(cfg: RunConfig, layout: Layout) -> list[StageParameters]:
+    hf_config = load_hf_config(str(cfg.critic.model.path or cfg.model.path))
+    return stage_parameters(hf_config, layout, has_output_layer=False)
 
 
 def _placement_lines(cfg: RunConfig, layout: Layout) -> Iterable[str]:

@@ -228,14 +228,21 @@ def test_activations_follow_the_schedule_and_recomputation():
 
 def test_a_copy_of_the_first_model_counts_where_a_kl_needs_it(argv, capsys):
     write_plan(config(argv))
-    without = reference_column(capsys.readouterr().out)
+    without = column(capsys.readouterr().out, "reference")
     write_plan(config(argv, "actor.use_kl_loss=true"))
-    assert without == 0 < reference_column(capsys.readouterr().out)
+    assert without == 0 < column(capsys.readouterr().out, "reference")
 
 
-def reference_column(out):
-    """Return the number under `reference` of the first stage."""
+def test_a_critic_counts_as_a_model_without_output_layer(argv, capsys):
+    write_plan(config(argv, "algorithm.adv_estimator=gae"))
+    out = capsys.readouterr().out
+    actor = sum(column(out, name) for name in ("weights", "gradients", "optimizer"))
+    assert column(out, "critic") == pytest.approx(actor, abs=0.02)  # the first stage has none
+
+
+def column(out, name):
+    """Return the number under `name` of the first stage."""
     lines = out.splitlines()
     number = next(i for i, line in enumerate(lines) if line.startswith("  stage "))
     names, cells = lines[number].replace("kv cache", "kv_cache").split(), lines[number + 1].split()
-    return float(cells[names.index("reference")])
+    return float(cells[names.index(name)])
