@@ -289,6 +289,21 @@ def test_a_run_goes_back_to_an_earlier_checkpoint_of_its_own(run_loop, whole):
     assert again.lines("samples.jsonl") == samples
 
 
+def test_steps_done_again_are_kept_and_not_those_left_from_before(run_loop, whole):
+    """global_step_4 is later than what the pointer names and counts for nothing."""
+    folder = whole.folder / "checkpoints"
+    overrides = [
+        *OVERRIDES,
+        "trainer.max_ckpt_to_keep=1",
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={folder}/global_step_2",
+    ]
+    how = {"steps": STEPS, "num_val": 3, "folder": "whole"}
+    again = run_loop(*overrides, **how, crash_at=("actor.update", 2))
+    assert again.checkpoints == ["global_step_3", "global_step_4", POINTER]
+    assert (folder / POINTER).read_text() == "3"
+
+
 def test_a_run_begins_with_a_checkpoint_of_another_and_goes_on_from_its_own(run_loop, whole):
     path = whole.folder / "checkpoints" / "global_step_2"
     overrides = [
