@@ -27,3 +27,9 @@ def make_model():
 @pytest.fixture(scope="session")
 def make_data():
     return load_script(EXAMPLES / "quickstart" / "make_data.py")
+
+
+@pytest.fixture(scope="session")
+def load_example():
+    """Return a function: (folder, name) -> a script of examples/ as a module."""
+    return lambda folder, name: load_script(EXAMPLES / folder / f"{name}.py")
