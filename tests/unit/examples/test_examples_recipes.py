@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from published_models import QWEN2_5_32B, QWEN2_5_MATH_7B, QWEN2_7B, QWEN3_30B_A3B
 from shell_commands import composed, run_script
-from transformers import Qwen2Config, Qwen3MoeConfig
 
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -22,42 +22,6 @@ RECIPES = sorted(script.parent.name for script in EXAMPLES.glob("*/run.sbatch"))
 VARIANTS = {"gmpo_qwen3_30b_a3b": ["gmpo_qwen3_30b_a3b_r3"]}
 """Other configurations that a folder's run.sh takes by RECIPE=."""
 
-QWEN2_7B = Qwen2Config(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    max_position_embeddings=32768,
-    tie_word_embeddings=False,
-)
-QWEN2_5_MATH_7B = Qwen2Config(**QWEN2_7B.to_diff_dict() | {"max_position_embeddings": 4096})
-QWEN2_5_32B = Qwen2Config(
-    vocab_size=152064,
-    hidden_size=5120,
-    intermediate_size=27648,
-    num_hidden_layers=64,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
-QWEN3_30B_A3B = Qwen3MoeConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=6144,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    norm_topk_prob=True,
-    max_position_embeddings=32768,
-    tie_word_embeddings=False,
-)
 MODELS = {
     "dapo_qwen2_5_32b": (QWEN2_5_32B, 141),
     "dr_grpo_qwen2_5_math_7b": (QWEN2_5_MATH_7B, 80),

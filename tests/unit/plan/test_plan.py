@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import Qwen3MoeConfig
+from published_models import QWEN3_30B_A3B
 
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -25,20 +25,6 @@ from mcore_rl.plan.report import write_plan
 from mcore_rl.plan.step import plan_step
 from mcore_rl.types import Layout
 
-QWEN3_30B_A3B = Qwen3MoeConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=6144,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    max_position_embeddings=40960,
-    tie_word_embeddings=False,
-)
 LAYOUT = Layout(tp=4, pp=2, ep=8, dp=8)
 NUM_ROWS = 64
 
