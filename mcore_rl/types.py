@@ -211,8 +211,8 @@ class Place:
     """Data-parallel rank: which micro-batches it gets."""
     reports_tokens: bool
     """Whether its results count; the other ranks of the same model return nothing."""
-    hosts_engine: bool
-    """Whether it can generate."""
+    engine: int | None
+    """Number of the engine that it hosts, whole or a part of; None: it cannot generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ def check_run(cfg: RunConfig) -> None:
     recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
-    engines_hold_whole_models(cfg)
+    engines_divide_the_workers(cfg)
     validation_data_is_named_when_asked_for(cfg)
 
 
@@ -303,14 +303,14 @@ def the_engine_holds_the_longest_sample(cfg: RunConfig) -> None:
     )
 
 
-def engines_hold_whole_models(cfg: RunConfig) -> None:
-    tp = cfg.rollout.tensor_model_parallel_size
+def engines_divide_the_workers(cfg: RunConfig) -> None:
+    """Train workers that lie side by side on one node host an engine together."""
+    tp, per_node = cfg.rollout.tensor_model_parallel_size, cfg.trainer.n_gpus_per_node
     require(
-        tp == 1,
+        per_node % tp == 0,
         "rollout.tensor_model_parallel_size",
         tp,
-        "is not supported yet: every train worker hosts an engine with the whole model",
-        "Use 1.",
+        f"does not divide trainer.n_gpus_per_node={per_node}",
     )
 
 

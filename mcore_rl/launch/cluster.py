@@ -57,6 +57,10 @@ class Cluster:
         self._cuts = {"actor": cut} | ({"critic": critic_cut} if critic_cut else {})
         self._workers = workers
         self._places: list[Place] = workers.call("place")
+        self._ranks_of_engine: dict[int, list[int]] = {}
+        for rank, place in enumerate(self._places):
+            if place.engine is not None:
+                self._ranks_of_engine.setdefault(place.engine, []).append(rank)
 
     def enter_step(self, step: int) -> None:
         """Have failures from here on name `step`."""
@@ -64,20 +68,21 @@ class Cluster:
 
     @property
     def num_engines(self) -> int:
-        return sum(place.hosts_engine for place in self._places)
+        return len(self._ranks_of_engine)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one result per request, in order, generated on all engines.
 
         Requests are dealt out one by one, so that neighbours (samples of one prompt, likely of
-        like length) spread over the engines.
+        like length) spread over the engines. All ranks of an engine get the same.
         """
-        engines = [rank for rank, place in enumerate(self._places) if place.hosts_engine]
-        shares: list[list[GenerationRequest]] = [[] for _ in self._places]
-        for number, request in enumerate(requests):
-            shares[engines[number % len(engines)]].append(request)
+        engines = list(self._ranks_of_engine.values())
+        shares: list[Sequence[GenerationRequest]] = [()] * len(self._places)
+        for number, ranks in enumerate(engines):
+            for rank in ranks:
+                shares[rank] = requests[number :: len(engines)]
         by_rank = self._workers.call_each("generate", [(share,) for share in shares])
-        answers = [iter(by_rank[rank]) for rank in engines]
+        answers = [iter(by_rank[ranks[0]]) for ranks in engines]
         return [next(answers[number % len(engines)]) for number in range(len(requests))]
 
     def sync_weights(self, version: int) -> Metrics:

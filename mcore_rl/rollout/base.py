@@ -62,7 +62,7 @@ class RolloutConfig:
     top_k: int = -1
     """Only -1, for the same reason."""
     tensor_model_parallel_size: int = 1
-    """Ranks per engine."""
+    """Train workers that host an engine together, each with a part of every layer."""
     dtype: str | None = None
     """Type of the engine's weights; None: that of the actor."""
     max_model_len: int | None = None
@@ -90,6 +90,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
+        tp = self.tensor_model_parallel_size
+        require(tp >= 1, "rollout.tensor_model_parallel_size", tp, "must be at least 1")
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")
         require(
             self.temperature > 0,

@@ -1,4 +1,7 @@
-"""vLLM in the process of the train worker.
+"""vLLM in the process of the train worker, or a part of it in each of several.
+
+With tensor parallelism every rank of the engine has an `LLM` of its own that schedules the same
+requests in the same order; the forward passes meet in vLLM's process group.
 
 The engine starts without weights (`load_format="dummy"`) and without a tokenizer; weights arrive
 by its native update lifecycle. Log-probabilities are those after temperature. Routed experts, when
@@ -10,6 +13,7 @@ the same process does not notice it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import random
@@ -24,8 +28,10 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import vllm
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.parallel_state import get_tp_group
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import (
@@ -68,6 +74,7 @@ class VllmEngine:
         self._stop_token_ids = list(spec.stop_token_ids)
         self._routing = spec.routing
         cfg = spec.config
+        self._is_part = cfg.tensor_model_parallel_size > 1
         self._on_cpu = on_cpu = not torch.cuda.is_available()
         settings: dict[str, Any] = {
             "model": spec.model_path,
@@ -77,6 +84,8 @@ class VllmEngine:
             "max_model_len": spec.max_model_len,
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": cfg.tensor_model_parallel_size,
+            # Ranks of the default process group that lie side by side make an engine.
+            "distributed_executor_backend": "external_launcher" if self._is_part else "uni",
             "enforce_eager": on_cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": WeightTransferConfig(backend="direct"),  # pyright: ignore
@@ -124,6 +133,8 @@ class VllmEngine:
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if len(outputs) != len(requests):
             raise RolloutError(f"{len(requests)} requests, {len(outputs)} results", role="rollout")
+        if self._is_part:
+            _check_lockstep([output.outputs[0].token_ids for output in outputs])
         routes = self._routed_experts(outputs)
         return [
             self._result(output.outputs[0], experts)
@@ -188,6 +199,18 @@ class VllmEngine:
 
     def close(self) -> None:
         del self._llm
+
+
+def _check_lockstep(responses: Sequence[Sequence[int]]) -> None:
+    """Raise a RolloutError unless all ranks of the engine drew the same tokens; collective."""
+    group = get_tp_group()
+    own = hashlib.sha256(repr([list(tokens) for tokens in responses]).encode()).hexdigest()
+    found: list[Any] = [None] * group.world_size
+    dist.all_gather_object(found, own, group=group.cpu_group)
+    if len(set(found)) > 1:
+        raise RolloutError(
+            f"the ranks {group.ranks} of one engine drew different tokens", role="rollout"
+        )
 
 
 ENGINES.add("vllm", VllmEngine)

@@ -34,18 +34,19 @@ class Worker:
         self.parallel = parallel.initialize(spec.layout, spec.actor.megatron.seed)
         self.actor = TrainWorker(spec.actor, self.parallel, device)
         self.critic = CriticWorker(spec.critic, self.parallel, device) if spec.critic else None
-        self.rollout = RolloutWorker(spec.engine) if spec.engine else None
+        self.rollout = RolloutWorker(spec.engine, self.parallel.rank) if spec.engine else None
 
     def place(self) -> Place:
         """Return where this rank stands, for the controller's placement of work."""
         return Place(
             dp_rank=self.parallel.dp.rank(),
             reports_tokens=self.parallel.reports_tokens,
-            hosts_engine=self.rollout is not None,
+            engine=self.rollout.number if self.rollout else None,
         )
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Generate on this process's engine."""
+        """Generate on this process's engine, together with its other ranks; the first of them
+        returns the results, the others none."""
         assert self.rollout is not None, "this process hosts no engine"
         return self.rollout.generate(requests)
 

@@ -135,6 +135,28 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, tm
     assert weights[0] == weights[1]
 
 
+def test_two_processes_host_one_engine_and_train_actor_and_critic(files, tmp_path):
+    """Every rank draws the same tokens, or the run ends; vLLM cuts the weights of each sync."""
+    argv = files.argv(
+        tmp_path / "run",
+        "rollout.tensor_model_parallel_size=2",
+        "algorithm.adv_estimator=gae",
+        "actor.policy_loss.loss_mode=vanilla",
+        "trainer.total_training_steps=2",
+    )
+    done = commands.run(*argv)
+    assert done.returncode == 0, done.stderr
+    lines = commands.read_metrics(tmp_path / "run")[:2]
+    for line in lines:
+        # float32 on both sides: 5e-6 observed.
+        assert line["mismatch/logprob_abs_diff/max"] <= 1e-3
+        assert line["critic/grad_norm"] > 0
+        assert line["actor/grad_norm"] > 0
+    assert [line["critic/values/mean"] == 0 for line in lines] == [True, False]
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("global_step_*")
+    assert {path.name for path in checkpoint.iterdir()} == {"actor", "critic", "controller.json"}
+
+
 def test_a_reward_that_fails_stops_the_run_and_names_the_sample(files, tmp_path):
     """One process is enough: what several do with a mistake is tested with the launcher."""
     argv = files.argv(

@@ -152,10 +152,10 @@ RULES = {
         "data.max_prompt_length + data.max_response_length = 2048.",
         ["rollout.max_model_len=2048"],
     ),
-    "engines_hold_whole_models": (
-        ["trainer.n_gpus_per_node=2", "rollout.tensor_model_parallel_size=2"],
-        "rollout.tensor_model_parallel_size=2 is not supported yet",
-        ["trainer.n_gpus_per_node=2"],
+    "engines_divide_the_workers": (
+        ["trainer.n_gpus_per_node=3", "rollout.tensor_model_parallel_size=2"],
+        "rollout.tensor_model_parallel_size=2 does not divide trainer.n_gpus_per_node=3.",
+        ["trainer.n_gpus_per_node=4", "rollout.tensor_model_parallel_size=2"],
     ),
     "validation_data_is_named_when_asked_for": (
         ["trainer.test_freq=5"],
@@ -177,7 +177,7 @@ NOT_OF_SFT = {
     "recorded_routes_are_replayed",
     "minibatches_divide_a_step",
     "the_engine_holds_the_longest_sample",
-    "engines_hold_whole_models",
+    "engines_divide_the_workers",
     "validation_data_is_named_when_asked_for",
 }
 

@@ -38,7 +38,7 @@ class EchoWorkers:
         return self.places[rank]
 
     def generate(self, rank, requests):
-        assert self.places[rank].hosts_engine or not requests
+        assert self.places[rank].engine is not None or not requests
         return [
             GenerationResult(
                 token_ids=[rank, *request.prompt_token_ids],
@@ -88,14 +88,17 @@ class EchoWorkers:
 
 
 def places(dp=2, model_ranks=1, engines=None):
-    """Return the places of dp x model_ranks ranks; the last rank of a model reports."""
+    """Return the places of dp x model_ranks ranks; the last rank of a model reports.
+
+    `engines` has the number of each rank's engine, or None; by default each has its own.
+    """
     world_size = dp * model_ranks
     engines = range(world_size) if engines is None else engines
     return [
         Place(
             dp_rank=rank // model_ranks,
             reports_tokens=rank % model_ranks == model_ranks - 1,
-            hosts_engine=rank in engines,
+            engine=engines[rank],
         )
         for rank in range(world_size)
     ]
@@ -130,7 +133,7 @@ def test_requests_are_dealt_one_by_one_and_results_come_back_in_order(num):
 
 
 def test_only_ranks_with_an_engine_get_requests():
-    cluster, _ = make_cluster(places(dp=4, engines=[1, 3]), dp=4)
+    cluster, _ = make_cluster(places(dp=4, engines=[None, 0, None, 1]), dp=4)
     assert cluster.num_engines == 2
     results = cluster.generate(requests(5))
     assert [result.token_ids for result in results] == [
@@ -140,6 +143,18 @@ def test_only_ranks_with_an_engine_get_requests():
         [3, 103],
         [1, 104],
     ]
+
+
+def test_all_ranks_of_an_engine_get_its_requests_and_the_first_one_answers():
+    cluster, workers = make_cluster(places(dp=4, engines=[0, 0, 1, 1]), dp=4)
+    assert cluster.num_engines == 2
+    results = cluster.generate(requests(3))
+    assert [result.token_ids for result in results] == [[0, 100], [2, 101], [0, 102]]
+    [(first,), (same,), (second,), (also,)] = workers.calls[-1][1]
+    assert [request.prompt_token_ids for request in first] == [[100], [102]]
+    assert first == same
+    assert [request.prompt_token_ids for request in second] == [[101]]
+    assert second == also
 
 
 @pytest.mark.parametrize("method", ["logprobs", "ref_logprobs"])

@@ -230,7 +230,7 @@ class FakeWorkers:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
             case "place":
                 return [
-                    Place(dp_rank=rank, reports_tokens=True, hosts_engine=True)
+                    Place(dp_rank=rank, reports_tokens=True, engine=rank)
                     for rank in range(self.world_size)
                 ]
             case "generate":
