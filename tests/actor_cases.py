@@ -6,6 +6,7 @@ processes give, the way the launcher does, and plans micro-batches the way `laun
 
 import contextlib
 import resource
+import threading
 
 import torch
 import torch.distributed as dist
@@ -229,16 +230,37 @@ def optimizer_state(worker):
     return steps, moments
 
 
+@contextlib.contextmanager
+def writers_held_back():
+    """Yield an event before which no checkpoint is written: whatever comes between its beginning
+    and its end has happened by then."""
+    from mcore_rl.megatron import checkpoint
+
+    write, may_write = checkpoint._write, threading.Event()
+
+    def write_then(*args):
+        may_write.wait()
+        write(*args)
+
+    checkpoint._write = write_then
+    try:
+        yield may_write
+    finally:
+        may_write.set()
+        checkpoint._write = write
+
+
 def run_script(spec, script, cut=ONE_MICRO_BATCH):
     """Do the commands of `script` and return after each (metrics or None, weights, Adam's state).
 
     Commands: ("begin_step",), ("update", sequences, objective), ("begin_save", folder),
-    ("end_save",), ("load", folder).
+    ("end_save",), ("load", folder). There is one save at most.
     """
-    with running_cluster(spec, cut) as (cluster, worker):
+    with running_cluster(spec, cut) as (cluster, worker), writers_held_back() as may_write:
         answers = []
         for method, *args in script:
             if method == "end_save":
+                may_write.set()
                 assert cluster.end_save(wait=True)
                 answer = None
             else:
