@@ -23,10 +23,10 @@ VARIANTS = {"gmpo_qwen3_30b_a3b": ["gmpo_qwen3_30b_a3b_r3"]}
 """Other configurations that a folder's run.sh takes by RECIPE=."""
 
 MODELS = {
-    "dapo_qwen2_5_32b": (QWEN2_5_32B, 141),
+    "dapo_qwen2_5_32b": (QWEN2_5_32B, 80),
     "dr_grpo_qwen2_5_math_7b": (QWEN2_5_MATH_7B, 80),
     "gmpo_qwen2_5_7b": (QWEN2_7B, 80),
-    "gmpo_qwen3_30b_a3b": (QWEN3_30B_A3B, 141),
+    "gmpo_qwen3_30b_a3b": (QWEN3_30B_A3B, 80),
     "gpg_kl_qwen2_7b": (QWEN2_7B, 80),
     "gpg_qwen2_7b": (QWEN2_7B, 80),
     "grpo": (QWEN2_7B, 80),
@@ -155,7 +155,10 @@ def test_the_recipe_for_qwen3_30b_a3b_has_every_parameter_of_its_source():
     assert (cfg.rollout.temperature, cfg.rollout.top_p, cfg.rollout.top_k) == (1.0, 1.0, -1)
     val = cfg.rollout.val_kwargs
     assert (val.n, val.do_sample, val.temperature, val.top_p) == (1, True, 1.0, 0.7)
-    assert cfg.rollout.engine_kwargs["max_num_batched_tokens"] == 10240
+    assert (cfg.rollout.tensor_model_parallel_size, cfg.rollout.max_num_batched_tokens) == (
+        4,
+        10240,
+    )
     assert cfg.actor.ppo_max_token_len_per_gpu == 20480
     optim = cfg.actor.optim
     assert (optim.lr, optim.lr_warmup_steps, optim.weight_decay) == (1e-6, 10, 0.1)
