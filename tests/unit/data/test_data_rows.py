@@ -44,6 +44,14 @@ def test_a_large_file_keeps_its_order_and_its_indices(tmp_path, form):
     assert len(rows) == 2500
 
 
+def test_a_bad_cell_of_a_large_table_is_named_by_its_row_in_the_file(tmp_path):
+    cells = [b"fine"] * 1500 + [b"\xff"]
+    text = pa.array(cells, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": text}), tmp_path / "train.data")
+    with pytest.raises(UserError, match=r"row 1500, column 'prompt': .*UTF-8"):
+        list(read_rows(str(tmp_path / "train.data")))
+
+
 @pytest.mark.parametrize("form", ["parquet", "lines"])
 def test_what_is_wrong_further_on_is_found_when_it_is_read(tmp_path, form):
     path = tmp_path / "train.data"
