@@ -1,5 +1,5 @@
 # make quickstart   install into .venv and watch a small mixture of experts learn by GMPO
-# make test         install into .venv and run the whole default test suite
+# make test         install into .venv and run the whole default test suite, two files at a time
 # make lint         ruff, pyright, codespell
 # make clean        remove .venv and outputs
 
@@ -17,7 +17,7 @@ quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
