@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mcore_rl.config.compose import compose_config, parse_command_line
-from mcore_rl.config.run import RunConfig
+from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.data.batch import pack, unpack
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.launch.cluster import Cluster
@@ -336,6 +336,7 @@ def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: in
     )
 
 
-def make_cluster(workers: FakeWorkers, cfg: RunConfig) -> Cluster:
-    critic_cut = cfg.critic.cut_over(1) if cfg.has_critic else None
+def make_cluster(workers: FakeWorkers, cfg: RunConfig | SftRunConfig) -> Cluster:
+    has_critic = isinstance(cfg, RunConfig) and cfg.has_critic
+    critic_cut = cfg.critic.cut_over(1) if has_critic else None
     return Cluster(workers, Layout(dp=workers.world_size), cfg.actor.cut, critic_cut)
