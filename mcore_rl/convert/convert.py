@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from mcore_rl import __version__
+from mcore_rl.convert.ahead import made_ahead
 from mcore_rl.convert.safetensors_stream import (
     SafetensorsSource,
     TensorInfo,
@@ -181,9 +182,13 @@ def mcore_to_hf(
             infos.sort(key=lambda info: -info.dtype.itemsize)
             with staged.writing(shard.file_name) as stream:
                 write_header(stream, infos)
-                for info in infos:
-                    for piece in hf_pieces(mcore, param_of[info.name], info.name):
-                        counter.add(stream.write(bytes_of(piece.to(info.dtype))))
+                pieces = (
+                    piece.to(info.dtype)
+                    for info in infos
+                    for piece in hf_pieces(mcore, param_of[info.name], info.name)
+                )
+                for piece in made_ahead(pieces):
+                    counter.add(stream.write(bytes_of(piece)))
         _write_model_files(staged, model_folder, next(iter(tensors.values())).dtype)
         if len(shards) > 1:
             staged.write(INDEX_FILE, index_text(shards).encode())
@@ -321,14 +326,17 @@ def _write_distcp(
     """Write one file and return the number of bytes that each piece takes in it."""
     ends = [0]
     with staged.writing(name) as stream:
-        for planned in pieces:
-            blocks = rows_of(planned.param.entry.mapping.blocks(0, 1), planned.rows)
-            shape, dtype = planned.piece.sizes, planned.piece.dtype
-            parts = (hf.read(block.hf_name, block.rows).to(dtype) for block in blocks)
-            write_tensor(stream, shape, dtype, parts)
+        for planned, parts in made_ahead((planned, _parts(planned, hf)) for planned in pieces):
+            write_tensor(stream, planned.piece.sizes, planned.piece.dtype, parts)
             ends.append(stream.tell())
             counter.add(planned.nbytes)
     return [end - start for start, end in pairwise(ends)]
+
+
+def _parts(planned: _PlannedPiece, hf: SafetensorsSource) -> list[Tensor]:
+    """Return the slices of Hugging Face tensors that make a piece, in order."""
+    blocks = rows_of(planned.param.entry.mapping.blocks(0, 1), planned.rows)
+    return [hf.read(block.hf_name, block.rows).to(planned.piece.dtype) for block in blocks]
 
 
 def _finished_lengths(staged: StagedFolder, name: str) -> list[int] | None:

@@ -1,0 +1,25 @@
+"""Reading and writing at the same time: what is written next is made while something is written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+_END: Any = object()
+
+
+def made_ahead(items: Iterable[Item], count: int = 2) -> Iterator[Item]:
+    """Yield the items in order; a thread of their own makes up to `count` of them ahead.
+
+    What making one raises is raised where it would come. When the caller stops early, the thread
+    ends with the items that it has begun.
+    """
+    coming = iter(items)
+    with ThreadPoolExecutor(1) as maker:
+        ahead = deque(maker.submit(next, coming, _END) for _ in range(count))
+        while (item := ahead.popleft().result()) is not _END:
+            ahead.append(maker.submit(next, coming, _END))
+            yield item
