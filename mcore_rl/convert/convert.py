@@ -223,7 +223,7 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
     model_path = OmegaConf.select(OmegaConf.load(config_file), "model.path")
     is_folder = model_path is not None and Path(model_path).is_dir()
     require(is_folder, "model.path", model_path, f"of {config_file} is not a folder here", fix)
-    return folder, Path(model_path)
+    return folder, Path(str(model_path))
 
 
 def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:
