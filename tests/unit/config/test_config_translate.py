@@ -80,7 +80,8 @@ actor_rollout_ref.actor.kl_loss_coef=0.001 actor_rollout_ref.actor.kl_loss_type=
 actor_rollout_ref.actor.entropy_coeff=0
 actor_rollout_ref.model.enable_gradient_checkpointing=True
 actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
-actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.gpu_memory_utilization=0.6
+actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.tensor_model_parallel_size=2
+actor_rollout_ref.rollout.gpu_memory_utilization=0.6
 actor_rollout_ref.rollout.n=5 actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4
 actor_rollout_ref.ref.megatron.pipeline_model_parallel_size=2
 actor_rollout_ref.ref.megatron.tensor_model_parallel_size=2
