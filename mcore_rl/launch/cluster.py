@@ -53,7 +53,7 @@ class Cluster:
     def __init__(
         self, workers: WorkerGroup, layout: Layout, cut: Cut, critic_cut: Cut | None = None
     ) -> None:
-        self.layout, self.cut = layout, cut
+        self.layout = layout
         self._cuts = {"actor": cut} | ({"critic": critic_cut} if critic_cut else {})
         self._workers = workers
         self._places: list[Place] = workers.call("place")
@@ -136,7 +136,9 @@ class Cluster:
     def update(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
         """Do one optimizer update of the actor on a minibatch of sequences; return its metrics."""
         plan = self._plan("actor", sequences)
-        return merge([self._update("actor", plan, objective), packing_metrics(plan, self.cut)])
+        return merge(
+            [self._update("actor", plan, objective), packing_metrics(plan, self._cuts["actor"])]
+        )
 
     def update_critic(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
         """Do one optimizer update of the critic on a minibatch of sequences; return its metrics."""

@@ -148,7 +148,7 @@ def test_two_processes_host_one_engine_and_train_actor_and_critic(files, tmp_pat
     assert done.returncode == 0, done.stderr
     lines = commands.read_metrics(tmp_path / "run")[:2]
     for line in lines:
-        # float32 on both sides: 5e-6 observed.
+        # float32 on both sides: 1.5e-5 observed with the model of the quickstart.
         assert line["mismatch/logprob_abs_diff/max"] <= 1e-3
         assert line["critic/grad_norm"] > 0
         assert line["actor/grad_norm"] > 0
