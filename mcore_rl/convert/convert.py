@@ -25,12 +25,8 @@ from torch import Tensor
 
 from mcore_rl import __version__
 from mcore_rl.convert.ahead import made_ahead
-from mcore_rl.convert.safetensors_stream import (
-    SafetensorsSource,
-    TensorInfo,
-    bytes_of,
-    write_header,
-)
+from mcore_rl.convert.parts import Part, append
+from mcore_rl.convert.safetensors_stream import SafetensorsSource, TensorInfo, write_header
 from mcore_rl.convert.staging import StagedFolder
 from mcore_rl.convert.stored import StoredParam, stored_params
 from mcore_rl.convert.torch_dist import (
@@ -46,7 +42,7 @@ from mcore_rl.convert.torch_dist import (
 )
 from mcore_rl.errors import require
 from mcore_rl.models.lora import is_adapter
-from mcore_rl.models.mappings import Range, Vocab, rows_of
+from mcore_rl.models.mappings import Range, Shape, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
     INDEX_FILE,
     CheckpointReader,
@@ -182,13 +178,11 @@ def mcore_to_hf(
             infos.sort(key=lambda info: -info.dtype.itemsize)
             with staged.writing(shard.file_name) as stream:
                 write_header(stream, infos)
-                pieces = (
-                    piece.to(info.dtype)
-                    for info in infos
-                    for piece in hf_pieces(mcore, param_of[info.name], info.name)
+                parts = (
+                    part for info in infos for part in _hf_parts(mcore, param_of[info.name], info)
                 )
-                for piece in made_ahead(pieces):
-                    counter.add(stream.write(bytes_of(piece)))
+                for part in made_ahead(parts):
+                    counter.add(append(stream, part))
         _write_model_files(staged, model_folder, next(iter(tensors.values())).dtype)
         if len(shards) > 1:
             staged.write(INDEX_FILE, index_text(shards).encode())
@@ -258,25 +252,8 @@ def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> N
 
 def read_param(mcore: TorchDistSource, param: StoredParam, rows: Range) -> Tensor:
     """Return rows of a parameter, [rows, ...]; do not write to it."""
-    first, last = rows
-    tail = param.shape[1:]
-    offsets = (*param.place, first, *(0 for _ in tail))
-    sizes = (*(1 for _ in param.place), last - first, *tail)
+    offsets, sizes = _rectangle(param, rows)
     return mcore.read(param.key, offsets, sizes).reshape(sizes[len(param.place) :])
-
-
-def hf_pieces(mcore: TorchDistSource, param: StoredParam, hf_name: str) -> Iterator[Tensor]:
-    """Yield the rows of a Hugging Face tensor that `param` holds, in order, piece by piece."""
-    runs: list[tuple[Range, int]] = []
-    top = 0
-    for block in param.entry.mapping.blocks(0, 1):
-        if block.hf_name == hf_name:
-            runs.append((block.rows, top))
-        top += block.num_rows
-    step = _rows_per_piece(param, mcore.dtype(param.key))
-    for (start, stop), top in sorted(runs):
-        for first, last in _ranges(stop - start, step):
-            yield read_param(mcore, param, (top + first, top + last))
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,11 +286,8 @@ def _pieces(
 ) -> Iterator[_PlannedPiece]:
     stored = [hf.dtype(source.name) for source in param.entry.mapping.sources]
     dtype = param.dtype(reduce(torch.promote_types, stored), wanted)
-    tail = param.shape[1:]
-    for first, last in _ranges(param.shape[0], _rows_per_piece(param, dtype)):
-        offsets = (*param.place, first, *(0 for _ in tail))
-        sizes = (*(1 for _ in param.place), last - first, *tail)
-        yield _PlannedPiece(param, (first, last), Piece(param.key, offsets, sizes, dtype))
+    for rows in _ranges(param.shape[0], _rows_per_piece(param, dtype)):
+        yield _PlannedPiece(param, rows, Piece(param.key, *_rectangle(param, rows), dtype))
 
 
 def _write_distcp(
@@ -326,17 +300,41 @@ def _write_distcp(
     """Write one file and return the number of bytes that each piece takes in it."""
     ends = [0]
     with staged.writing(name) as stream:
-        for planned, parts in made_ahead((planned, _parts(planned, hf)) for planned in pieces):
+        for planned, parts in made_ahead(
+            (planned, _mcore_parts(planned, hf)) for planned in pieces
+        ):
             write_tensor(stream, planned.piece.sizes, planned.piece.dtype, parts)
             ends.append(stream.tell())
             counter.add(planned.nbytes)
     return [end - start for start, end in pairwise(ends)]
 
 
-def _parts(planned: _PlannedPiece, hf: SafetensorsSource) -> list[Tensor]:
+def _mcore_parts(planned: _PlannedPiece, hf: SafetensorsSource) -> list[Part]:
     """Return the slices of Hugging Face tensors that make a piece, in order."""
-    blocks = rows_of(planned.param.entry.mapping.blocks(0, 1), planned.rows)
-    return [hf.read(block.hf_name, block.rows).to(planned.piece.dtype) for block in blocks]
+    dtype = planned.piece.dtype
+    return [
+        hf.span(block.hf_name, block.rows)
+        if hf.dtype(block.hf_name) == dtype
+        else hf.read(block.hf_name, block.rows).to(dtype)
+        for block in rows_of(planned.param.entry.mapping.blocks(0, 1), planned.rows)
+    ]
+
+
+def _hf_parts(mcore: TorchDistSource, param: StoredParam, info: TensorInfo) -> Iterator[Part]:
+    """Yield the rows of a Hugging Face tensor that `param` holds, in order, piece by piece."""
+    runs: list[tuple[Range, int]] = []
+    top = 0
+    for block in param.entry.mapping.blocks(0, 1):
+        if block.hf_name == info.name:
+            runs.append((block.rows, top))
+        top += block.num_rows
+    stored = mcore.dtype(param.key)
+    step = _rows_per_piece(param, stored)
+    for (start, stop), top in sorted(runs):
+        for first, last in _ranges(stop - start, step):
+            rows = top + first, top + last
+            span = mcore.span(param.key, *_rectangle(param, rows)) if stored == info.dtype else None
+            yield span or read_param(mcore, param, rows).to(info.dtype)
 
 
 def _finished_lengths(staged: StagedFolder, name: str) -> list[int] | None:
@@ -370,6 +368,15 @@ def _by_file(pieces: Sequence[_PlannedPiece], file_bytes: int) -> Iterator[list[
         group.append(piece)
         num_bytes += piece.nbytes
     yield group
+
+
+def _rectangle(param: StoredParam, rows: Range) -> tuple[Shape, Shape]:
+    """Return offsets and sizes of rows of a parameter in the tensor of its key."""
+    (first, last), tail = rows, param.shape[1:]
+    return (
+        (*param.place, first, *(0 for _ in tail)),
+        (*(1 for _ in param.place), last - first, *tail),
+    )
 
 
 def _rows_per_piece(param: StoredParam, dtype: torch.dtype) -> int:

@@ -13,12 +13,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from mcore_rl.errors import UserError, require
+from mcore_rl.convert.parts import FileSpan, bytes_of
+from mcore_rl.errors import require
 from mcore_rl.models.mappings import Range, Shape
 from mcore_rl.models.safetensors_io import CheckpointReader
 
@@ -68,15 +69,22 @@ class SafetensorsSource:
         require(dtype in DTYPES, f"checkpoint {self._reader.folder}: dtype of {name}", dtype, rule)
         return DTYPES[dtype]
 
-    def read(self, name: str, rows: Range | None = None) -> Tensor:
-        """Return `tensor[rows]`, None meaning all, in memory of its own."""
-        descriptor, header, data_start = self._open(self._reader.file(name))
+    def span(self, name: str, rows: Range | None = None) -> FileSpan:
+        """Return where `tensor[rows]` lies, None meaning all."""
+        file = self._reader.file(name)
+        descriptor, header, data_start = self._open(file)
         shape = header[name]["shape"]
         first, last = rows or (0, shape[0])
-        tensor = torch.empty((last - first, *shape[1:]), dtype=self.dtype(name))
-        row_bytes = torch.Size(shape[1:]).numel() * tensor.itemsize
+        row_bytes = torch.Size(shape[1:]).numel() * self.dtype(name).itemsize
         start = data_start + header[name]["data_offsets"][0] + first * row_bytes
-        _read_exactly(descriptor, bytes_of(tensor), start, self._reader.file(name))
+        return FileSpan(file, descriptor, start, (last - first) * row_bytes)
+
+    def read(self, name: str, rows: Range | None = None) -> Tensor:
+        """Return `tensor[rows]`, None meaning all, in memory of its own."""
+        shape = self._reader.shape(name)
+        first, last = rows or (0, shape[0])
+        tensor = torch.empty((last - first, *shape[1:]), dtype=self.dtype(name))
+        self.span(name, rows).read(bytes_of(tensor))
         return tensor
 
     def close(self) -> None:
@@ -108,18 +116,3 @@ def write_header(stream: BinaryIO, tensors: Sequence[TensorInfo]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU, row by row; shared where it is contiguous."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def _read_exactly(descriptor: int, into: memoryview, start: int, file: Path) -> None:
-    done = 0
-    while done < len(into):  # one call reads 2 GiB at most
-        count = os.preadv(descriptor, [into[done:]], start + done)
-        if count == 0:
-            raise UserError(f"{file} was cut short while it was read.")
-        done += count

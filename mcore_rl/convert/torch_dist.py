@@ -15,14 +15,16 @@ import json
 import pickle
 import struct
 import zipfile
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -33,13 +35,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mcore_rl.convert.safetensors_stream import bytes_of
+from mcore_rl.convert.parts import FileSpan, Part, append, bytes_of
 from mcore_rl.errors import UserError, require
-from mcore_rl.models.mappings import Shape
+from mcore_rl.models.mappings import Range, Shape
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
 _CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One rectangle as torch.save wrote it."""
+
+    layout: Tensor
+    """On the meta device: shape, strides and offset in what `numbers` holds."""
+    numbers: FileSpan
 
 
 class TorchDistSource:
@@ -62,6 +73,8 @@ class TorchDistSource:
             raise UserError(f"{self.folder / METADATA_FILE} is damaged: {error!r}.") from error
         self._check_files()
         self._streams: dict[str, BinaryIO] = {}
+        self._sorted: dict[str, tuple[list[int], list[ChunkStorageMetadata]]] = {}
+        self._stored: dict[MetadataIndex, _Stored] = {}
         self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
 
     def tensor_keys(self) -> list[str]:
@@ -80,6 +93,17 @@ class TorchDistSource:
         """Return the dtype of a tensor."""
         return self._tensor(key).properties.dtype
 
+    def span(self, key: str, offsets: Shape, sizes: Shape) -> FileSpan | None:
+        """Return where the rectangle of that size at those offsets lies in a file, row by row; None
+        where it does not lie in one piece."""
+        for chunk, overlap in self._overlapping(key, offsets, sizes):
+            stored = self._find(MetadataIndex(key, chunk.offsets))
+            part = stored.layout[_slices(overlap, chunk.offsets)]
+            if part.shape == torch.Size(sizes) and part.is_contiguous():
+                return stored.numbers.part(int(part.storage_offset()) * part.itemsize, part.nbytes)
+            return None
+        return None
+
     def read(self, key: str, offsets: Shape, sizes: Shape) -> Tensor:
         """Return the rectangle of that size at those offsets; do not write to it.
 
@@ -87,15 +111,7 @@ class TorchDistSource:
             UserError: if there is no such tensor, or its pieces do not cover the rectangle.
         """
         result, covered = None, 0
-        for chunk in self._tensor(key).chunks:
-            overlap = [
-                (max(start, at), min(start + size, at + length))
-                for start, size, at, length in zip(
-                    offsets, sizes, chunk.offsets, chunk.sizes, strict=True
-                )
-            ]
-            if any(first >= last for first, last in overlap):
-                continue
+        for chunk, overlap in self._overlapping(key, offsets, sizes):
             stored = self._load(MetadataIndex(key, chunk.offsets))
             part = stored[_slices(overlap, chunk.offsets)]
             if part.shape == torch.Size(sizes):
@@ -113,6 +129,7 @@ class TorchDistSource:
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
+        self._stored.clear()
         self._cache.clear()
 
     def _check_files(self) -> None:
@@ -139,24 +156,70 @@ class TorchDistSource:
             )
         return found
 
+    def _overlapping(
+        self, key: str, offsets: Shape, sizes: Shape
+    ) -> Iterator[tuple[ChunkStorageMetadata, list[Range]]]:
+        """Yield the stored rectangles that have numbers of the one asked for, each with what both
+        have, as a range in each dimension."""
+        for chunk in self._near(key, offsets[0], offsets[0] + sizes[0]):
+            overlap = [
+                (max(start, at), min(start + size, at + length))
+                for start, size, at, length in zip(
+                    offsets, sizes, chunk.offsets, chunk.sizes, strict=True
+                )
+            ]
+            if all(first < last for first, last in overlap):
+                yield chunk, overlap
+
+    def _near(self, key: str, first: int, last: int) -> list[ChunkStorageMetadata]:
+        """Return the stored rectangles of a key that may have rows `first` to `last`.
+
+        A key that stacks the experts of all layers has thousands.
+        """
+        if key not in self._sorted:
+            chunks = sorted(self._tensor(key).chunks, key=lambda chunk: chunk.offsets)
+            self._sorted[key] = [chunk.offsets[0] for chunk in chunks], chunks
+        starts, chunks = self._sorted[key]
+        longest = max(chunk.sizes[0] for chunk in chunks)
+        return chunks[bisect_right(starts, first - longest) : bisect_left(starts, last)]
+
+    def _find(self, index: MetadataIndex) -> _Stored:
+        if index in self._stored:
+            return self._stored[index]
+        info = self._metadata.storage_data[index]
+        file = self.folder / info.relative_path
+        if info.relative_path not in self._streams:
+            self._streams[info.relative_path] = file.open("rb")
+        stream = self._streams[info.relative_path]
+        part: Any = _FilePart(stream, info.offset, info.length)
+        try:
+            with FakeTensorMode():  # reads everything but the numbers
+                fake = torch.load(part, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{file} is damaged at byte {info.offset}.") from error
+        storage = fake.untyped_storage()
+        start, num_bytes = storage._checkpoint_offset, storage.nbytes()
+        numbers = FileSpan(file, stream.fileno(), info.offset, info.length).part(start, num_bytes)
+        layout = torch.empty(num_bytes // fake.itemsize, dtype=fake.dtype, device="meta")
+        layout = layout.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+        self._stored[index] = _Stored(layout, numbers)
+        return self._stored[index]
+
     def _load(self, index: MetadataIndex) -> Tensor:
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
-        info = self._metadata.storage_data[index]
-        if info.relative_path not in self._streams:
-            self._streams[info.relative_path] = (self.folder / info.relative_path).open("rb")
+        stored = self._find(index)
         num_kept = sum(tensor.nbytes for tensor in self._cache.values())
-        while self._cache and num_kept + info.length > _CACHE_BYTES:
+        while self._cache and num_kept + stored.numbers.nbytes > _CACHE_BYTES:
             num_kept -= self._cache.popitem(last=False)[1].nbytes
-        part: Any = _FilePart(self._streams[info.relative_path], info.offset, info.length)
-        try:
-            tensor = torch.load(part, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            file = self.folder / info.relative_path
-            raise UserError(f"{file} is damaged at byte {info.offset}.") from error
-        self._cache[index] = tensor
-        return tensor
+        layout = stored.layout
+        numbers = torch.empty(stored.numbers.nbytes // layout.itemsize, dtype=layout.dtype)
+        stored.numbers.read(bytes_of(numbers))
+        self._cache[index] = numbers.as_strided(
+            layout.shape, layout.stride(), layout.storage_offset()
+        )
+        return self._cache[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +241,7 @@ class Location:
     length: int
 
 
-def write_tensor(
-    stream: BinaryIO, shape: Shape, dtype: torch.dtype, parts: Iterable[Tensor]
-) -> None:
+def write_tensor(stream: BinaryIO, shape: Shape, dtype: torch.dtype, parts: Iterable[Part]) -> None:
     """Write what torch.save writes for a tensor, without having it in one piece.
 
     Args:
@@ -193,7 +254,7 @@ def write_tensor(
     stream.write(before)
     num_bytes = 0
     for part in parts:
-        num_bytes += stream.write(bytes_of(part))
+        num_bytes += append(stream, part)
     assert num_bytes == torch.Size(shape).numel() * dtype.itemsize, (shape, dtype, num_bytes)
     stream.write(after)
 

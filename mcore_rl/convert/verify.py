@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from mcore_rl.convert.convert import read_param
-from mcore_rl.convert.safetensors_stream import SafetensorsSource, bytes_of
+from mcore_rl.convert.parts import bytes_of
+from mcore_rl.convert.safetensors_stream import SafetensorsSource
 from mcore_rl.convert.stored import StoredParam, stored_params
 from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.data.packing import SequenceCount, plan_micro_batches

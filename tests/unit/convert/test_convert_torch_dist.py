@@ -5,7 +5,37 @@ import io
 import pytest
 import torch
 
-from mcore_rl.convert.torch_dist import write_tensor
+from mcore_rl.convert.torch_dist import (
+    FORMAT_FILE,
+    METADATA_FILE,
+    Location,
+    Piece,
+    TorchDistSource,
+    format_bytes,
+    metadata_bytes,
+    write_tensor,
+)
+
+WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Return a function: (offsets, tensor) of each rectangle as torch.save has it -> its source."""
+
+    def source_of(*rectangles):
+        located = []
+        with (tmp_path / "0.distcp").open("wb") as stream:
+            for offsets, tensor in rectangles:
+                start = stream.tell()
+                torch.save(tensor, stream)
+                piece = Piece("key", offsets, tuple(tensor.shape), tensor.dtype)
+                located.append((piece, Location("0.distcp", start, stream.tell() - start)))
+        (tmp_path / METADATA_FILE).write_bytes(metadata_bytes({"key": WHOLE.shape}, located, {}))
+        (tmp_path / FORMAT_FILE).write_bytes(format_bytes())
+        return TorchDistSource(tmp_path)
+
+    return source_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -34,3 +64,29 @@ def test_the_bytes_beside_the_numbers_and_checksums_are_those_of_torch():
 def test_too_few_numbers_are_not_written_silently():
     with pytest.raises(AssertionError, match="float32"):
         write_tensor(io.BytesIO(), (2, 2), torch.float32, [torch.zeros(1, 2)])
+
+
+RECTANGLES = {
+    "rows": [((0, 0), WHOLE[:4].clone()), ((4, 0), WHOLE[4:].clone())],
+    "rows that share a storage": [((0, 0), WHOLE[:4]), ((4, 0), WHOLE[4:])],
+    "columns": [((0, 0), WHOLE[:, :3].clone()), ((0, 3), WHOLE[:, 3:].clone())],
+    "transposed": [((0, 0), WHOLE.T.contiguous().T)],
+}
+
+
+@pytest.mark.parametrize("kind", RECTANGLES)
+def test_every_rectangle_is_read_however_it_is_stored(stored, kind):
+    """A span is given exactly where the numbers lie in one piece, and holds these numbers."""
+    source = stored(*RECTANGLES[kind])
+    num_spans = 0
+    for top, left, height, width in [(0, 0, 6, 8), (1, 0, 2, 8), (5, 0, 1, 8), (2, 1, 3, 4)]:
+        expected = WHOLE[top : top + height, left : left + width]
+        assert torch.equal(source.read("key", (top, left), (height, width)), expected)
+        span = source.span("key", (top, left), (height, width))
+        if span is not None:
+            num_spans += 1
+            found = torch.empty(height, width)
+            span.read(memoryview(found.view(-1).numpy()).cast("B"))
+            assert torch.equal(found, expected)
+    assert num_spans == (2 if kind.startswith("rows") else 0)
+    source.close()
