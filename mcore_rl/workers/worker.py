@@ -15,10 +15,10 @@ from mcore_rl.megatron import cpu, parallel
 from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.types import Place
+from mcore_rl.workers.actor_worker import ActorWorker
 from mcore_rl.workers.critic_worker import CriticWorker
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.spec import WorkerSpec
-from mcore_rl.workers.train_worker import TrainWorker
 
 
 class Worker:
@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec, device: torch.device) -> None:
         cpu.install()
         self.parallel = parallel.initialize(spec.layout, spec.actor.megatron.seed)
-        self.actor = TrainWorker(spec.actor, self.parallel, device)
+        self.actor = ActorWorker(spec.actor, self.parallel, device)
         self.critic = CriticWorker(spec.critic, self.parallel, device) if spec.critic else None
         self.rollout = RolloutWorker(spec.engine, self.parallel.rank) if spec.engine else None
 

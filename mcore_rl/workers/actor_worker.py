@@ -47,7 +47,7 @@ from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
 from mcore_rl.workers.spec import ActorSpec
 
 
-class TrainWorker(ModelWorker):
+class ActorWorker(ModelWorker):
     """One rank of the actor.
 
     Args:
