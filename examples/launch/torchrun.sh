@@ -10,7 +10,7 @@ set -euo pipefail
 RECIPE=$1
 shift
 for name in MODEL TRAIN_DATA VAL_DATA NNODES; do
-    [ -n "${!name:-}" ] || { echo "error: set $name; see ${BASH_SOURCE[0]}" >&2; exit 2; }
+    [ -n "${!name:-}" ] || { echo "error: set $name; see examples/launch/torchrun.sh" >&2; exit 2; }
 done
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 LAUNCHER=(
