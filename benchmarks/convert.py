@@ -4,10 +4,10 @@
     python benchmarks/convert.py --gib 0.1 --folder /mnt/disk     # a small one, on that disk
 
 Makes a random Qwen3-MoE checkpoint (bfloat16, shards of about 1 GB) in a temporary folder and runs
-`mcore-rl convert` in both directions, each in a process of its own. Compared with `cp -r` of the
-same files and `sync`, before and after; the page cache is warm for both. `seconds` is what a user
-waits for; `import_seconds` of them go by before the first byte, the time of a process that imports
-the same and ends.
+`mcore-rl convert` in both directions, each in a process of its own and turn about with `cp -r` of
+the same files and `sync`; the page cache is warm for both. Figures are medians of `--rounds`.
+`seconds` is what a user waits for; `import_seconds` of them go by before the first byte, the time
+of a process that imports the same and ends.
 
 Memory is the largest sum of anonymous and mapped file pages that the process ever held: ru_maxrss
 of the child. (It is never below that of this process, which forked it: 0.4 GB.)
@@ -27,6 +27,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -98,7 +100,7 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def run(folder: Path, num_bytes: int) -> list[dict[str, float | str]]:
+def run(folder: Path, num_bytes: int, rounds: int) -> list[dict[str, Any]]:
     """Measure both directions in `folder`."""
     hf, mcore, back, copy = (folder / name for name in ("hf", "mcore", "back", "copy"))
     # In a process of its own: what this one ever held would count as its children's.
@@ -109,24 +111,28 @@ def run(folder: Path, num_bytes: int) -> list[dict[str, float | str]]:
     maker.join()
     total = json.loads((hf / INDEX_FILE).read_text())["metadata"]["total_size"]
     convert = [sys.executable, "-m", "mcore_rl.convert"]
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     for direction, source, target in (("hf-to-mcore", hf, mcore), ("mcore-to-hf", mcore, back)):
-        os.sync()
-        before = copied(source, copy)
         imports, _ = measured([sys.executable, "-c", "import mcore_rl.convert.convert"])
-        seconds, memory = measured([*convert, direction, str(source), str(target)])
-        after = copied(source, copy)
+        copies, conversions, memory = [], [], 0.0
+        for _ in range(rounds):
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()
+            copies.append(copied(source, copy))
+            os.sync()
+            seconds, peak = measured([*convert, direction, str(source), str(target)])
+            conversions.append(seconds)
+            memory = max(memory, peak)
         row = {
             "direction": direction,
-            "size_gb": total / 1e9,
-            "seconds": seconds,
-            "cp_sync_seconds_before": before,
-            "cp_sync_seconds_after": after,
-            "import_seconds": imports,
-            "time_ratio": (seconds - imports) / ((before + after) / 2),
-            "peak_rss_gb": memory,
+            "size_gb": round(total / 1e9, 2),
+            "seconds": [round(seconds, 2) for seconds in conversions],
+            "cp_sync_seconds": [round(seconds, 2) for seconds in copies],
+            "import_seconds": round(imports, 2),
+            "time_ratio": round((median(conversions) - imports) / median(copies), 2),
+            "peak_rss_gb": round(memory, 2),
         }
-        print(json.dumps({key: v if isinstance(v, str) else round(v, 2) for key, v in row.items()}))
+        print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
 
@@ -140,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--folder", type=Path, help="where to work; default: temporary files'")
+    parser.add_argument("--rounds", type=int, default=3, help="of copy and conversion")
     args = parser.parse_args()
     num_bytes = int(args.gib * 2**30)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="convert-") as folder:
@@ -147,11 +154,11 @@ def main() -> None:
         needed = 4 * num_bytes + 2**30  # three checkpoints, a copy, and room for others
         if free < needed:
             parser.error(f"{folder} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} needed")
-        rows = run(Path(folder), num_bytes)
+        rows = run(Path(folder), num_bytes, args.rounds)
     sys.exit(
         int(
             any(
-                float(row["peak_rss_gb"]) > MEMORY_LIMIT_GB or float(row["time_ratio"]) > TIME_LIMIT
+                row["peak_rss_gb"] > MEMORY_LIMIT_GB or row["time_ratio"] > TIME_LIMIT
                 for row in rows
             )
         )
