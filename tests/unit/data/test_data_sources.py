@@ -69,7 +69,7 @@ def test_one_of_several_configurations_has_to_be_named(folder):
 
 
 def test_a_data_set_of_the_hub_is_read_from_its_cache(folder, tmp_path, monkeypatch):
-    """The library's real cache, as it lies on disk; the download itself is not covered here."""
+    """The library's real cache, as it lies on disk; for the download see test_data_hub."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     commit = "0123456789abcdef0123456789abcdef01234567"
