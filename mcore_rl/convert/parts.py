@@ -7,6 +7,7 @@ them into fresh memory and writing them. So what is neither cast nor cut across 
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ import torch
 from torch import Tensor
 
 from mcore_rl.errors import UserError
+
+_NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system answers that cannot send its files within the kernel."""
+
+_READ_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,18 @@ class FileSpan:
         Raises:
             UserError: if the file ends before.
         """
-        stream.flush()  # what follows goes past its buffer
         done = 0
         while done < self.nbytes:
-            count = os.sendfile(
-                stream.fileno(), self.descriptor, self.start + done, self.nbytes - done
-            )
+            stream.flush()  # what follows goes past its buffer
+            try:
+                count = os.sendfile(
+                    stream.fileno(), self.descriptor, self.start + done, self.nbytes - done
+                )
+            except OSError as error:
+                if error.errno not in _NOT_OFFERED:
+                    raise
+                size = min(_READ_BYTES, self.nbytes - done)
+                count = stream.write(os.pread(self.descriptor, size, self.start + done))
             self._require_some(count)
             done += count
 

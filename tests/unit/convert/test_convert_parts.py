@@ -1,5 +1,8 @@
 """Bytes that go from file to file arrive in their order, and a file that ends early is noticed."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -16,7 +19,14 @@ def span(tmp_path):
         yield FileSpan(file, stream.fileno(), 500, 3000)
 
 
-def test_spans_and_tensors_are_appended_in_their_order(span, tmp_path):
+def refuse(*args):
+    raise OSError(errno.EINVAL, "not here")
+
+
+@pytest.mark.parametrize("send", [os.sendfile, refuse])
+def test_spans_and_tensors_are_appended_in_their_order(span, tmp_path, monkeypatch, send):
+    """Also where the file system cannot send."""
+    monkeypatch.setattr(os, "sendfile", send)
     numbers = torch.arange(6, dtype=torch.int16)
     with (tmp_path / "out").open("wb") as stream:
         stream.write(b"head")
