@@ -40,7 +40,8 @@ def _k2(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
 
 def _k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
     x_T = (ref_logprobs_T - logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (x_T.exp() - x_T - 1).clamp(-_MAX_K3, _MAX_K3)
+    # exp(x) - 1 in float32 loses the digits of a small x: down to -6e-8 where 0 is right.
+    return (x_T.expm1() - x_T).clamp(max=_MAX_K3)
 
 
 _ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

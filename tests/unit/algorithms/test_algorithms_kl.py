@@ -48,6 +48,16 @@ def test_k3_is_cut_where_it_would_overflow():
     assert gradient_T.tolist() == [0.0, 0.0]
 
 
+def test_k3_of_models_that_nearly_agree_is_small_and_never_negative_in_float32():
+    x_T = torch.logspace(-8, 0, 2001)
+    x_T = torch.cat([x_T, -x_T])
+    value_T = kl_penalty(torch.zeros_like(x_T), x_T, "k3")
+    exact_T = x_T.double().expm1() - x_T.double()
+    assert (value_T >= 0).all()
+    # Half a last digit of exp(x) - 1 < 2, and of the difference; observed 6e-8, without expm1 2e-7.
+    assert (value_T - exact_T).abs().max() < 1e-7
+
+
 def test_k1_and_k3_are_unbiased_and_k2_has_the_gradient_of_the_kl():
     """Expectations over all tokens of a small vocabulary, exactly, instead of by sampling."""
     generator = torch.Generator().manual_seed(0)
