@@ -20,11 +20,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,6 +41,16 @@ from mcore_rl.models.mappings import Range, Shape
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
 _CACHE_BYTES = 64 * 2**20
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+}
+# What reading an archive or a pickle with wrong bytes in it raises.
+_DAMAGE = (
+    *(zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError),
+    *(AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +99,16 @@ class TorchDistSource:
         return tuple(self._tensor(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        return self._tensor(key).properties.dtype
+        """Return the dtype of a tensor.
+
+        Raises:
+            UserError: if it is not one that can be converted.
+        """
+        dtype = self._tensor(key).properties.dtype
+        rule = f"is not one of {', '.join(map(str, _STORAGES.values()))}"
+        known = dtype in _STORAGES.values()
+        require(known, f"checkpoint {self.folder}: dtype of {key}", dtype, rule)
+        return dtype
 
     def span(self, key: str, offsets: Shape, sizes: Shape) -> FileSpan | None:
         """Return where the rectangle of that size at those offsets lies in a file, row by row; None
@@ -193,15 +210,11 @@ class TorchDistSource:
         stream = self._streams[info.relative_path]
         part: Any = _FilePart(stream, info.offset, info.length)
         try:
-            with FakeTensorMode():  # reads everything but the numbers
-                fake = torch.load(part, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            layout, start = _find_numbers(part)
+        except _DAMAGE as error:
             raise UserError(f"{file} is damaged at byte {info.offset}.") from error
-        storage = fake.untyped_storage()
-        start, num_bytes = storage._checkpoint_offset, storage.nbytes()
-        numbers = FileSpan(file, stream.fileno(), info.offset, info.length).part(start, num_bytes)
-        layout = torch.empty(num_bytes // fake.itemsize, dtype=fake.dtype, device="meta")
-        layout = layout.as_strided(fake.shape, fake.stride(), fake.storage_offset())
+        archive = FileSpan(file, stream.fileno(), info.offset, info.length)
+        numbers = archive.part(start, _storage_bytes(layout))
         self._stored[index] = _Stored(layout, numbers)
         return self._stored[index]
 
@@ -312,11 +325,56 @@ def _around_the_numbers(shape: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]
     as it is left out where torch.serialization.set_crc32_options(False) is set.
     """
     archive = saved_bytes(torch.zeros(shape, dtype=dtype))
-    with zipfile.ZipFile(io.BytesIO(archive)) as names:
-        (entry,) = (info for info in names.infolist() if info.filename.endswith("/data/0"))
-    name_length, extra_length = struct.unpack_from("<HH", archive, entry.header_offset + 26)
+    layout, start = _find_numbers(io.BytesIO(archive))
+    return archive[:start], archive[start + layout.nbytes :]
+
+
+def _find_numbers(stream: IO[bytes]) -> tuple[Tensor, int]:
+    """Return the layout of a tensor that torch.save wrote, on the meta device, and where in the
+    archive the numbers of its storage begin. Reads everything but these."""
+    with zipfile.ZipFile(stream) as archive:
+        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        layout, key = _TensorPickle(io.BytesIO(archive.read(pickled))).load()
+        entry = archive.getinfo(f"{pickled.removesuffix('.pkl')}/{key}")
+    stream.seek(entry.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", stream.read(4))
     start = entry.header_offset + 30 + name_length + extra_length
-    return archive[:start], archive[start + entry.file_size :]
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != _storage_bytes(layout):
+        raise zipfile.BadZipFile(f"{entry.filename} is not {_storage_bytes(layout)} bytes")
+    return layout, start
+
+
+def _storage_bytes(layout: Tensor) -> int:
+    return layout.untyped_storage().nbytes()
+
+
+class _TensorPickle(pickle.Unpickler):
+    """Reads what torch.save pickles of a tensor beside its numbers, and nothing else: `load`
+    returns its layout on the meta device and the name of its storage.
+
+    torch.load does the same in ten times the time, which counts where a checkpoint has a rectangle
+    per expert.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._layout
+        if (module, name) == ("collections", "OrderedDict"):  # the tensor's hooks: none
+            return OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a tensor")
+
+    def persistent_load(self, pid: Any) -> tuple[Tensor, str]:
+        _, dtype, key, _, num_elements = pid
+        return torch.empty(num_elements, dtype=dtype, device="meta"), key
+
+    @staticmethod
+    def _layout(
+        storage: tuple[Tensor, str], offset: int, size: Shape, stride: Shape, *_: Any
+    ) -> tuple[Tensor, str]:
+        numbers, key = storage
+        return numbers.as_strided(size, stride, offset), key
 
 
 def _info(location: Location) -> _StorageInfo:

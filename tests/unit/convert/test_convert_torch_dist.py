@@ -15,6 +15,20 @@ from mcore_rl.convert.torch_dist import (
     metadata_bytes,
     write_tensor,
 )
+from mcore_rl.errors import UserError
+
+
+class Calls:
+    """Makes a file when it is unpickled, and passes for a tensor when it is written."""
+
+    shape, dtype = (6, 8), torch.float32
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return self.file.touch, ()
+
 
 WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
 
@@ -59,6 +73,21 @@ def test_the_bytes_beside_the_numbers_and_checksums_are_those_of_torch():
     different = sum(a != b for a, b in zip(ours.getvalue(), theirs.getvalue(), strict=True))
     # Two checksums of four bytes, and a name of 40 digits that torch derives from them.
     assert 0 < different <= 2 * 4 + 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_dtypes_that_are_not_of_weights_are_refused(stored, dtype):
+    source = stored(((0, 0), WHOLE.to(dtype)))
+    with pytest.raises(UserError, match=rf"dtype of key.*{dtype}.*is not one of torch.float32, "):
+        source.dtype("key")
+
+
+def test_code_in_a_checkpoint_is_not_run(stored, tmp_path):
+    """A pickle that calls something else than a tensor is made of is damage."""
+    source = stored(((0, 0), Calls(tmp_path / "called")))
+    with pytest.raises(UserError, match=r"0\.distcp is damaged at byte 0"):
+        source.read("key", (0, 0), (6, 8))
+    assert not (tmp_path / "called").exists()
 
 
 def test_too_few_numbers_are_not_written_silently():
