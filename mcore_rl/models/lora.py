@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mcore_rl.durable_files import sync
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.models.mappings import HfTensor, ParamEntry, ParamMapping, Replicated, Row
+from mcore_rl.models.safetensors_io import write_tensors
 
 _LINEAR_WEIGHT = re.compile(r"\.linear_\w+\.weight$")
 
@@ -151,8 +151,8 @@ def write_peft_adapter(
     tensors = {
         name: tensor.cpu().contiguous() for name, tensor in peft_tensors(adapters, found).items()
     }
-    save_file(tensors, weights_file, {"format": "pt"})
-    for path in (config_file, weights_file, folder):
+    write_tensors(weights_file, tensors)
+    for path in (config_file, folder):
         sync(path)
 
 

@@ -325,6 +325,21 @@ def index_text(shards: Iterable[Shard]) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, on disk when this returns.
+
+    Others may read it as any new file; that of `save_file` alone is its owner's.
+
+    Raises:
+        SafetensorError, OSError: if it cannot be written.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, {"format": "pt"})
+    file.chmod(mode)
+    sync(file)
+
+
 def copy_model_files(
     source: str | Path, target: str | Path, *, overwrite: bool = False
 ) -> list[str]:
@@ -381,8 +396,7 @@ def config_with_dtype(text: str, dtype: torch.dtype) -> str:
 
 def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        save_file(dict(tensors), file, {"format": "pt"})
-        sync(file)
+        write_tensors(file, tensors)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} could not be written: {error}") from error
 

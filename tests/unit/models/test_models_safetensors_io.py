@@ -62,6 +62,13 @@ def test_shards_have_the_names_and_the_index_of_the_hub(tmp_path):
     }
 
 
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
+    write_tensors(tmp_path, 110)
+    (tmp_path / "plain").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_a_shard_never_exceeds_the_limit_unless_one_tensor_does(tmp_path):
     write_tensors(tmp_path, 60)
     sizes = [
