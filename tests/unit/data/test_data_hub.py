@@ -9,7 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from mcore_rl.data.rows import read_rows
 from mcore_rl.data.sources import find_files
@@ -75,6 +75,8 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # one of an earlier test may go by a proxy
     yield server.asked
     server.shutdown()
     thread.join()
