@@ -93,6 +93,17 @@ def measured(command: list[str]) -> tuple[float, float]:
     return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
 
 
+def settle() -> None:
+    """Let what was written and freed before come to rest.
+
+    A virtual machine gives freed memory back to its host after some seconds, and has to ask for it
+    again: here `cp` takes 2 seconds just after a removal and 7 seconds a little later. A conversion
+    begins to write seconds after its start, so the copy has to wait as well.
+    """
+    os.sync()
+    time.sleep(5)
+
+
 def copied(source: Path, target: Path) -> float:
     """Return the seconds that copying a folder and `sync` of the copy take."""
     seconds, _ = measured(["sh", "-c", f"cp -r '{source}' '{target}' && sync -f '{target}'"])
@@ -117,9 +128,9 @@ def run(folder: Path, num_bytes: int, rounds: int) -> list[dict[str, Any]]:
         copies, conversions, memory = [], [], 0.0
         for _ in range(rounds):
             shutil.rmtree(target, ignore_errors=True)
-            os.sync()
+            settle()
             copies.append(copied(source, copy))
-            os.sync()
+            settle()
             seconds, peak = measured([*convert, direction, str(source), str(target)])
             conversions.append(seconds)
             memory = max(memory, peak)
