@@ -5,7 +5,7 @@ With x = ref_logprob - logprob:
     k1 = kl          -x                    unbiased, high variance, may be negative
     abs              |x|
     k2 = mse         x^2 / 2               biased; its gradient is that of the true KL
-    k3 = low_var_kl  exp(x) - x - 1        unbiased, never negative; x cut to +-20, value to +-10
+    k3 = low_var_kl  exp(x) - x - 1        unbiased, never negative; x cut to +-20, value to 10
 
 As a loss, the value's gradient is not the gradient of the expected KL (that of k1 has mean zero).
 A `+` after any name keeps its value and takes the gradient of k2.

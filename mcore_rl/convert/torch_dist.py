@@ -82,7 +82,7 @@ class TorchDistSource:
             raise UserError(f"{self.folder / METADATA_FILE} is damaged: {error!r}.") from error
         self._check_files()
         self._streams: dict[str, BinaryIO] = {}
-        self._sorted: dict[str, tuple[list[int], list[ChunkStorageMetadata]]] = {}
+        self._sorted: dict[str, tuple[list[int], int, list[ChunkStorageMetadata]]] = {}
         self._stored: dict[MetadataIndex, _Stored] = {}
         self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
 
@@ -195,9 +195,9 @@ class TorchDistSource:
         """
         if key not in self._sorted:
             chunks = sorted(self._tensor(key).chunks, key=lambda chunk: chunk.offsets)
-            self._sorted[key] = [chunk.offsets[0] for chunk in chunks], chunks
-        starts, chunks = self._sorted[key]
-        longest = max(chunk.sizes[0] for chunk in chunks)
+            longest = max(chunk.sizes[0] for chunk in chunks)
+            self._sorted[key] = [chunk.offsets[0] for chunk in chunks], longest, chunks
+        starts, longest, chunks = self._sorted[key]
         return chunks[bisect_right(starts, first - longest) : bisect_left(starts, last)]
 
     def _find(self, index: MetadataIndex) -> _Stored:
@@ -213,6 +213,9 @@ class TorchDistSource:
             layout, start = _find_numbers(part)
         except _DAMAGE as error:
             raise UserError(f"{file} is damaged at byte {info.offset}.") from error
+        # Bytes are copied as the metadata describes them.
+        if layout.dtype != self.dtype(index.fqn) or start + _storage_bytes(layout) > info.length:
+            raise UserError(f"{file} does not hold {index.fqn!r} at byte {info.offset}.")
         archive = FileSpan(file, stream.fileno(), info.offset, info.length)
         numbers = archive.part(start, _storage_bytes(layout))
         self._stored[index] = _Stored(layout, numbers)
@@ -352,8 +355,8 @@ class _TensorPickle(pickle.Unpickler):
     """Reads what torch.save pickles of a tensor beside its numbers, and nothing else: `load`
     returns its layout on the meta device and the name of its storage.
 
-    torch.load does the same in ten times the time, which counts where a checkpoint has a rectangle
-    per expert.
+    torch.load under FakeTensorMode does the same in ten times the time, which counts where a
+    checkpoint has a rectangle per expert.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -386,7 +389,7 @@ def _slices(bounds: list[tuple[int, int]], origin: Shape) -> tuple[slice, ...]:
 
 
 class _FilePart(io.RawIOBase):
-    """Bytes `start` to `start + length` of a file as a file, which is what torch.load wants."""
+    """Bytes `start` to `start + length` of a file as a file, which is what zipfile wants."""
 
     def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
         self._stream, self._start, self._length, self._at = stream, start, length, 0

@@ -37,13 +37,13 @@ WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
 def stored(tmp_path):
     """Return a function: (offsets, tensor) of each rectangle as torch.save has it -> its source."""
 
-    def source_of(*rectangles):
+    def source_of(*rectangles, dtype=None):
         located = []
         with (tmp_path / "0.distcp").open("wb") as stream:
             for offsets, tensor in rectangles:
                 start = stream.tell()
                 torch.save(tensor, stream)
-                piece = Piece("key", offsets, tuple(tensor.shape), tensor.dtype)
+                piece = Piece("key", offsets, tuple(tensor.shape), dtype or tensor.dtype)
                 located.append((piece, Location("0.distcp", start, stream.tell() - start)))
         (tmp_path / METADATA_FILE).write_bytes(metadata_bytes({"key": WHOLE.shape}, located, {}))
         (tmp_path / FORMAT_FILE).write_bytes(format_bytes())
@@ -80,6 +80,13 @@ def test_dtypes_that_are_not_of_weights_are_refused(stored, dtype):
     source = stored(((0, 0), WHOLE.to(dtype)))
     with pytest.raises(UserError, match=rf"dtype of key.*{dtype}.*is not one of torch.float32, "):
         source.dtype("key")
+
+
+def test_numbers_of_another_dtype_than_the_metadata_says_are_not_copied(stored):
+    source = stored(((0, 0), WHOLE), dtype=torch.bfloat16)
+    for give in (source.read, source.span):
+        with pytest.raises(UserError, match=r"0\.distcp does not hold 'key' at byte 0"):
+            give("key", (0, 0), (6, 8))
 
 
 def test_code_in_a_checkpoint_is_not_run(stored, tmp_path):
