@@ -74,7 +74,7 @@ def launch_processes(module: str, argv: Sequence[str], num_processes: int) -> in
             return failure.exitcode
         # Ended by a signal, so it could not speak; the exit code is the shell's convention.
         ended = RunError(f"the process was ended by {failure.signal_name()}", rank=failed_rank)
-        print(f"error: {ended}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"error: {ended}\n")
         return 128 - failure.exitcode
     return 0
 
@@ -220,12 +220,14 @@ def end_process(error: Exception) -> None:
     """
     if _is_said_elsewhere(error):
         time.sleep(AGENT_GRACE_S)
-    code = USER_ERROR_EXIT_CODE
+    code, trace = USER_ERROR_EXIT_CODE, ""
     if not isinstance(error, UserError):
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
         error, code = _located(error, "controller", None), 1
     line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
-    print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    # In one piece, since other ranks may be writing to the same file.
+    sys.stderr.write(f"{trace}error: {line}\n")
+    sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)
 

@@ -34,6 +34,8 @@ from mcore_rl.rewards.worker import RewardCall, WorkerSetup
 
 _START_LIMIT_S = 300.0
 """Longest time for a process to start and import a custom function."""
+_LOOK_S = 1.0
+"""How often to look for processes that ended while something they started holds the connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +104,11 @@ class RewardPool:
         self._close()
 
     def _drop_dead(self) -> None:
-        for worker in self._workers:
-            if not worker.is_alive:
-                worker.kill()  # what it started may live on
-        self._workers[:] = [worker for worker in self._workers if worker.is_alive]
+        """Forget the dead who owe no answer; `_collect` hears of the others."""
+        dead = [w for w in self._workers if not w.is_pending and not w.is_alive]
+        for worker in dead:
+            worker.kill()  # what it started may live on
+        self._workers[:] = [worker for worker in self._workers if worker not in dead]
 
     def _dispatch(self, waiting: collections.deque[tuple[int, RewardCall]]) -> None:
         self._drop_dead()
@@ -124,11 +127,11 @@ class RewardPool:
         if not pending:
             return
         until = min(worker.deadline for worker in pending.values())
-        left = None if math.isinf(until) else max(0.0, until - time.monotonic())
+        left = min(_LOOK_S, max(0.0, until - time.monotonic()))
         heard = multiprocessing.connection.wait(list(pending), left)
         for connection, worker in pending.items():
             position = worker.position
-            if connection in heard:
+            if connection in heard or not worker.is_alive:
                 answer = worker.take()
             elif time.monotonic() >= worker.deadline:
                 answer = worker.expire()
@@ -162,7 +165,7 @@ class _Worker:
         self.position: int | None = None
         self._limit_s: float | None = None
         self._begin(_START_LIMIT_S)
-        self._send(pickle.dumps(setup))
+        self._send(pickle.dumps(setup))  # one that is gone already is found out by `take`
 
     @property
     def is_alive(self) -> bool:
@@ -174,12 +177,14 @@ class _Worker:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it owes an answer."""
-        return not self.is_ready or self.position is not None
+        """Whether it owes an answer; one that was killed here owes none."""
+        is_killed = self.process.returncode is not None
+        return not is_killed and (not self.is_ready or self.position is not None)
 
     def give(self, position: int, call: RewardCall, limit_s: float | None) -> bool:
         """Hand over a call; False if the process has died."""
         if not self._send(pickle.dumps(call)):
+            self.kill()
             return False
         self.position = position
         self._begin(limit_s)
@@ -189,6 +194,8 @@ class _Worker:
         """Return its answer, or what ended it."""
         self.position = None
         try:
+            if not self.connection.poll():  # dead, and what it forked keeps the connection open
+                raise EOFError
             answer = json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             return {"error": f"the process ended ({self._end()})"}
@@ -225,7 +232,6 @@ class _Worker:
         try:
             self.connection.send_bytes(message)
         except (BrokenPipeError, ConnectionResetError):
-            self.kill()
             return False
         return True
 

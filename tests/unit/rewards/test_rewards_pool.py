@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mcore_rl.errors import UserError
+from mcore_rl.errors import RunError, UserError
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.pool import RewardPool
 from mcore_rl.rewards.worker import RewardCall
@@ -103,6 +103,46 @@ def test_what_a_function_started_ends_with_it(make_pool, tmp_path):
         [(_, outcome)] = pool.run([_call(response)])
         assert reason in (outcome.error or "")
         assert _wait_until_ended(int(pid_file.read_text()))
+
+
+def test_a_process_that_dies_while_another_answers_loses_no_call(make_pool, tmp_path):
+    """It is found dead when the next call is handed out, before its connection is looked at."""
+    body = f"""
+        if solution_str == "quick":
+            return 1
+        while not os.path.exists({str(tmp_path / "may die")!r}):
+            time.sleep(0.01)
+        os._exit(3)
+    """
+    pool = make_pool(textwrap.dedent(body), num_workers=2)
+    outcomes = pool.run([_call("dies"), _call("quick"), _call("quick")])
+    assert next(outcomes)[1].score == 1
+    [dying] = [worker for worker in pool._workers if worker.position == 0]
+    (tmp_path / "may die").touch()
+    assert _wait_until_ended(dying.process.pid)
+    rest = dict(outcomes)
+    assert rest[0].error == "the process ended (exit code 3)"
+    assert rest[2].score == 1
+
+
+def test_a_death_is_seen_although_a_fork_holds_the_connection(make_pool):
+    """There is no time limit that would end the wait."""
+    body = """
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(3)
+    """
+    pool = make_pool(textwrap.dedent(body), num_workers=1, timeout_s=None)
+    [(_, outcome)] = pool.run([_call()])
+    assert outcome.error == "the process ended (exit code 3)"
+
+
+def test_a_process_that_dies_before_it_is_ready_is_an_error(make_pool, tmp_path):
+    pool = make_pool("return 1")
+    with (tmp_path / "reward.py").open("a") as file:
+        file.write("os._exit(4)\n")
+    with pytest.raises(RunError, match=r"did not start \(the process ended \(exit code 4\)\)"):
+        list(pool.run([_call(), _call()]))
 
 
 def test_stopping_early_leaves_no_call_running(make_pool, tmp_path):
