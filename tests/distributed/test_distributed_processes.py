@@ -26,6 +26,7 @@ def test_results_come_back_by_rank_from_the_same_processes(own_pool):
 
 
 def test_a_failing_rank_is_reported_with_its_traceback_at_once(own_pool):
+    own_pool.run(cases.add_ranks, 2, 0)  # starting them may take long
     start = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 ---\n.*(?s:.*)ValueError: the reason"):
         own_pool.run(cases.fail_on_rank_1, 2)

@@ -26,15 +26,15 @@ def test_an_outer_stage_contains_its_inner_ones_and_repeats_add_up():
 
 
 def test_reading_the_metrics_starts_the_next_step_from_nothing():
-    timers = StepTimers()
     start = time.perf_counter()
+    timers = StepTimers()
     with timers.time("train"):
         time.sleep(PAUSE_S)
     first = to_floats(timers.metrics())
     second = to_floats(timers.metrics())
     assert set(first) == {"time/train", "time/step"}
     assert set(second) == {"time/step"}
-    assert first["time/step"] + second["time/step"] <= time.perf_counter() - start + PAUSE_S / 2
+    assert first["time/step"] + second["time/step"] <= time.perf_counter() - start
 
 
 def test_a_stage_that_raises_is_still_timed():

@@ -98,7 +98,7 @@ def test_what_a_function_started_ends_with_it(make_pool, tmp_path):
             child.wait()
         os._exit(0)
     """
-    pool = make_pool(textwrap.dedent(body), timeout_s=1.0)
+    pool = make_pool(textwrap.dedent(body), timeout_s=3.0)
     for response, reason in (("hangs", "TimeLimitExceeded"), ("ends", "exit code 0")):
         [(_, outcome)] = pool.run([_call(response)])
         assert reason in (outcome.error or "")
