@@ -5,6 +5,11 @@ A resumed run may change where and how long it runs, not what it computes.
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,12 @@ from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError, require
 from mcore_rl.loop.checkpoints import CHECKPOINTS, CONTROLLER_FILE, POINTER
 from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+_LOCK_FILE = "run.lock"
+_HOLD_WAIT_S = 100
+"""Longer than the 90 s for which a file server commonly keeps the locks of a dead machine."""
 
 _MAY_CHANGE = (
     "trainer.",
@@ -35,9 +46,11 @@ _MAY_CHANGE = (
 def open_run_folder(cfg: Any) -> Path:
     """Make the run folder, write the resolved configuration into it and return it.
 
+    The folder is this process's until it ends.
+
     Raises:
-        UserError: if the folder holds a run that this configuration does not continue, or
-            trainer.resume_from_path is no checkpoint.
+        UserError: if the folder holds a run that this configuration does not continue or that
+            another process goes on with, or trainer.resume_from_path is no checkpoint.
     """
     folder = Path(cfg.trainer.default_local_dir)
     config_file = folder / CONFIG_FILE
@@ -54,6 +67,7 @@ def open_run_folder(cfg: Any) -> Path:
     except OSError as error:
         rule = f"cannot be made a folder ({error.strerror})"
         require(False, "trainer.default_local_dir", str(folder), rule, "Name another.")
+    _hold(folder)
     if config_file.exists() and _has_begun(folder):
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if cfg.trainer.resume_mode == "disable":
@@ -61,6 +75,37 @@ def open_run_folder(cfg: Any) -> Path:
         _refuse_another_run(config_file, to_yaml(cfg), fix)
     write_whole(config_file, to_yaml(cfg))
     return folder
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes from opening the folder until this one ends, however it ends.
+
+    One that was just killed is given time to be gone; over a network its lock outlives a machine
+    by as long as the file server allows.
+    """
+    # A lock of POSIX: not shared by what this process forks, and known to network file systems.
+    file = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    waited_s = 0
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError) as error:  # which of them: as the system likes
+            holder = os.pread(file, 200, 0).decode(errors="replace")
+            if waited_s == _HOLD_WAIT_S:
+                raise UserError(
+                    f"{folder} is being written by {holder}. Wait for its end, or set "
+                    "trainer.experiment_name to a new name."
+                ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no other run in it", folder, error)
+            return
+        if waited_s == 0:
+            logger.warning("%s is being written by %s: waiting for its end", folder, holder)
+        time.sleep(1)
+        waited_s += 1
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def _has_begun(folder: Path) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from fake_workers import make_config
 from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
+from mcore_rl.loop import resume
 from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.loop.resume import open_run_folder
 
@@ -14,6 +18,15 @@ from mcore_rl.loop.resume import open_run_folder
 def open_with(tmp_path, *overrides):
     cfg = make_config(f"trainer.default_local_dir={tmp_path / 'run'}", *overrides)
     return open_run_folder(cfg)
+
+
+HOLDER = """
+import fcntl, os, sys
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("holds it", flush=True)
+sys.stdin.read()
+"""
 
 
 def begin(folder):
@@ -110,7 +123,8 @@ def test_the_configuration_in_the_folder_is_the_resolved_one(tmp_path):
     text = (folder / "config.yaml").read_text()
     assert "project_name: p" in text
     assert "${" not in text
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]  # no partial file stays
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "run.lock"}  # no partial file stays
 
 
 def test_a_path_that_is_no_checkpoint_is_refused_before_anything_is_touched(tmp_path):
@@ -121,3 +135,23 @@ def test_a_path_that_is_no_checkpoint_is_refused_before_anything_is_touched(tmp_
             f"trainer.resume_from_path={tmp_path}/global_step_3",
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_that_one_has_ended(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resume, "_HOLD_WAIT_S", 1)
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / "run.lock"
+    lock.write_text("process 7 on node-3")
+    command = [sys.executable, "-c", HOLDER, str(lock)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds it\n"
+        with pytest.raises(UserError, match=r"run is being written by process 7 on node-3\. Wait"):
+            open_with(tmp_path)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+        holder.kill()
+    assert (open_with(tmp_path) / "config.yaml").exists()
+    assert lock.read_text().startswith("process ")
+    assert lock.read_text() != "process 7 on node-3"
