@@ -28,11 +28,14 @@ from mcore_rl.errors import USER_ERROR_EXIT_CODE, CheckpointError, RunError, Use
 
 logger = logging.getLogger(__name__)
 
-# A worker waits for its next command as long as the controller judges, validates or writes.
+# A worker waits for its next command as long as the controller judges, validates or writes, and
+# for the first one as long as it reads the data.
 COMMAND_TIMEOUT = datetime.timedelta(days=7)
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 # torchrun's agent looks after its processes every 0.1 s and ends them when one has failed.
-AGENT_GRACE_S = 5.0
+AGENT_GRACE_S = 20.0
+_AGENT_PID = "MCORE_RL_AGENT_PID"
+_STARTED = "mcore_rl/started"
 
 
 def is_launched() -> bool:
@@ -56,6 +59,7 @@ def launch_processes(module: str, argv: Sequence[str], num_processes: int) -> in
     # The failing process has said what is wrong; the agent would say it again with a traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[_AGENT_PID] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -97,17 +101,20 @@ def run_program(
         Whatever the program raises, on rank 0; on other ranks a failure ends the process.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
+        # The parent now, unless it says who it was: it may have gone while this process started.
+        agent = int(os.environ.get(_AGENT_PID, os.getppid()))
+        threading.Thread(target=_end_with_agent, args=(agent,), daemon=True).start()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != world_size:
         raise UserError(
             f"trainer.n_gpus_per_node * trainer.nnodes = {world_size}, but {launched} processes "
             "were launched. Make them agree."
         )
+    store = _meet()
     if rank() == 0:
-        program(lambda spec: TorchrunWorkers(spec, make_worker))
+        program(lambda spec: TorchrunWorkers(spec, make_worker, store))
         return
-    _serve(make_worker)
+    _serve(make_worker, store)
 
 
 def _end_with_agent(agent: int) -> None:
@@ -124,8 +131,11 @@ def _end_with_agent(agent: int) -> None:
 class TorchrunWorkers:
     """The `WorkerGroup` of rank 0; starts all workers from `spec`."""
 
-    def __init__(self, spec: Any, make_worker: Callable[[Any, torch.device], Any]) -> None:
-        self._commands, device = _join()
+    def __init__(
+        self, spec: Any, make_worker: Callable[[Any, torch.device], Any], store: dist.Store
+    ) -> None:
+        store.set(_STARTED, "")
+        self._commands, device = _join(store)
         self.world_size = dist.get_world_size()
         self.step: int | None = None
         _broadcast(spec, self._commands)
@@ -152,17 +162,26 @@ class TorchrunWorkers:
         _leave(self._worker)
 
 
-def _join() -> tuple[dist.ProcessGroup, torch.device]:
-    """Create the default process group and that of the commands."""
+def _meet() -> dist.Store:
+    """Return the store of all processes as soon as each has come."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    return store
+
+
+def _join(store: dist.Store) -> tuple[dist.ProcessGroup, torch.device]:
+    """Create the default process group and that of the commands."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    world_size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
     commands = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
     assert isinstance(commands, dist.ProcessGroup)
     return commands, device
@@ -182,9 +201,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(make_worker: Callable[[Any, torch.device], Any]) -> None:
+def _serve(make_worker: Callable[[Any, torch.device], Any], store: dist.Store) -> None:
     """Do what rank 0 says until it says nothing more."""
-    commands, device = _join()
+    store.wait([_STARTED], COMMAND_TIMEOUT)
+    commands, device = _join(store)
     method, step = "start", None
     try:
         worker = make_worker(_broadcast(None, commands), device)
@@ -242,7 +262,8 @@ def _is_said_elsewhere(error: Exception) -> bool:
     if isinstance(error, (UserError, CheckpointError)):
         return rank() > 0
     return any(
-        text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")
+        text in str(error)
+        for text in ("Connection closed by peer", "Connection reset by peer", "DistNetworkError")
     )
 
 

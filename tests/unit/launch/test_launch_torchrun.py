@@ -57,6 +57,13 @@ def test_commands_reach_every_rank_and_results_come_back_by_rank():
     assert sorted(lines[4:]) == ["closed 0", "closed 1"]
 
 
+def test_ranks_wait_for_their_start_longer_than_for_a_collective():
+    """The controller may read data for hours before it starts the workers."""
+    done = run("reads_long")
+    assert done.returncode == 0, done.stderr
+    assert "collective [1, 1]" in done.stdout
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_that_fails_ends_the_run_with_rank_and_step_and_no_echo(rank):
     """The other rank, which loses its peer in a collective, adds nothing."""

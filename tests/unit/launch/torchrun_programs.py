@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from mcore_rl.errors import RolloutError, UserError
 from mcore_rl.launch import torchrun
 
 WORLD_SIZE = 2
+SHORT = datetime.timedelta(seconds=8)
+"""Limit of collectives in the case that reads its data for longer than that."""
 
 
 class Worker:
@@ -55,6 +58,9 @@ class Worker:
 
 
 def program(case, start):
+    if case == "reads_long":
+        time.sleep(3 * SHORT.total_seconds())
+        case = "works"
     workers = start(case)
     workers.step = 5
     if case == "works":
@@ -79,6 +85,8 @@ def main():
     try:
         if not torchrun.is_launched():
             sys.exit(torchrun.launch_processes("torchrun_programs", sys.argv[1:], WORLD_SIZE))
+        if case == "reads_long":
+            torchrun.COLLECTIVE_TIMEOUT = SHORT
         world_size = 3 if case == "wrong_world_size" else WORLD_SIZE
         torchrun.run_program(world_size, Worker, lambda start: program(case, start))
     except Exception as error:  # noqa: BLE001  as the commands do
