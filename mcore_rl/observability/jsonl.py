@@ -1,8 +1,8 @@
 """Files with one JSON object per line, each with a "step", that survive a resume.
 
 Invariants: steps never decrease within a file; every finished `append` is readable at once and
-stays after the process is killed; opening for a resumed run drops the lines that the resumed run
-will write again, so its file ends up equal to an uninterrupted one's.
+stays after the process is killed or the power is cut; opening for a resumed run drops the lines
+that the resumed run will write again, so its file ends up equal to an uninterrupted one's.
 
 Non-finite numbers are written the way Python's `json` writes and reads them: NaN, Infinity.
 """
@@ -44,13 +44,15 @@ class StepFile:
             os.truncate(path, kept_bytes)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line; opened and closed each time, so nothing is ever held back in a buffer.
+        """Write one line to the disk; opened and closed each time, so no buffer holds it back.
 
         Raises:
             RunError: if it cannot be written, on a full disk for example.
         """
         with failed_write_ends_run(self._path, record["step"]), self._path.open("ab") as file:
             file.write(json.dumps(record, default=str).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that is on the disk has its lines there too
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -200,9 +200,11 @@ class WandbTracker(Tracker):
         except wandb.errors.Error as error:  # no account set up, or no network
             logger.warning("wandb writes to %s/wandb, offline: %s", run.dir, error)
             self._run = start(mode="offline")
+        # wandb's own step never goes back, so it would ignore what a resumed run does again.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, "step": step})
 
     def close(self) -> None:
         self._run.finish()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import logging
 import sys
+import types
 
 import pytest
 import torch
@@ -72,6 +74,45 @@ def test_a_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what import sees when it is not installed
     with pytest.raises(UserError, match=r"mcore-rl\[wandb\]"):
         open_log(tmp_path, "wandb")
+
+
+class WandbRun:
+    """A run of wandb as far as its documentation says what becomes of steps: its own step counts
+    the calls of `log` and ignores a lower one, `define_metric` makes another key the axis."""
+
+    def __init__(self) -> None:
+        self.rows, self.axes, self._step = [], {}, 0
+
+    def define_metric(self, name, *, step_metric):
+        self.axes[name] = step_metric
+
+    def log(self, row, step=None):
+        step = self._step if step is None else step
+        if step >= self._step:
+            self.rows.append(row)
+            self._step = step + 1
+
+    def finish(self):
+        pass
+
+
+def test_wandb_takes_the_steps_that_a_resumed_run_does_again(tmp_path, monkeypatch):
+    """Both runs of the program write one run of wandb, known by the id in the run folder."""
+    runs = collections.defaultdict(WandbRun)
+    wandb = types.SimpleNamespace(
+        init=lambda *, id, **others: runs[id],
+        errors=types.SimpleNamespace(Error=OSError),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first, value in ((0, 1.0), (2, 9.0)):
+        log = open_log(tmp_path, "wandb", start_step=first)
+        for step in range(first, 4):
+            log.log(step, {"reward/mean": mean(value)})
+        log.close()
+    [run] = runs.values()
+    assert run.axes == {"*": "step"}
+    shown = {row["step"]: row["reward/mean"] for row in run.rows}
+    assert shown == {0: 1.0, 1: 1.0, 2: 9.0, 3: 9.0}
 
 
 def test_tensorboard_files_hold_the_logged_scalars(tmp_path):
