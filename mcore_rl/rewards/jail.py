@@ -156,7 +156,7 @@ def _watch(limits: dict, folder: str, pid: int, reader: int, timeout_s: float) -
                 waiting_for.remove(reader)
         elif process in ready:
             break
-        if time.monotonic() > until:
+        if process not in ready and time.monotonic() > until:
             stopped = "time limit"
         elif len(output) > limits["output_bytes"]:
             stopped = "output limit"

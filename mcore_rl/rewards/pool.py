@@ -128,10 +128,11 @@ class RewardPool:
             return
         until = min(worker.deadline for worker in pending.values())
         left = min(_LOOK_S, max(0.0, until - time.monotonic()))
-        heard = multiprocessing.connection.wait(list(pending), left)
+        multiprocessing.connection.wait(list(pending), left)
         for connection, worker in pending.items():
             position = worker.position
-            if connection in heard or not worker.is_alive:
+            # Looked at anew: the caller may have kept the outcome before it for long.
+            if connection.poll() or not worker.is_alive:
                 answer = worker.take()
             elif time.monotonic() >= worker.deadline:
                 answer = worker.expire()
