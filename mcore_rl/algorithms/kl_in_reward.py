@@ -10,6 +10,7 @@ Source: arXiv:2512.21852 (k1 in the reward); arXiv:1909.08593, section 2.2 (adap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,8 +97,11 @@ class KlController:
         """Move an adaptive coefficient; a fixed one stays.
 
         kl_coef *= 1 + clip(kl / target_kl - 1, -0.2, 0.2) * num_samples / horizon
+
+        A KL that is not finite moves nothing: the optimizer skips the updates of such a step, while
+        a coefficient of NaN would stay and spoil the rewards of all later steps.
         """
-        if self._cfg.type == "adaptive":
+        if self._cfg.type == "adaptive" and math.isfinite(kl):
             error = kl / self._cfg.target_kl - 1
             error = min(max(error, -_MAX_ADAPTIVE_ERROR), _MAX_ADAPTIVE_ERROR)
             self.kl_coef *= 1 + error * num_samples / self._cfg.horizon

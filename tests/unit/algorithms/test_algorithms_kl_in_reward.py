@@ -1,5 +1,7 @@
 """KL in the reward: the penalty by hand, and the controllers' closed forms."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +83,14 @@ def test_an_adaptive_controller_penalizes_first_and_moves_after():
     assert to_floats(metrics)["reward/kl_coef"] == 0.5
     # KL below the target: the error is cut to -0.2; 3 samples of a horizon of 10.
     assert controller.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 3 / 10), rel=1e-15)
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
+def test_an_adaptive_controller_learns_nothing_from_a_kl_that_is_not_finite(kl):
+    """One such step must not spoil the rewards of all later ones."""
+    controller = KlController(KlCtrlConfig(type="adaptive", kl_coef=0.5, horizon=10), "kl")
+    controller.update(kl, 8)
+    assert controller.kl_coef == 0.5
 
 
 def test_a_controller_resumes_where_it_was():
