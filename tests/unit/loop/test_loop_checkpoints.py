@@ -145,6 +145,23 @@ def test_the_best_is_sought_among_the_checkpoints_that_were_validated(run_loop):
     assert run.checkpoints == ["global_step_10", "global_step_6", POINTER]
 
 
+def test_a_metric_that_is_no_number_in_a_step_does_not_make_it_the_best(run_loop):
+    reward = """
+import itertools
+CALLS = itertools.count()
+QUALITY = [0.0, float("nan"), 2.0, 1.0]  # of each step's 4 * 3 responses
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return {"score": len(solution_str), "quality": QUALITY[next(CALLS) // 12]}
+"""
+    keep = [
+        "trainer.save_freq=1",
+        "trainer.max_ckpt_to_keep=1",
+        "trainer.best_ckpt_metric=reward/quality/mean",
+    ]
+    run = run_loop(*keep, steps=4, reward=reward)
+    assert run.checkpoints == ["global_step_2", "global_step_4", POINTER]
+
+
 def test_a_metric_that_no_step_has_stops_the_run_when_it_should_decide(run_loop):
     keep = ["trainer.save_freq=1", "trainer.max_ckpt_to_keep=1"]
     with pytest.raises(UserError, match=r"'reward/mean'\?") as caught:
