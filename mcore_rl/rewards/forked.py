@@ -14,6 +14,8 @@ import select
 import signal
 from collections.abc import Callable
 
+from mcore_rl.rewards.child_process import die_with_parent
+
 
 def call_forked(
     function: Callable[..., bool], *arguments: object, limit_s: float, memory_bytes: int
@@ -26,10 +28,12 @@ def call_forked(
         limit_s: wall-clock seconds.
         memory_bytes: most private memory of the copy, this process's own included.
     """
+    parent = os.getpid()
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
+            die_with_parent(parent)
             resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
             os.write(writer, b"1" if function(*arguments) else b"0")
         finally:

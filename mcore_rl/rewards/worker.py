@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
 import json
 import math
@@ -18,7 +17,6 @@ import numbers
 import os
 import pickle
 import resource
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +25,8 @@ from typing import Any
 
 from mcore_rl.errors import UserError
 from mcore_rl.rewards.base import CustomRewardConfig, RewardFunction, Score
+from mcore_rl.rewards.child_process import die_with_parent
 from mcore_rl.rewards.custom import load_custom_reward
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +48,7 @@ class RewardCall:
 
 def main() -> None:
     """Serve the connection whose file descriptor is the argument."""
-    die_with_parent()
+    die_with_parent(os.getppid())
     connection = Connection(int(sys.argv[1]))
     setup: WorkerSetup = pickle.loads(connection.recv_bytes())
     if setup.memory_gib is not None:
@@ -67,14 +64,6 @@ def main() -> None:
         _send(connection, {})
         while True:
             _send(connection, _answer(connection.recv_bytes(), custom))
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _send(connection: Connection, message: Mapping[str, Any]) -> None:

@@ -163,23 +163,40 @@ def test_stopping_early_leaves_no_call_running(make_pool, tmp_path):
     assert _scores(pool, "quick") == [1]
 
 
-def test_no_process_outlives_a_program_that_is_killed(make_pool, tmp_path):
-    make_pool(f"print(os.getpid(), flush=True)\ntime.sleep(600)\n# {tmp_path}")
+def _start_program(tmp_path, first_line="pass"):
+    """Start a program that scores once with the function of `make_pool` and prints the outcome."""
     program = f"""
+        {first_line}
         from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
         from mcore_rl.rewards.pool import RewardPool
         from mcore_rl.rewards.worker import RewardCall
         arguments = dict(data_source="", solution_str="", ground_truth="", extra_info=None)
         custom = CustomRewardConfig(path={str(tmp_path / "reward.py")!r})
         pool = RewardPool(RewardConfig(num_workers=1), custom)
-        list(pool.run([RewardCall(function=None, arguments=arguments)]))
+        [(_, outcome)] = pool.run([RewardCall(function=None, arguments=arguments)])
+        print(outcome.score, outcome.error)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_no_process_outlives_a_program_that_is_killed(make_pool, tmp_path):
+    """Neither the one that scores nor the copy that it forked."""
+    body = """
+        from mcore_rl.rewards.forked import call_forked
+        def hang():
+            print(os.getpid(), flush=True)
+            time.sleep(600)
+        print(os.getpid(), flush=True)
+        call_forked(hang, limit_s=600, memory_bytes=2**33)
+    """
+    make_pool(textwrap.dedent(body))
+    with _start_program(tmp_path) as process:
         assert process.stdout is not None
-        worker = int(process.stdout.readline())
+        worker, fork = int(process.stdout.readline()), int(process.stdout.readline())
         process.kill()
     assert _wait_until_ended(worker)
+    assert _wait_until_ended(fork)
 
 
 def test_closing_ends_the_processes(make_pool):
