@@ -102,7 +102,7 @@ class RewardConfig:
     no limit."""
     memory_gib: float | None = 8.0
     """Most private memory of one process; beyond it the function gets a MemoryError. None for no
-    limit."""
+    limit. A lower one of the system, as `ulimit -d` sets it, holds instead."""
     on_error: str = "raise"
     """A function that raises, exceeds the time, ends its process, or returns no finite number:
     "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in

@@ -1,13 +1,15 @@
-"""What a process that scores does first: it asks the kernel to end it with its parent.
+"""What a process that scores does first: it dies with its parent and limits its memory.
 
-What it forks does not inherit that: every child asks for its own. The sandbox's program does so
-itself (`jail.py`), since it imports the standard library only.
+Both are the kernel's work from then on, so they hold whatever the process computes and however its
+parent ends. What it forks inherits the limit but not the death: every child asks for its own. The
+sandbox's program does so itself (`jail.py`), since it imports the standard library only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 
 _LIBC = ctypes.CDLL(None)
@@ -23,3 +25,13 @@ def die_with_parent(parent: int) -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit_memory(most_bytes: int) -> None:
+    """Limit the private memory of this process to `most_bytes`, or to less if it has less already.
+
+    Only a privileged process may raise its limits.
+    """
+    present = resource.getrlimit(resource.RLIMIT_DATA)
+    most = min([most_bytes, *(limit for limit in present if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -9,12 +9,12 @@ process, not in the controller.
 from __future__ import annotations
 
 import os
-import resource
 import select
 import signal
 from collections.abc import Callable
 
-from mcore_rl.rewards.child_process import die_with_parent
+from mcore_rl.errors import RunError
+from mcore_rl.rewards.child_process import die_with_parent, limit_memory
 
 
 def call_forked(
@@ -26,24 +26,35 @@ def call_forked(
         function: its result is a truth value.
         arguments: of the function.
         limit_s: wall-clock seconds.
-        memory_bytes: most private memory of the copy, this process's own included.
+        memory_bytes: most private memory of the copy, this process's own included; a lower limit
+            of this process holds instead.
+
+    Raises:
+        RunError: if the copy cannot be made ready, so that the function was not called.
     """
     parent = os.getpid()
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            die_with_parent(parent)
-            resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-            os.write(writer, b"1" if function(*arguments) else b"0")
+            try:
+                die_with_parent(parent)
+                limit_memory(memory_bytes)
+            except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
+                os.write(writer, repr(error).encode())
+            else:
+                os.write(writer, b"1" if function(*arguments) else b"0")
         finally:
             os._exit(0)  # neither handlers nor buffers of the parent may run twice
     os.close(writer)
     try:
         ready, _, _ = select.select([reader], [], [], limit_s)
-        answer = os.read(reader, 1) if ready else b""
+        answer = os.read(reader, select.PIPE_BUF) if ready else b""
     finally:
         os.close(reader)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return {b"1": True, b"0": False}.get(answer)
+    outcomes = {b"1": True, b"0": False, b"": None}
+    if answer not in outcomes:
+        raise RunError(f"a forked process was not made ready: {answer.decode()}", role="reward")
+    return outcomes[answer]

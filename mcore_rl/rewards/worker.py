@@ -16,7 +16,6 @@ import math
 import numbers
 import os
 import pickle
-import resource
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 
 from mcore_rl.errors import UserError
 from mcore_rl.rewards.base import CustomRewardConfig, RewardFunction, Score
-from mcore_rl.rewards.child_process import die_with_parent
+from mcore_rl.rewards.child_process import die_with_parent, limit_memory
 from mcore_rl.rewards.custom import load_custom_reward
 
 
@@ -52,8 +51,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     setup: WorkerSetup = pickle.loads(connection.recv_bytes())
     if setup.memory_gib is not None:
-        most = int(setup.memory_gib * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        limit_memory(int(setup.memory_gib * 2**30))
     try:
         custom = load_custom_reward(setup.custom)
     except UserError as error:

@@ -3,7 +3,10 @@ r"""Equality of expressions is math-verify's; what is tested here is what we han
 import pytest
 
 from mcore_rl.rewards import math as math_reward
+from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.math import compute_score, is_equal
+from mcore_rl.rewards.pool import RewardPool
+from mcore_rl.rewards.worker import RewardCall
 
 
 def _score(response, reference):
@@ -79,3 +82,13 @@ def test_a_reference_that_cannot_be_parsed_is_compared_as_text():
     assert _score(r"\boxed{\frac{ 1}", r"\frac{1") == 0.0
     assert _score("the answer is \\frac{1", r"\frac{1") == 1.0
     assert not is_equal("5", "")
+
+
+def test_a_comparison_makes_do_with_less_memory_than_its_own_limit():
+    """The scoring process may have 1.5 GiB; what it forks must not ask for the usual 2 GiB."""
+    pool = RewardPool(RewardConfig(num_workers=1, memory_gib=1.5), CustomRewardConfig())
+    arguments = {"data_source": "math", "ground_truth": "0.5", "extra_info": None}
+    arguments["solution_str"] = r"\boxed{\frac{1}{2}}"
+    [(_, outcome)] = pool.run([RewardCall(function=compute_score, arguments=arguments)])
+    pool.close()
+    assert (outcome.score, outcome.error) == (1.0, None)

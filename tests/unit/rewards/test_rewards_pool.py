@@ -199,6 +199,16 @@ def test_no_process_outlives_a_program_that_is_killed(make_pool, tmp_path):
     assert _wait_until_ended(fork)
 
 
+def test_a_lower_limit_of_the_system_holds_instead_of_that_of_the_configuration(
+    make_pool, tmp_path
+):
+    """As under `ulimit -d`, which nobody without privileges can raise again."""
+    make_pool("import resource\nreturn resource.getrlimit(resource.RLIMIT_DATA)[1] / 2**20")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**29, 3 * 2**29))"
+    with _start_program(tmp_path, limit) as process:
+        assert process.communicate()[0] == "1536.0 None\n"
+
+
 def test_closing_ends_the_processes(make_pool):
     pool = make_pool("return os.getpid()", num_workers=1)
     [pid] = _scores(pool, "a")

@@ -1,0 +1,50 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mcore_rl.errors import RunError
+from mcore_rl.rewards import forked
+from mcore_rl.rewards.forked import call_forked
+
+LIMITS = {"limit_s": 20.0, "memory_bytes": 2**34}
+
+
+def _raise():
+    raise ValueError
+
+
+def _hang():
+    time.sleep(600)
+    return True
+
+
+def test_the_truth_of_what_a_function_returns_comes_back():
+    assert call_forked(str.isdigit, "5", **LIMITS) is True
+    assert call_forked(str.isdigit, "a", **LIMITS) is False
+
+
+@pytest.mark.parametrize("function", [_raise, lambda: os._exit(1), lambda: bytes(2**35)])
+def test_a_function_that_raises_dies_or_has_too_little_memory_gives_none(function):
+    assert call_forked(function, **LIMITS) is None
+
+
+def test_a_function_that_takes_too_long_gives_none():
+    assert call_forked(_hang, limit_s=0.1, memory_bytes=2**34) is None
+
+
+def test_a_copy_that_cannot_be_made_ready_is_an_error_and_no_wrong_answer(monkeypatch):
+    def refuse(most_bytes):
+        raise ValueError(f"not allowed to raise the limit to {most_bytes}")
+
+    monkeypatch.setattr(forked, "limit_memory", refuse)
+    with pytest.raises(RunError, match=r"not made ready: ValueError\('not allowed .* to 5'\)"):
+        call_forked(str.isdigit, "5", limit_s=20.0, memory_bytes=5)
+
+
+def test_a_process_that_is_orphaned_before_it_asks_to_die_with_its_parent_ends():
+    program = "from mcore_rl.rewards.child_process import die_with_parent; die_with_parent(0)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
