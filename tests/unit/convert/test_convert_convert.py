@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CHECKPOINTS
 
 from mcore_rl.convert import __main__ as command
-from mcore_rl.convert import convert
+from mcore_rl.convert import convert, verify
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -369,3 +369,25 @@ def test_verify_tells_the_same_model_from_another(tiny_checkpoint, tmp_path):
     # Observed: logits of size 6 that differ by 6e-6.
     assert same.startswith("verified: 45 tensors equal bit by bit; logits differ by")
     assert different.startswith("NOT THE SAME: 1 of 45 tensors differ, first model.layers.1.mlp")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["megatron", "transformers", "both"])
+def test_verify_refuses_logits_that_are_not_finite(
+    tiny_checkpoint, tmp_path, monkeypatch, side, value
+):
+    """In the second of two prompts; the numbers stand for what the models would give."""
+
+    def logits(*names):
+        second = torch.zeros(3, 5)
+        second[1, 2] = value if side in names else 0
+        return lambda *_: [torch.full((3, 5), 0.1), second]
+
+    monkeypatch.setattr(verify, "_megatron_logits", logits("megatron", "both"))
+    monkeypatch.setattr(verify, "_transformers_logits", logits("transformers", "both"))
+    source = tiny_checkpoint("qwen3")
+    hf_to_mcore(source, tmp_path / "mcore")
+    comparison = verify.verify(mcore=tmp_path / "mcore", hf=source, written="mcore", prompts=[])
+    assert not comparison.passed
+    assert str(comparison).startswith("NOT THE SAME: ")
+    assert str(comparison).endswith("tensors equal bit by bit; not all logits are finite")
