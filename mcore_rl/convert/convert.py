@@ -11,11 +11,10 @@ of the input's shapes, so a conversion that goes on writes what is missing, byte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from mcore_rl.convert.torch_dist import (
     format_bytes,
     metadata_bytes,
     saved_bytes,
+    saved_tensor_length,
     write_tensor,
 )
 from mcore_rl.errors import require
@@ -102,12 +102,11 @@ def hf_to_mcore(
     try:
         located: list[tuple[Piece, Location]] = []
         for name, pieces in files.items():
-            lengths = _finished_lengths(staged, name)
-            if lengths is None:
-                lengths = _write_distcp(staged, name, pieces, hf, counter)
-                staged.write(_lengths_of(name), json.dumps(lengths).encode())
-            else:
+            if staged.has(name):
                 counter.add(sum(piece.nbytes for piece in pieces))
+            else:
+                _write_distcp(staged, name, pieces, hf, counter)
+            lengths = [saved_tensor_length(p.piece.sizes, p.piece.dtype) for p in pieces]
             offsets = accumulate(lengths, initial=0)
             for planned_piece, offset, length in zip(pieces, offsets, lengths, strict=False):
                 located.append((planned_piece.piece, Location(name, offset, length)))
@@ -123,7 +122,7 @@ def hf_to_mcore(
         staged.write(METADATA_FILE, metadata_bytes(shapes, located, objects))
         _write_model_files(staged, Path(source), dtype)
         staged.write(FORMAT_FILE, format_bytes())
-        staged.finish(drop=map(_lengths_of, files))
+        staged.finish()
     finally:
         staged.close()
         hf.close()
@@ -296,17 +295,13 @@ def _write_distcp(
     pieces: Iterable[_PlannedPiece],
     hf: SafetensorsSource,
     counter: _Counter,
-) -> list[int]:
-    """Write one file and return the number of bytes that each piece takes in it."""
-    ends = [0]
+) -> None:
     with staged.writing(name) as stream:
         for planned, parts in made_ahead(
             (planned, _mcore_parts(planned, hf)) for planned in pieces
         ):
             write_tensor(stream, planned.piece.sizes, planned.piece.dtype, parts)
-            ends.append(stream.tell())
             counter.add(planned.nbytes)
-    return [end - start for start, end in pairwise(ends)]
 
 
 def _mcore_parts(planned: _PlannedPiece, hf: SafetensorsSource) -> list[Part]:
@@ -335,17 +330,6 @@ def _hf_parts(mcore: TorchDistSource, param: StoredParam, info: TensorInfo) -> I
             rows = top + first, top + last
             span = mcore.span(param.key, *_rectangle(param, rows)) if stored == info.dtype else None
             yield span or read_param(mcore, param, rows).to(info.dtype)
-
-
-def _finished_lengths(staged: StagedFolder, name: str) -> list[int] | None:
-    """Return what `_write_distcp` returned for a file that is finished, else None."""
-    if not staged.has(_lengths_of(name)):
-        return None
-    return json.loads((staged.path / _lengths_of(name)).read_bytes())
-
-
-def _lengths_of(name: str) -> str:
-    return f"{name}.lengths.json"
 
 
 def _write_model_files(staged: StagedFolder, source: Path, dtype: torch.dtype | None) -> None:

@@ -275,6 +275,12 @@ def write_tensor(stream: BinaryIO, shape: Shape, dtype: torch.dtype, parts: Iter
     stream.write(after)
 
 
+def saved_tensor_length(shape: Shape, dtype: torch.dtype) -> int:
+    """Return the number of bytes that `write_tensor` writes."""
+    before, after = _around_the_numbers(shape, dtype)
+    return len(before) + torch.Size(shape).numel() * dtype.itemsize + len(after)
+
+
 def metadata_bytes(
     shapes: dict[str, Shape],
     pieces: list[tuple[Piece, Location]],

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -165,12 +166,14 @@ def test_a_killed_process_leaves_no_output_and_the_next_one_goes_on(
     assert contents(out) == contents(whole)
 
 
-def test_another_conversion_starts_from_nothing(conversions, tmp_path):
-    run, out = conversions("mcore-to-hf"), tmp_path / "out"
+@DIRECTIONS
+def test_another_conversion_starts_from_nothing(conversions, tmp_path, direction):
+    run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
+    run(whole, dtype=torch.bfloat16)
     with pytest.raises(StopHereError):
         run(out, progress=stop_at(0.5))
     run(out, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in tensors(out).values()} == {torch.bfloat16}
+    assert contents(out) == contents(whole)
 
 
 @DIRECTIONS
@@ -204,6 +207,89 @@ def test_the_command_reports_a_full_disk_in_one_line(tiny_checkpoint, tmp_path, 
     assert not (tmp_path / "out").exists()
     command.main(args)
     assert (tmp_path / "out").is_dir()
+
+
+@DIRECTIONS
+def test_a_file_that_cannot_be_flushed_ends_the_conversion_after_the_next_file(
+    conversions, tmp_path, monkeypatch, direction
+):
+    """An error that NFS gives at fsync, for the second file, without the kernel's help."""
+    run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
+    run(whole)
+    names = sorted(f.name for f in whole.iterdir() if f.suffix in (".distcp", ".safetensors"))
+    fsync = os.fsync
+
+    def failing_fsync(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"{names[1]}.tmp"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing_fsync)
+        with pytest.raises(OSError) as error:
+            run(out)
+    assert error.value.errno == errno.EDQUOT
+    left = sorted(file.name for file in (tmp_path / "out.partial").iterdir())
+    assert left == [names[0], f"{names[1]}.tmp", f"{names[2]}.tmp"]
+    assert len(names) > 4
+    run(out)
+    assert contents(out) == contents(whole)
+
+
+def times_of_weights(folder):
+    """When each was written last; small numbers of inodes are given again at once."""
+    files = [*folder.glob("__0_[0-9]*.distcp"), *folder.glob("*.safetensors")]
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def rename_of(folder, instead):
+    """Return `Path.rename` that for `folder` does something else."""
+    rename = Path.rename
+    return lambda path, target: (instead if path == folder else rename)(path, target)
+
+
+@DIRECTIONS
+def test_a_folder_that_cannot_get_its_name_gets_it_later_with_the_same_files(
+    conversions, tmp_path, monkeypatch, direction
+):
+    run, partial, out = conversions(direction), tmp_path / "out.partial", tmp_path / "out"
+
+    def fail(path, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_of(partial, fail))
+        with pytest.raises(OSError, match="Input/output"):
+            run(out)
+    finished = times_of_weights(partial)
+    run(out)
+    assert times_of_weights(out) == finished
+    assert len(finished) > 4
+
+
+@DIRECTIONS
+def test_a_conversion_stopped_right_after_its_folder_got_its_name_is_whole(
+    conversions, tmp_path, monkeypatch, direction
+):
+    run, whole, out = conversions(direction), tmp_path / "whole", tmp_path / "out"
+    run(whole)
+    rename = Path.rename
+
+    def rename_and_stop(path, target):
+        rename(path, target)
+        raise StopHereError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_of(tmp_path / "out.partial", rename_and_stop))
+        with pytest.raises(StopHereError):
+            run(out)
+    assert contents(out) == contents(whole)
+    with pytest.raises(UserError, match=r"output='.*out' exists"):
+        run(out)
+    shutil.rmtree(out)
+    run(out)
+    assert contents(out) == contents(whole)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["input", "out", "whole"]
 
 
 def test_output_that_exists_is_refused_and_intact(conversions, tmp_path):
