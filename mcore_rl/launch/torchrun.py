@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, CheckpointError, RunError, UserError
 
@@ -132,7 +133,7 @@ class TorchrunWorkers:
     """The `WorkerGroup` of rank 0; starts all workers from `spec`."""
 
     def __init__(
-        self, spec: Any, make_worker: Callable[[Any, torch.device], Any], store: dist.Store
+        self, spec: Any, make_worker: Callable[[Any, torch.device], Any], store: Store
     ) -> None:
         store.set(_STARTED, "")
         self._commands, device = _join(store)
@@ -162,16 +163,16 @@ class TorchrunWorkers:
         _leave(self._worker)
 
 
-def _meet() -> dist.Store:
+def _meet() -> Store:
     """Return the store of all processes as soon as each has come."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     return store
 
 
-def _join(store: dist.Store) -> tuple[dist.ProcessGroup, torch.device]:
+def _join(store: Store) -> tuple[dist.ProcessGroup, torch.device]:
     """Create the default process group and that of the commands."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -201,7 +202,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(make_worker: Callable[[Any, torch.device], Any], store: dist.Store) -> None:
+def _serve(make_worker: Callable[[Any, torch.device], Any], store: Store) -> None:
     """Do what rank 0 says until it says nothing more."""
     store.wait([_STARTED], COMMAND_TIMEOUT)
     commands, device = _join(store)
