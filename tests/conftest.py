@@ -4,9 +4,12 @@ import pytest
 from hypothesis import settings
 from processes import ProcessPool
 
-# The machines that run tests are shared: how long one example took says nothing about the code.
-settings.register_profile("shared_machine", deadline=None)
-settings.load_profile("shared_machine")
+# The machines that run tests are shared: how long one example took says nothing about the code. The
+# examples are the same in every run, so that a change is judged by what it changes; others are
+# looked for with `pytest --hypothesis-profile random`.
+settings.register_profile("same_examples", deadline=None, derandomize=True, database=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("same_examples")
 
 
 @pytest.fixture(scope="session")

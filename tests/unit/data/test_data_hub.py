@@ -75,7 +75,8 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):  # the lower-case one would win
+        monkeypatch.setenv(name, "127.0.0.1")
     close_session()  # one of an earlier test may go by a proxy
     yield server.asked
     server.shutdown()

@@ -68,6 +68,7 @@ def program(case, start):
         sys.stdout.write(f"each {workers.call_each('describe', [('b',), ('c',)])}\n")
         sys.stdout.write(f"collective {workers.call('add_ranks')}\n")
         sys.stdout.write(f"equal {workers.call('add_ranks') == workers.call('add_ranks')}\n")
+        sys.stdout.flush()  # before the other rank says that it closed
         workers.close()
     elif case == "user_error_while_running":
         raise UserError("the reward of 'x' failed.")

@@ -47,7 +47,9 @@ def test_angles_are_those_of_transformers(rope):
     found = RotaryEmbedding(128, use_cpu_initialization=True, **kwargs)
     expected, factor = angles_and_factor_of_transformers(config)
     assert factor == 1
-    # float32, two or three roundings of 6e-8; observed 2.0e-7 (linear), else equal.
+    # float32: the same powers on both sides, then for linear five roundings of 6e-8, namely the
+    # reciprocal of the factor and two products here, a quotient and a product there. That is
+    # 3.0e-7; observed 2.0e-7 (linear), else equal.
     torch.testing.assert_close(
         found.get_freqs_non_repeated(POSITIONS), expected, rtol=5e-7, atol=1e-6
     )

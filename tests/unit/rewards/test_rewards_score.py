@@ -164,34 +164,66 @@ def failing_reward(tmp_path_factory):
     return CustomRewardConfig(path=str(path))
 
 
-LIMITS = {"timeout_s": 2.0, "memory_gib": 0.5}
+# What hangs is given up after 2 s. What ends by itself must not be, on a busy machine, so it never
+# shares a scorer with what hangs.
+HANGING = [name for name in FAILURES if name.startswith("hangs")]
+ENDING = [name for name in FAILURES if name not in HANGING]
+HANGING_LIMITS = {"timeout_s": 2.0, "memory_gib": 0.5}
+ENDING_LIMITS = {"timeout_s": 60.0, "memory_gib": 0.5}
 
 
 @pytest.fixture(scope="module")
-def stopping_scorer(failing_reward):
-    return RewardScorer(RewardConfig(num_workers=1, **LIMITS), failing_reward)
+def hanging_scorer(failing_reward):
+    return RewardScorer(RewardConfig(num_workers=1, **HANGING_LIMITS), failing_reward)
 
 
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_failing_reward_stops_the_run_with_one_line_that_names_the_sample(stopping_scorer, name):
-    """The scorer serves all of these cases, so it also survives each of them."""
-    problem = FAILURES[name][1]
-    match = rf"'arithmetic' failed on train\.parquet:3 sample 1 .*{problem}.*reward\.on_error=zero"
-    with pytest.raises(UserError, match=match) as caught:
-        stopping_scorer.score([_group("good", name, "good")])
+@pytest.fixture(scope="module")
+def ending_scorer(failing_reward):
+    return RewardScorer(RewardConfig(num_workers=1, **ENDING_LIMITS), failing_reward)
+
+
+def assert_stops_the_run(scorer, responses, failing):
+    """One of the responses fails; the line names it, by its position, and says why."""
+    sample, problem = responses.index(failing), FAILURES[failing][1]
+    where = rf"'arithmetic' failed on train\.parquet:3 sample {sample} "
+    with pytest.raises(UserError, match=f"{where}.*{problem}.*reward\\.on_error=zero") as caught:
+        scorer.score([_group(*responses)])
     assert "\n" not in str(caught.value)
 
 
-def test_failing_rewards_score_zero_and_are_counted_when_asked(failing_reward, caplog):
-    scorer = RewardScorer(RewardConfig(num_workers=2, on_error="zero", **LIMITS), failing_reward)
-    responses = [response for name in FAILURES for response in (name, "good")]
+@pytest.mark.parametrize("name", ENDING)
+def test_a_failing_reward_stops_the_run_with_one_line_that_names_the_sample(ending_scorer, name):
+    """The scorer serves all of these cases, so it also survives each of them."""
+    assert_stops_the_run(ending_scorer, ["good", name, "good"], name)
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_a_reward_that_hangs_stops_the_run_with_one_line_that_names_the_sample(
+    hanging_scorer, name
+):
+    """The scorer serves all of these cases, so it also survives each of them."""
+    assert_stops_the_run(hanging_scorer, [name], name)
+
+
+def assert_score_zero(custom, caplog, failing, good, limits):
+    """Failing responses score 0 and are counted, those between them are not touched."""
+    scorer = RewardScorer(RewardConfig(num_workers=2, on_error="zero", **limits), custom)
+    responses = [response for name in failing for response in (name, *good)]
     with caplog.at_level(logging.WARNING):
         scored, metrics = scorer.score([_group(*responses)])
-    assert _rewards(scored) == [0.0, 1.0] * len(FAILURES)
+    assert _rewards(scored) == [0.0, *[1.0] * len(good)] * len(failing)
     numbers = to_floats(metrics)
-    assert numbers["reward/num_errors"] == len(FAILURES)
-    assert numbers["reward/failed_frac"] == pytest.approx(1 / 2)
-    assert f"{len(FAILURES)} samples scored 0 because the reward of 'arithmetic'" in caplog.text
+    assert numbers["reward/num_errors"] == len(failing)
+    assert numbers["reward/failed_frac"] == pytest.approx(len(failing) / len(responses))
+    assert f"{len(failing)} samples scored 0 because the reward of 'arithmetic'" in caplog.text
+
+
+def test_failing_rewards_score_zero_and_are_counted_when_asked(failing_reward, caplog):
+    assert_score_zero(failing_reward, caplog, ENDING, ["good"], ENDING_LIMITS)
+
+
+def test_hanging_rewards_score_zero_and_are_counted_when_asked(failing_reward, caplog):
+    assert_score_zero(failing_reward, caplog, HANGING, [], HANGING_LIMITS)
 
 
 @pytest.mark.parametrize(

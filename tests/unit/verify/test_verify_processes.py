@@ -28,7 +28,8 @@ def test_a_command_that_ends_by_itself_says_why(tmp_path, statement, exit_code, 
 
 def test_a_command_that_hangs_is_ended(tmp_path):
     statement = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    ended = run_module("timeit", ["-n1", "-r1", statement], tmp_path / "log.txt", 5)
+    # Long enough that it has started and said its number, on a busy machine.
+    ended = run_module("timeit", ["-n1", "-r1", statement], tmp_path / "log.txt", 30)
     assert (ended.exit_code, ended.reason) == (None, "did not end in time")
     assert not psutil.pid_exists(int(ended.log))
     assert int(ended.log) != os.getpid()
