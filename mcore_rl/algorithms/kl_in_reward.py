@@ -48,6 +48,11 @@ class KlCtrlConfig:
         if self.type == "fixed":
             refuse_unread(self, "algorithm.kl_ctrl", ("horizon", "target_kl"), "type=fixed")
 
+    def min_horizon(self, num_samples: int) -> int:
+        """Return the least horizon with which no step of so many samples takes the coefficient to
+        0 or below."""
+        return math.floor(_MAX_ADAPTIVE_ERROR * num_samples) + 1
+
 
 def penalize_rewards(
     groups: Sequence[SampleGroup], kl_coef: float, kind: str

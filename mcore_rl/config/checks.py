@@ -34,6 +34,7 @@ def check_run(cfg: RunConfig) -> None:
     groups_that_are_filtered_have_several_samples(cfg)
     prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
     the_overlong_buffer_fits_in_a_response(cfg)
+    an_adaptive_kl_coefficient_stays_positive(cfg)
     routers_can_replay(cfg)
     recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
@@ -273,6 +274,15 @@ def the_overlong_buffer_fits_in_a_response(cfg: RunConfig) -> None:
     buffer, longest = cfg.reward.overlong_buffer, cfg.data.max_response_length
     rule = f"is more than data.max_response_length={longest}"
     require(buffer.len <= longest, "reward.overlong_buffer.len", buffer.len, rule, "Lower it.")
+
+
+def an_adaptive_kl_coefficient_stays_positive(cfg: RunConfig) -> None:
+    ctrl, samples = cfg.algorithm.kl_ctrl, cfg.data.train_batch_size * cfg.rollout.n
+    if cfg.algorithm.use_kl_in_reward and ctrl.type == "adaptive":
+        least = ctrl.min_horizon(samples)
+        rule = f"would let one step of {samples} samples turn the coefficient to 0 or below"
+        fix = f"Raise it to at least {least}."
+        require(ctrl.horizon >= least, "algorithm.kl_ctrl.horizon", ctrl.horizon, rule, fix)
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:

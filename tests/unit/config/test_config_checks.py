@@ -64,6 +64,23 @@ RULES = {
         "data.gen_batch_size=8 is not read without algorithm.filter_groups.enable=true.",
         ["data.gen_batch_size=8", "algorithm.filter_groups.enable=true", "rollout.n=2"],
     ),
+    "an_adaptive_kl_coefficient_stays_positive": (
+        [
+            "algorithm.use_kl_in_reward=true",
+            "algorithm.kl_ctrl.type=adaptive",
+            "algorithm.kl_ctrl.horizon=256",  # 1 - 0.2 * 1280 / 256 = 0
+            "data.train_batch_size=256",
+            "rollout.n=5",
+        ],
+        "algorithm.kl_ctrl.horizon=256 would let one step of 1280 samples turn the coefficient to",
+        [
+            "algorithm.use_kl_in_reward=true",
+            "algorithm.kl_ctrl.type=adaptive",
+            "algorithm.kl_ctrl.horizon=257",
+            "data.train_batch_size=256",
+            "rollout.n=5",
+        ],
+    ),
     "the_overlong_buffer_fits_in_a_response": (
         ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=2000"],
         "reward.overlong_buffer.len=2000 is more than data.max_response_length=1024.",
@@ -171,6 +188,7 @@ NOT_OF_SFT = {
     "minibatches_of_the_critic_divide_a_step",
     "groups_that_are_filtered_have_several_samples",
     "prompts_are_drawn_in_other_batches_only_to_be_filtered",
+    "an_adaptive_kl_coefficient_stays_positive",
     "the_overlong_buffer_fits_in_a_response",
     "groups_are_large_enough",
     "routers_can_replay",
