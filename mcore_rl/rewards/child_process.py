@@ -1,8 +1,8 @@
-"""What a process that scores does first: it dies with its parent and limits its memory.
+"""What a process that scores does first: it dies with its parent, and limits what it takes.
 
-Both are the kernel's work from then on, so they hold whatever the process computes and however its
-parent ends. What it forks inherits the limit but not the death: every child asks for its own. The
-sandbox's program does so itself (`jail.py`), since it imports the standard library only.
+All of it is the kernel's work from then on, so it holds whatever the process computes and however
+its parent ends. What it forks inherits the limits but not the death: every child asks for its own.
+The sandbox's program does so itself (`jail.py`), since it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ def limit_memory(most_bytes: int) -> None:
 
     Only a privileged process may raise its limits.
     """
-    present = resource.getrlimit(resource.RLIMIT_DATA)
-    most = min([most_bytes, *(limit for limit in present if limit != resource.RLIM_INFINITY)])
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    _limit(resource.RLIMIT_DATA, most_bytes)
+
+
+def limit_cpu(seconds: int) -> None:
+    """Have the kernel end this process after so much CPU time, or less if it has less already."""
+    _limit(resource.RLIMIT_CPU, seconds)
+
+
+def _limit(kind: int, most: int) -> None:
+    present = resource.getrlimit(kind)
+    most = min([most, *(limit for limit in present if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(kind, (most, most))

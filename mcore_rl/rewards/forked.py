@@ -14,18 +14,23 @@ import signal
 from collections.abc import Callable
 
 from mcore_rl.errors import RunError
-from mcore_rl.rewards.child_process import die_with_parent, limit_memory
+from mcore_rl.rewards.child_process import die_with_parent, limit_cpu, limit_memory
 
 
 def call_forked(
-    function: Callable[..., bool], *arguments: object, limit_s: float, memory_bytes: int
+    function: Callable[..., bool],
+    *arguments: object,
+    cpu_s: int,
+    limit_s: float,
+    memory_bytes: int,
 ) -> bool | None:
     """Return `function(*arguments)`; None if it raises, dies, or takes longer than the limit.
 
     Args:
         function: its result is a truth value.
         arguments: of the function.
-        limit_s: wall-clock seconds.
+        cpu_s: seconds of CPU time, which do not depend on how busy the machine is.
+        limit_s: wall-clock seconds, several times `cpu_s`.
         memory_bytes: most private memory of the copy, this process's own included; a lower limit
             of this process holds instead.
 
@@ -39,6 +44,7 @@ def call_forked(
         try:
             try:
                 die_with_parent(parent)
+                limit_cpu(cpu_s)
                 limit_memory(memory_bytes)
             except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
                 os.write(writer, repr(error).encode())

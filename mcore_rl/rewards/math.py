@@ -6,8 +6,9 @@ The answer is read as `answer_text` says and compared with the reference by the 
 Texts that are equal but for white space need no parsing.
 
 A response can hold what no parser or simplifier ends on (`9^{9^{9^9}}`), so the comparison is
-forked off and has a few seconds and a limit on its memory; beyond them the answer is wrong. The
-library's own limits are off: they are signals, which do not interrupt sympy's calls into C.
+forked off and has a few seconds of CPU time and a limit on its memory; beyond them the answer is
+wrong. The library's own limits are off: they are signals, which do not interrupt sympy's calls into
+C.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from mcore_rl.rewards.answer_text import stated_answer
 from mcore_rl.rewards.base import REWARDS
 from mcore_rl.rewards.forked import call_forked
 
-_LIMIT_S = 5.0
+_CPU_S = 5
+_LIMIT_S = 20.0
 _MEMORY_BYTES = 2 * 2**30
 
 
@@ -36,7 +38,14 @@ def compute_score(
     if "".join(answer.split()) == "".join(reference.split()):
         return 1.0
     _parse(reference)  # kept for every sample of the prompt, and it warms the parser up
-    equal = call_forked(is_equal, answer, reference, limit_s=_LIMIT_S, memory_bytes=_MEMORY_BYTES)
+    equal = call_forked(
+        is_equal,
+        answer,
+        reference,
+        cpu_s=_CPU_S,
+        limit_s=_LIMIT_S,
+        memory_bytes=_MEMORY_BYTES,
+    )
     return float(bool(equal))
 
 

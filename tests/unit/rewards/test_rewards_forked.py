@@ -10,7 +10,7 @@ from mcore_rl.errors import RunError
 from mcore_rl.rewards import forked
 from mcore_rl.rewards.forked import call_forked
 
-LIMITS = {"limit_s": 20.0, "memory_bytes": 2**34}
+LIMITS = {"cpu_s": 20, "limit_s": 60, "memory_bytes": 2**34}
 
 
 def _raise():
@@ -33,7 +33,17 @@ def test_a_function_that_raises_dies_or_has_too_little_memory_gives_none(functio
 
 
 def test_a_function_that_takes_too_long_gives_none():
-    assert call_forked(_hang, limit_s=0.1, memory_bytes=2**34) is None
+    assert call_forked(_hang, **LIMITS | {"limit_s": 1}) is None
+
+
+def _compute():
+    while True:
+        pass
+
+
+def test_a_function_that_computes_for_too_long_gives_none():
+    """The limit of wall-clock time does not come into play."""
+    assert call_forked(_compute, **LIMITS | {"cpu_s": 1, "limit_s": 3600}) is None
 
 
 def test_a_copy_that_cannot_be_made_ready_is_an_error_and_no_wrong_answer(monkeypatch):
@@ -42,7 +52,7 @@ def test_a_copy_that_cannot_be_made_ready_is_an_error_and_no_wrong_answer(monkey
 
     monkeypatch.setattr(forked, "limit_memory", refuse)
     with pytest.raises(RunError, match=r"not made ready: ValueError\('not allowed .* to 5'\)"):
-        call_forked(str.isdigit, "5", limit_s=20.0, memory_bytes=5)
+        call_forked(str.isdigit, "5", **LIMITS | {"memory_bytes": 5})
 
 
 def test_a_process_that_is_orphaned_before_it_asks_to_die_with_its_parent_ends():

@@ -29,7 +29,7 @@ REWRITINGS = {
 
 @pytest.mark.parametrize("reference", REWRITINGS)
 def test_an_answer_equals_its_reference_however_it_is_written(reference, monkeypatch):
-    # Beyond the limit a right answer is wrong, which on a busy machine says nothing about these.
+    # Beyond the limit a right answer is wrong, which on a very busy machine says nothing about it.
     monkeypatch.setattr(math_reward, "_LIMIT_S", 120.0)
     for answer in [reference, *REWRITINGS[reference]]:
         assert _score(f"So the answer is \\boxed{{{answer}}}.", reference) == 1.0, answer

@@ -192,7 +192,7 @@ def test_no_process_outlives_a_program_that_is_killed(make_pool, tmp_path):
             print(os.getpid(), flush=True)
             time.sleep(600)
         print(os.getpid(), flush=True)
-        call_forked(hang, limit_s=600, memory_bytes=2**33)
+        call_forked(hang, cpu_s=600, limit_s=600, memory_bytes=2**33)
     """
     make_pool(textwrap.dedent(body))
     with _start_program(tmp_path) as process:
