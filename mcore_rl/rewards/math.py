@@ -7,8 +7,7 @@ Texts that are equal but for white space need no parsing.
 
 A response can hold what no parser or simplifier ends on (`9^{9^{9^9}}`), so the comparison is
 forked off and has a few seconds of CPU time and a limit on its memory; beyond them the answer is
-wrong. The library's own limits are off: they are signals, which do not interrupt sympy's calls into
-C.
+wrong. The library's own limits are off: signals do not interrupt what sympy computes in C.
 """
 
 from __future__ import annotations
