@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import plan_cases
 import pytest
+import torch
 from actor_inputs import (
     CP2,
     EP2,
@@ -87,7 +88,10 @@ def wide_checkpoint(tmp_path_factory):
     """Return a mixture of experts large enough that the padding of buffers hardly counts."""
     folder = tmp_path_factory.mktemp("wide")
     sizes = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 96, "vocab_size": 512}
-    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MOE | sizes)).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # how many tokens go to which process is the routers' choice
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MOE | sizes))
+    model.save_pretrained(folder)
     return folder
 
 
@@ -134,5 +138,6 @@ def test_bytes_are_those_of_real_tensors(processes, wide_checkpoint, world_size,
             sequence_parallel=spec.megatron.uses_sequence_parallel,
             recomputes_layers=False,
         ) + logit_memory(layout, 0, tokens=8 * 32, vocab_size=512)
-        # Observed: 0.63 to 0.76. Unfused kernels keep float32 copies and repeated heads besides.
+        # Observed: 0.64 to 0.76, with other weights from 0.62, as a process gets more tokens than
+        # its share. Unfused kernels keep float32 copies and repeated heads besides.
         assert 0.6 < expected / activations <= 1

@@ -21,7 +21,7 @@ from mcore_rl.observability.trackers import TRACKERS, RunInfo, Tracker
 FILE = "stages.txt"
 KILL_AT = "STAGE_MARKS_KILL_AT"
 """Environment variable "<stage> <n> <seconds>": kill so long after the n-th such stage of this
-start began, counted from 1."""
+start began, counted from 1, or at its end if that comes first."""
 
 
 @TRACKERS.register("stage_marks")
@@ -32,17 +32,24 @@ class StageMarks(Tracker):
         self._file = run.dir / FILE
         self._stage, number, delay = os.environ.get(KILL_AT, "- 0 0").split()
         self._num_to_come, self._delay = int(number), float(delay)
+        self._is_over = threading.Event()
+        self._killer: threading.Thread | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
     def stage(self, name: str) -> None:
+        if self._killer:
+            self._is_over.set()
+            self._killer.join()
         with self._file.open("a") as file:
             file.write(f"{name} {time.monotonic()}\n")
         if name == self._stage:
             self._num_to_come -= 1
             if self._num_to_come == 0:
-                threading.Thread(target=_kill_after, args=(self._delay, _whole_run())).start()
+                arguments = (self._is_over, self._delay, _whole_run())
+                self._killer = threading.Thread(target=_kill_after, args=arguments)
+                self._killer.start()
 
 
 def _whole_run() -> list[int]:
@@ -53,8 +60,8 @@ def _whole_run() -> list[int]:
     return [agent.pid, *others, os.getpid()]
 
 
-def _kill_after(seconds: float, processes: list[int]) -> None:
-    time.sleep(seconds)
+def _kill_after(is_over: threading.Event, seconds: float, processes: list[int]) -> None:
+    is_over.wait(seconds)
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

@@ -509,6 +509,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_touches_nothing(outcomes, nam
     assert commands.hash_files(outcome.folder) == outcome.before
 
 
+@pytest.mark.timeout(commands.TEST_LIMIT_S)
 def test_several_processes_say_it_once(files, tmp_path):
     """The command starts its processes itself; the mistake is one that only the inputs show."""
     argv = files.argv(tmp_path / "run", f"data.train_files={tmp_path / 'none.parquet'}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
 
 def test_adapters_train_and_the_engine_gets_them_merged(files, tmp_path):

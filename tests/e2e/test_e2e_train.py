@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
 
 @pytest.fixture(scope="session")

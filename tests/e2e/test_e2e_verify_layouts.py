@@ -6,6 +6,9 @@ import json
 import textwrap
 
 import commands
+import pytest
+
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
 # What a loss must not do: it averages over its micro-batch, so the gradient hangs on how the
 # minibatch is cut. In two processes it fails in a rank other than the controller's.

@@ -10,6 +10,8 @@ import commands
 import pytest
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
+
 TOLERANCE = 1e-4
 
 

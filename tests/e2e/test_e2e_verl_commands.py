@@ -14,7 +14,7 @@ import commands
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
 GMPO = """
 python3 -m verl.trainer.main_ppo \

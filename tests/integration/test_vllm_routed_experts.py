@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import vllm_cases
-from vllm_models import hf_routes
+from vllm_models import hf_router_logits
 
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
 
@@ -39,12 +39,25 @@ def requests(seed, temperature=1.0):
 
 
 def assert_routes_are_those_of_the_router(model, results):
+    """Each choice is the one that transformers makes after the same choices before it, or a tie.
+
+    A choice between experts whose logits differ by less than the rounding is anyone's, and moves
+    all that come after it.
+    """
+    num_others = 0
     for prompt, result in zip(PROMPTS, results, strict=True):
-        expected = hf_routes(model, [*prompt, *result.token_ids])
         assert result.routed_experts.dtype == "uint8"
         found = torch.from_numpy(result.routed_experts).long().sort().values
-        assert found.shape == expected.shape
-        assert torch.equal(found, expected)
+        assert (found.diff() > 0).all()  # no expert twice
+        logits = hf_router_logits(model, [*prompt, *result.token_ids], found)
+        expected = logits.topk(found.shape[-1])
+        lost = expected.values[..., -1] - logits.gather(-1, found).amin(-1)
+        # float32 logits of some units: the two differ by about 1e-6.
+        assert lost.max() < 1e-4
+        num_others += int((found != expected.indices.sort().values).any(-1).sum())
+    # Observed 0 of 3692: logits that spread over units are hardly ever so near. One tie comes back
+    # in every prompt that has its tokens.
+    assert num_others <= len(PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_mixed"])

@@ -13,6 +13,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 # vLLM's CPU attention wants heads of 32; qwen2 has them as hidden_size / heads.
 SIZES = {
@@ -80,11 +81,29 @@ def make_model(name: str, seed: int) -> Any:
 
 
 @torch.no_grad()
-def hf_routes(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """Return the experts of every token but the last, [n - 1, MoE layers, topk], sorted."""
-    outputs = model(torch.tensor([token_ids[:-1]]), output_router_logits=True)
-    scores = torch.stack(outputs.router_logits, dim=1)
-    return scores.topk(model.config.num_experts_per_tok).indices.sort().values
+def hf_router_logits(model: Any, token_ids: list[int], routes: torch.Tensor) -> torch.Tensor:
+    """Return what the routers of a Qwen3-MoE say of every token but the last, if all tokens go to
+    the experts `routes`, [n - 1, MoE layers, topk] in any order: [n - 1, MoE layers, experts].
+    """
+    logits = []
+
+    def take_route(router, _inputs, output):
+        of_layer, _, own_choice = output
+        chosen = routes[:, len(logits)]
+        assert chosen.shape == own_choice.shape
+        logits.append(of_layer)
+        weights = of_layer.softmax(-1).gather(-1, chosen)
+        return of_layer, weights / weights.sum(-1, keepdim=True), chosen
+
+    routers = [m for m in model.modules() if isinstance(m, Qwen3MoeTopKRouter)]
+    assert all(router.norm_topk_prob for router in routers)
+    hooks = [router.register_forward_hook(take_route) for router in routers]
+    try:
+        model(torch.tensor([token_ids[:-1]]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(logits, dim=1)
 
 
 @torch.no_grad()
