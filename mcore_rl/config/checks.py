@@ -23,6 +23,8 @@ def check_run(cfg: RunConfig) -> None:
     sizes_and_types_have_one_key(cfg)
     the_loss_is_scaled_in_one_place(cfg)
     logprobs_are_the_same_in_every_pass(cfg)
+    tokens_are_routed_by_themselves(cfg)
+    the_model_is_that_of_the_checkpoint(cfg)
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
     frozen_routers_stay_as_they_are(cfg)
@@ -52,6 +54,8 @@ def check_sft(cfg: SftRunConfig) -> None:
     sizes_and_types_have_one_key(cfg)
     the_loss_is_scaled_in_one_place(cfg)
     logprobs_are_the_same_in_every_pass(cfg)
+    tokens_are_routed_by_themselves(cfg)
+    the_model_is_that_of_the_checkpoint(cfg)
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
     frozen_routers_stay_as_they_are(cfg)
@@ -122,10 +126,56 @@ def the_loss_is_scaled_in_one_place(cfg: RunConfig | SftRunConfig) -> None:
 
 
 def logprobs_are_the_same_in_every_pass(cfg: RunConfig | SftRunConfig) -> None:
-    """With dropout the ratio to the old policy is noise, and never 1."""
-    for field in ("hidden_dropout", "attention_dropout"):
+    """With dropout, or routers that draw (also in evaluation), the ratio to the old policy is noise,
+    and never 1."""
+    for field in (
+        "hidden_dropout",
+        "attention_dropout",
+        "moe_input_jitter_eps",
+        "moe_router_force_load_balancing",
+    ):
         rule = "makes the log-probabilities of one policy differ from pass to pass"
         _require_not_overridden(cfg, field, rule, "Remove it.")
+
+
+def tokens_are_routed_by_themselves(cfg: RunConfig | SftRunConfig) -> None:
+    """A capacity drops tokens, and Sinkhorn's routing moves them, for the sake of others in their
+    micro-batch; the engine does neither."""
+    rule = "makes what becomes of a token depend on the micro-batch it is in"
+    _require_not_overridden(cfg, "moe_expert_capacity_factor", rule, "Remove it.")
+    field = "moe_router_load_balancing_type"
+    if "sinkhorn" in str(cfg.actor.megatron.override_transformer_config.get(field)):
+        _require_not_overridden(cfg, field, rule, "Remove it.")
+
+
+ARCHITECTURE = (
+    "apply_query_key_layer_scaling",
+    "apply_residual_connection_post_layernorm",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "layernorm_zero_centered_gamma",
+    "moe_apply_probs_on_input",
+    "moe_router_group_topk",
+    "moe_router_num_groups",
+    "moe_router_topk_limited_devices",
+    "moe_router_topk_scaling_factor",
+    "no_rope_freq",
+    "qk_l2_norm",
+    "rotary_interleaved",
+    "softmax_scale",
+    "softmax_type",
+    "window_attn_skip_freq",
+    "window_size",
+)
+"""Fields of TransformerConfig that make another model of the same weights and that not every family
+of models/ sets; loop/inputs.py refuses those that the family of the run sets."""
+
+
+def the_model_is_that_of_the_checkpoint(cfg: RunConfig | SftRunConfig) -> None:
+    """The engine knows nothing of what the trainer's Megatron is told beside config.json."""
+    for field in ARCHITECTURE:
+        rule = "would train another model than the engine samples from"
+        _require_not_overridden(cfg, field, rule, "Remove it: config.json decides.")
 
 
 def pipelines_exchange_rows_of_any_length(cfg: RunConfig | SftRunConfig) -> None:
@@ -182,17 +232,12 @@ def adapters_hang_on_layers_of_their_own(cfg: RunConfig | SftRunConfig) -> None:
 
 
 def routers_can_replay(cfg: RunConfig) -> None:
-    """Megatron's other kinds of routing do not look at what is to be replayed
-    (moe_utils.py:topk_routing_with_score_function, router.py:routing)."""
-    mode = cfg.actor.router_replay.mode
-    overrides = cfg.actor.megatron.override_transformer_config
-    for field, value in {
-        "moe_router_fusion": True,
-        "moe_router_load_balancing_type": "sinkhorn",
-    }.items():
-        if mode != "disabled" and overrides.get(field) == value:
-            rule = f"routes without looking at what actor.router_replay.mode={mode} replays"
-            _require_not_overridden(cfg, field, rule, "Remove one of them.")
+    """Megatron's fused routing does not look at what is to be replayed
+    (moe_utils.py:topk_routing_with_score_function)."""
+    mode, field = cfg.actor.router_replay.mode, "moe_router_fusion"
+    if mode != "disabled" and cfg.actor.megatron.override_transformer_config.get(field):
+        rule = f"routes without looking at what actor.router_replay.mode={mode} replays"
+        _require_not_overridden(cfg, field, rule, "Remove one of them.")
 
 
 def recorded_routes_are_replayed(cfg: RunConfig) -> None:

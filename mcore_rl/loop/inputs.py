@@ -10,8 +10,9 @@ from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_la
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.errors import require
+from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.models.layout import check_layout
-from mcore_rl.models.spec import check_weights, load_hf_config, routing
+from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
@@ -109,6 +110,7 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
+    _check_overrides(hf_config, megatron)
     require(
         not megatron.moe_router_freeze or routing(hf_config) is not None,
         "actor.megatron.moe_router_freeze",
@@ -117,6 +119,19 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         "Leave it out.",
     )
     return hf_config
+
+
+def _check_overrides(hf_config: PreTrainedConfig, megatron: MegatronConfig) -> None:
+    """Raise a UserError if Megatron is told another architecture than that of `hf_config`."""
+    architecture = model_family(hf_config).transformer_kwargs(hf_config)
+    for field, value in megatron.override_transformer_config.items():
+        require(
+            field not in architecture,
+            f"actor.megatron.override_transformer_config.{field}",
+            value,
+            "would train another model than that of config.json",
+            "Remove it.",
+        )
 
 
 def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
@@ -155,6 +170,7 @@ def _check_critic(cfg: RunConfig) -> None:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
+    _check_overrides(hf_config, megatron)
     check_value_weights(path, hf_config)
 
 

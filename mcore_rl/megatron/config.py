@@ -39,7 +39,8 @@ class MegatronConfig:
     """Leave the routers of a mixture of experts at their initial weights."""
     override_transformer_config: dict[str, Any] = field(default_factory=dict)
     """Fields of Megatron's TransformerConfig, handed on as they are, such as
-    recompute_granularity; refused are unknown names and what would change results."""
+    recompute_granularity; refused are unknown names, the architecture, which config.json
+    decides, and what would change results."""
     seed: int = 42
     """Base of Megatron's random states."""
 

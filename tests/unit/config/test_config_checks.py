@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from dataclasses import fields
 
 import pytest
 
@@ -115,6 +117,18 @@ RULES = {
         [f"{OVERRIDE}.attention_dropout=0.1"],
         f"{OVERRIDE.lstrip('+')}.attention_dropout=0.1 makes the log-probabilities of one policy",
         [],
+    ),
+    "tokens_are_routed_by_themselves": (
+        [f"{OVERRIDE}.moe_router_load_balancing_type=sinkhorn"],
+        f"{OVERRIDE.lstrip('+')}.moe_router_load_balancing_type='sinkhorn' makes what becomes of a "
+        "token depend on the micro-batch it is in.",
+        [f"{OVERRIDE}.moe_router_load_balancing_type=seq_aux_loss"],
+    ),
+    "the_model_is_that_of_the_checkpoint": (
+        [f"{OVERRIDE}.softmax_scale=0.5"],
+        f"{OVERRIDE.lstrip('+')}.softmax_scale=0.5 would train another model than the engine "
+        "samples from.",
+        [f"{OVERRIDE}.recompute_granularity=selective", f"{OVERRIDE}.moe_permute_fusion=true"],
     ),
     "pipelines_exchange_rows_of_any_length": (
         [*PP2, f"{OVERRIDE}.moe_token_dispatcher_type=allgather"],
@@ -229,6 +243,27 @@ def test_the_exchange_between_stages_is_not_overridden(field):
     config = compose([*NAMED, *PP2, f"{OVERRIDE}.{field}=true"])
     with pytest.raises(UserError, match=f"{field}=True hangs or swaps messages"):
         check_run(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("moe_input_jitter_eps=0.01", "makes the log-probabilities of one policy differ"),
+        ("moe_router_force_load_balancing=true", "makes the log-probabilities of one policy diff"),
+        ("moe_expert_capacity_factor=1.0", "makes what becomes of a token depend on the micro"),
+    ],
+)
+def test_routers_neither_draw_nor_drop(override, expected):
+    with pytest.raises(UserError, match=re.escape(f"{OVERRIDE[1:]}.{override.split('=')[0]}")):
+        check_run(compose([*NAMED, f"{OVERRIDE}.{override}"]))
+    with pytest.raises(UserError, match=expected):
+        check_sft(compose([*NAMED, f"{OVERRIDE}.{override}"], SftRunConfig))
+
+
+def test_the_fields_of_the_architecture_are_megatrons():
+    transformer_config = pytest.importorskip("megatron.core.transformer.transformer_config")
+    known = {field.name for field in fields(transformer_config.TransformerConfig)}
+    assert set(checks.ARCHITECTURE) <= known
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -136,6 +136,14 @@ def test_prompts_are_cut_to_the_limit_and_messages_counted(argv, tmp_path):
             ["actor.megatron.override_transformer_config.num_layers_in_first_pipeline_stage=20"],
             "num_layers_in_first_pipeline_stage",
         ),
+        (
+            ["actor.megatron.override_transformer_config.layernorm_epsilon=1e-3"],
+            "layernorm_epsilon=0.001 would train another model than that of config.json",
+        ),
+        (
+            ["actor.megatron.override_transformer_config.moe_router_topk=2"],
+            "moe_router_topk=2 would train another model",
+        ),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(argv, overrides, named):
