@@ -19,7 +19,7 @@ from torch import Tensor
 
 Metrics = dict[str, "Metric"]
 
-REDUCTIONS = ("mean", "sum", "max", "min")
+REDUCTIONS = ("mean", "sum", "share", "max", "min")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Metric:
     """One number and how it merges with others of the same key.
 
     For "mean", `value` is the weighted sum and `weight` the total weight (a count of trained
-    tokens, of samples, ...), so merging is exact whatever the split.
+    tokens, of samples, ...), so merging is exact whatever the split. A "share" adds up over the
+    micro-batches and ranks of one optimizer update, and is averaged over updates (`of_one_update`).
     """
 
     value: Tensor | float
@@ -46,6 +47,11 @@ def mean(value: Tensor | float, weight: Tensor | float = 1.0) -> Metric:
 def total(value: Tensor | float) -> Metric:
     """Return a metric that adds up."""
     return Metric(value, "sum")
+
+
+def share(value: Tensor | float) -> Metric:
+    """Return a metric that adds up within an update, as the parts of its loss do."""
+    return Metric(value, "share")
 
 
 def maximum(value: Tensor | float) -> Metric:
@@ -86,9 +92,15 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
     return merged
 
 
+def of_one_update(merged: Mapping[str, Metric]) -> Metrics:
+    """Return the metrics of all micro-batches and ranks of an update as ones to merge with those
+    of other updates."""
+    return {k: mean(m.value) if m.reduce == "share" else m for k, m in merged.items()}
+
+
 def _merge_two(key: str, a: Metric, b: Metric) -> Metric:
     assert a.reduce == b.reduce, f"{key}: reduced by {a.reduce} and by {b.reduce}"
-    if a.reduce in ("mean", "sum"):
+    if a.reduce in ("mean", "sum", "share"):
         return Metric(a.value + b.value, a.reduce, a.weight + b.weight)
     values = float(a.value), float(b.value)
     # Python's max and min keep a NaN or drop it by its position.

@@ -36,7 +36,7 @@ from mcore_rl.algorithms.options import refuse_unread
 from mcore_rl.algorithms.ratio import ratio_metrics
 from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import require, require_one_of
-from mcore_rl.metrics import Metrics, masked_mean, total
+from mcore_rl.metrics import Metrics, masked_mean, share
 from mcore_rl.types import Denominators
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def actor_objective(
     inputs = inputs.trained_only()
     policy = spec.policy_loss.compute(inputs, spec.clip, **spec.loss_options)
     objective = pg_loss = (w_T * policy.loss_T).sum()
-    metrics: Metrics = {"actor/pg_loss": total(pg_loss.detach()), **policy.metrics}
+    metrics: Metrics = {"actor/pg_loss": share(pg_loss.detach()), **policy.metrics}
     if spec.needs_old_logprobs:
         metrics |= ratio_metrics(inputs.log_ratio_T, mask_T)
     if spec.kl_loss_type is not None:
@@ -210,14 +210,14 @@ def actor_objective(
         ref_logprobs_T = torch.where(mask_T, ref_logprobs_T, 0.0)
         kl_loss = (w_T * kl_penalty(inputs.logprobs_T, ref_logprobs_T, spec.kl_loss_type)).sum()
         objective = objective + spec.kl_loss_coef * kl_loss
-        metrics["actor/kl_loss"] = total(kl_loss.detach())
+        metrics["actor/kl_loss"] = share(kl_loss.detach())
     if spec.needs_entropy:
         assert entropy_T is not None, "an entropy bonus needs the entropy"
         bonus = (w_T * torch.where(mask_T, entropy_T, 0.0)).sum()
         objective = objective - spec.entropy_coeff * bonus
     if entropy_T is not None:
         metrics["actor/entropy"] = masked_mean(entropy_T, mask_T)
-    metrics["actor/loss"] = total(objective.detach())
+    metrics["actor/loss"] = share(objective.detach())
     return objective, metrics
 
 
@@ -236,4 +236,4 @@ def sft_objective(
     """
     w_T = token_weights("token-mean", segments, denominators)
     loss = (w_T * sft(torch.where(segments.mask_T, logprobs_T, 0.0))).sum()
-    return loss, {"sft/loss": total(loss.detach())}
+    return loss, {"sft/loss": share(loss.detach())}

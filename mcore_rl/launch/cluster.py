@@ -15,7 +15,7 @@ import numpy as np
 
 from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
 from mcore_rl.errors import CheckpointError
-from mcore_rl.metrics import Metrics, merge
+from mcore_rl.metrics import Metrics, merge, of_one_update
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.types import Layout, MinibatchPlan, Place, TokenSequence, WriteState
 
@@ -146,7 +146,7 @@ class Cluster:
 
     def _update(self, role: str, plan: MinibatchPlan, objective: Any) -> Metrics:
         shares = [(*share, plan.denominators, objective) for share in self._shares(plan)]
-        return merge(self._workers.call_each(f"{role}.update", shares))
+        return of_one_update(merge(self._workers.call_each(f"{role}.update", shares)))
 
     def begin_save(self, folder: str) -> None:
         """Begin to write the training state of actor and critic into folders of their names.

@@ -17,7 +17,7 @@ from mcore_rl.algorithms.losses.base import PolicyLossInputs
 from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
 from mcore_rl.data.batch import PackedBatch
-from mcore_rl.metrics import Metrics, masked_mean, total
+from mcore_rl.metrics import Metrics, masked_mean, share
 from mcore_rl.types import Denominators
 
 
@@ -107,7 +107,7 @@ class CriticObjective:
         w_T = token_weights(self.agg_mode, batch.segments, denominators, self.loss_scale_factor)
         loss = (w_T * loss_T).sum()
         return loss, {
-            "critic/value_loss": total(loss.detach()),
+            "critic/value_loss": share(loss.detach()),
             "critic/clip_frac": masked_mean(clipped_T, mask_T),
         }
 

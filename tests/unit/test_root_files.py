@@ -22,6 +22,8 @@ from mcore_rl.metrics import (
     mean,
     merge,
     minimum,
+    of_one_update,
+    share,
     to_floats,
     to_host,
     total,
@@ -219,3 +221,9 @@ def test_the_copy_to_the_host_keeps_values_weights_and_rules():
     moved = to_host({"a": Metric(torch.tensor(6.0), "mean", torch.tensor(3.0)), "b": maximum(2.0)})
     assert moved == {"a": Metric(6.0, "mean", 3.0), "b": Metric(2.0, "max")}
     assert all(isinstance(m.value, float) and isinstance(m.weight, float) for m in moved.values())
+
+
+def test_shares_add_up_within_an_update_and_are_averaged_over_updates():
+    updates = [merge([{"loss": share(0.25)}, {"loss": share(0.5)}]), {"loss": share(0.25)}]
+    assert [to_floats(update) for update in updates] == [{"loss": 0.75}, {"loss": 0.25}]
+    assert to_floats(merge(map(of_one_update, updates))) == {"loss": 0.5}

@@ -343,3 +343,16 @@ def test_times_of_the_stages_and_tokens_per_second_are_logged(run_loop):
         line["batch/tokens"] / line["time/step"], rel=1e-12
     )
     assert line["weight_sync/bytes"] == 4 * VOCABULARY
+
+
+def test_losses_are_those_of_an_update_however_many_a_step_has(run_loop):
+    """Nothing is learnt, so every epoch has the same loss."""
+    once, thrice = (
+        run_loop(*GPG, ONE_UPDATE, f"actor.ppo_epochs={n}", steps=1, learning_rate=0.0, folder=n)
+        for n in ("1", "3")
+    )
+    for name in ("actor/pg_loss", "actor/loss"):
+        # The rounding of a sum of three.
+        assert thrice.metrics[0][name] == pytest.approx(once.metrics[0][name], rel=1e-12)
+    assert abs(once.metrics[0]["actor/pg_loss"]) > 1e-3
+    assert thrice.metrics[0]["batch/tokens"] == 3 * once.metrics[0]["batch/tokens"]
