@@ -40,6 +40,9 @@ def assign_advantages(
         rewards_N=torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
         group_N=torch.tensor(group_N, dtype=torch.int64),
         segments=Segments.from_loss_masks([sample.loss_mask for sample in samples]),
+        num_response_tokens_N=torch.tensor(
+            [sample.num_response_tokens for sample in samples], dtype=torch.float64
+        ),
         baseline_N=_baselines(groups) if estimator.needs_greedy_baseline else None,
         values_T=_values(samples) if estimator.needs_critic else None,
     )

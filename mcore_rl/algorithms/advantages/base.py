@@ -76,6 +76,8 @@ class AdvantageInputs:
     """[N] int64, number of each sample's group: 0 .. P-1, none empty."""
     segments: Segments
     """Tokens of the N samples, in their order."""
+    num_response_tokens_N: Tensor
+    """[N] float64, tokens of each response, also where none of them trains."""
     baseline_N: Tensor | None = None
     """[N] float64, reward of a greedy response to the sample's prompt; None unless the estimator
     asks for it."""

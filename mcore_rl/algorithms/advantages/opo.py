@@ -1,6 +1,6 @@
 """OPO: the reward against the length-weighted mean of the group, the baseline of least variance.
 
-    A_i = r_i - sum_j n_j r_j / sum_j n_j        n_j: trained tokens of sample j of the group
+    A_i = r_i - sum_j n_j r_j / sum_j n_j        n_j: response tokens of sample j of the group
 
 Source: arXiv:2505.23585, eq. 7. Shapes: N samples, P groups, T tokens.
 """
@@ -19,7 +19,7 @@ from mcore_rl.algorithms.advantages.base import (
 
 def opo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
     """Return the advantage of each token's sample, [T] float64."""
-    length_N = inputs.segments.num_tokens_S
+    length_N = inputs.num_response_tokens_N
     length_P = inputs.group_sum(length_N).clamp(min=1)
     baseline_P = inputs.group_sum(length_N * inputs.rewards_N) / length_P
     return inputs.segments.expand(inputs.relative_to(baseline_P))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig, assign_advantages
 from mcore_rl.algorithms.advantages.base import ESTIMATOR_OPTIONS, GPG_ALPHAS
+from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import Prompt, Sample, SampleGroup
@@ -152,19 +153,42 @@ def test_rloo_compares_with_the_mean_of_the_others(rewards):
         assert advantages == pytest.approx(expected, abs=1e-13)
 
 
-def test_opo_weighs_the_mean_by_trained_tokens():
-    (group,) = make_groups([[1.0, 0.0, 4.0]])
-    long, short, untrained = group.samples
-    group = replace(
-        group,
-        samples=[long, replace(short, loss_mask=[False, True] + 2 * [False]),
-                 replace(untrained, loss_mask=4 * [False])],
-    )  # fmt: skip
-    (assigned,), _ = assign_advantages([group], AlgorithmConfig(adv_estimator="opo"))
-    # (2 * 1 + 1 * 0 + 0 * 4) / 3 = 2/3
-    assert list(assigned.samples[0].advantages) == pytest.approx([0, 1 / 3, 0, 1 / 3])
-    assert list(assigned.samples[1].advantages) == pytest.approx([0, -2 / 3, 0, 0])
-    assert list(assigned.samples[2].advantages) == [0.0] * 4
+def make_truncated_group():
+    """Return rewards 1, 1, 0, 0 for responses of 4, 4, 8, 8 tokens, the last two cut off."""
+    (group,) = make_groups([[1.0, 1.0, 0.0, 0.0]])
+    samples = []
+    for sample, length in zip(group.samples, (4, 4, 8, 8), strict=True):
+        tokens, zeros = [1, *range(length)], [0.0] * (length + 1)
+        samples.append(
+            replace(
+                sample,
+                token_ids=tokens,
+                loss_mask=[False] + [True] * length,
+                rollout_logprobs=zeros,
+                finish_reason="length" if length == 8 else "stop",
+            )
+        )
+    return replace(group, samples=samples)
+
+
+def test_opo_weighs_the_mean_by_response_tokens():
+    (group,), _ = assign_advantages([make_truncated_group()], AlgorithmConfig(adv_estimator="opo"))
+    # The baseline is (4 + 4) / 24. float64, one division and one difference.
+    expected = [2 / 3, 2 / 3, -1 / 3, -1 / 3]
+    for sample, advantage in zip(group.samples, expected, strict=True):
+        length = sample.num_response_tokens
+        assert list(sample.advantages) == [0.0, *[pytest.approx(advantage, rel=1e-12)] * length]
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gpg", "rloo", "opo"])
+def test_a_truncated_sample_that_does_not_train_counts_in_its_group(estimator):
+    """The others have the advantages that they have without overlong filtering."""
+    cfg, group = AlgorithmConfig(adv_estimator=estimator), make_truncated_group()
+    (plain,), _ = assign_advantages([group], cfg)
+    (filtered,), _ = assign_advantages(without_truncated([group]), cfg)
+    trained = [list(sample.advantages) for sample in plain.samples[:2]]
+    assert min(trained[0][1:]) > 0
+    assert [list(sample.advantages) for sample in filtered.samples] == [*trained, *[[0.0] * 9] * 2]
 
 
 def test_remax_compares_with_the_greedy_response_of_the_prompt():

@@ -68,6 +68,7 @@ def test_advantages_equal_the_reference(rewards, estimator, options):
         rewards_N=VECTORS[f"inputs/rewards/{rewards}"],
         group_N=VECTORS["inputs/group"],
         segments=reference_segments(),
+        num_response_tokens_N=VECTORS["inputs/num_tokens"].double(),
     )
     advantages_T = ADVANTAGES.get(cfg.adv_estimator).compute(inputs, cfg)
     expected_T = VECTORS[f"adv/{rewards}/{estimator}"]
