@@ -126,7 +126,7 @@ def the_loss_is_scaled_in_one_place(cfg: RunConfig | SftRunConfig) -> None:
 
 
 def logprobs_are_the_same_in_every_pass(cfg: RunConfig | SftRunConfig) -> None:
-    """With dropout, or routers that draw (also in evaluation), the ratio to the old policy is noise,
+    """With dropout, or routers that draw (in evaluation too), the ratio to the old policy is noise
     and never 1."""
     for field in (
         "hidden_dropout",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.errors import require
-from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
@@ -110,7 +109,7 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
-    _check_overrides(hf_config, megatron)
+    _check_overrides(hf_config, megatron.override_transformer_config)
     require(
         not megatron.moe_router_freeze or routing(hf_config) is not None,
         "actor.megatron.moe_router_freeze",
@@ -121,10 +120,10 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
     return hf_config
 
 
-def _check_overrides(hf_config: PreTrainedConfig, megatron: MegatronConfig) -> None:
+def _check_overrides(hf_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
     """Raise a UserError if Megatron is told another architecture than that of `hf_config`."""
     architecture = model_family(hf_config).transformer_kwargs(hf_config)
-    for field, value in megatron.override_transformer_config.items():
+    for field, value in overrides.items():
         require(
             field not in architecture,
             f"actor.megatron.override_transformer_config.{field}",
@@ -170,7 +169,7 @@ def _check_critic(cfg: RunConfig) -> None:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
-    _check_overrides(hf_config, megatron)
+    _check_overrides(hf_config, megatron.override_transformer_config)
     check_value_weights(path, hf_config)
 
 
