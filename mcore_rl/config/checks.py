@@ -27,6 +27,7 @@ def check_run(cfg: RunConfig) -> None:
     the_model_is_that_of_the_checkpoint(cfg)
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
+    experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
     minibatches_divide_a_step(cfg)
@@ -58,6 +59,7 @@ def check_sft(cfg: SftRunConfig) -> None:
     the_model_is_that_of_the_checkpoint(cfg)
     pipelines_exchange_rows_of_any_length(cfg)
     router_losses_do_not_depend_on_the_layout(cfg)
+    experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
@@ -203,6 +205,19 @@ def router_losses_do_not_depend_on_the_layout(cfg: RunConfig | SftRunConfig) -> 
                 f"has another gradient in every layout that cuts rows (tensor {tp}, context {cp})"
             )
             _require_not_overridden(cfg, field, rule, "Leave it at 0.")
+
+
+def experts_are_balanced_by_a_kind_and_a_coefficient(cfg: RunConfig | SftRunConfig) -> None:
+    """Megatron passes over either of them without the other; here both are off unless given."""
+    overrides = cfg.actor.megatron.override_transformer_config
+    coeff, kind = "moe_aux_loss_coeff", "moe_router_load_balancing_type"
+    asks_for_loss = "aux_loss" in str(overrides.get(kind))
+    if overrides.get(coeff) and not asks_for_loss:
+        rule = f"has no effect without {kind}, which is none here"
+        _require_not_overridden(cfg, coeff, rule, f"Set {kind}=aux_loss too, or remove it.")
+    if asks_for_loss and not overrides.get(coeff):
+        rule = f"has no effect without {coeff}, which is 0 here"
+        _require_not_overridden(cfg, kind, rule, f"Set {coeff} too, or remove it.")
 
 
 def frozen_routers_stay_as_they_are(cfg: RunConfig | SftRunConfig) -> None:

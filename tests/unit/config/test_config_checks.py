@@ -18,6 +18,10 @@ from mcore_rl.types import Layout
 NAMED = ["model.path=m", "data.train_files=d"]
 
 OVERRIDE = "+actor.megatron.override_transformer_config"
+AUX_LOSS = [
+    f"{OVERRIDE}.moe_aux_loss_coeff=0.01",
+    f"{OVERRIDE}.moe_router_load_balancing_type=seq_aux_loss",
+]
 TP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.tensor_model_parallel_size=2"]
 PP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.pipeline_model_parallel_size=2"]
 
@@ -122,7 +126,13 @@ RULES = {
         [f"{OVERRIDE}.moe_router_load_balancing_type=sinkhorn"],
         f"{OVERRIDE.lstrip('+')}.moe_router_load_balancing_type='sinkhorn' makes what becomes of a "
         "token depend on the micro-batch it is in.",
-        [f"{OVERRIDE}.moe_router_load_balancing_type=seq_aux_loss"],
+        AUX_LOSS,
+    ),
+    "experts_are_balanced_by_a_kind_and_a_coefficient": (
+        AUX_LOSS[:1],
+        f"{OVERRIDE.lstrip('+')}.moe_aux_loss_coeff=0.01 has no effect without "
+        "moe_router_load_balancing_type, which is none here.",
+        AUX_LOSS,
     ),
     "the_model_is_that_of_the_checkpoint": (
         [f"{OVERRIDE}.softmax_scale=0.5"],
@@ -139,7 +149,7 @@ RULES = {
     "router_losses_do_not_depend_on_the_layout": (
         [*TP2, f"{OVERRIDE}.moe_aux_loss_coeff=0.01"],
         f"{OVERRIDE.lstrip('+')}.moe_aux_loss_coeff=0.01 has another gradient in every layout",
-        [f"{OVERRIDE}.moe_aux_loss_coeff=0.01"],
+        AUX_LOSS,
     ),
     "adapters_hang_on_layers_of_their_own": (
         ["model.lora_rank=8", "actor.megatron.transformer_impl=transformer_engine"],
@@ -258,6 +268,11 @@ def test_routers_neither_draw_nor_drop(override, expected):
         check_run(compose([*NAMED, f"{OVERRIDE}.{override}"]))
     with pytest.raises(UserError, match=expected):
         check_sft(compose([*NAMED, f"{OVERRIDE}.{override}"], SftRunConfig))
+
+
+def test_a_kind_of_balance_without_its_coefficient_is_refused():
+    with pytest.raises(UserError, match="balancing_type='seq_aux_loss' has no effect without moe"):
+        check_run(compose([*NAMED, *AUX_LOSS[1:]]))
 
 
 def test_the_fields_of_the_architecture_are_megatrons():
