@@ -1,4 +1,4 @@
-"""Refusal of options that the chosen algorithm does not read."""
+"""Refusal of options that another option leaves unread."""
 
 from __future__ import annotations
 

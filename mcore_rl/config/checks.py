@@ -10,7 +10,15 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES
-from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
+from mcore_rl.config.run import (
+    CriticConfig,
+    MinibatchConfig,
+    RunConfig,
+    SftRunConfig,
+    TrainerConfig,
+    train_layout,
+)
+from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require
 
 
@@ -41,6 +49,7 @@ def check_run(cfg: RunConfig) -> None:
     routers_can_replay(cfg)
     recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
+    a_micro_batch_of_the_critic_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
     engines_divide_the_workers(cfg)
     validation_data_is_named_when_asked_for(cfg)
@@ -63,6 +72,7 @@ def check_sft(cfg: SftRunConfig) -> None:
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
+    fine_tuning_only_trains(cfg)
 
 
 def a_model_is_named(cfg: RunConfig | SftRunConfig) -> None:
@@ -346,14 +356,25 @@ def an_adaptive_kl_coefficient_stays_positive(cfg: RunConfig) -> None:
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:
-    if cfg.actor.ppo_micro_batch_size_per_gpu is not None:
+    _require_room_for_the_longest_sample(cfg, cfg.actor)
+
+
+def a_micro_batch_of_the_critic_holds_the_longest_sample(cfg: RunConfig) -> None:
+    if cfg.has_critic:
+        _require_room_for_the_longest_sample(cfg, cfg.critic)
+
+
+def _require_room_for_the_longest_sample(
+    cfg: RunConfig | SftRunConfig, trained: MinibatchConfig
+) -> None:
+    if trained.ppo_micro_batch_size_per_gpu is not None:
         return
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
-    budget = cfg.actor.ppo_max_token_len_per_gpu
+    budget = trained.ppo_max_token_len_per_gpu
     cp = cfg.actor.megatron.context_parallel_size
     require(
         budget * cp >= longest,
-        "actor.ppo_max_token_len_per_gpu",
+        f"{trained.SECTION}.ppo_max_token_len_per_gpu",
         budget,
         (f"times actor.megatron.context_parallel_size={cp} " if cp > 1 else "")
         + f"is less than data.max_prompt_length + data.max_response_length = {longest}",
@@ -392,3 +413,24 @@ def validation_data_is_named_when_asked_for(cfg: RunConfig) -> None:
         "asks for validation without data.val_files",
         "Name data.val_files, or leave out trainer.test_freq.",
     )
+
+
+_UNREAD_BY_FINE_TUNING = {
+    "data.val_files",
+    "data.val_batch_size",
+    "data.gen_batch_size",
+    "data.reward_fn_key",
+    "trainer.critic_warmup",
+    "trainer.val_before_train",
+    "trainer.test_freq",
+    "trainer.log_val_generations",
+}
+
+
+def fine_tuning_only_trains(cfg: SftRunConfig) -> None:
+    rule = "is not read by mcore_rl.sft, which draws no samples, scores none and does not validate"
+    for key, value in (
+        *_differences(cfg.data, DataConfig(), "data"),
+        *_differences(cfg.trainer, TrainerConfig(), "trainer"),
+    ):
+        require(key not in _UNREAD_BY_FINE_TUNING, key, value, rule, "Remove it.")

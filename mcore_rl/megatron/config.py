@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mcore_rl.algorithms.options import refuse_unread
 from mcore_rl.errors import require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
@@ -124,7 +125,7 @@ class OptimConfig:
     lr_decay_style: str = "constant"
     """constant, linear or cosine."""
     lr_decay_steps: int | None = None
-    """Steps until `min_lr`; None: the training's total steps."""
+    """Steps until `min_lr` of a decaying schedule; None: the training's total steps."""
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -150,8 +151,9 @@ class OptimConfig:
             "must be >= 0",
         )
         steps = self.lr_decay_steps
-        require(steps is None or steps >= 1, "actor.optim.lr_decay_steps", steps, "must be >= 1")
-        require(self.eps > 0, "actor.optim.eps", self.eps, "must be > 0")
+        is_length = steps is None or steps >= 1
+        require(is_length, f"{self.SECTION}.lr_decay_steps", steps, "must be >= 1")
+        require(self.eps > 0, f"{self.SECTION}.eps", self.eps, "must be > 0")
         require_one_of(
             f"{self.SECTION}.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine")
         )
@@ -161,6 +163,9 @@ class OptimConfig:
             list(self.betas),
             "must be two numbers in [0, 1)",
         )
+        if self.lr_decay_style == "constant":
+            choice, unread = "lr_decay_style=constant", ("min_lr", "lr_decay_steps")
+            refuse_unread(self, self.SECTION, unread, choice)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -187,6 +187,12 @@ RULES = {
         "data.max_prompt_length + data.max_response_length = 2048.",
         ["actor.ppo_max_token_len_per_gpu=2048"],
     ),
+    "a_micro_batch_of_the_critic_holds_the_longest_sample": (
+        ["algorithm.adv_estimator=gae", "critic.ppo_max_token_len_per_gpu=2047"],
+        "critic.ppo_max_token_len_per_gpu=2047 is less than "
+        "data.max_prompt_length + data.max_response_length = 2048.",
+        ["algorithm.adv_estimator=gae", "critic.ppo_max_token_len_per_gpu=2048"],
+    ),
     "the_engine_holds_the_longest_sample": (
         ["rollout.max_model_len=2047"],
         "rollout.max_model_len=2047 is less than "
@@ -218,6 +224,7 @@ NOT_OF_SFT = {
     "routers_can_replay",
     "recorded_routes_are_replayed",
     "minibatches_divide_a_step",
+    "a_micro_batch_of_the_critic_holds_the_longest_sample",
     "the_engine_holds_the_longest_sample",
     "engines_divide_the_workers",
     "validation_data_is_named_when_asked_for",
@@ -234,7 +241,7 @@ def test_every_rule_of_the_module_is_in_the_table():
         for name, function in inspect.getmembers(checks, inspect.isfunction)
         if function.__module__ == checks.__name__ and not name.startswith("_")
     }
-    assert functions - {"check_run", "check_sft"} == set(RULES)
+    assert functions - {"check_run", "check_sft", "fine_tuning_only_trains"} == set(RULES)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -296,6 +303,33 @@ def test_fine_tuning_refuses_what_a_rule_forbids(rule):
         check_sft(config)
     assert str(caught.value).startswith(expected)
     check_sft(compose([*NAMED, *keeping], SftRunConfig))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.val_files=v",
+        "data.val_batch_size=8",
+        "data.gen_batch_size=8",
+        "data.reward_fn_key=source",
+        "trainer.critic_warmup=3",
+        "trainer.val_before_train=false",
+        "trainer.test_freq=5",
+        "trainer.log_val_generations=0",
+    ],
+)
+def test_fine_tuning_refuses_what_it_would_not_read(override):
+    key = re.escape(override.split("=")[0])
+    with pytest.raises(UserError, match=f"^{key}=.* is not read by mcore_rl.sft, .* Remove it.$"):
+        check_sft(compose([*NAMED, override], SftRunConfig))
+
+
+@pytest.mark.parametrize("section", ["actor", "critic"])
+@pytest.mark.parametrize(("option", "value"), [("min_lr", "1e-07"), ("lr_decay_steps", "10")])
+def test_a_constant_rate_has_no_end(section, option, value):
+    with pytest.raises(UserError, match=f"{section}.optim.{option}={value}.* is not read with"):
+        compose([f"{section}.optim.{option}={value}"])
+    compose([f"{section}.optim.{option}={value}", f"{section}.optim.lr_decay_style=cosine"])
 
 
 def test_the_token_budget_is_not_read_when_sequences_are_counted():
