@@ -139,7 +139,7 @@ def _running_mean(values: Sequence[float], min_length: int = 60) -> list[float] 
 
 
 def draw_accuracy(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
-    """Draw one marked line per validation set, from 0 to 1."""
+    """Draw one marked line per validation set; from 0 to 1 unless a score lies outside."""
     for key, color in zip(keys, cycle(COLORS)):
         steps, values = columns[key]
         label = key.split("/")[1]
@@ -153,7 +153,10 @@ def draw_accuracy(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
             color=color,
             weight="bold",
         )
-    axes.set_ylim(-0.02, 1.02)
+    if all(0 <= value <= 1 for key in keys for value in columns[key].values):
+        axes.set_ylim(-0.02, 1.02)
+    else:
+        axes.margins(y=0.1)  # room for the labels
 
 
 def draw_ranges(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
@@ -247,7 +250,7 @@ PLOTS = (
     Plot(
         name="accuracy",
         title="Validation accuracy",
-        caption="Fraction of held-out prompts answered right.",
+        caption="Mean score of the held-out prompts.",
         keys=("eval/*/accuracy",),
         draw=draw_accuracy,
     ),

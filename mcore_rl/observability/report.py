@@ -20,7 +20,14 @@ from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
 from mcore_rl.observability.jsonl import read_records
-from mcore_rl.observability.plots import LOGPROB_TOLERANCE, PLOTS, Columns, matching, to_columns
+from mcore_rl.observability.plots import (
+    LOGPROB_TOLERANCE,
+    PLOTS,
+    Columns,
+    Series,
+    matching,
+    to_columns,
+)
 from mcore_rl.observability.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -47,6 +54,9 @@ SUMMARY = {
     "perf/tokens_per_s": max,
 }
 """Metrics of the summary table; which of their values is the best, None where none is."""
+
+TRAINING_KEYS = ("reward/mean", "sft/loss")
+"""Metrics of which every step that trains logs one, and a validation alone none."""
 
 CONFIG_KEYS = (
     "model.path",
@@ -120,10 +130,13 @@ def write_report(run_dir: Path) -> Path:
 
 def summarize(columns: Columns) -> list[SummaryRow]:
     """Return the rows of the summary table for the metrics that were logged."""
+    timed = training_times(columns)
     rows = []
     for pattern, pick in SUMMARY.items():
         for key in matching(columns, [pattern]):
-            steps, values = columns[key]
+            steps, values = timed if key == "time/step" else columns[key]
+            if not steps:
+                continue
             finite = [value for value in values if math.isfinite(value)]
             best = pick(finite) if pick and finite else None
             rows.append(
@@ -138,6 +151,14 @@ def summarize(columns: Columns) -> list[SummaryRow]:
     return rows
 
 
+def training_times(columns: Columns) -> Series:
+    """Return `time/step` of the steps that trained: the last line may be a validation alone."""
+    trained = {step for key in TRAINING_KEYS if key in columns for step in columns[key].steps}
+    steps, seconds = columns.get("time/step", ([], []))
+    kept = [pair for pair in zip(steps, seconds, strict=True) if pair[0] in trained]
+    return Series([step for step, _ in kept], [value for _, value in kept])
+
+
 def _load_config(path: Path) -> Any:
     return OmegaConf.load(path) if path.exists() else OmegaConf.create({})
 
@@ -150,10 +171,9 @@ def _cards(columns: Columns) -> str:
     if mismatch := columns.get("mismatch/logprob_abs_diff/max"):
         note = f"float32 tolerance {LOGPROB_TOLERANCE:g}"
         cards.append(("largest logprob mismatch", f"{max(mismatch.values):.1e}", note))
-    if times := columns.get("time/step"):
-        seconds, num_steps = sum(times.values), len(times.values)
-        note = f"{num_steps} steps of {seconds / num_steps:.1f} s"
-        cards.append(("time", format_duration(seconds), note))
+    if step_s := training_times(columns).values:
+        note = f"{len(step_s)} steps of {sum(step_s) / len(step_s):.1f} s"
+        cards.append(("time", format_duration(sum(columns["time/step"].values)), note))
     return "".join(
         f'<div class="card"><small>{escape(name)}</small><b>{value}</b><small>{note}</small></div>'
         for name, value, note in cards

@@ -9,10 +9,11 @@ import math
 import re
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mcore_rl.errors import UserError
-from mcore_rl.observability.plots import PLOTS, to_columns
+from mcore_rl.observability.plots import PLOTS, draw_accuracy, to_columns
 from mcore_rl.observability.report import summarize, write_report
 
 NUM_STEPS = 5
@@ -139,6 +140,44 @@ def test_a_value_that_is_not_finite_is_never_the_best():
     records = [{"step": step, "reward/mean": x} for step, x in enumerate((math.nan, 0.5, math.inf))]
     (row,) = summarize(to_columns(records))
     assert (row.best, row.best_step) == (0.5, 1)
+
+
+@pytest.mark.parametrize("trained", ["reward/mean", "sft/loss"])
+def test_a_last_validation_counts_as_time_but_not_as_a_step(tmp_path, trained):
+    times = [4.0, 3.0, 0.5]
+    records = [{"step": step, "time/step": seconds} for step, seconds in enumerate(times)]
+    for record in records[:2]:
+        record[trained] = 1.0
+    write_lines(tmp_path / "metrics.jsonl", records)
+    page = write_report(tmp_path).read_text()
+    assert "<small>time</small><b>0:00:08</b><small>2 steps of 3.5 s</small>" in page
+    numbers = "".join(f"<td>{cell}</td>" for cell in ("time/step", 4, 3, 3, 1))
+    assert f"<tr>{numbers}</tr>" in page
+
+
+def test_a_file_without_a_step_that_trained_shows_no_time_of_steps(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 2, "time/step": 3.0}])
+    page = write_report(tmp_path).read_text()
+    assert "<small>time</small>" not in page
+    assert "<td>time/step</td>" not in page
+
+
+@pytest.mark.parametrize(
+    ("scores", "limits"), [((0.0, 0.5, 1.0), (-0.02, 1.02)), ((-0.8, -0.4, 1.7), None)]
+)
+def test_every_validation_score_lies_inside_its_picture(scores, limits):
+    axes = Figure().subplots()
+    key = "eval/gsm8k/accuracy"
+    draw_accuracy(axes, to_columns({"step": i, key: x} for i, x in enumerate(scores)), [key])
+    low, high = axes.get_ylim()
+    assert low < min(scores)
+    assert max(scores) < high
+    if limits:
+        assert (low, high) == limits
+
+
+def test_validation_accuracy_is_called_what_it_is(page):
+    assert "<figcaption>Mean score of the held-out prompts.</figcaption>" in page
 
 
 def test_the_page_shows_the_last_samples_and_the_settings_escaped(page):
