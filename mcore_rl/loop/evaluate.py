@@ -10,13 +10,14 @@ from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import Metrics, mean, merge
+from mcore_rl.observability.samples import SampleLog
 from mcore_rl.types import SampleGroup
 
 
 def evaluate(
-    cfg: RunConfig, inputs: RunInputs, cluster: Cluster
-) -> tuple[list[SampleGroup], Metrics]:
-    """Return the scored validation groups and `eval/<data source>/...`.
+    cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int, samples: SampleLog
+) -> Metrics:
+    """Return `eval/<data source>/...` of the weights of `step`, and log some of the samples.
 
     `accuracy` is the mean score over all samples; with several samples per prompt
     `best_at_<n>` is the mean over prompts of the best one.
@@ -37,7 +38,8 @@ def evaluate(
             tokenizer=inputs.tokenizer,
         )
         groups += inputs.scorer.score(answered)[0]
-    return groups, merge(_group_metrics(group) for group in groups)
+    samples.log(step, "val", groups)
+    return merge(_group_metrics(group) for group in groups)
 
 
 def _batches(items: Sequence, size: int):

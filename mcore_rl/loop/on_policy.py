@@ -57,9 +57,9 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
             metrics: list[Metrics] = []
             if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
                 with log.stage("eval"):
-                    metrics.append(evaluate(cfg, inputs, cluster)[1])
+                    metrics.append(evaluate(cfg, inputs, cluster, step, samples))
             groups, rollout_metrics = collect_groups(cfg, inputs, cluster, step, log)
-            samples.log(step, groups)
+            samples.log(step, "train", groups)
             metrics.append(rollout_metrics)
             with log.stage("old_logprobs"):
                 groups = with_logprobs(cfg, cluster, objective, groups)
@@ -86,8 +86,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
 
         if inputs.val_prompts:
             with log.stage("eval"):
-                groups, eval_metrics = evaluate(cfg, inputs, cluster)
-            samples.log(total_steps, groups)
+                eval_metrics = evaluate(cfg, inputs, cluster, total_steps, samples)
             log.log(total_steps, merge([eval_metrics, log.times()]))
         checkpoints.finish()
 

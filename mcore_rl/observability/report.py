@@ -216,7 +216,7 @@ def _samples(path: Path) -> str:
     if not records:
         return f"<p>The run has no {SAMPLES_FILE}.</p>"
     last_step = records[-1]["step"]
-    keys = ("uid", "prompt", "response", "ground_truth", "reward", "finish_reason")
+    keys = ("split", "uid", "prompt", "response", "ground_truth", "reward", "finish_reason")
     rows = [
         [value if isinstance(value := record.get(key), str) else json.dumps(value) for key in keys]
         for record in records

@@ -1,4 +1,4 @@
-"""A few samples of each step, as a person wants to read them: `samples.jsonl` in the run folder.
+"""A few samples of each step and of each validation, for a person to read: `samples.jsonl`.
 
 Chosen by position, never at random, so that the file is the same in a repeated run.
 """
@@ -14,20 +14,25 @@ from mcore_rl.types import SampleGroup
 
 
 class SampleLog:
-    """Writes samples spread evenly over the groups of a step.
+    """Writes samples spread evenly over the groups of a step or of its validation.
 
     Args:
         run_dir: the run's folder.
         start_step: first step that this run does; later lines of an earlier run are dropped.
-        samples_per_step: how many at most.
+        samples_per_step: how many at most, of each of the two.
     """
 
     def __init__(self, run_dir: Path, start_step: int, samples_per_step: int = 4) -> None:
         self._file = StepFile(run_dir / SAMPLES_FILE, start_step)
         self._samples_per_step = samples_per_step
 
-    def log(self, step: int, groups: Sequence[SampleGroup]) -> None:
+    def log(self, step: int, split: str, groups: Sequence[SampleGroup]) -> None:
         """Append this step's choice.
+
+        Args:
+            step: whose weights drew the samples.
+            split: of the data, "train" or "val", for the reader.
+            groups: to choose from.
 
         Raises:
             RunError: if the file cannot be written.
@@ -39,6 +44,7 @@ class SampleLog:
             self._file.append(
                 {
                     "step": step,
+                    "split": split,
                     "uid": sample.prompt.uid,
                     "prompt": sample.prompt.text,
                     "response": sample.response_text,

@@ -220,6 +220,21 @@ def test_the_last_line_holds_the_final_validation_and_no_update(run_loop):
     assert {line["step"] for line in run.lines("samples.jsonl")} == {0, 1, 2}
 
 
+def test_samples_of_every_validation_are_logged_and_told_from_those_of_training(run_loop):
+    overrides = ["trainer.test_freq=2", "data.val_files=unread", "trainer.log_val_generations=2"]
+    run = run_loop(GMPO, *overrides, steps=3, num_val=4)
+    samples = run.lines("samples.jsonl")
+    assert [(line["step"], line["split"]) for line in samples[::2]] == [
+        (0, "val"),
+        (0, "train"),
+        (1, "train"),
+        (2, "val"),
+        (2, "train"),
+        (3, "val"),
+    ]
+    assert [line["uid"].split(":")[0] for line in samples] == [line["split"] for line in samples]
+
+
 def test_without_validation_data_nothing_is_validated(run_loop):
     run = run_loop(GMPO, steps=2)
     assert run.counts["generate"] == 1 + 2

@@ -65,7 +65,13 @@ def make_run_dir(path):
         path / "samples.jsonl",
         [
             {"step": 3, "prompt": "old prompt", "response": "0", **sample},
-            {"step": 4, "prompt": "2+2=<|im_end|>", "response": "4 & more", **sample},
+            {
+                "step": 4,
+                "split": "val",
+                "prompt": "2+2=<|im_end|>",
+                "response": "4 & more",
+                **sample,
+            },
         ],
     )
     (path / "config.yaml").write_text(CONFIG)
@@ -185,6 +191,7 @@ def test_the_page_shows_the_last_samples_and_the_settings_escaped(page):
     assert "2+2=&lt;|im_end|&gt;" in page
     assert "4 &amp; more" in page
     assert "old prompt" not in page
+    assert "<td>val</td><td>t:0</td>" in page
     assert "<td>actor.policy_loss.loss_mode</td><td>geo_mean</td>" in page
 
 
