@@ -57,7 +57,8 @@ class Sample:
     reward: float = 0.0
     """Scalar score of the sample."""
     reward_metrics: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers of the reward function, logged as `reward/<name>/mean`."""
+    """Further numbers of the reward function, logged as `reward/<name>/mean`, or as
+    `eval/<data source>/<name>/mean` in validation."""
     advantages: Sequence[float] = ()
     """Empty until advantages are assigned."""
     old_logprobs: Sequence[float] = ()

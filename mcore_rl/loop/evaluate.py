@@ -19,8 +19,9 @@ def evaluate(
 ) -> Metrics:
     """Return `eval/<data source>/...` of the weights of `step`, and log some of the samples.
 
-    `accuracy` is the mean score over all samples; with several samples per prompt
-    `best_at_<n>` is the mean over prompts of the best one.
+    `accuracy` is the mean score over all samples: the share of right answers where scores are 0 or
+    1. With several samples per prompt `best_at_<n>` is the mean over prompts of the best one.
+    `<name>/mean` is the mean of a further number of the reward over the samples that have it.
     """
     val = cfg.rollout.val_kwargs
     size = cfg.data.val_batch_size or max(1, len(inputs.val_prompts))
@@ -52,6 +53,7 @@ def _group_metrics(group: SampleGroup) -> Metrics:
     section = f"eval/{group.prompt.data_source}"
     metrics = merge(
         {
+            **{f"{section}/{k}/mean": mean(v) for k, v in sample.reward_metrics.items()},
             f"{section}/accuracy": mean(sample.reward),
             f"{section}/response_tokens/mean": mean(sample.num_response_tokens),
         }

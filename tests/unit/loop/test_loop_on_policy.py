@@ -260,6 +260,22 @@ def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_lo
     assert line["eval/val/best_at_4"] > line["eval/val/accuracy"]
 
 
+def test_validation_reports_the_further_numbers_of_a_reward(run_loop):
+    """Each as the mean over the samples that have it; the score alone is the accuracy."""
+    reward = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    number = int(ground_truth[1:])
+    return {"score": number, "acc": 10 * number, ("accuracy", "odd")[number % 2]: number}
+"""
+    run = run_loop(GMPO, "data.val_files=unread", steps=1, num_val=4, reward=reward)
+    for line in run.lines("metrics.jsonl"):
+        numbers = {k.removeprefix("eval/val/"): v for k, v in line.items() if "eval/" in k}
+        del numbers["response_tokens/mean"]
+        # Ground truths 1, 2, 3, 4; a number may have any name.
+        expected = {"accuracy": 2.5, "acc/mean": 25.0, "odd/mean": 2.0, "accuracy/mean": 3.0}
+        assert numbers == expected
+
+
 def test_every_validation_draws_with_the_same_seeds(run_loop):
     run = run_loop(
         *(GMPO, "data.val_files=unread", "rollout.val_kwargs.do_sample=true"), steps=1, num_val=3
