@@ -22,7 +22,8 @@ class Prompt:
     """One task: what the model is given and what is needed to judge its answer."""
 
     uid: str
-    """Names the row it came from, for messages and logs: "train.parquet:17"."""
+    """Names the row it came from, for messages, logs and seeds: "train.parquet:17"; where several
+    files have that name "train.parquet#2:17", of the second of them."""
     token_ids: Sequence[int]
     """The chat template applied and tokenized: [3, 15, 9, 4]."""
     text: str

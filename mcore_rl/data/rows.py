@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,17 @@ class Row:
     index: int
     """Position in the file, from 0."""
     columns: Mapping[str, Any]
+    file_number: int | None = None
+    """From 1, among the files of this name that are read together; None if it is the only one."""
 
     @property
     def uid(self) -> str:
-        """Name of the row in messages and logs: "train.parquet:17"."""
-        return f"{self.path.name}:{self.index}"
+        """Name of the row in messages, logs and seeds: "train.parquet:17", "train.parquet#2:17".
+
+        It does not depend on the folder, so that a run gives the same numbers on any machine.
+        """
+        number = "" if self.file_number is None else f"#{self.file_number}"
+        return f"{self.path.name}{number}:{self.index}"
 
     def error(self, column: str, problem: str, fix: str = "") -> UserError:
         """Return the error `file row 17, column 'prompt': problem. fix`."""
@@ -98,11 +105,16 @@ def read_rows(names: str | Sequence[str]) -> Iterator[Row]:
         UserError: for a file that is missing, empty, of another format or damaged.
     """
     names = [names] if isinstance(names, str) else names
-    for path in [path for name in names for path in find_files(name)]:
-        yield from _read_file(path)
+    paths = [path for name in names for path in find_files(name)]
+    num_named = Counter(path.name for path in paths)
+    num_read: Counter[str] = Counter()
+    for path in paths:
+        num_read[path.name] += 1
+        file_number = num_read[path.name] if num_named[path.name] > 1 else None
+        yield from _read_file(path, file_number)
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, file_number: int | None) -> Iterator[Row]:
     try:
         with path.open("rb") as file:
             head = file.read(1 << 16).lstrip()
@@ -125,7 +137,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         rows = iter(())
     index = -1
     for index, columns in enumerate(rows):
-        yield Row(path, index, columns)
+        yield Row(path, index, columns, file_number)
     if index < 0:
         raise UserError(f"{path}: holds no rows. Leave it out or write it again.")
 

@@ -36,6 +36,21 @@ def test_several_files_of_any_forms_are_read_in_the_order_given(tmp_path):
     assert [row.uid for row in rows] == ["b:0", "a:0"]
 
 
+def test_rows_of_several_files_of_one_name_are_told_apart_wherever_these_lie(tmp_path):
+    """Seeds are drawn from uids, and are to be the same on a machine with other folders."""
+    files = [tmp_path / name for name in ("gsm8k/train", "test", "math/train", "gsm8k/train")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        _write(file, ROWS, "lines")
+    uids = [row.uid for row in read_rows([str(file) for file in files])]
+    assert uids == [
+        *("train#1:0", "train#1:1"),
+        *("test:0", "test:1"),
+        *("train#2:0", "train#2:1"),
+        *("train#3:0", "train#3:1"),
+    ]
+
+
 @pytest.mark.parametrize("form", ["parquet", "array", "lines"])
 def test_a_large_file_keeps_its_order_and_its_indices(tmp_path, form):
     _write(tmp_path / "train.data", [{"number": n} for n in range(2500)], form)
