@@ -46,13 +46,12 @@ from mcore_rl.models.mappings import Range, Shape, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
     INDEX_FILE,
     CheckpointReader,
-    check_checkpoint,
     config_with_dtype,
     index_text,
     model_files,
     plan_shards,
 )
-from mcore_rl.models.spec import CONFIG_FILE, load_hf_config, model_family
+from mcore_rl.models.spec import CONFIG_FILE, check_weights, load_hf_config
 from mcore_rl.observability import run_folder
 
 PIECE_BYTES = 16 * 2**20
@@ -91,9 +90,8 @@ def hf_to_mcore(
     """
     _require_folder(source)
     config = load_hf_config(source)
-    family, reader = model_family(config), CheckpointReader(source)
-    check_checkpoint(reader, family.entries(config), family.unused_prefixes(config))
-    hf = SafetensorsSource(reader)
+    check_weights(source, config)
+    hf = SafetensorsSource(CheckpointReader(source))
     params = stored_params(config)
     planned = [piece for param in params for piece in _pieces(param, hf, dtype)]
     files = {f"__0_{i}.distcp": group for i, group in enumerate(_by_file(planned, file_bytes))}

@@ -163,8 +163,10 @@ def check_checkpoint(
     """Raise a UserError unless the checkpoint holds the tensors of `entries` and no others, each in
     the file that the index says. Reads the headers of all files and no values.
 
-    What transformers ignores may be there too: precomputed rotary frequencies, `lm_head.weight`
-    where the embeddings are tied, and names that begin with `ModelFamily.unused_prefixes`.
+    There may be besides: precomputed rotary frequencies and names that begin with
+    `ModelFamily.unused_prefixes`, which transformers ignores, and `lm_head.weight`, which a critic
+    does not use. A language model with tied embeddings may have it only as a copy of them; that is
+    for `spec.check_weights` to see.
     """
     reader.check_index()
     expected = {name: shape for entry in entries for name, shape in hf_shapes(entry).items()}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ from mcore_rl.models.mappings import (
 from mcore_rl.models.safetensors_io import CONFIG_FILE, CheckpointReader, check_checkpoint
 from mcore_rl.registry import Registry
 from mcore_rl.types import Routing
+
+_EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
+"""Names in Hugging Face checkpoints."""
+
+_ROWS_AT_ONCE = 4096
 
 
 class ModelFamily(ABC):
@@ -80,7 +86,7 @@ class ModelFamily(ABC):
         vocab_shape = (config.vocab_size, config.hidden_size)
         embedding = ParamEntry(
             megatron_name="embedding.word_embeddings.weight",
-            mapping=Vocab(HfTensor("model.embed_tokens.weight", vocab_shape), vocab_divisible_by),
+            mapping=Vocab(HfTensor(_EMBEDDING, vocab_shape), vocab_divisible_by),
         )
         final_norm = ParamEntry(
             megatron_name="decoder.final_layernorm.weight",
@@ -88,7 +94,7 @@ class ModelFamily(ABC):
         )
         output_layer = ParamEntry(
             megatron_name="output_layer.weight",
-            mapping=Vocab(HfTensor("lm_head.weight", vocab_shape), vocab_divisible_by),
+            mapping=Vocab(HfTensor(_OUTPUT_LAYER, vocab_shape), vocab_divisible_by),
         )
         return [
             embedding,
@@ -178,10 +184,29 @@ def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedCon
 
 
 def check_weights(folder: str | Path, config: PreTrainedConfig) -> None:
-    """Raise a UserError unless the folder holds the weights that its configuration asks for."""
-    family = model_family(config)
-    check_checkpoint(
-        CheckpointReader(folder), family.entries(config), family.unused_prefixes(config)
+    """Raise a UserError unless the folder holds the weights that its configuration asks for.
+
+    Where the embeddings are tied and the files hold an output layer too, the values of both are
+    read: transformers unties the two if they differ, and here the output layer would be lost.
+    """
+    family, reader = model_family(config), CheckpointReader(folder)
+    check_checkpoint(reader, family.entries(config), family.unused_prefixes(config))
+    if config.tie_word_embeddings and _OUTPUT_LAYER in reader.names():
+        require(
+            _are_equal(reader, _OUTPUT_LAYER, _EMBEDDING),
+            f"{Path(folder) / CONFIG_FILE}: tie_word_embeddings",
+            True,
+            f"would lose {_OUTPUT_LAYER}, which differs from {_EMBEDDING}",
+            "Set tie_word_embeddings=false there.",
+        )
+
+
+def _are_equal(reader: CheckpointReader, one: str, other: str) -> bool:
+    """Return whether two matrices hold the same numbers; a few rows are in memory at a time."""
+    shape = reader.shape(one)
+    return shape == reader.shape(other) and all(
+        bool((reader.read(one, rows) == reader.read(other, rows)).all())
+        for rows in pairwise([*range(0, shape[0], _ROWS_AT_ONCE), shape[0]])
     )
 
 

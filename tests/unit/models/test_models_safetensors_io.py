@@ -303,6 +303,7 @@ def reader_of(folder, **shapes):
 def test_a_checkpoint_must_hold_what_the_model_needs_and_nothing_else(tmp_path):
     good = {"embed": (5, 2), "norm": (2,)}
     check_checkpoint(reader_of(tmp_path, **good), ENTRIES)
+    # That the output layer is that of the model is proven where `check_weights` is.
     ignored = {"lm_head.weight": (5, 2), "model.layers.0.rotary_emb.inv_freq": (4,)}
     check_checkpoint(reader_of(tmp_path, **good | ignored), ENTRIES)
     extra = reader_of(tmp_path, **good | {"model.layers.7.norm": (2,)})

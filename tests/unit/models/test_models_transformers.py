@@ -1,17 +1,25 @@
 """Checkpoints that transformers writes are read, and ours are read by transformers."""
 
+import shutil
+
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mcore_rl.convert.convert import hf_to_mcore
+from mcore_rl.errors import UserError
+from mcore_rl.models import spec
 from mcore_rl.models.mappings import hf_shapes, to_hf, to_megatron
 from mcore_rl.models.safetensors_io import (
+    SINGLE_FILE,
     CheckpointReader,
     check_checkpoint,
     copy_model_files,
     plan_shards,
     write_checkpoint,
 )
-from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.models.spec import check_weights, load_hf_config, model_family
 
 
 def save_random_model(config, folder):
@@ -63,3 +71,52 @@ def test_a_converted_checkpoint_is_the_same_model_in_transformers(hf_config, tmp
     # Every bit of the weights is the same, but the BLAS sums in another order where from_pretrained
     # placed a weight at another alignment: float32, observed differences of 1e-7.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def tied_with(tiny_checkpoint, tmp_path):
+    """Return a function: embedding -> output layer; it gives the folder of a tied model which holds
+    that output layer too."""
+
+    def write(output_layer_of):
+        folder = tmp_path / "tied"
+        shutil.copytree(tiny_checkpoint("qwen2_tied"), folder)
+        tensors = load_file(folder / SINGLE_FILE)
+        tensors["lm_head.weight"] = output_layer_of(tensors["model.embed_tokens.weight"])
+        save_file(tensors, folder / SINGLE_FILE, {"format": "pt"})
+        return folder
+
+    return write
+
+
+def other_last_number(embedding):
+    changed = embedding.clone()
+    changed[-1, -1] += 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    "output_layer_of",
+    [torch.randn_like, other_last_number, lambda embedding: embedding[:-1].clone()],
+    ids=["random", "one number", "fewer rows"],
+)
+def test_a_tied_model_with_an_output_layer_of_its_own_is_refused(
+    tied_with, tmp_path, monkeypatch, output_layer_of
+):
+    """transformers would use it, whatever the configuration says."""
+    monkeypatch.setattr(spec, "_ROWS_AT_ONCE", 8)  # the last of 61 rows are a part of a slice
+    folder = tied_with(output_layer_of)
+    line = (
+        r"tie_word_embeddings=True would lose lm_head\.weight, which differs from "
+        r"model\.embed_tokens\.weight\. Set tie_word_embeddings=false there\."
+    )
+    with pytest.raises(UserError, match=line):
+        check_weights(folder, load_hf_config(folder))
+    with pytest.raises(UserError, match=line):
+        hf_to_mcore(folder, tmp_path / "mcore")
+
+
+def test_a_tied_model_may_hold_its_embedding_twice(tied_with, monkeypatch):
+    monkeypatch.setattr(spec, "_ROWS_AT_ONCE", 8)
+    folder = tied_with(torch.clone)
+    check_weights(folder, load_hf_config(folder))
