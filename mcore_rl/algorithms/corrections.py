@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algorithms.kl import kl_penalty
-from mcore_rl.algorithms.options import refuse_unread
 from mcore_rl.algorithms.ratio import probability_ratio
 from mcore_rl.algorithms.segments import Segments
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.metrics import Metrics, masked_max, masked_mean
 
 _LEVELS: dict[str, Callable[[Segments, Tensor], Tensor]] = {

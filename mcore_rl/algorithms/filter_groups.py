@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mcore_rl.algorithms.options import refuse_unread
-from mcore_rl.errors import UserError, closest_hint, require
+from mcore_rl.errors import UserError, closest_hint, refuse_unread, require
 from mcore_rl.types import Sample, SampleGroup
 
 REWARD_METRIC = "seq_reward"

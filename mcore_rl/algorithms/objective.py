@@ -32,10 +32,9 @@ from mcore_rl.algorithms.losses.base import (
     resolve_clip,
 )
 from mcore_rl.algorithms.losses.sft import sft
-from mcore_rl.algorithms.options import refuse_unread
 from mcore_rl.algorithms.ratio import ratio_metrics
 from mcore_rl.algorithms.segments import Segments
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.metrics import Metrics, masked_mean, share
 from mcore_rl.types import Denominators
 

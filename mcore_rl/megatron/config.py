@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mcore_rl.algorithms.options import refuse_unread
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
 ALL_LINEAR = "all-linear"

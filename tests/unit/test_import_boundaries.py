@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "observability": (),
     "models": (),
     "rollout": (),
-    "megatron": ("models", "data.batch", "algorithms.segments", "algorithms.options"),
+    "megatron": ("models", "data.batch", "algorithms.segments"),
     "weight_sync": ("rollout.base",),
     # Only the sections that belong to components, and the types they are made of.
     "config": (

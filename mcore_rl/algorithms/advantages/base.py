@@ -17,9 +17,8 @@ from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
 from mcore_rl.algorithms.filter_groups import FilterGroupsConfig
 from mcore_rl.algorithms.kl import KL_VALUES
 from mcore_rl.algorithms.kl_in_reward import KlCtrlConfig
-from mcore_rl.algorithms.options import refuse_unread
 from mcore_rl.algorithms.segments import Segments
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 
 ESTIMATOR_OPTIONS = ("norm_adv_by_std_in_grpo", "gpg_alpha", "gpg_f_norm", "gamma", "lam")
