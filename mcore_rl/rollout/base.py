@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 from mcore_rl.types import Routing
 
@@ -25,11 +25,11 @@ class ValKwargsConfig:
     """`rollout.val_kwargs`: sampling at validation."""
 
     n: int = 1
-    """Samples per prompt."""
+    """Samples per prompt; greedy, 1."""
     do_sample: bool = False
-    """False: greedy."""
+    """False: greedy; what follows is then not read."""
     temperature: float = 1.0
-    """Read with do_sample=True."""
+    """Greedy, 0.0 may stand here too."""
     top_p: float = 1.0
     top_k: int = -1
 
@@ -46,6 +46,12 @@ class ValKwargsConfig:
         require(0 < top_p <= 1, "rollout.val_kwargs.top_p", top_p, "must lie in (0, 1]")
         is_size = top_k == -1 or top_k >= 1
         require(is_size, "rollout.val_kwargs.top_k", top_k, "must be -1 or at least 1")
+        if not self.do_sample:
+            rule = f"would draw one greedy answer {self.n} times"
+            fix = "Set rollout.val_kwargs.do_sample=true."
+            require(self.n == 1, "rollout.val_kwargs.n", self.n, rule, fix)
+            unread = ["top_p", "top_k", *(["temperature"] if self.temperature else [])]
+            refuse_unread(self, "rollout.val_kwargs", unread, "do_sample=false")
 
 
 @dataclass(kw_only=True, slots=True)

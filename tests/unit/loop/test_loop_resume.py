@@ -83,7 +83,7 @@ def test_keys_below_an_untyped_dictionary_count_too(tmp_path):
         "actor.megatron.expert_model_parallel_size=1",
         "actor.ppo_max_token_len_per_gpu=64",
         "data.val_files=v",
-        "rollout.val_kwargs.n=2",
+        "rollout.val_kwargs.do_sample=True",
         "rollout.max_num_seqs=3",
         "rollout.engine_kwargs.block_size=32",
     ],

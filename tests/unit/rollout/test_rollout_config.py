@@ -42,7 +42,21 @@ def test_validation_sampling_out_of_range_is_refused_by_name(field, value):
         ValKwargsConfig(do_sample=True, **{field: value})
 
 
-def test_a_greedy_validation_does_not_read_its_temperature():
+@pytest.mark.parametrize(
+    ("field", "value", "rest"),
+    [
+        ("n", 32, r"would draw one greedy answer 32 times\. Set .*\.do_sample=true\."),
+        ("temperature", 0.6, r"is not read with .*\.do_sample=false\. Leave it at 1\.0\."),
+        ("top_p", 0.7, r"is not read with .*\.do_sample=false\. Leave it at 1\.0\."),
+        ("top_k", 20, r"is not read with .*\.do_sample=false\. Leave it at -1\."),
+    ],
+)
+def test_a_greedy_validation_refuses_what_sampling_reads(field, value, rest):
+    with pytest.raises(UserError, match=rf"^rollout\.val_kwargs\.{field}={value} {rest}"):
+        ValKwargsConfig(**{field: value})
+
+
+def test_a_greedy_validation_may_have_temperature_0():
     assert ValKwargsConfig(temperature=0.0).temperature == 0
 
 
