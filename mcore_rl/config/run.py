@@ -203,7 +203,9 @@ class TrainerConfig:
     """`trainer`: length of the run, what is logged, saved and resumed."""
 
     total_epochs: int = 1
-    """Passes over data.train_files; total_training_steps, when set, decides instead."""
+    """Passes over data.train_files; total_training_steps, when set, decides instead. With
+    data.gen_batch_size a step counts as the prompts that it draws at least, whatever it trains on;
+    steps that must draw more make the passes more."""
     total_training_steps: int | None = None
     n_gpus_per_node: int = 1
     """Train processes per node, one per device; on CPU, processes."""

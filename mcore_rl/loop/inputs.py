@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
-from mcore_rl.data.prompts import ItemStream, load_prompts, load_sft_sequences
+from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.errors import require
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
@@ -59,15 +59,13 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
     scorer.check(prompt.data_source for prompt in [*prompts, *val_prompts])
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
-    if cfg.data.gen_batch_size is not None:
-        stream.num_batches_per_epoch(cfg.data.gen_batch_size, "data.gen_batch_size")
     return RunInputs(
         tokenizer=tokenizer,
         prompts=stream,
         val_prompts=val_prompts,
         scorer=scorer,
         stop_token_ids=end_token_ids(tokenizer, _generation_config(cfg)),
-        total_steps=_total_steps(cfg.trainer, stream, cfg.data.train_batch_size),
+        total_steps=count_steps(cfg.trainer, cfg.data, stream),
         routing=_replayed_routing(cfg),
     )
 
@@ -81,9 +79,7 @@ def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:
     tokenizer = _load_model_side(cfg)
     sequences = load_sft_sequences(cfg.data.train_files, cfg.data, tokenizer)
     stream = ItemStream(sequences, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
-    return SftInputs(
-        sequences=stream, total_steps=_total_steps(cfg.trainer, stream, cfg.data.train_batch_size)
-    )
+    return SftInputs(sequences=stream, total_steps=count_steps(cfg.trainer, cfg.data, stream))
 
 
 def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
@@ -194,6 +190,18 @@ def _generation_config(cfg: RunConfig):
         return None
 
 
-def _total_steps(trainer: TrainerConfig, stream: ItemStream, batch_size: int) -> int:
-    per_epoch = stream.num_batches_per_epoch(batch_size)
-    return trainer.total_training_steps or trainer.total_epochs * per_epoch
+def count_steps(trainer: TrainerConfig, data: DataConfig, stream: ItemStream) -> int:
+    """Return the steps of the run: those asked for, or as many as the epochs hold where no step
+    draws more prompts than it must.
+
+    Raises:
+        UserError: if an epoch lacks a batch, or the epochs a step.
+    """
+    size, drawn = data.train_batch_size, data.gen_batch_size or data.train_batch_size
+    stream.num_batches_per_epoch(size)
+    num_draws = trainer.total_epochs * stream.num_batches_per_epoch(drawn, "data.gen_batch_size")
+    draws_per_step = -(-size // drawn)
+    steps = trainer.total_training_steps or num_draws // draws_per_step
+    rule = f"has fewer than the {draws_per_step} batches of {drawn} prompts that a step draws"
+    require(steps > 0, "trainer.total_epochs", trainer.total_epochs, rule, "Raise it.")
+    return steps
