@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+. "$(dirname "$0")/../launch/quoted.sh"
 
 usage() {
     cat <<'END'
@@ -8,7 +9,8 @@ GRPO from one command, on GPUs or on CPU.
     ./train.sh --model M [options] [any override of the configuration: key=value]
 
     --model M          Hugging Face folder to train (MODEL)
-    --train_data F     Parquet, JSON array or JSON lines (TRAIN_DATA, data/train.json)
+    --train_data F     Parquet, JSON array or JSON lines, or a list "['a.json','b.json']"
+                       (TRAIN_DATA, data/train.json)
     --val_data F       the same for validation; without it there is none (VAL_DATA)
     --reward_func F    Python file with compute_score(data_source, solution_str, ground_truth,
                        extra_info=None); without it the data's data_source names the reward
@@ -83,10 +85,9 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$MODEL" ] || fail "--model is missing; see $0 --help"
 
-# Quotes keep characters of a path that mean something in an override.
 ARGS=(
-    "model.path='$MODEL'"
-    "data.train_files='$TRAIN_DATA'"
+    "model.path=$(quoted "$MODEL")"
+    "data.train_files=$(quoted "$TRAIN_DATA")"
     "data.train_batch_size=$TRAIN_BATCH_SIZE"
     "data.max_prompt_length=$MAX_PROMPT_LENGTH"
     "data.max_response_length=$MAX_RESPONSE_LENGTH"
@@ -99,10 +100,10 @@ ARGS=(
     "rollout.n=$ROLLOUT_N"
     "trainer.total_epochs=$TOTAL_EPOCHS"
     "trainer.n_gpus_per_node=$N_GPUS"
-    "trainer.default_local_dir='$OUTPUT'"
+    "trainer.default_local_dir=$(quoted "$OUTPUT")"
 )
-[ -z "$VAL_DATA" ] || ARGS+=("data.val_files='$VAL_DATA'")
-[ -z "$REWARD_FUNC" ] || ARGS+=("custom_reward_function.path='$REWARD_FUNC'")
+[ -z "$VAL_DATA" ] || ARGS+=("data.val_files=$(quoted "$VAL_DATA")")
+[ -z "$REWARD_FUNC" ] || ARGS+=("custom_reward_function.path=$(quoted "$REWARD_FUNC")")
 [ "$GPUS_HERE" -gt 0 ] || ARGS+=("actor.megatron.dtype=float32")
 
 exec python -m mcore_rl.train --config-name grpo ${SHOW:+--cfg "$SHOW"} "${ARGS[@]}" \

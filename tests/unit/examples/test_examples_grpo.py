@@ -82,6 +82,20 @@ def test_variables_and_paths_of_any_kind_arrive(tmp_path):
     assert cfg.trainer.world_size == 2
 
 
+def test_lists_of_data_files_and_paths_with_apostrophes_arrive(tmp_path):
+    cfg = config_of(
+        tmp_path,
+        *["--model", "Ada's", "--train_data", "['a.json', 'b.json']"],
+        *["--reward_func", "it's.py", "--output", "Ada's runs"],
+        VAL_DATA="[c.json]",
+    )
+    assert cfg.model.path == "Ada's"
+    assert cfg.data.train_files == ["a.json", "b.json"]
+    assert cfg.data.val_files == ["c.json"]
+    assert cfg.custom_reward_function.path == "it's.py"
+    assert cfg.trainer.default_local_dir == "Ada's runs"
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [

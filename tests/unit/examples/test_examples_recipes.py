@@ -111,6 +111,15 @@ def test_a_variable_that_is_missing_is_named(tmp_path):
     assert ended.commands == []
 
 
+def test_lists_of_data_files_and_paths_with_apostrophes_arrive(tmp_path):
+    names = {"MODEL": "Ada's", "TRAIN_DATA": "['a.parquet', 'b.parquet']", "VAL_DATA": "c's"}
+    (command,) = run_recipe(tmp_path, "grpo", **names).commands
+    cfg = composed(command)
+    assert cfg.model.path == "Ada's"
+    assert cfg.data.train_files == ["a.parquet", "b.parquet"]
+    assert cfg.data.val_files == "c's"
+
+
 def test_a_dry_run_starts_one_process(tmp_path):
     (command,) = run_recipe(tmp_path, "gmpo_qwen3_30b_a3b", "trainer.dry_run=true").commands
     assert command[0] == "python"
