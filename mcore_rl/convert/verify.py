@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from mcore_rl.convert.convert import read_param
 from mcore_rl.convert.parts import bytes_of
@@ -26,6 +26,7 @@ from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.data.packing import SequenceCount, plan_micro_batches
 from mcore_rl.errors import require
 from mcore_rl.models.mappings import to_hf
+from mcore_rl.models.reference import build_reference
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.types import Layout, TokenSequence
@@ -135,8 +136,7 @@ def _transformers_logits(
     hf: str | Path, token_ids: list[list[int]], dtype: torch.dtype
 ) -> list[Tensor]:
     """Return the logits [n - 1, vocab] float32 of every prompt but its last token."""
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype, attn_implementation="eager")
-    model = model.float().eval()
+    model = build_reference(hf, dtype).float()
     return [model(torch.tensor([tokens])).logits[0, :-1] for tokens in token_ids]
 
 

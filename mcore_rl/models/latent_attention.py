@@ -4,7 +4,8 @@ Queries (where `q_lora_rank` is set) and keys with values come from a compressed
 projections down to it are whole on every tensor-parallel rank, those up from it are cut by heads.
 
 Megatron, like vLLM, gives the norms of the compressed vectors `rms_norm_eps`; transformers always
-gives them 1e-6, so where the field is another (Moonlight: 1e-5) its numbers differ from both.
+gives them 1e-6, so where the field is another (Moonlight: 1e-5) its numbers differ from both;
+`reference.py` has it follow them where it is compared with.
 """
 
 from __future__ import annotations

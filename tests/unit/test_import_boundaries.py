@@ -80,6 +80,7 @@ MAY_IMPORT = {
         "launch",
         "loop.objectives",
         "models.layout",
+        "models.reference",
         "models.safetensors_io",
         "models.spec",
         "rollout.base",

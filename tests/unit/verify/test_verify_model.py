@@ -13,7 +13,12 @@ from mcore_rl.models.spec import load_hf_config
 from mcore_rl.verify import model
 from mcore_rl.verify.__main__ import main
 from mcore_rl.verify.model import random_prompts, report
-from mcore_rl.verify.model_compare import Difference, compare_logprobs, largest
+from mcore_rl.verify.model_compare import (
+    Difference,
+    TransformersModel,
+    compare_logprobs,
+    largest,
+)
 from mcore_rl.verify.model_run import Prompts
 
 
@@ -95,6 +100,15 @@ def test_random_prompts_are_ragged_and_hang_on_the_seed_alone(tiny_checkpoint, t
     written = Prompts(token_ids=prompts, max_tokens=5, seed=3)
     written.write(tmp_path)
     assert Prompts.read(tmp_path) == written
+
+
+def test_every_norm_of_what_is_compared_with_has_the_epsilon_of_the_configuration(tiny_checkpoint):
+    """As in Megatron and vLLM; transformers gives those inside latent attention another."""
+    folder = tiny_checkpoint("deepseek_v2", rms_norm_eps=1e-3)
+    modules = TransformersModel(folder, "float32").model.named_modules()
+    epsilons = {name: module.variance_epsilon for name, module in modules if "norm" in name}
+    assert len(epsilons) == 3 * 4 + 1  # of layers, and the last
+    assert set(epsilons.values()) == {1e-3}
 
 
 SIDES = {
