@@ -176,7 +176,8 @@ def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedCon
     _family_called(model_type)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    # KeyError: `rope_scaling` lacks a number of its type.
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is refused by transformers: {reason}") from error
     model_family(config)

@@ -264,6 +264,29 @@ def test_a_folder_without_a_usable_configuration_is_refused(tmp_path):
         load_hf_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "missing"),
+    [
+        ({"type": "linear"}, "factor"),
+        ({"type": "yarn"}, "factor"),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "low_freq_factor",
+        ),
+    ],
+)
+def test_a_scaled_rope_that_lacks_a_number_is_refused(tmp_path, scaling, missing):
+    folder = write_config(tmp_path, model_type="qwen3", rope_scaling=scaling)
+    line = f"config.json is refused by transformers: .*Missing required keys.*'{missing}'"
+    with pytest.raises(UserError, match=line):
+        load_hf_config(folder)
+
+
 def test_an_unknown_family_is_answered_with_the_closest_one(tmp_path):
     with pytest.raises(UserError, match=r"model_type='qwen3moe'.*Did you mean 'qwen3_moe'\?"):
         load_hf_config(write_config(tmp_path, model_type="qwen3moe"))
