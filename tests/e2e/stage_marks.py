@@ -18,6 +18,10 @@ import psutil
 
 from mcore_rl.observability.trackers import TRACKERS, RunInfo, Tracker
 
+_PATHS = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+MARKED = {"MCORE_RL_PLUGINS": "stage_marks", "PYTHONPATH": os.pathsep.join(_PATHS)}
+"""Environment of a command that is to find this plug-in."""
+
 FILE = "stages.txt"
 KILL_AT = "STAGE_MARKS_KILL_AT"
 """Environment variable "<stage> <n> <seconds>": kill so long after the n-th such stage of this

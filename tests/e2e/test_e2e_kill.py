@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import random
 import resource
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 import commands
 import psutil
 import pytest
-from stage_marks import KILL_AT, read_stages
+from stage_marks import KILL_AT, MARKED, read_stages
 
 from mcore_rl.loop.checkpoints import CONTROLLER_FILE
 
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("rollout", "train", "weight_sync", "checkpoint")
 POINTER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
-PATHS = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-MARKED = {"MCORE_RL_PLUGINS": "stage_marks", "PYTHONPATH": os.pathsep.join(PATHS)}
 # The answers of the fake engine do not depend on the weights; what is trained on them does.
 ENGINES = {"fake": ["rollout.name=fake", "rollout.logprob_tolerance=1e9"], "vllm": []}
 
