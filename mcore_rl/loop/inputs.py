@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft_sequences
-from mcore_rl.errors import require
+from mcore_rl.errors import UserError, require
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
@@ -18,7 +19,7 @@ from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Routing, TokenSequence
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         prompts=stream,
         val_prompts=val_prompts,
         scorer=scorer,
-        stop_token_ids=end_token_ids(tokenizer, _generation_config(cfg)),
+        stop_token_ids=end_token_ids(tokenizer, read_generation_config(str(cfg.model.path))),
         total_steps=count_steps(cfg.trainer, cfg.data, stream),
         routing=_replayed_routing(cfg),
     )
@@ -181,13 +182,24 @@ def _replayed_routing(cfg: RunConfig) -> Routing | None:
     return found if mode == "R3" else None
 
 
-def _generation_config(cfg: RunConfig):
-    from transformers import GenerationConfig
+def read_generation_config(folder: str | Path) -> GenerationConfig | None:
+    """Return the generation config of a model folder; None if it has none.
 
-    try:
-        return GenerationConfig.from_pretrained(str(cfg.model.path))
-    except OSError:  # the file is optional
+    Raises:
+        UserError: if it cannot be read: the tokens that it adds to those which end a response would
+            be lost.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    file = Path(folder) / GENERATION_CONFIG_NAME
+    if not file.exists():
         return None
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is refused by transformers: {reason}") from error
 
 
 def count_steps(trainer: TrainerConfig, data: DataConfig, stream: ItemStream) -> int:

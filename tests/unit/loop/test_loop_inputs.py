@@ -1,4 +1,4 @@
-"""How many steps the epochs of a run have."""
+"""How many steps the epochs of a run have, and which generation config is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from mcore_rl.config.run import TrainerConfig
 from mcore_rl.data.prompts import DataConfig, ItemStream
 from mcore_rl.errors import UserError
-from mcore_rl.loop.inputs import count_steps
+from mcore_rl.loop.inputs import count_steps, read_generation_config
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,18 @@ def test_epochs_without_a_step_are_refused(size, drawn, message):
     data = DataConfig(train_batch_size=size, gen_batch_size=drawn)
     with pytest.raises(UserError, match=message):
         count_steps(TrainerConfig(), data, ItemStream(range(11)))
+
+
+def test_a_generation_config_is_read_where_there_is_one(tmp_path):
+    assert read_generation_config(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    config = read_generation_config(tmp_path)
+    assert config is not None
+    assert config.eos_token_id == [1, 2]
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [1, 2', "[]", '{"max_new_tokens": -3}'])
+def test_a_damaged_generation_config_is_not_taken_for_none(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation_config\.json is refused by transformers: "):
+        read_generation_config(tmp_path)
