@@ -41,6 +41,7 @@ from mcore_rl.convert.torch_dist import (
     write_tensor,
 )
 from mcore_rl.errors import require
+from mcore_rl.model_files import CONFIG_FILE, model_files
 from mcore_rl.models.lora import is_adapter
 from mcore_rl.models.mappings import Range, Shape, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
@@ -48,10 +49,9 @@ from mcore_rl.models.safetensors_io import (
     CheckpointReader,
     config_with_dtype,
     index_text,
-    model_files,
     plan_shards,
 )
-from mcore_rl.models.spec import CONFIG_FILE, check_weights, load_hf_config
+from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.observability import run_folder
 
 PIECE_BYTES = 16 * 2**20

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_rl.errors import UserError, require
+from mcore_rl.model_files import TIKTOKEN_FILES, VOCABULARY_FILES, has_tokenizer, holds_any
 
 if TYPE_CHECKING:
     # At run time transformers is imported where a tokenizer is loaded: it takes seconds, and the
@@ -36,21 +37,6 @@ class ChatTemplateError(UserError):
     """The chat template refuses the messages."""
 
 
-_VOCABULARY_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "qwen.tiktoken",
-)
-
-
-def has_tokenizer(folder: str | Path) -> bool:
-    """Return whether the folder holds the vocabulary of a tokenizer."""
-    return any((Path(folder) / name).is_file() for name in _VOCABULARY_FILES)
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer saved in the folder `path`.
 
@@ -64,8 +50,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         has_tokenizer(folder),
         "model.path",
         path,
-        f"holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})",
-        "Copy the tokenizer's files beside the weights.",
+        f"holds no tokenizer (none of {', '.join(VOCABULARY_FILES)})",
+        "Convert its tokenizer to tokenizer.json; code beside the weights is not run."
+        if holds_any(folder, TIKTOKEN_FILES)
+        else "Copy the tokenizer's files beside the weights.",
     )
     from transformers import AutoTokenizer
 

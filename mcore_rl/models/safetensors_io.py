@@ -32,26 +32,13 @@ from torch import Tensor
 
 from mcore_rl.durable_files import sync
 from mcore_rl.errors import CheckpointError, UserError, closest_hint, require
+from mcore_rl.model_files import CONFIG_FILE, model_files
 from mcore_rl.models.mappings import ParamEntry, Range, Shape, hf_shapes, take
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-CONFIG_FILE = "config.json"
-
 MAX_SHARD_BYTES = 5 * 2**30
-
-# Everything of a model folder that is neither weights nor code.
-MODEL_FILES = (
-    CONFIG_FILE,
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-)
 
 
 class CheckpointReader:
@@ -369,12 +356,6 @@ def copy_model_files(
         shutil.copy2(file, target / file.name)
         sync(target / file.name)
     return [file.name for file in files]
-
-
-def model_files(folder: str | Path) -> list[Path]:
-    """Return the configuration and tokenizer files of a model folder, sorted."""
-    found = {file for pattern in MODEL_FILES for file in Path(folder).glob(pattern)}
-    return sorted(file for file in found if file.is_file())
 
 
 def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:

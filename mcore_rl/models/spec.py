@@ -25,6 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from mcore_rl.errors import UserError, require
+from mcore_rl.model_files import CONFIG_FILE
 from mcore_rl.models.mappings import (
     HfTensor,
     ParamEntry,
@@ -32,7 +33,7 @@ from mcore_rl.models.mappings import (
     Vocab,
     padded_vocab_size,
 )
-from mcore_rl.models.safetensors_io import CONFIG_FILE, CheckpointReader, check_checkpoint
+from mcore_rl.models.safetensors_io import CheckpointReader, check_checkpoint
 from mcore_rl.registry import Registry
 from mcore_rl.types import Routing
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mcore_rl.config.run import RunConfig
-from mcore_rl.data.chat import has_tokenizer, load_tokenizer
+from mcore_rl.data.chat import load_tokenizer
 from mcore_rl.data.packing import packing_metrics, plan_micro_batches
 from mcore_rl.data.prompts import ItemStream, load_prompts
 from mcore_rl.data.rows import read_rows
 from mcore_rl.metrics import Metrics, merge
+from mcore_rl.model_files import has_tokenizer
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
 from mcore_rl.rollout.fake_engine import response_length
 from mcore_rl.types import Denominators, Layout, MinibatchPlan, TokenSequence

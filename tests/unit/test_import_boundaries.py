@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 
-ROOT_FILES = ("types", "registry", "errors", "metrics", "durable_files")
+ROOT_FILES = ("types", "registry", "errors", "metrics", "durable_files", "model_files")
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
 MAY_IMPORT = {
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "registry": (),
     "metrics": (),
     "durable_files": (),
+    "model_files": (),
     "algorithms": (),
     "data": ("algorithms.segments",),
     "rewards": (),

@@ -1,4 +1,5 @@
-"""The root files: errors that cross processes, registries, metrics that merge exactly."""
+"""The root files: errors that cross processes, registries, metrics that merge exactly, names of a
+model's files."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ from mcore_rl.metrics import (
     to_host,
     total,
 )
+from mcore_rl.model_files import TIKTOKEN_FILES, VOCABULARY_FILES, has_tokenizer, model_files
 from mcore_rl.registry import Registry
 
 RUN_ERRORS = [RunError, errors.RolloutError, errors.WeightSyncError, errors.CheckpointError]
@@ -227,3 +229,10 @@ def test_shares_add_up_within_an_update_and_are_averaged_over_updates():
     updates = [merge([{"loss": share(0.25)}, {"loss": share(0.5)}]), {"loss": share(0.25)}]
     assert [to_floats(update) for update in updates] == [{"loss": 0.75}, {"loss": 0.25}]
     assert to_floats(merge(map(of_one_update, updates))) == {"loss": 0.5}
+
+
+@pytest.mark.parametrize("name", [*VOCABULARY_FILES, *TIKTOKEN_FILES])
+def test_a_vocabulary_goes_with_the_model_whether_or_not_transformers_can_load_it(tmp_path, name):
+    (tmp_path / name).touch()
+    assert has_tokenizer(tmp_path) == (name not in TIKTOKEN_FILES)
+    assert model_files(tmp_path) == [tmp_path / name]

@@ -77,7 +77,12 @@ def test_a_saved_tokenizer_loads_and_encodes_the_same(tokenizer, tmp_path):
     ("files", "problem"),
     [
         (None, "is not a folder"),
-        ({"config.json": '{"model_type": "qwen3"}'}, "holds no tokenizer"),
+        ({"config.json": '{"model_type": "qwen3"}'}, "holds no tokenizer .* Copy the tokenizer's"),
+        (
+            {"tiktoken.model": "YQ== 0"},
+            "holds no tokenizer .* Convert its tokenizer to tokenizer.j",
+        ),
+        ({"qwen.tiktoken": "YQ== 0"}, "holds no tokenizer .* Convert its tokenizer to tokenizer.j"),
         ({"tokenizer.json": "{cut"}, "cannot be loaded"),
         ({"tokenizer.json": "{}"}, "cannot be loaded"),
     ],
