@@ -24,20 +24,7 @@ from mcore_rl.errors import require
 
 def check_run(cfg: RunConfig) -> None:
     """Raise a UserError for the first rule that the configuration of a training run breaks."""
-    a_model_is_named(cfg)
-    training_data_is_named(cfg)
-    parallel_sizes_divide_the_workers(cfg)
-    pipelines_are_interleaved_only_with_stages(cfg)
-    sizes_and_types_have_one_key(cfg)
-    the_loss_is_scaled_in_one_place(cfg)
-    logprobs_are_the_same_in_every_pass(cfg)
-    tokens_are_routed_by_themselves(cfg)
-    the_model_is_that_of_the_checkpoint(cfg)
-    pipelines_exchange_rows_of_any_length(cfg)
-    router_losses_do_not_depend_on_the_layout(cfg)
-    experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
-    frozen_routers_stay_as_they_are(cfg)
-    adapters_hang_on_layers_of_their_own(cfg)
+    _check_training(cfg)
     minibatches_divide_a_step(cfg)
     a_critic_is_described_only_where_there_is_one(cfg)
     minibatches_of_the_critic_divide_a_step(cfg)
@@ -57,6 +44,12 @@ def check_run(cfg: RunConfig) -> None:
 
 def check_sft(cfg: SftRunConfig) -> None:
     """Raise a UserError for the first rule that the configuration of an SFT run breaks."""
+    _check_training(cfg)
+    a_micro_batch_holds_the_longest_sample(cfg)
+    fine_tuning_only_trains(cfg)
+
+
+def _check_training(cfg: RunConfig | SftRunConfig) -> None:
     a_model_is_named(cfg)
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
@@ -71,8 +64,6 @@ def check_sft(cfg: SftRunConfig) -> None:
     experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
-    a_micro_batch_holds_the_longest_sample(cfg)
-    fine_tuning_only_trains(cfg)
 
 
 def a_model_is_named(cfg: RunConfig | SftRunConfig) -> None:
