@@ -23,7 +23,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, CheckpointError, RunError, UserError
 
@@ -164,12 +168,20 @@ class TorchrunWorkers:
 
 
 def _meet() -> Store:
-    """Return the store of all processes as soon as each has come."""
+    """Return the store of all processes; rank 0 waits for nobody, so it names mistakes at once."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    return store
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun's agent
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank() == 0 and not is_hosted,
+        timeout=COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+    )
+    # The agent's store outlives processes that it starts again.
+    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _join(store: Store) -> tuple[dist.ProcessGroup, torch.device]:
