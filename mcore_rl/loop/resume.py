@@ -67,18 +67,21 @@ def open_run_folder(cfg: Any) -> Path:
     except OSError as error:
         rule = f"cannot be made a folder ({error.strerror})"
         require(False, "trainer.default_local_dir", str(folder), rule, "Name another.")
-    _hold(folder)
+    lock = _hold(folder)
     if config_file.exists() and _has_begun(folder):
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
         _refuse_another_run(config_file, to_yaml(cfg), fix)
     write_whole(config_file, to_yaml(cfg))
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return folder
 
 
-def _hold(folder: Path) -> None:
-    """Keep other processes from opening the folder until this one ends, however it ends.
+def _hold(folder: Path) -> int:
+    """Keep other processes from opening the folder until this one ends, however it ends; return the
+    descriptor of the file that says who holds it.
 
     One that was just killed is given time to be gone; over a network its lock outlives a machine
     by as long as the file server allows.
@@ -89,7 +92,7 @@ def _hold(folder: Path) -> None:
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return file
         except (BlockingIOError, PermissionError) as error:  # which of them: as the system likes
             holder = os.pread(file, 200, 0).decode(errors="replace")
             if waited_s == _HOLD_WAIT_S:
@@ -99,13 +102,11 @@ def _hold(folder: Path) -> None:
                 ) from error
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no other run in it", folder, error)
-            return
+            return file
         if waited_s == 0:
             logger.warning("%s is being written by %s: waiting for its end", folder, holder)
         time.sleep(1)
         waited_s += 1
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def _has_begun(folder: Path) -> bool:

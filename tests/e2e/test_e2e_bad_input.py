@@ -452,6 +452,7 @@ def use_run_folder(run_dir: Path, argv: list[str]) -> None:
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(to_yaml(config))
     (run_dir / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    (run_dir / "run.lock").write_text("process 7 on node-3")
 
 
 @dataclass(frozen=True)
