@@ -216,10 +216,10 @@ def _free_port() -> int:
 
 def _serve(make_worker: Callable[[Any, torch.device], Any], store: Store) -> None:
     """Do what rank 0 says until it says nothing more."""
-    store.wait([_STARTED], COMMAND_TIMEOUT)
-    commands, device = _join(store)
     method, step = "start", None
     try:
+        store.wait([_STARTED], COMMAND_TIMEOUT)
+        commands, device = _join(store)
         worker = make_worker(_broadcast(None, commands), device)
         _gather(None, commands)
         while (command := _scatter(None, commands)) is not None:

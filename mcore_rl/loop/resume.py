@@ -94,7 +94,7 @@ def _hold(folder: Path) -> int:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except (BlockingIOError, PermissionError) as error:  # which of them: as the system likes
-            holder = os.pread(file, 200, 0).decode(errors="replace")
+            holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
             if waited_s == _HOLD_WAIT_S:
                 raise UserError(
                     f"{folder} is being written by {holder}. Wait for its end, or set "
