@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+RUN_ERROR_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
+HANG_EXIT_CODE = 3
 
 
 class UserError(ValueError):
@@ -28,6 +30,9 @@ class RunError(RuntimeError):
         role: "controller", "actor", "rollout", ...
         step: step of the loop; None before the first one.
     """
+
+    exit_code = RUN_ERROR_EXIT_CODE
+    """Of the command that it ends."""
 
     def __init__(
         self, message: str, *, rank: int | None = None, role: str = "", step: int | None = None
@@ -47,6 +52,16 @@ class RunError(RuntimeError):
 
 def _rebuild_run_error(cls, message, rank, role, step):
     return cls(message, rank=rank, role=role, step=step)
+
+
+class WorkerLostError(RunError):
+    """A worker process ended, or cannot be reached any more."""
+
+
+class HangError(RunError):
+    """Nothing went on for as long as the run allows."""
+
+    exit_code = HANG_EXIT_CODE
 
 
 class RolloutError(RunError):

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 from mcore_rl.config.checks import check_sft
 from mcore_rl.config.run import SftRunConfig
-from mcore_rl.launch.start import StartWorkers, export_model, run_command, start_cluster
+from mcore_rl.launch.group import ChannelWorkers
+from mcore_rl.run.command import run_command
+from mcore_rl.run.export import export_model
+from mcore_rl.run.specs import start_cluster
 
 
-def run(cfg: SftRunConfig, start_workers: StartWorkers) -> None:
+def run(cfg: SftRunConfig, workers: ChannelWorkers) -> None:
     """Read the inputs, start the workers, train and export the model."""
     from mcore_rl.loop.inputs import load_sft_inputs
     from mcore_rl.loop.resume import open_run_folder
@@ -20,7 +23,7 @@ def run(cfg: SftRunConfig, start_workers: StartWorkers) -> None:
     run_dir = open_run_folder(cfg)
     cluster = start_cluster(
         cfg,
-        start_workers,
+        workers,
         total_steps=inputs.total_steps,
         temperature=1.0,
         with_reference=False,

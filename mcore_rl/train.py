@@ -11,11 +11,14 @@ from collections.abc import Sequence
 
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.run import RunConfig
-from mcore_rl.launch.start import StartWorkers, export_model, run_command, start_cluster
+from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.run.command import run_command
+from mcore_rl.run.export import export_model
+from mcore_rl.run.specs import start_cluster
 
 
-def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
+def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     """Read the inputs, start the workers, train, export the model and write the report."""
     from mcore_rl.loop.inputs import load_run_inputs
     from mcore_rl.loop.on_policy import train
@@ -27,7 +30,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     cluster = start_cluster(
         cfg,
-        start_workers,
+        workers,
         total_steps=inputs.total_steps,
         temperature=cfg.rollout.temperature,
         with_reference=cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward,
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_run,
         run,
         plan,
+        engine=lambda cfg: cfg.rollout.name,
     )
 
 

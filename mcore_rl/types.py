@@ -206,18 +206,6 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where one worker stands, as the controller needs to know it."""
-
-    dp_rank: int
-    """Data-parallel rank: which micro-batches it gets."""
-    reports_tokens: bool
-    """Whether its results count; the other ranks of the same model return nothing."""
-    engine: int | None
-    """Number of the engine that it hosts, whole or a part of; None: it cannot generate."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WriteState:
     """How far a rank is with writing its part of a checkpoint."""
 

@@ -1,7 +1,7 @@
 """What the processes of `processes.py` do with an actor: one rank's part of each case.
 
 Every function builds workers from an `ActorSpec` in the layout that its sizes and the number of
-processes give, the way the launcher does, and plans micro-batches the way `launch.cluster` does.
+processes give, the way the launcher does, and plans micro-batches the way `cluster.trainer` does.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from actor_inputs import ONE_MICRO_BATCH
 
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.group import done
+from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
 from mcore_rl.errors import CheckpointError
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import WriteState
@@ -33,13 +35,11 @@ class SpmdWorkers:
         self.world_size = dist.get_world_size()
         self.step = None
 
-    def call(self, method, *args):
-        return self.call_each(method, [args] * self.world_size)
-
-    def call_each(self, method, args_of_rank):
+    def submit(self, calls):
+        own = calls[dist.get_rank()]
         results = [None] * self.world_size
-        dist.all_gather_object(results, self.worker.call(method, args_of_rank[dist.get_rank()]))
-        return results
+        dist.all_gather_object(results, self.worker.handlers[own.method](*own.args))
+        return {rank: done(result) for rank, result in enumerate(results)}
 
 
 @contextlib.contextmanager
@@ -47,8 +47,9 @@ def running_worker(spec, critic=None):
     """Yield this rank's worker, built from an ActorSpec and, if given, a ModelSpec of a critic."""
     from mcore_rl.workers.worker import Worker
 
-    layout = train_layout(spec.megatron, dist.get_world_size())
-    worker = Worker(WorkerSpec(layout=layout, actor=spec, engine=None, critic=critic), CPU)
+    size = dist.get_world_size()
+    placement = colocated(train_layout(spec.megatron, size), size, engine_size=None)
+    worker = Worker(WorkerSpec(placement=placement, actor=spec, engine=None, critic=critic), CPU)
     try:
         yield worker
     finally:
@@ -64,7 +65,14 @@ def running_worker(spec, critic=None):
 def running_cluster(spec, cut):
     """Yield the loop's view of the workers, and this rank's worker."""
     with running_worker(spec) as worker:
-        yield Cluster(SpmdWorkers(worker), worker.parallel.layout, cut), worker
+        yield cluster_of(worker, cut), worker
+
+
+def cluster_of(worker, cut, critic_cut=None):
+    """Return the loop's view of the workers, each of which is its own controller."""
+    size = dist.get_world_size()
+    placement = colocated(worker.parallel.layout, size, engine_size=None)
+    return Cluster.of(SpmdWorkers(worker), placement, cut, critic_cut)
 
 
 def exported(worker):
@@ -75,13 +83,13 @@ def exported(worker):
 def logprobs(spec, sequences, cut):
     """Return logprobs of every token by sequence."""
     with running_cluster(spec, cut) as (cluster, _):
-        return cluster.logprobs(sequences)
+        return cluster.trainer.logprobs(sequences)
 
 
 def layer_outputs(spec, sequences, cut):
     """Return what comes out of the layers for each sequence, by module."""
     with running_cluster(spec, cut) as (cluster, _):
-        return cluster.layer_outputs(sequences)
+        return cluster.trainer.layer_outputs(sequences)
 
 
 def train(spec, minibatches, objective, cut):
@@ -93,16 +101,20 @@ def train(spec, minibatches, objective, cut):
     with running_cluster(spec, cut) as (cluster, worker):
         metrics = []
         for sequences in minibatches:
-            cluster.begin_step()
-            metrics.append(to_floats(cluster.update(sequences, objective)))
-        return metrics, exported(worker), cluster.logprobs(minibatches[-1] if minibatches else [])
+            cluster.trainer.begin_step()
+            metrics.append(to_floats(cluster.trainer.update(sequences, objective)))
+        return (
+            metrics,
+            exported(worker),
+            cluster.trainer.logprobs(minibatches[-1] if minibatches else []),
+        )
 
 
 def record_and_train(spec, sequences, objective, cut):
     """Return (logprobs, routes) of each sequence as recorded, then what `train` returns for a step
     on the sequences with the routes that they carry."""
     with running_cluster(spec, cut) as (cluster, _):
-        recorded = cluster.record_logprobs(sequences)
+        recorded = cluster.trainer.record_logprobs(sequences)
     return recorded, *train(spec, [sequences], objective, cut)
 
 
@@ -126,7 +138,7 @@ def logits(spec, sequences):
         model.output_layer.register_forward_pre_hook(
             lambda _, args: captured.append(args[0].squeeze(1))
         )
-        cluster.logprobs(sequences)
+        cluster.trainer.logprobs(sequences)
         weight = model.output_layer.weight
         if model.share_embeddings_and_output_weights:
             weight = model.shared_embedding_or_output_weight()
@@ -156,7 +168,7 @@ def backward(worker, sequences, objective, cut):
     actor, layout = worker.actor, worker.parallel.layout
     plan = plan_minibatch(sequences, layout.dp, cut)
     actor.optimizer.zero_grad()
-    micro_batches = plan.micro_batches[worker.place().dp_rank]
+    micro_batches = plan.micro_batches[worker.place.dp]
     with actor.routers.replaying(micro_batches) as routes:
         metrics = forward_backward(
             actor.chunks,
@@ -191,20 +203,23 @@ def policy_and_reference_logprobs(spec, sequences, cut):
     """Return logprobs of the initial policy, of the reference after training and of the policy
     after training."""
     with running_cluster(spec, cut) as (cluster, _):
-        initial = cluster.logprobs(sequences)
+        initial = cluster.trainer.logprobs(sequences)
         for _ in range(10):
-            cluster.begin_step()
-            cluster.update(sequences, SftObjective())
-        return initial, cluster.ref_logprobs(sequences), cluster.logprobs(sequences)
+            cluster.trainer.begin_step()
+            cluster.trainer.update(sequences, SftObjective())
+        return initial, cluster.trainer.ref_logprobs(sequences), cluster.trainer.logprobs(sequences)
 
 
 def policy_and_reference_with_routes(spec, sequences, other_sequences):
     """Return logprobs of policy and reference for both lists, then (logprobs, routes) recorded of
     the first: [policy, policy, reference, reference, recorded]."""
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
-        found = [cluster.logprobs(sequences), cluster.logprobs(other_sequences)]
-        found += [cluster.ref_logprobs(sequences), cluster.ref_logprobs(other_sequences)]
-        return [*found, cluster.record_logprobs(sequences)]
+        found = [cluster.trainer.logprobs(sequences), cluster.trainer.logprobs(other_sequences)]
+        found += [
+            cluster.trainer.ref_logprobs(sequences),
+            cluster.trainer.ref_logprobs(other_sequences),
+        ]
+        return [*found, cluster.trainer.record_logprobs(sequences)]
 
 
 def round_trip(spec, folder, sequences):
@@ -213,8 +228,8 @@ def round_trip(spec, folder, sequences):
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, worker):
         names = [[name for name, _ in bucket] for bucket in worker.actor.exporter]
         tensors = exported(worker)
-        cluster.export_hf(folder)
-        return names, tensors, cluster.logprobs(sequences)
+        cluster.trainer.export_hf(folder)
+        return names, tensors, cluster.trainer.logprobs(sequences)
 
 
 def optimizer_state(worker):
@@ -261,10 +276,10 @@ def run_script(spec, script, cut=ONE_MICRO_BATCH):
         for method, *args in script:
             if method == "end_save":
                 may_write.set()
-                assert cluster.end_save(wait=True)
+                assert cluster.trainer.end_save(wait=True)
                 answer = None
             else:
-                answer = getattr(cluster, method)(*args)
+                answer = getattr(cluster.trainer, method)(*args)
             metrics = to_floats(answer) if answer else None
             answers.append((metrics, exported(worker), optimizer_state(worker)))
         return answers
@@ -287,13 +302,13 @@ def failure_to_save(spec, folder, num_bytes):
     files = resource.RLIMIT_FSIZE
     soft, hard = resource.getrlimit(files)
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
-        cluster.begin_save(f"{folder}/first")
-        assert cluster.end_save(wait=True)
+        cluster.trainer.begin_save(f"{folder}/first")
+        assert cluster.trainer.end_save(wait=True)
         if dist.get_rank() == 1:
             resource.setrlimit(files, (num_bytes, hard))
         try:
-            cluster.begin_save(f"{folder}/second")
-            cluster.end_save(wait=True)
+            cluster.trainer.begin_save(f"{folder}/second")
+            cluster.trainer.end_save(wait=True)
         except CheckpointError as error:
             return str(error)
         finally:
@@ -304,7 +319,7 @@ def failure_to_load(spec, folder):
     """Return the error of loading a checkpoint."""
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
         try:
-            cluster.load(str(folder))
+            cluster.trainer.load(str(folder))
         except CheckpointError as error:
             return str(error)
 

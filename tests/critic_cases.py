@@ -1,8 +1,7 @@
 """What the processes of `processes.py` do with a critic: one rank's part of each case."""
 
-from actor_cases import SpmdWorkers, running_worker
+from actor_cases import cluster_of, running_worker
 
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.metrics import to_floats
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
@@ -12,19 +11,19 @@ from mcore_rl.models.value_head import value_entries
 def run_script(actor, critic, script, cut):
     """Do the commands of `script` with a critic; return (what they gave, its exported weights).
 
-    Commands: ("values", sequences), ("begin_step", "critic"), ("update_critic", sequences,
+    Commands: ("values", sequences), ("begin_critic_step",), ("update_critic", sequences,
     objective), ("begin_save", folder), ("end_save",), ("load", folder).
     """
     from mcore_rl.weight_sync.export import WeightExporter
 
     with running_worker(actor, critic) as worker:
-        cluster = Cluster(SpmdWorkers(worker), worker.parallel.layout, cut, critic_cut=cut)
+        trainer = cluster_of(worker, cut, critic_cut=cut).trainer
         answers = []
         for method, *args in script:
             if method == "end_save":
-                assert cluster.end_save(wait=True)
+                assert trainer.end_save(wait=True)
                 continue
-            answer = getattr(cluster, method)(*args)
+            answer = getattr(trainer, method)(*args)
             answers.append(to_floats(answer) if method == "update_critic" else answer)
         reader = CheckpointReader(critic.model_path)
         entries = value_entries(load_hf_config(critic.model_path), reader)

@@ -27,9 +27,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qw
 
 from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.group import Call, done
+from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.errors import UserError
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.metrics import to_floats
@@ -166,6 +169,9 @@ def save_random_model(config: PreTrainedConfig, folder: Path, device: torch.devi
     model.save_pretrained(folder)
 
 
+R = TypeVar("R")
+
+
 class OneWorker:
     """A `WorkerGroup` of this process alone."""
 
@@ -175,12 +181,11 @@ class OneWorker:
     def __init__(self, worker: Any) -> None:
         self.worker = worker
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        return [self.worker.call(method, args)]
-
-    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
-        (args,) = args_of_rank
-        return self.call(method, *args)
+    def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
+        return {
+            rank: done(self.worker.handlers[call.method](*call.args))
+            for rank, call in calls.items()
+        }
 
     def close(self) -> None:
         self.worker.close()
@@ -212,11 +217,11 @@ def running(
         temperature=1.0,
         with_reference=False,
     )
-    layout = train_layout(cfg, 1)
-    worker = Worker(WorkerSpec(layout=layout, actor=actor, engine=None), device)
+    placement = colocated(train_layout(cfg, 1), 1, engine_size=None)
+    worker = Worker(WorkerSpec(placement=placement, actor=actor, engine=None), device)
     group = OneWorker(worker)
     try:
-        yield Cluster(group, layout, SequenceCount(num_sequences=cut)), worker
+        yield Cluster.of(group, placement, SequenceCount(num_sequences=cut)), worker
     finally:
         group.close()
         del worker, group
@@ -383,9 +388,9 @@ def one_update(folder: Path, sizes: Sizes, device: torch.device) -> Values:
     with running(folder, device, 2, dtype="float32") as (cluster, worker):
         before = exported(worker)
         vocab_size = int(before["model.embed_tokens.weight"].shape[0])
-        cluster.begin_step()
+        cluster.trainer.begin_step()
         sequences = sequences_of(sizes.parity_lengths, vocab_size)
-        metrics = to_floats(cluster.update(sequences, gmpo()))
+        metrics = to_floats(cluster.trainer.update(sequences, gmpo()))
         after = exported(worker)
     return {"metrics": metrics, "moved": {name: after[name] - before[name] for name in before}}
 
@@ -421,7 +426,7 @@ def flat_logprobs(
 ) -> torch.Tensor:
     """Return the logprobs of all tokens, with `cut` sequences in a row."""
     with running(folder, device, cut, dtype="bfloat16", transformer_impl=kind) as (cluster, _):
-        lists = cluster.logprobs(sequences)
+        lists = cluster.trainer.logprobs(sequences)
     return torch.tensor([value for values in lists for value in values])
 
 
@@ -498,9 +503,9 @@ def training_speed(config: PreTrainedConfig, sizes: Sizes, device: torch.device)
         with running(Path(root), device, sizes.step_micro_batch, dtype="bfloat16") as (cluster, _):
             seconds, norms = [], []
             for _ in range(4):
-                cluster.begin_step()
+                cluster.trainer.begin_step()
                 start = now(device)
-                metrics = to_floats(cluster.update(sequences, gmpo()))
+                metrics = to_floats(cluster.trainer.update(sequences, gmpo()))
                 seconds.append(now(device) - start)
                 norms.append(metrics.get("actor/grad_norm", float("nan")))
             values: Values = {"tokens_per_s": tokens / min(seconds[1:]), "grad_norms": norms}
@@ -601,7 +606,7 @@ def megatron_logits(
         model.output_layer.register_forward_pre_hook(
             lambda _, args: captured.append(args[0].squeeze(1).detach())
         )
-        cluster.logprobs(sequences)
+        cluster.trainer.logprobs(sequences)
         weight = model.output_layer.weight
         if model.share_embeddings_and_output_weights:
             weight = model.shared_embedding_or_output_weight()

@@ -5,18 +5,14 @@
 Keys are checked against the typed tree before anything is composed, so a misspelt one stops with
 the closest key that exists. The prefix `actor_rollout_ref.` of verl's keys means nothing more than
 its absence, Hydra's signs `+` and `++` neither; verl's other names are translated (`translate.py`).
-`MCORE_RL_PLUGINS=my_pkg.my_loss,...` names modules that are imported first, so that what they
-register can be chosen.
+Plug-ins are imported first, so that what they register can be chosen.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import math
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -34,13 +30,13 @@ from yaml import YAMLError
 
 from mcore_rl.config.translate import TABLE, VERL_BASES, Assignment, translate
 from mcore_rl.errors import UserError, closest_hint, require
+from mcore_rl.plugins import import_plugins
 
 Config = TypeVar("Config")
 
 logger = logging.getLogger(__name__)
 
 BASE = "base"
-PLUGINS_VARIABLE = "MCORE_RL_PLUGINS"
 _RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _PREFIX = "actor_rollout_ref."
 
@@ -100,7 +96,7 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     Raises:
         UserError: one line for a missing recipe, an unknown key, a wrong type or a refused value.
     """
-    _import_plugins()
+    import_plugins()
     schema = OmegaConf.structured(root)
     ConfigStore.instance().store(name=BASE, node=root)
     overrides = [_checked_override(option, schema) for option in line.overrides]
@@ -146,17 +142,6 @@ def _check_finite(node: Any, key: str) -> None:
 def to_yaml(config: Any) -> str:
     """Return the resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-
-
-def _import_plugins() -> None:
-    for name in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(",")):
-        sys.path.insert(0, os.getcwd())
-        try:
-            importlib.import_module(name.strip())
-        except ImportError as error:
-            raise UserError(f"{PLUGINS_VARIABLE} names {name!r}: {error}.") from error
-        finally:
-            sys.path.pop(0)
 
 
 def _check_recipe(line: CommandLine) -> None:

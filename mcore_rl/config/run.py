@@ -240,6 +240,10 @@ class TrainerConfig:
     resume_from_path: str | None = None
     """Folder global_step_<n>. One of this run: later ones are done again. One of another run: where
     this run begins; once it has checkpoints of its own, it goes on from the last of them."""
+    hang_timeout_s: float = 3600.0
+    """End the run when nothing goes on in any worker for so long, with the stacks of all of them.
+    The longest that one piece of work may take: a micro-batch, a step of an engine, the writing of
+    a checkpoint."""
     export_hf_model: bool = True
     """Write the trained weights as a Hugging Face folder after the last step."""
     log_val_generations: int = 8

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.errors import WeightSyncError
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.routes import check_routes
@@ -34,7 +34,8 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     groups = generate_groups(
         cluster,
         prompts,
-        cluster.num_engines,  # neighbours go to different engines: each is checked on each prompt
+        # Neighbours go to different engines: each is checked on each prompt.
+        cluster.engines.num_engines,
         temperature=cfg.rollout.temperature,
         top_p=cfg.rollout.top_p,
         top_k=cfg.rollout.top_k,
@@ -45,7 +46,7 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     if inputs.routing is not None:
         check_routes(groups, inputs.routing, step)
     samples = [sample for group in groups for sample in group.samples]
-    by_trainer = cluster.logprobs([sample.to_sequence() for sample in samples])
+    by_trainer = cluster.trainer.logprobs([sample.to_sequence() for sample in samples])
     differences = [
         abs(ours - theirs)
         for sample, logprobs in zip(samples, by_trainer, strict=True)

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import TrainerConfig
 from mcore_rl.durable_files import rename_whole, sync, write_whole
 from mcore_rl.errors import CheckpointError, UserError, closest_hint
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.observability.jsonl import read_records
 from mcore_rl.observability.run_folder import METRICS_FILE
 
@@ -102,7 +102,7 @@ class Checkpoints:
                     f"{folder} is of another kind of run: {CONTROLLER_FILE} has no {name!r}",
                     role="controller",
                 )
-        self._cluster.load(str(folder))
+        self._cluster.trainer.load(str(folder))
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         step = int(state["step"])
@@ -125,7 +125,7 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             sync(self._folder.parent)
-            self._cluster.begin_save(str(partial))
+            self._cluster.trainer.begin_save(str(partial))
         parts = {name: part.state_dict() for name, part in self._parts.items()}
         self._begun = _Begun(step, {"step": step, **parts})
         if not self._trainer.async_save:
@@ -148,7 +148,7 @@ class Checkpoints:
         self._end(wait=True)
 
     def _end(self, *, wait: bool) -> None:
-        if self._begun is None or not self._cluster.end_save(wait=wait):
+        if self._begun is None or not self._cluster.trainer.end_save(wait=wait):
             return
         step, partial = self._begun.step, self._partial(self._begun.step)
         with self._failing_at(step):

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from mcore_rl.algorithms.advantages import ADVANTAGES
 from mcore_rl.algorithms.filter_groups import informative_groups
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.errors import require
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.generate import generate_groups, rollout_metrics
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.routes import check_route_shapes

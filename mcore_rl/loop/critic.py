@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.data.packing import split_minibatches
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.objectives import CriticObjective
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.observability.trackers import RunLog
@@ -24,7 +24,7 @@ def with_values(
         return list(groups)
     sequences = [_sequence(sample) for group in groups for sample in group.samples]
     with log.stage("values"):
-        values = cluster.values(sequences)
+        values = cluster.trainer.values(sequences)
     return with_sample_fields(groups, values=values)
 
 
@@ -43,10 +43,10 @@ def update_critic(
     size = cfg.critic.ppo_mini_batch_size or cfg.actor.ppo_mini_batch_size
     parts = []
     with log.stage("train_critic"):
-        cluster.begin_step("critic")
+        cluster.trainer.begin_critic_step()
         for minibatch in split_minibatches(groups, size) * num_epochs:
             sequences = [_sequence(sample) for group in minibatch for sample in group.samples]
-            parts.append(cluster.update_critic(sequences, objective))
+            parts.append(cluster.trainer.update_critic(sequences, objective))
     return merge(parts)
 
 

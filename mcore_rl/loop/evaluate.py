@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import Metrics, mean, merge

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.data.chat import decode_response
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.metrics import Metrics, maximum, mean, merge, minimum
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
 from mcore_rl.types import Prompt, Sample, SampleGroup
@@ -56,7 +56,7 @@ def generate_groups(
         for prompt in prompts
         for index in range(n)
     ]
-    results = iter(cluster.generate(requests))
+    results = iter(cluster.engines.generate(requests))
     return [
         SampleGroup(
             prompt=prompt,

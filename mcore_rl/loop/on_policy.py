@@ -17,9 +17,9 @@ from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.algorithms.overlong_filtering import without_truncated
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.data.packing import split_minibatches
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.agreement import check_agreement
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.collect import collect_groups
@@ -47,7 +47,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
     start = checkpoints.resume()
     samples = SampleLog(run_dir, start, trainer.log_val_generations)
 
-    cluster.sync_weights(version=start)
+    cluster.engines.sync_weights(version=start)
     check_agreement(cfg, inputs, cluster, start)
 
     with open_log(trainer, run_dir, start, total_steps) as log:
@@ -76,7 +76,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
                 with log.stage("train"):
                     metrics.append(update(cfg, cluster, objective, groups))
             with log.stage("weight_sync"):
-                metrics.append(cluster.sync_weights(version=step + 1))
+                metrics.append(cluster.engines.sync_weights(version=step + 1))
             log.log(step, with_times(merge(metrics), log.times()))
             # After the log line, which a resumed run does not write again; so the time that this
             # takes is that of the next step.
@@ -107,12 +107,12 @@ def with_logprobs(
     sequences = [sample.to_sequence() for group in groups for sample in group.samples]
     several = len(groups) > cfg.actor.ppo_mini_batch_size or cfg.actor.ppo_epochs > 1
     if cfg.actor.router_replay.mode == "R2":
-        logprobs, routes = zip(*cluster.record_logprobs(sequences), strict=True)
+        logprobs, routes = zip(*cluster.trainer.record_logprobs(sequences), strict=True)
         groups = with_sample_fields(groups, old_logprobs=logprobs, routed_experts=routes)
     elif in_reward or (several and objective.needs_old_logprobs):
-        groups = with_sample_fields(groups, old_logprobs=cluster.logprobs(sequences))
+        groups = with_sample_fields(groups, old_logprobs=cluster.trainer.logprobs(sequences))
     if in_reward or objective.spec.needs_ref_logprobs:
-        groups = with_sample_fields(groups, ref_logprobs=cluster.ref_logprobs(sequences))
+        groups = with_sample_fields(groups, ref_logprobs=cluster.trainer.ref_logprobs(sequences))
     return groups
 
 
@@ -120,7 +120,7 @@ def update(
     cfg: RunConfig, cluster: Cluster, objective: PolicyObjective, groups: Sequence[SampleGroup]
 ) -> Metrics:
     """Do the optimizer updates of a step and return their metrics."""
-    cluster.begin_step()
+    cluster.trainer.begin_step()
     parts = []
     for _ in range(cfg.actor.ppo_epochs):
         for minibatch in split_minibatches(groups, cfg.actor.ppo_mini_batch_size):
@@ -128,7 +128,7 @@ def update(
             if parts and not sequences[0].old_logprobs:
                 # The weights have moved: their distance from the engine's is no longer a mismatch.
                 sequences = [replace(sequence, rollout_logprobs=()) for sequence in sequences]
-            parts.append(cluster.update(sequences, objective))
+            parts.append(cluster.trainer.update(sequences, objective))
     return merge(parts)
 
 

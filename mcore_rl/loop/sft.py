@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import SftRunConfig
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.log import open_log
@@ -25,8 +25,8 @@ def train(cfg: SftRunConfig, inputs: SftInputs, cluster: Cluster, run_dir: Path)
             checkpoints.poll()
             sequences = inputs.sequences.next(cfg.data.train_batch_size)
             with log.stage("train"):
-                cluster.begin_step()
-                metrics = cluster.update(sequences, SftObjective())
+                cluster.trainer.begin_step()
+                metrics = cluster.trainer.update(sequences, SftObjective())
             log.log(step, merge([metrics, log.times()]))
             if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
                 with log.stage("checkpoint"):

@@ -32,6 +32,7 @@ from mcore_rl.megatron.context_parallel import cut_batch, gather_positions
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import Routes, own_routes
 from mcore_rl.metrics import Metrics, merge
+from mcore_rl.progress import tick
 from mcore_rl.types import MicroBatch
 
 Objective = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
@@ -137,6 +138,7 @@ def _run_schedule(
     batches = [cut_batch(row, parallel.cp) for row in rows]
 
     def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module):
+        tick()
         batch = next(iterator)
         inner = _unwrapped(model)
         inner.with_entropy = with_entropy

@@ -32,6 +32,14 @@ class Parallel:
     tp_ep: ProcessGroup
     """Expert tensor and expert parallel together, ranked etp fastest."""
     expert_dp: ProcessGroup
+    share: ProcessGroup
+    """The ranks that work on the same sequences (tp, cp and pp together), of gloo."""
+
+    @property
+    def coordinates(self) -> tuple[int, ...]:
+        """On the axes tp, cp, dp, pp, ep, etp and expert dp, as `cluster.placement` plans them."""
+        groups = self.tp, self.cp, self.dp, self.pp, self.ep, self.etp, self.expert_dp
+        return tuple(group.rank() for group in groups)
 
     @property
     def is_last_stage(self) -> bool:
@@ -85,7 +93,20 @@ def initialize(layout: Layout, seed: int) -> Parallel:
         etp=groups.get_expert_tensor_parallel_group(),
         tp_ep=groups.get_expert_tensor_and_model_parallel_group(),
         expert_dp=groups.get_expert_data_parallel_group(),
+        share=_share_group(layout.dp, groups.get_data_parallel_rank()),
     )
+
+
+def _share_group(num_shares: int, dp_rank: int) -> ProcessGroup:
+    """Return the group of this rank and all others with its place in data parallelism."""
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, dp_rank)
+    own: Any = None
+    for share in range(num_shares):  # every rank takes part in making every group
+        ranks = [rank for rank, of_rank in enumerate(by_rank) if of_rank == share]
+        group = dist.new_group(ranks, backend="gloo")
+        own = group if share == dp_rank else own
+    return own
 
 
 def shut_down() -> None:

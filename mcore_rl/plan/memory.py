@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mcore_rl.cluster.placement import expert_dp_size
 from mcore_rl.plan.parameters import StageParameters
-from mcore_rl.plan.placement import expert_dp_size
 from mcore_rl.types import Layout
 
 BYTES = {"float32": 4, "bfloat16": 2}

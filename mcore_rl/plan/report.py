@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedConfig
 
+from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.errors import require
@@ -24,7 +25,6 @@ from mcore_rl.plan.memory import (
     state_memory,
 )
 from mcore_rl.plan.parameters import StageParameters, model_size, stage_parameters
-from mcore_rl.plan.placement import coordinates, expert_dp_size
 from mcore_rl.plan.step import StepPlan, plan_step
 from mcore_rl.types import Layout
 
@@ -141,7 +141,7 @@ def _placement_lines(cfg: RunConfig, layout: Layout) -> Iterable[str]:
         f"{layout.pp}; {layout.world_size // engine_ranks} engines of {engine_ranks}"
     )
     yield "  node  rank    tp    cp    dp    pp    ep   etp   edp  engine"
-    for place in coordinates(layout)[:MAX_RANKS_SHOWN]:
+    for place in colocated(layout, layout.world_size, None).places[:MAX_RANKS_SHOWN]:
         numbers = (
             place.rank // trainer.n_gpus_per_node,
             *(place.rank, place.tp, place.cp, place.dp, place.pp),

@@ -12,8 +12,13 @@ def load_engine(spec: EngineSpec) -> RolloutEngine:
         UserError: if there is no such engine.
     """
     name = spec.config.name
+    import_engine(name)
+    return ENGINES.get(name)(spec)
+
+
+def import_engine(name: str) -> None:
+    """Import the library of an engine."""
     if name == "vllm":
         import mcore_rl.rollout.vllm_engine
     elif name == "fake":
         import mcore_rl.rollout.fake_engine  # noqa: F401
-    return ENGINES.get(name)(spec)

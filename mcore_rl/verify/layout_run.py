@@ -21,9 +21,11 @@ from pathlib import Path
 
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.config.run import RunConfig
-from mcore_rl.launch.start import StartWorkers, run_command, start_cluster
+from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.metrics import to_floats
+from mcore_rl.run.command import run_command
+from mcore_rl.run.specs import start_cluster
 from mcore_rl.types import TokenSequence
 from mcore_rl.verify.runs import check_sizes
 
@@ -50,28 +52,30 @@ def read_minibatch(work: Path) -> list[TokenSequence]:
     return [TokenSequence(**row) for row in rows]
 
 
-def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
+def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     """Train on the minibatch and leave metrics and weights in the layout's folder."""
     folder = Path(cfg.trainer.default_local_dir)
     sequences = read_minibatch(folder.parent)
     cluster = start_cluster(
         cfg,
-        start_workers,
+        workers,
         total_steps=1,
         temperature=cfg.rollout.temperature,
         with_reference=False,
         engine=None,
     )
     if not sequences[0].old_logprobs:
-        sequences = _with_old_logprobs(sequences, cluster.logprobs(sequences))
+        sequences = _with_old_logprobs(sequences, cluster.trainer.logprobs(sequences))
         write_minibatch(folder.parent, sequences)
     spec = resolve_objective(cfg.actor, cfg.data.max_response_length)
     objective = PolicyObjective(spec, log_entropy=cfg.actor.calculate_entropy)
-    cluster.begin_step()
-    metrics = [to_floats(cluster.update(sequences, objective)) for _ in range(cfg.actor.ppo_epochs)]
-    cluster.export_hf(str(folder / WEIGHTS_FOLDER))
+    cluster.trainer.begin_step()
+    updates = [cluster.trainer.update(sequences, objective) for _ in range(cfg.actor.ppo_epochs)]
+    cluster.trainer.export_hf(str(folder / WEIGHTS_FOLDER))
     cluster.close()
-    (folder / METRICS_FILE).write_text(json.dumps(metrics), encoding="utf-8")
+    (folder / METRICS_FILE).write_text(
+        json.dumps([to_floats(update) for update in updates]), encoding="utf-8"
+    )
 
 
 def _with_old_logprobs(

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
-from mcore_rl.launch.cluster import Cluster
-from mcore_rl.launch.start import StartWorkers, run_command, start_cluster
+from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.models.safetensors_io import plan_shards, write_checkpoint
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, SamplingParams
+from mcore_rl.run.command import run_command
+from mcore_rl.run.specs import start_cluster
 from mcore_rl.types import TokenSequence
 from mcore_rl.verify.runs import check_sizes
 
@@ -76,7 +78,7 @@ def layer_output_name(number: int, module: str) -> str:
     return f"{number}.{module}"
 
 
-def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
+def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     """Score the prompts and leave what came out in the folder."""
     work = Path(cfg.trainer.default_local_dir)
     prompts = Prompts.read(work)
@@ -89,7 +91,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
     )
     cluster = start_cluster(
         cfg,
-        start_workers,
+        workers,
         total_steps=1,
         temperature=cfg.rollout.temperature,
         with_reference=False,
@@ -106,7 +108,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
         )
         for prompt, (tokens, _) in zip(prompts.token_ids, responses, strict=True)
     ]
-    logprobs = cluster.logprobs(sequences)
+    logprobs = cluster.trainer.logprobs(sequences)
     _write_layers(work / LAYERS_FOLDER, cluster, sequences)
     cluster.close()
     scored = [
@@ -119,7 +121,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
 
 def _generate(cluster: Cluster, prompts: Prompts) -> list[Response]:
     """Return what the engines add to each prompt after a weight sync."""
-    cluster.sync_weights(0)
+    cluster.engines.sync_weights(0)
     requests = [
         GenerationRequest(
             prompt_token_ids=prompt,
@@ -133,13 +135,13 @@ def _generate(cluster: Cluster, prompts: Prompts) -> list[Response]:
         )
         for number, prompt in enumerate(prompts.token_ids)
     ]
-    return [(list(r.token_ids), list(r.logprobs)) for r in cluster.generate(requests)]
+    return [(list(r.token_ids), list(r.logprobs)) for r in cluster.engines.generate(requests)]
 
 
 def _write_layers(folder: Path, cluster: Cluster, sequences: Sequence[TokenSequence]) -> None:
     tensors = [
         (layer_output_name(number, module), torch.from_numpy(output))
-        for number, outputs in enumerate(cluster.layer_outputs(sequences))
+        for number, outputs in enumerate(cluster.trainer.layer_outputs(sequences))
         for module, output in outputs.items()
     ]
     write_checkpoint(folder, tensors, plan_shards(tensors))

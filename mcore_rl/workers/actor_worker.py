@@ -6,7 +6,7 @@ come in and go out; weights leave through `export`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,15 @@ from mcore_rl.models.safetensors_io import (
     write_shards,
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
-from mcore_rl.types import Denominators, MicroBatch
+from mcore_rl.types import Denominators
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
+from mcore_rl.workers.roles import Actor, Share
 from mcore_rl.workers.spec import ActorSpec
+from mcore_rl.workers.spread import spread
 
 
-class ActorWorker(ModelWorker):
+class ActorWorker(ModelWorker, Actor):
     """One rank of the actor.
 
     Args:
@@ -90,15 +92,15 @@ class ActorWorker(ModelWorker):
         self.params = params
         self.exporter = WeightExporter(weights, self.entries, parallel)
 
-    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+    def logprobs(self, share: Share) -> dict[int, list[float]]:
         """Return logprobs of every token under the current weights, by planned index."""
+        micro_batches = spread(share, self.parallel.share)
         with self.routers.replaying(micro_batches) as routes:
             return forward_tokens(self.chunks, micro_batches, self.parallel, self.device, routes)
 
-    def record_logprobs(
-        self, micro_batches: Sequence[MicroBatch]
-    ) -> dict[int, tuple[list[float], np.ndarray]]:
+    def record_logprobs(self, share: Share) -> dict[int, tuple[list[float], np.ndarray]]:
         """Return logprobs and, as `Sample.routed_experts`, the experts that the routers chose."""
+        micro_batches = spread(share, self.parallel.share)
         with self.routers.recording() as recording:
             logprobs = forward_tokens(
                 self.chunks, micro_batches, self.parallel, self.device, recording
@@ -108,22 +110,22 @@ class ActorWorker(ModelWorker):
         of_index = dict(zip(indices, routes, strict=True))
         return {index: (values, of_index[index]) for index, values in logprobs.items()}
 
-    def ref_logprobs(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+    def ref_logprobs(self, share: Share) -> dict[int, list[float]]:
         """Return logprobs of every token under the reference weights, by planned index.
 
         The reference chooses its experts by itself, also where the sequences carry routes.
         """
+        micro_batches = spread(share, self.parallel.share)
         if self.lora:
             with self.lora.disabled():
                 return forward_tokens(self.chunks, micro_batches, self.parallel, self.device)
         assert self.reference is not None, "built without a reference model"
         return forward_tokens(self.reference, micro_batches, self.parallel, self.device)
 
-    def layer_outputs(
-        self, micro_batches: Sequence[MicroBatch]
-    ) -> dict[int, Mapping[str, np.ndarray]]:
+    def layer_outputs(self, share: Share) -> dict[int, Mapping[str, np.ndarray]]:
         """Return what comes out of this rank's layers under the current weights, by planned index
         and module; see `LayerRecording.by_index`."""
+        micro_batches = spread(share, self.parallel.share)
         models = [chunk.module for chunk in self.chunks]
         recording = LayerRecording(models, self.parallel)
         forward_tokens(self.chunks, micro_batches, self.parallel, self.device, recording)
@@ -131,11 +133,12 @@ class ActorWorker(ModelWorker):
 
     def update(
         self,
-        micro_batches: Sequence[MicroBatch],
+        share: Share,
         denominators: Denominators,
         objective: TrainObjective,
     ) -> Metrics:
         """Do one optimizer update and return its metrics (on ranks that report tokens)."""
+        micro_batches = spread(share, self.parallel.share)
         with self.routers.replaying(micro_batches) as routes:
             metrics = self.train_on(micro_batches, denominators, objective, routes)
         replay_metrics = self.routers.replay_metrics()

@@ -5,8 +5,6 @@ It has the actor's layout and routes its tokens by itself, also where the actor 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mcore_rl.megatron.checkpoint import WholeModel
@@ -24,12 +22,14 @@ from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.models.value_head import OUTPUT_LAYER, value_entries
-from mcore_rl.types import Denominators, MicroBatch
+from mcore_rl.types import Denominators
 from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
+from mcore_rl.workers.roles import Critic, Share
 from mcore_rl.workers.spec import ModelSpec
+from mcore_rl.workers.spread import spread
 
 
-class CriticWorker(ModelWorker):
+class CriticWorker(ModelWorker, Critic):
     """One rank of the critic.
 
     Args:
@@ -56,15 +56,17 @@ class CriticWorker(ModelWorker):
             freeze_routers(chunks)
         super().__init__(spec, parallel, device, chunks, config, WholeModel(chunks, parallel))
 
-    def values(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+    def values(self, share: Share) -> dict[int, list[float]]:
         """Return the value of every trained token under the current weights, by planned index."""
+        micro_batches = spread(share, self.parallel.share)
         return forward_tokens(self.chunks, micro_batches, self.parallel, self.device)
 
     def update(
         self,
-        micro_batches: Sequence[MicroBatch],
+        share: Share,
         denominators: Denominators,
         objective: TrainObjective,
     ) -> Metrics:
         """Do one optimizer update and return its metrics (on ranks that report tokens)."""
+        micro_batches = spread(share, self.parallel.share)
         return to_host(self.train_on(micro_batches, denominators, objective))

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from mcore_rl.metrics import Metrics
+from mcore_rl.cluster.placement import Place
+from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
-from mcore_rl.weight_sync.base import TRANSPORTS, Bucket
+from mcore_rl.weight_sync.base import TRANSPORTS
+from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.workers.roles import Rollout
 
 
-class RolloutWorker:
+class RolloutWorker(Rollout):
     """Owns one engine, or a part of one, and the transport that feeds it.
-
-    Engine e has the ranks e * size .. e * size + size - 1, each with a part of every layer.
 
     Args:
         spec: what the engine starts from.
-        rank: of this process.
+        place: of this process.
+        exporter: of the actor's weights in this process.
     """
 
-    def __init__(self, spec: EngineSpec, rank: int) -> None:
-        self.number, self._part = divmod(rank, spec.config.tensor_model_parallel_size)
+    def __init__(self, spec: EngineSpec, place: Place, exporter: WeightExporter) -> None:
+        self._is_first = place.engine_rank == 0
+        self._exporter = exporter
         self.transport = TRANSPORTS.get(spec.config.weight_transport)
         self.engine = load_engine(spec)
 
@@ -32,8 +35,8 @@ class RolloutWorker:
         Every rank of the engine must be given the same requests.
         """
         results = self.engine.generate(requests)
-        return results if self._part == 0 else []
+        return results if self._is_first else []
 
-    def receive(self, export: Iterable[Bucket], version: int) -> Metrics:
-        """Take the exported weights as `version`."""
-        return sync_weights(export, self.transport, self.engine, version)
+    def sync_weights(self, version: int) -> Metrics:
+        """Give this process's engine the actor's weights as `version`; collective."""
+        return to_host(sync_weights(self._exporter, self.transport, self.engine, version))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mcore_rl.cluster.placement import Placement
 from mcore_rl.megatron.config import LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.rollout.base import EngineSpec
-from mcore_rl.types import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class ActorSpec(ModelSpec):
 class WorkerSpec:
     """What every worker process is built from; the same on all of them."""
 
-    layout: Layout
+    placement: Placement
     actor: ActorSpec
     engine: EngineSpec | None
     """None where nothing is generated (supervised fine-tuning)."""

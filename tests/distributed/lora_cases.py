@@ -42,9 +42,9 @@ def train(spec, minibatches, objective, cut):
         base = {name: param.clone() for name, param in worker.actor.params.items()}
         before, metrics = adapters(worker), []
         for sequences in minibatches:
-            cluster.begin_step()
-            metrics.append(to_floats(cluster.update(sequences, objective)))
-        after, logprobs = adapters(worker), cluster.logprobs(minibatches[-1])
+            cluster.trainer.begin_step()
+            metrics.append(to_floats(cluster.trainer.update(sequences, objective)))
+        after, logprobs = adapters(worker), cluster.trainer.logprobs(minibatches[-1])
         return metrics, before, after, logprobs, is_unchanged(worker.actor.params, base)
 
 
@@ -54,9 +54,12 @@ def gradients_and_export(spec, sequences, objective, cut, folder):
         lora, params = worker.actor.lora, worker.actor.params
         assert lora is not None
         base = {name: param.clone() for name, param in params.items()}
-        initial_logprobs = cluster.logprobs(sequences)
+        initial_logprobs = cluster.trainer.logprobs(sequences)
         fill_b(worker)
-        logprobs, ref_logprobs = cluster.logprobs(sequences), cluster.ref_logprobs(sequences)
+        logprobs, ref_logprobs = (
+            cluster.trainer.logprobs(sequences),
+            cluster.trainer.ref_logprobs(sequences),
+        )
         metrics = backward(worker, sequences, objective, cut)
         gradients = exported_gradients(worker, lora.params, lora.entries)
         worker.actor.export_hf(folder)
@@ -85,13 +88,13 @@ def save_and_load(spec, others, folder):
     """Save a checkpoint of `spec`; return what loading it says in the workers of each other spec,
     None where it is loaded."""
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
-        cluster.begin_save(folder)
-        cluster.end_save(wait=True)
+        cluster.trainer.begin_save(folder)
+        cluster.trainer.end_save(wait=True)
     answers = []
     for other in others:
         with running_cluster(other, ONE_MICRO_BATCH) as (cluster, _):
             try:
-                cluster.load(folder)
+                cluster.trainer.load(folder)
                 answers.append(None)
             except UserError as error:
                 answers.append(str(error))

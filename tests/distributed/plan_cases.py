@@ -39,8 +39,8 @@ def bytes_of_a_step(spec, sequences, objective):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            cluster.begin_step()
-            cluster.update(sequences, objective)
+            cluster.trainer.begin_step()
+            cluster.trainer.update(sequences, objective)
         gradients = sum(
             _bytes(buffer.grad_data)
             for chunk in actor.chunks

@@ -102,9 +102,9 @@ def sequences_to_learn(seed):
 
 TRAINING = [
     ("values", random_sequences(0)),
-    ("begin_step", "critic"),
+    ("begin_critic_step",),
     ("update_critic", sequences_to_learn(1), OBJECTIVE),
-    ("begin_step", "critic"),
+    ("begin_critic_step",),
     ("update_critic", sequences_to_learn(2), OBJECTIVE),
     ("values", random_sequences(3)),
 ]
@@ -128,7 +128,7 @@ def test_values_and_gradient_norm_are_those_of_transformers(processes, critic_ch
     folder = critic_checkpoint(name)
     sequences = [s for s in sequences_to_learn(0) if len(s.token_ids) > 2]
     expected, weights = hf_values(folder, sequences)
-    script = [("values", sequences), ("begin_step", "critic")]
+    script = [("values", sequences), ("begin_critic_step",)]
     script += [("update_critic", sequences, OBJECTIVE)]
     (values, _, metrics), _ = run(processes, folder, folder, script)
     for found, wanted in zip(values, expected, strict=True):

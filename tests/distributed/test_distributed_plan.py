@@ -21,12 +21,12 @@ from actor_inputs import (
 from tiny_checkpoints import MOE
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.megatron.config import LoraConfig
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import activation_memory, logit_memory, state_memory
 from mcore_rl.plan.parameters import stage_parameters
-from mcore_rl.plan.placement import coordinates
 
 FROZEN = {"moe_router_freeze": True}
 
@@ -51,7 +51,7 @@ def test_places_and_parameters_are_those_of_the_real_model(
     spec = actor_spec(tiny_checkpoint(name), **megatron)
     layout = train_layout(spec.megatron, world_size)
     stages = stage_parameters(load_hf_config(spec.model_path), layout)
-    places = coordinates(layout)
+    places = colocated(layout, layout.world_size, None).places
     by_rank = processes.run(plan_cases.place_and_parameters, world_size, spec)
     for place, (found, trained, held, layers) in zip(places, by_rank, strict=True):
         assert asdict(place) == found

@@ -1,7 +1,6 @@
 """Runs many command lines of `mcore_rl.train` after importing it once: `python fork_driver.py`.
 
-Reads {"model", "cases"} as JSON from stdin, runs each case's {"name", "argv", "environment"} in a
-forked child, and writes {name: {"code", "stdout", "stderr"}} to stdout. The model is loaded once
+Reads {"model", "cases"} as JSON from stdin, runs each case's {"name", "argv"} in a forked child, and writes {name: {"code", "stdout", "stderr"}} to stdout. The model is loaded once
 before, so that what the checks of the inputs import is there. The children end as the command
 does, by `os._exit`.
 """
@@ -18,12 +17,11 @@ import mcore_rl.train
 from mcore_rl.loop import inputs, on_policy, resume  # noqa: F401
 
 
-def run(argv, environment):
+def run(argv):
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         child = os.fork()
         if child == 0:
-            os.environ.update(environment)
             for number, file in enumerate(files, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
             try:
@@ -39,7 +37,7 @@ def main():
     asked = json.load(sys.stdin)
     inputs.load_hf_config(asked["model"])
     inputs.load_tokenizer(asked["model"])
-    results = {case["name"]: run(case["argv"], case["environment"]) for case in asked["cases"]}
+    results = {case["name"]: run(case["argv"]) for case in asked["cases"]}
     json.dump(results, sys.stdout)
 
 

@@ -57,11 +57,9 @@ class StageMarks(Tracker):
 
 
 def _whole_run() -> list[int]:
-    """Return the ids of the command's process and all others of it, this one last."""
-    agent = psutil.Process().parent()
-    assert agent is not None
-    others = {child.pid for child in agent.children(recursive=True)} - {os.getpid()}
-    return [agent.pid, *others, os.getpid()]
+    """Return the ids of the command's workers and other children, and its own as the last."""
+    children = psutil.Process().children(recursive=True)
+    return [*(child.pid for child in children), os.getpid()]
 
 
 def _kill_after(is_over: threading.Event, seconds: float, processes: list[int]) -> None:

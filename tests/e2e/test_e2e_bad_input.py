@@ -472,16 +472,13 @@ def outcomes(files, tmp_path_factory) -> dict[str, Outcome]:
         folder = tmp_path_factory.mktemp("case")
         overrides = [text.replace("{dir}", str(folder)) for text in case.overrides]
         one_process = ["trainer.n_gpus_per_node=1", "actor.megatron.expert_model_parallel_size=1"]
-        environment = {}
-        if case.world_size > 1:  # as if torchrun had started so many
-            one_process[0] = f"trainer.n_gpus_per_node={case.world_size}"
-            environment = {"RANK": "0", "WORLD_SIZE": str(case.world_size)}
+        one_process[0] = f"trainer.n_gpus_per_node={case.world_size}"
         argv = [*files.argv(folder / "run"), *one_process, *overrides]
         case.prepare(folder)
         if case.is_used_with is not None:
             use_run_folder(folder / "run", [*argv, *case.is_used_with])
         folders[name] = folder, commands.hash_files(folder)
-        asked.append({"name": name, "argv": argv, "environment": environment})
+        asked.append({"name": name, "argv": argv})
     driver = Path(__file__).parent / "fork_driver.py"
     done = subprocess.run(
         [sys.executable, str(driver)],

@@ -16,7 +16,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 
-ROOT_FILES = ("types", "registry", "errors", "metrics", "durable_files", "model_files")
+ROOT_FILES = (
+    "types",
+    "registry",
+    "errors",
+    "metrics",
+    "durable_files",
+    "model_files",
+    "frames",
+    "plugins",
+    "progress",
+)
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
 MAY_IMPORT = {
@@ -26,6 +36,9 @@ MAY_IMPORT = {
     "metrics": (),
     "durable_files": (),
     "model_files": (),
+    "frames": (),
+    "plugins": (),
+    "progress": (),
     "algorithms": (),
     "data": ("algorithms.segments",),
     "rewards": (),
@@ -45,13 +58,23 @@ MAY_IMPORT = {
         "rewards.base",
         "rollout.base",
     ),
-    "workers": ("megatron", "models", "data.batch", "rollout", "weight_sync"),
-    "launch": ("config", "workers", "data.packing", "observability", "rollout.base"),
+    "cluster": ("data.packing", "rollout.base", "workers.roles"),
+    "workers": (
+        "cluster.placement",
+        "megatron",
+        "models",
+        "data.batch",
+        "rollout",
+        "weight_sync",
+    ),
+    "launch": ("cluster", "workers", "observability.log_setup", "rollout"),
+    # A run from its configuration.
+    "run": ("cluster", "config", "launch", "observability.log_setup", "rollout.base", "workers"),
     "loop": (
         "algorithms",
         "config",
         "data",
-        "launch.cluster",
+        "cluster",
         "models.layout",
         "models.spec",
         "models.value_head",
@@ -61,6 +84,7 @@ MAY_IMPORT = {
     ),
     # Reads what a run reads before it starts, and counts with the entries of models.
     "plan": (
+        "cluster.placement",
         "config",
         "data",
         "loop.inputs",
@@ -70,13 +94,22 @@ MAY_IMPORT = {
         "rollout.fake_engine",
         "train",
     ),
-    "train": ("plan.report", "config", "launch", "loop", "observability.report", "rollout.base"),
-    "sft": ("config", "launch", "loop"),
+    "train": (
+        "plan.report",
+        "config",
+        "launch.group",
+        "loop",
+        "observability.report",
+        "rollout.base",
+        "run",
+    ),
+    "sft": ("config", "launch.group", "loop", "run"),
     "report": ("observability.report",),
     # Imports of checks: they run as the commands do and read what these wrote.
     "verify": (
         "algorithms.objective",
         "config",
+        "cluster",
         "data.chat",
         "launch",
         "loop.objectives",
@@ -85,6 +118,7 @@ MAY_IMPORT = {
         "models.safetensors_io",
         "models.spec",
         "rollout.base",
+        "run",
     ),
     # A model is built for --verify alone.
     "convert": ("data.packing", "megatron", "models", "observability.run_folder"),
@@ -119,6 +153,7 @@ LIBRARY_OWNERS = {
     "math_verify": ("rewards.math",),
     "rich": ("observability.", "convert."),
     "packaging": ("megatron.versions",),
+    "zmq": ("launch.channel",),
     "torch": ("",),
     "numpy": ("",),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.group import Call, done
+from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.data.batch import pack, unpack
 from mcore_rl.data.prompts import ItemStream
-from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.types import Layout, Place, Prompt, WriteState
+from mcore_rl.types import Layout, Prompt, WriteState
 from mcore_rl.weight_sync.base import send_directly
 from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.workers.roles import Actor, Critic, Rollout
 
 VOCABULARY = 12
 END = 0
@@ -214,10 +217,14 @@ class FakeWorkers:
     def methods(self) -> list[str]:
         return [method for method, _ in self.calls]
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        return self.call_each(method, [args] * self.world_size)
+    def submit(self, calls: Mapping[int, Call[Any]]) -> dict[int, Any]:
+        assert list(calls) == list(range(self.world_size)), "every rank is asked"
+        (method,) = {call.method for call in calls.values()}
+        name = calls[0].name.removeprefix("rollout.")
+        answers = self.answer(method, name, [call.args for call in calls.values()])
+        return {rank: done(answer) for rank, answer in enumerate(answers)}
 
-    def call_each(self, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def answer(self, called: Any, method: str, args_of_rank: Sequence[tuple[Any, ...]]) -> list:
         number = self.methods.count(method)
         self.calls.append((method, args_of_rank))
         self.versions.append(self.engines[0].weight_version)
@@ -225,28 +232,23 @@ class FakeWorkers:
         if self.crash_at == (method, number):
             raise CrashError(f"{method} {number}")
         model = self.critic if method.startswith("critic.") else self.actor
-        match method:
-            case "critic.values":
+        match called:
+            case Critic.values:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
-            case "place":
-                return [
-                    Place(dp_rank=rank, reports_tokens=True, engine=rank)
-                    for rank in range(self.world_size)
-                ]
-            case "generate":
+            case Rollout.generate:
                 return [
                     engine.generate(requests)
                     for engine, (requests,) in zip(self.engines, args_of_rank, strict=True)
                 ]
-            case "sync_weights":
+            case Rollout.sync_weights:
                 export = [[("w", self.actor.weights)]]
                 return [
                     sync_weights(export, send_directly, engine, version)
                     for engine, (version,) in zip(self.engines, args_of_rank, strict=True)
                 ]
-            case "actor.logprobs":
+            case Actor.logprobs:
                 return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
-            case "actor.record_logprobs":
+            case Actor.record_logprobs:
                 return [
                     {
                         index: (logprobs, fake_routes(len(logprobs) - 1, step=self.step))
@@ -254,20 +256,20 @@ class FakeWorkers:
                     }
                     for (mb,) in args_of_rank
                 ]
-            case "actor.ref_logprobs":
+            case Actor.ref_logprobs:
                 return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]
-            case "actor.begin_step" | "critic.begin_step":
+            case Actor.begin_step | Critic.begin_step:
                 model.num_begun += 1
-            case "actor.update" | "critic.update":
+            case Actor.update | Critic.update:
                 return model.update(args_of_rank)
-            case "actor.begin_save" | "critic.begin_save":
+            case Actor.begin_save | Critic.begin_save:
                 model.begin_save(args_of_rank[0][0])
-            case "actor.save_state" | "critic.save_state":
+            case Actor.save_state | Critic.save_state:
                 state = model.save_state(args_of_rank[0][0])
                 return [state, replace(state, problem=self.save_problem)]
-            case "actor.finish_save" | "critic.finish_save":
+            case Actor.finish_save | Critic.finish_save:
                 model.finish_save()
-            case "actor.load" | "critic.load":
+            case Actor.load | Critic.load:
                 model.load(args_of_rank[0][0])
             case _:
                 raise AssertionError(f"the loop asked for {method}")
@@ -339,4 +341,5 @@ def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: in
 def make_cluster(workers: FakeWorkers, cfg: RunConfig | SftRunConfig) -> Cluster:
     has_critic = isinstance(cfg, RunConfig) and cfg.has_critic
     critic_cut = cfg.critic.cut_over(1) if has_critic else None
-    return Cluster(workers, Layout(dp=workers.world_size), cfg.actor.cut, critic_cut)
+    placement = colocated(Layout(dp=workers.world_size), workers.world_size, engine_size=1)
+    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut)

@@ -23,7 +23,7 @@ class Run:
 
     @property
     def calls(self) -> list[str]:
-        """What was asked for: ["place", "sync to 0", "generate with 0", "actor.logprobs", ...]."""
+        """What was asked for: ["sync to 0", "generate with 0", "actor.logprobs", ...]."""
         calls = []
         for (method, args), version in zip(self.workers.calls, self.workers.versions, strict=True):
             if method == "sync_weights":

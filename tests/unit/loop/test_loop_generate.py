@@ -17,7 +17,7 @@ def setting():
     """A cluster whose engines hold weights, and a function (seed, prompts, n) -> groups."""
     workers = FakeWorkers()
     cluster = make_cluster(workers, make_config())
-    cluster.sync_weights(7)
+    cluster.engines.sync_weights(7)
 
     def answer(seed, prompts, n=3):
         return generate_groups(

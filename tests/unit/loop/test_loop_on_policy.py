@@ -19,7 +19,6 @@ def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
     run = run_loop(GMPO, steps=2)
     trained = ["actor.logprobs", "actor.begin_step", "actor.update", "actor.update"]
     assert run.calls == [
-        "place",
         "sync to 0",
         "generate with 0",  # the agreement check
         "actor.logprobs",
@@ -37,7 +36,7 @@ def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
 
 def test_a_failure_would_name_the_step_of_its_call(run_loop):
     workers = run_loop(GMPO, steps=2).workers
-    assert workers.steps == [None] * 4 + [0] * 6 + [1] * 9
+    assert workers.steps == [None] * 3 + [0] * 6 + [1] * 9
 
 
 def test_samples_of_a_step_carry_the_version_of_its_weights(run_loop):
@@ -157,7 +156,7 @@ def test_kl_in_the_reward_is_taken_off_before_advantages_and_not_from_the_logged
     overrides = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5", ONE_UPDATE]
     run = run_loop(GMPO, *overrides, steps=2)
     plain = run_loop(GMPO, ONE_UPDATE, steps=2, folder="plain")
-    assert run.calls[5:8] == ["actor.logprobs", "actor.ref_logprobs", "actor.begin_step"]
+    assert run.calls[4:7] == ["actor.logprobs", "actor.ref_logprobs", "actor.begin_step"]
     first, second = run.metrics
     assert first["reward/kl"] == 0.0
     assert first["advantage/abs_mean"] == plain.metrics[0]["advantage/abs_mean"]

@@ -51,7 +51,7 @@ def start(tmp_path):
         cfg = make_config("actor.router_replay.mode=R3")
         inputs = replace(make_inputs(file, cfg, total_steps=1, num_val=0), routing=ROUTING)
         cluster = make_cluster(FakeWorkers(engine=engine_class(routes)), cfg)
-        cluster.sync_weights(version=0)
+        cluster.engines.sync_weights(version=0)
         return cfg, inputs, cluster
 
     return start_with

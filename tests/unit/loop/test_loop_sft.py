@@ -50,7 +50,7 @@ def test_a_step_is_one_update_on_the_next_sequences_and_asks_for_no_engine(tmp_p
     workers, metrics = run(tmp_path, steps=3)
     step = ["actor.begin_step", "actor.update"]
     save = ["actor.begin_save", "actor.save_state", "actor.finish_save"]
-    assert workers.methods == ["place", *step, *step, *save, *step, *save]
+    assert workers.methods == [*step, *step, *save, *step, *save]
     assert [line["step"] for line in metrics] == [0, 1, 2]
     for method, args in workers.calls:
         if method == "actor.update":

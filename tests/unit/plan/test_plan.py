@@ -13,6 +13,7 @@ import sys
 import pytest
 from published_models import QWEN3_30B_A3B
 
+from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
@@ -20,7 +21,6 @@ from mcore_rl.errors import UserError
 from mcore_rl.models.spec import model_family
 from mcore_rl.plan.memory import activation_memory, kv_bytes_per_token, state_memory
 from mcore_rl.plan.parameters import StageParameters, model_size, stage_layers
-from mcore_rl.plan.placement import coordinates, expert_dp_size
 from mcore_rl.plan.report import write_plan
 from mcore_rl.plan.step import plan_step
 from mcore_rl.types import Layout
@@ -159,7 +159,7 @@ def test_an_option_of_the_dry_run_is_refused_without_it(argv):
 
 def test_every_rank_has_a_place_of_its_own_on_both_kinds_of_axes():
     layout = Layout(tp=2, pp=3, cp=2, ep=4, etp=1, dp=4)
-    places = coordinates(layout)
+    places = colocated(layout, layout.world_size, None).places
     dense = {(p.tp, p.cp, p.dp, p.pp) for p in places}
     experts = {(p.etp, p.ep, p.expert_dp, p.pp) for p in places}
     assert len(dense) == len(experts) == len(places) == 48

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.errors import CheckpointError
-from mcore_rl.launch.start import export_model
+from mcore_rl.run.export import export_model
 
 
 class Exports:
-    """Stands for the cluster: writes one file, or half of it and then fails."""
+    """Stands for the cluster and its trainer: writes one file, or half of it and then fails."""
 
     def __init__(self, text, fails=False):
         self.text, self.fails = text, fails
+        self.trainer = self
 
     def export_hf(self, folder):
         Path(folder).mkdir()

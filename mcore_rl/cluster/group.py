@@ -1,0 +1,83 @@
+"""All workers of a run, and typed calls to any of them.
+
+    updates = {rank: call(Actor.update, share, counts, objective) for rank, share in ...}
+    metrics = results(workers.submit(updates))
+
+A worker does its calls in the order in which they were submitted; calls to different workers, and
+several to one, may be in flight. `submit` is the only way in: launchers and tests implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call(Generic[R]):
+    """A method of a role with its arguments. One object that goes to several workers is encoded
+    once."""
+
+    method: Callable[..., R]
+    """Of a protocol in `workers/roles.py`: `Actor.update`."""
+    args: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """For messages: "actor.update"."""
+        role, _, method = self.method.__qualname__.partition(".")
+        return f"{role.lower()}.{method}"
+
+
+def call(method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Call[R]:
+    """Return a call of a role's method; a type checker holds the arguments against it."""
+    assert not kwargs, "arguments go by position"
+    return Call(method, args)
+
+
+class WorkerGroup(Protocol):
+    """All workers of a run."""
+
+    world_size: int
+    step: int | None
+    """Step of the loop, for the messages of failures; the loop sets it."""
+
+    def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
+        """Hand each addressed rank its call; return futures by rank.
+
+        A future gives the result or raises what went wrong, with rank, role and step. One that is
+        cancelled before its worker has begun with it is not done.
+        """
+        ...
+
+    def close(self) -> None:
+        """End all workers in order."""
+        ...
+
+
+def done(value: R) -> Future[R]:
+    """Return a future that has its result."""
+    future: Future[R] = Future()
+    future.set_result(value)
+    return future
+
+
+def results(futures: Mapping[int, Future[R]]) -> dict[int, R]:
+    """Wait for every result and return them by rank."""
+    return {rank: future.result() for rank, future in futures.items()}
+
+
+def call_all(
+    workers: WorkerGroup,
+    method: Callable[Concatenate[Any, P], R],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> list[R]:
+    """Call a method with the same arguments on every worker; return the results by rank."""
+    same = call(method, *args, **kwargs)
+    return list(results(workers.submit(dict.fromkeys(range(workers.world_size), same))).values())

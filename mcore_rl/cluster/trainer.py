@@ -1,0 +1,184 @@
+"""Actor, critic and reference as verbs on sequences.
+
+The trainer cuts sequences into micro-batches for the data-parallel ranks, sends each share to the
+first of the ranks that work on it, and puts the results back in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mcore_rl.cluster.group import Call, WorkerGroup, call, call_all, results
+from mcore_rl.cluster.placement import Placement
+from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
+from mcore_rl.errors import CheckpointError
+from mcore_rl.metrics import Metrics, merge, of_one_update
+from mcore_rl.types import MinibatchPlan, TokenSequence
+from mcore_rl.workers.roles import Actor, Critic, Share
+
+T = TypeVar("T")
+
+
+class Trainer:
+    """The models that are trained.
+
+    Args:
+        workers: running workers.
+        placement: where they stand.
+        cut: how a minibatch of the actor is cut into micro-batches.
+        critic_cut: the same of the critic; None: there is none.
+    """
+
+    def __init__(
+        self,
+        workers: WorkerGroup,
+        placement: Placement,
+        cut: Cut,
+        critic_cut: Cut | None = None,
+    ) -> None:
+        self._workers, self._placement = workers, placement
+        self._cut, self._critic_cut = cut, critic_cut
+
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Return logprobs of every trained token under the current weights, by sequence."""
+        return self._forward(Actor.logprobs, sequences, self._cut)
+
+    def record_logprobs(
+        self, sequences: Sequence[TokenSequence]
+    ) -> list[tuple[list[float], np.ndarray]]:
+        """Return logprobs as `logprobs` does, and the experts of every token, by sequence."""
+        return self._forward(Actor.record_logprobs, sequences, self._cut)
+
+    def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Return logprobs of every trained token under the reference weights, by sequence."""
+        return self._forward(Actor.ref_logprobs, sequences, self._cut)
+
+    def values(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """Return the critic's value of every trained token, by sequence."""
+        assert self._critic_cut is not None, "there is no critic"
+        return self._forward(Critic.values, sequences, self._critic_cut)
+
+    def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
+        """Return what comes out of embedding, layers and final norm for each sequence.
+
+        Returns:
+            By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
+        """
+        plan = self._plan(sequences, self._cut)
+        found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
+        calls = self._share_calls(plan, lambda share: call(Actor.layer_outputs, share))
+        for outputs_of in results(self._workers.submit(calls)).values():
+            for index, outputs in outputs_of.items():  # each stage has layers of its own
+                found[index] |= outputs
+        return found
+
+    def begin_step(self) -> None:
+        """Move the actor's learning-rate schedule to the coming step."""
+        call_all(self._workers, Actor.begin_step)
+
+    def begin_critic_step(self) -> None:
+        """Move the critic's learning-rate schedule to the coming step."""
+        call_all(self._workers, Critic.begin_step)
+
+    def update(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
+        """Do one optimizer update of the actor on a minibatch of sequences; return its metrics."""
+        plan = self._plan(sequences, self._cut)
+        counts = plan.denominators
+        calls = self._share_calls(plan, lambda share: call(Actor.update, share, counts, objective))
+        return merge([self._update(calls), packing_metrics(plan, self._cut)])
+
+    def update_critic(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
+        """Do one optimizer update of the critic on a minibatch of sequences; return its metrics."""
+        assert self._critic_cut is not None, "there is no critic"
+        plan = self._plan(sequences, self._critic_cut)
+        counts = plan.denominators
+        calls = self._share_calls(plan, lambda share: call(Critic.update, share, counts, objective))
+        return self._update(calls)
+
+    def begin_save(self, folder: str) -> None:
+        """Begin to write the training state of actor and critic into folders of their names.
+
+        Training may go on; what is written is the state of now. One at a time.
+
+        Args:
+            folder: exists, without them, and is seen by every rank.
+        """
+        for name, role in self._roles.items():
+            of_role = Path(folder) / name
+            of_role.mkdir(exist_ok=True)
+            call_all(self._workers, role.begin_save, str(of_role))
+
+    def end_save(self, *, wait: bool) -> bool:
+        """Complete what `begin_save` began if every rank has written its part.
+
+        Args:
+            wait: until they have.
+
+        Returns:
+            Whether it is complete; if not, ask again.
+
+        Raises:
+            CheckpointError: if a rank cannot write, with that rank.
+        """
+        for name, role in self._roles.items():
+            states = call_all(self._workers, role.save_state, wait)
+            for rank, state in enumerate(states):
+                if state.problem:
+                    raise CheckpointError(
+                        state.problem,
+                        rank=rank,
+                        role=f"worker, {name}.save",
+                        step=self._workers.step,
+                    )
+            if not all(state.is_done for state in states):
+                return False
+        for role in self._roles.values():
+            call_all(self._workers, role.finish_save)
+        return True
+
+    def load(self, folder: str) -> None:
+        """Read back what was saved into `folder`."""
+        for name, role in self._roles.items():
+            call_all(self._workers, role.load, str(Path(folder) / name))
+
+    def export_hf(self, folder: str) -> None:
+        """Write the actor's weights as a Hugging Face folder."""
+        call_all(self._workers, Actor.export_hf, folder)
+
+    @property
+    def _roles(self) -> Mapping[str, type[Actor] | type[Critic]]:
+        return {"actor": Actor} | ({"critic": Critic} if self._critic_cut else {})
+
+    def _forward(
+        self,
+        method: Callable[[Any, Share], dict[int, T]],
+        sequences: Sequence[TokenSequence],
+        cut: Cut,
+    ) -> list[T]:
+        calls = self._share_calls(self._plan(sequences, cut), lambda share: call(method, share))
+        found: dict[int, T] = {}
+        for of_rank in results(self._workers.submit(calls)).values():
+            found |= of_rank
+        return [found[index] for index in range(len(sequences))]
+
+    def _update(self, calls: Mapping[int, Call[Metrics]]) -> Metrics:
+        return of_one_update(merge(results(self._workers.submit(calls)).values()))
+
+    def _plan(self, sequences: Sequence[TokenSequence], cut: Cut) -> MinibatchPlan:
+        layout = self._placement.layout
+        multiple_of = layout.pp if layout.vpp > 1 else 1
+        return plan_minibatch(sequences, layout.dp, cut, multiple_of=multiple_of)
+
+    def _share_calls(
+        self, plan: MinibatchPlan, make: Callable[[Share], Call[T]]
+    ) -> dict[int, Call[T]]:
+        """Return the call of every rank: the first of a share's is given it, the others None."""
+        spread = make(None)
+        calls = dict.fromkeys(range(self._placement.world_size), spread)
+        for ranks, share in zip(self._placement.share_ranks, plan.micro_batches, strict=True):
+            calls[ranks[0]] = make(share)
+        return calls

@@ -1,0 +1,354 @@
+"""The message channel between the controller and its workers: ZeroMQ, one socket on each side.
+
+    controller -> worker   START(spec)  CALL(id, step, method, arguments)  CANCEL(id)  PING  STACKS
+                           END  DIE
+    worker -> controller   HELLO(rank, token, code)  RESULT(id)  ERROR(id)  BEAT(call, ticks)
+                           STACKS(text)
+
+Both ends have a thread that owns the socket, so that heartbeats and stacks go beside the work. On
+one machine the sockets lie in a folder that only this user may enter; between machines they are
+bound to one address, encrypted and authenticated (CURVE, keys made from the run's secret). Besides,
+who does not bring the token of the secret is not listened to: what arrives is unpickled.
+
+A worker does its calls in order. What is in flight to one worker is bounded in bytes; `submit`
+waits for room. This file knows nothing of how processes are started: see `Processes`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import zmq
+import zmq.auth.thread
+import zmq.utils.monitor
+from zmq.utils import z85
+
+from mcore_rl import progress
+from mcore_rl.frames import Frame, decode, encode
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+"""Between two heartbeats of either side."""
+_POLL_MS = 200
+
+HELLO, RESULT, ERROR, BEAT, STACKS = b"hello", b"result", b"error", b"beat", b"stacks"
+START, CALL, CANCEL, PING, END, DIE = b"start", b"call", b"cancel", b"ping", b"end", b"die"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the controller listens, and what proves that one belongs to its run."""
+
+    endpoint: str
+    """"ipc:///tmp/mcore_rl-x/calls" or "tcp://10.0.0.1:40001"."""
+    secret: bytes = field(repr=False)
+
+    @property
+    def token(self) -> str:
+        """What a worker shows in its hello."""
+        return self._derived(b"token").hex()
+
+    @property
+    def is_encrypted(self) -> bool:
+        return self.endpoint.startswith("tcp:")
+
+    def keys(self, side: bytes) -> tuple[bytes, bytes]:
+        """Return (public, secret) CURVE keys of the "server" or the "client", as Z85."""
+        secret = z85.encode(self._derived(side))
+        return zmq.curve_public(secret), secret
+
+    def _derived(self, purpose: bytes) -> bytes:
+        return hashlib.blake2b(self.secret, digest_size=32, person=purpose).digest()
+
+
+@cache
+def code_version() -> str:
+    """Return a digest of the package's source: processes of a run must run the same."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def thread_stacks() -> str:
+    """Return the Python stack of every thread of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)).rstrip()}"
+        for ident, frame in sys._current_frames().items()
+    )
+
+
+class _Outbox:
+    """Messages of other threads to the one that owns the socket, which is woken by each."""
+
+    def __init__(self) -> None:
+        self._messages: collections.deque[list[Any]] = collections.deque()
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def put(self, message: list[Any]) -> None:
+        self._messages.append(message)
+        os.eventfd_write(self.wake, 1)
+
+    def take(self) -> list[list[Any]]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake)
+        taken = []
+        while self._messages:
+            taken.append(self._messages.popleft())
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One message from a worker that has proved itself."""
+
+    rank: int
+    kind: bytes
+    header: dict[str, Any]
+    frames: Sequence[Frame]
+
+
+class Listener:
+    """The controller's socket. Owned by one thread, but for `send` and `wake_up`.
+
+    Args:
+        address: to listen at; "tcp://10.0.0.1:*" takes a free port, see `endpoint`.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded in bytes, by `Channel.submit`
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to one who is gone is an error
+        self._keeper: zmq.auth.thread.ThreadAuthenticator | None = None
+        if address.is_encrypted:
+            self._keeper = zmq.auth.thread.ThreadAuthenticator(self._context, log=logger)
+            self._keeper.start()
+            self._keeper.configure_curve_callback("*", credentials_provider=_OneKey(address))
+            self._socket.curve_publickey, self._socket.curve_secretkey = address.keys(b"server")
+            self._socket.curve_server = True
+        self._socket.bind(address.endpoint)
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._token = address.token
+        self._ranks: dict[bytes, int] = {}
+        self._identities: dict[int, bytes] = {}
+        self._outbox = _Outbox()
+        self._held_back: dict[int, list[list[Any]]] = collections.defaultdict(list)
+
+    def send(self, rank: int, kind: bytes, header: Mapping[str, Any], frames: Sequence[Frame] = ()):
+        """Send a message to a rank, once it has said hello; from any thread."""
+        self._outbox.put([rank, kind, json.dumps(header).encode(), *frames])
+
+    def wake_up(self) -> None:
+        """Have `poll` return; from any thread."""
+        os.eventfd_write(self._outbox.wake, 1)
+
+    def poll(self) -> tuple[list[Received], set[int]]:
+        """Send what is to be sent and return (what came, ranks that cannot be reached any more)."""
+        readable, _, _ = zmq.select([self._socket, self._outbox.wake], [], [], _POLL_MS / 1000)
+        lost = set()
+        for rank, *message in self._outbox.take():
+            if rank not in self._identities:
+                self._held_back[rank].append(message)
+            elif not self._pass_on(rank, message):
+                lost.add(rank)
+        received = []
+        while self._socket in readable:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            if (message := self._admitted(frames)) is not None:
+                received.append(message)
+        return received, lost
+
+    def _pass_on(self, rank: int, message: list[Any]) -> bool:
+        try:
+            self._socket.send_multipart([self._identities[rank], *message], copy=False)
+        except zmq.ZMQError:  # EHOSTUNREACH
+            return False
+        return True
+
+    def _admitted(self, frames: list[zmq.Frame]) -> Received | None:
+        """Return a message of one who has proved itself with its first one; None otherwise."""
+        identity, *rest = frames
+        sender = identity.bytes
+        try:
+            kind, header = rest[0].bytes, json.loads(rest[1].bytes)
+            if sender not in self._ranks:
+                shown = str(header["token"])
+                if kind != HELLO or not hmac.compare_digest(shown, self._token):
+                    raise ValueError("it does not show the token of this run")
+                rank = int(header["rank"])
+                self._ranks[sender], self._identities[rank] = rank, sender
+                for message in self._held_back.pop(rank, []):
+                    self._pass_on(rank, message)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            logger.warning("a message from a stranger was dropped: %s", error)
+            return None
+        return Received(self._ranks[sender], kind, header, [frame.buffer for frame in rest[2:]])
+
+    def close(self) -> None:
+        """Close the socket; what is not sent is lost."""
+        if self._keeper is not None:
+            self._keeper.stop()
+        self._socket.close(0)
+        self._context.term()
+        os.close(self._outbox.wake)
+
+
+class _OneKey:
+    """Lets in whoever has the key that all workers of the run have."""
+
+    def __init__(self, address: Address) -> None:
+        self._key = address.keys(b"client")[0]
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return hmac.compare_digest(key, self._key)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is to do next."""
+
+    kind: bytes
+    header: Mapping[str, Any]
+    frames: Sequence[Frame]
+
+    def read(self) -> Any:
+        """Return what comes with it; raises what reading it raises."""
+        return decode(self.frames)
+
+
+class WorkerEnd:
+    """A worker's end: orders come one by one, answers go back, heartbeats go by themselves.
+
+    The process ends at once when the controller says so or is gone.
+
+    Args:
+        address: of the controller.
+        rank: of this worker.
+        silence_s: the controller counts as gone when nothing was heard of it for so long; None
+            where a lost connection or the system itself says so (on one machine).
+    """
+
+    def __init__(self, address: Address, rank: int, silence_s: float | None) -> None:
+        self._address, self._rank, self._silence_s = address, rank, silence_s
+        self._orders: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._outbox = _Outbox()
+        self._current: int | None = None
+        self._is_closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Order:
+        """Wait for the next order."""
+        while True:
+            self._current = None
+            kind, header, frames = self._orders.get()
+            if kind == CALL and header["id"] in self._cancelled:
+                self._outbox.put([ERROR, _header(id=header["id"], cancelled=True)])
+                continue
+            self._current = header.get("id")
+            return Order(kind, header, frames)
+
+    def answer(self, value: Any) -> None:
+        """Send the result of the call that `next` returned last."""
+        self._outbox.put([RESULT, _header(id=self._current), *encode(value)])
+
+    def fail(self, error: Exception, trace: str) -> None:
+        """Send what went wrong with it; `error` pickles."""
+        self._outbox.put([ERROR, _header(id=self._current), *encode((error, trace))])
+
+    def close(self) -> None:
+        """Send what is to be sent and end the connection."""
+        self._is_closing.set()
+        os.eventfd_write(self._outbox.wake, 1)
+        self._thread.join()
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 2000)  # what was said last, by the end
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        if self._address.is_encrypted:
+            socket.curve_publickey, socket.curve_secretkey = self._address.keys(b"client")
+            socket.curve_serverkey = self._address.keys(b"server")[0]
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.connect(self._address.endpoint)
+        hello = {"rank": self._rank, "token": self._address.token, "code": code_version()}
+        hello |= {"pid": os.getpid(), "host": os.uname().nodename}
+        socket.send_multipart([HELLO, _header(**hello)])
+        heard = time.monotonic()
+        next_beat = 0.0
+        while True:
+            readable, _, _ = zmq.select(
+                [socket, monitor, self._outbox.wake], [], [], _POLL_MS / 1000
+            )
+            if monitor in readable:  # the controller has no second life
+                end_now()
+            for message in self._outbox.take():
+                socket.send_multipart(message, copy=False)
+            if self._is_closing.is_set():
+                break
+            if time.monotonic() >= next_beat:
+                beat = _header(id=self._current, ticks=progress.ticks())
+                socket.send_multipart([BEAT, beat])
+                next_beat = time.monotonic() + BEAT_S
+            while socket in readable:
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                heard = time.monotonic()
+                self._take(socket, frames)
+            if self._silence_s is not None and time.monotonic() - heard > self._silence_s:
+                end_now()
+        socket.disable_monitor()
+        monitor.close(0)
+        socket.close()
+        context.term()
+
+    def _take(self, socket: zmq.Socket[bytes], frames: list[zmq.Frame]) -> None:
+        kind, header = frames[0].bytes, json.loads(frames[1].bytes)
+        if kind == DIE:
+            end_now()
+        elif kind == STACKS:
+            socket.send_multipart([STACKS, _header(), thread_stacks().encode()])
+        elif kind == CANCEL:
+            self._cancelled.add(header["id"])
+        elif kind != PING:
+            self._orders.put([kind, header, [frame.buffer for frame in frames[2:]]])
+
+
+def _header(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def end_now() -> NoReturn:
+    """End this worker without a word: the controller has the last one."""
+    os._exit(1)

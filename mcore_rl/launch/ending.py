@@ -1,0 +1,69 @@
+"""How a run ends: in order, or with its last words.
+
+These are one line, and a traceback where it is not the user's mistake. They come before the workers
+are ended: torchrun ends all its processes as soon as one of them has ended.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError, WorkerLostError
+from mcore_rl.launch.group import ECHO_S, ChannelWorkers, GiveUp
+
+
+def run_with_workers(
+    open_workers: Callable[[GiveUp], ChannelWorkers], program: Callable[[ChannelWorkers], None]
+) -> None:
+    """Open worker processes and run the program with them; none of them outlives it.
+
+    A signal to end (SIGINT, SIGTERM) ends the workers and then this process. One that comes because
+    a worker has failed, as torchrun sends it to all, waits for what is to be said about that.
+    """
+
+    def end(number: int, _: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    workers = open_workers(end_process)
+    try:
+        program(workers)
+    except SystemExit:
+        if (failure := workers.failure_within(ECHO_S)) is not None:
+            end_process(failure, workers.kill)
+        workers.kill()
+        raise
+    except BaseException as error:  # noqa: BLE001  whatever it is, no process may outlive it
+        end_process(error, workers.kill)
+
+
+def end_process(error: BaseException, end_workers: Callable[[], None] = lambda: None) -> NoReturn:
+    """Say what went wrong, end the workers and this process, with the exit code of the error.
+
+    At once: orderly shutdown would wait for threads that wait for what has failed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.SIG_IGN)
+    code, trace = 1, ""
+    if isinstance(error, UserError):
+        code = USER_ERROR_EXIT_CODE
+    else:
+        if not isinstance(error, WorkerLostError):  # its line says all
+            trace = "".join(traceback.format_exception(error))
+        if not isinstance(error, RunError):
+            error = RunError(f"{type(error).__name__}: {error}", role="controller")
+        code = error.exit_code
+    line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
+    sys.stderr.write(f"{trace}error: {line}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    end_workers()
+    os._exit(code)

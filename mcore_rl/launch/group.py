@@ -1,0 +1,336 @@
+"""The workers behind a channel, as the controller calls them, and the watch over them.
+
+One thread owns the socket and watches: a process that has ended is named within a second or two,
+one that cannot be reached over the network within `SILENCE_S`; when nothing goes on in any call for
+`trainer.hang_timeout_s`, the Python stacks of all ranks are printed. Each ends the run: all futures
+raise the same error, and a controller that is busy elsewhere is ended after `GRACE_S`.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mcore_rl.cluster.group import Call
+from mcore_rl.errors import HangError, RunError, UserError, WorkerLostError
+from mcore_rl.frames import Frame, decode, encode, num_bytes
+from mcore_rl.launch import channel
+from mcore_rl.launch.channel import Listener, Received
+from mcore_rl.launch.processes import Ended, Processes
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+HELLO_LIMIT_S = 300.0
+"""For a worker to say hello: Python's start and a few imports, on a busy machine."""
+START_LIMIT_S = 3600.0
+"""For all workers to import their libraries and load their weights; the hang timeout if longer."""
+SILENCE_S = 20.0
+"""A worker of another machine that is not heard of for so long is lost."""
+STARTING_SILENCE_S = 180.0
+"""The same while it imports libraries, which can keep its threads from running."""
+ECHO_S = 2.0
+"""A worker's error may be but the echo of another one's end, which is noticed within this time."""
+GRACE_S = 5.0
+"""For the controller to end by itself when its workers have failed."""
+STACKS_S = 5.0
+"""For the workers to answer with their stacks."""
+CLOSE_LIMIT_S = 120.0
+"""For the workers to end in order."""
+MAX_BYTES_IN_FLIGHT = 4 << 30
+"""Of calls to one worker that are not answered."""
+
+_START = "start"
+
+GiveUp = Callable[[Exception, Callable[[], None]], None]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A call that is not answered yet."""
+
+    name: str
+    step: int | None
+    future: Future[Any]
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What is known of one worker."""
+
+    pending: dict[int, _Pending] = field(default_factory=dict)
+    """By number, in the order of submission."""
+    heard_at: float | None = None
+    progressed_at: float = 0.0
+    ticks: int = -1
+    is_starting: bool = True
+    stacks: str | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return sum(pending.num_bytes for pending in self.pending.values())
+
+
+class RemoteError(Exception):
+    """Cause of a worker's error: its traceback as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class ChannelWorkers:
+    """A `WorkerGroup` over a channel.
+
+    Args:
+        listener: bound; this object's from now on.
+        processes: the workers, started; so are these.
+        hang_timeout_s: seconds without progress of any call after which the run ends.
+        give_up: says an error, ends the workers by the function that it is given and then the
+            process; for when the main thread does not.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        processes: Processes,
+        hang_timeout_s: float,
+        give_up: GiveUp,
+    ) -> None:
+        self.world_size = processes.world_size
+        self.step: int | None = None
+        self._listener, self._processes = listener, processes
+        self._hang_timeout_s, self._give_up = hang_timeout_s, give_up
+        self._began_at = time.monotonic()
+        self._ranks = [_Rank() for _ in range(self.world_size)]
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._failure: Exception | None = None
+        self._failed_at = 0.0
+        self._echo: tuple[float, Exception] | None = None
+        self._hang: tuple[float, str] | None = None
+        self._is_closing = False
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
+        self._thread.start()
+
+    def start(self, spec: Any) -> None:
+        """Have every worker built from `spec`; return when all of them are up."""
+        frames = encode((spec, self.world_size, self._hang_timeout_s))
+        futures = [
+            self._send(rank, channel.START, _START, frames) for rank in range(self.world_size)
+        ]
+        for future in futures:
+            future.result()
+        # What was made at the start stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+
+    def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
+        """See `WorkerGroup`. Waits while a worker has more to do than may be in flight."""
+        encoded: dict[int, list[Frame]] = {}
+        futures = {}
+        for rank, call in calls.items():
+            if id(call) not in encoded:
+                encoded[id(call)] = encode((call.method, call.args))
+            futures[rank] = self._send(rank, channel.CALL, call.name, encoded[id(call)])
+        return futures
+
+    def close(self) -> None:
+        """End all workers in order."""
+        self._is_closing = True
+        gc.unfreeze()
+        for rank in range(self.world_size):
+            self._listener.send(rank, channel.END, {})
+        if not self._processes.wait(CLOSE_LIMIT_S):
+            logger.warning("the workers did not end within %d s: killed", CLOSE_LIMIT_S)
+        for rank, ended in self._processes.ended().items():
+            if ended.exit_code not in (0, None):
+                logger.warning("rank %d %s while it closed", rank, ended.text)
+        self.kill()
+
+    def failure_within(self, seconds: float) -> Exception | None:
+        """Return why the workers have failed, if that turns out within the time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None, seconds)
+            return self._failure
+
+    def kill(self) -> None:
+        """End all workers at once, and the watch over them."""
+        self._is_closing = True
+        for rank in range(self.world_size):
+            self._listener.send(rank, channel.DIE, {})
+        self._is_stopped.set()
+        self._listener.wake_up()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._processes.kill()
+
+    def _send(self, rank: int, kind: bytes, name: str, frames: list[Frame]) -> Future[Any]:
+        size, state = num_bytes(frames), self._ranks[rank]
+        future: Future[Any] = Future()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._failure is not None
+                    or not state.pending
+                    or state.in_flight + size <= MAX_BYTES_IN_FLIGHT
+                )
+            )
+            if self._failure is not None:
+                raise self._failure
+            number = next(self._numbers)
+            if not state.pending:
+                state.progressed_at = time.monotonic()
+            state.pending[number] = _Pending(name, self.step, future, size)
+            self._listener.send(rank, kind, {"id": number, "step": self.step, "name": name}, frames)
+
+        def tell(ended: Future[Any]) -> None:
+            if ended.cancelled():
+                self._listener.send(rank, channel.CANCEL, {"id": number})
+
+        future.add_done_callback(tell)
+        return future
+
+    def _run(self) -> None:
+        next_beat = 0.0
+        while not self._is_stopped.is_set():
+            received, unreachable = self._listener.poll()
+            for message in received:
+                self._take(message)
+            now = time.monotonic()
+            if self._failure is not None:
+                if not self._is_closing and now - self._failed_at > GRACE_S:
+                    self._give_up(self._failure, self.kill)
+                continue
+            for rank in unreachable:
+                self._lose(rank, "cannot be reached any more")
+            if now >= next_beat or self._echo is not None:
+                self._watch(now)
+                next_beat = now + channel.BEAT_S
+        self._listener.poll()  # the last words
+        self._listener.close()
+
+    def _take(self, message: Received) -> None:
+        state, now = self._ranks[message.rank], time.monotonic()
+        state.heard_at = now
+        match message.kind:
+            case channel.HELLO:
+                if message.header["code"] != channel.code_version():
+                    found = f"runs other code than the controller, on {message.header['host']}"
+                    self._lose(message.rank, found)
+            case channel.BEAT:
+                if message.header["ticks"] != state.ticks:
+                    state.ticks, state.progressed_at = message.header["ticks"], now
+            case channel.STACKS:
+                state.stacks = bytes(message.frames[0]).decode(errors="replace")
+            case channel.RESULT | channel.ERROR:
+                self._settle(message, state, now)
+
+    def _settle(self, message: Received, state: _Rank, now: float) -> None:
+        with self._changed:
+            pending = state.pending.pop(message.header["id"], None)
+            state.progressed_at = now
+            state.is_starting = False
+            self._changed.notify_all()
+        if pending is None or pending.future.cancelled() or self._failure is not None:
+            return
+        try:
+            value = decode(message.frames)
+        except Exception as error:  # noqa: BLE001  whatever an answer's classes raise
+            problem = f"the answer cannot be read: {type(error).__name__}: {error}"
+            role = f"worker, {pending.name}"
+            self._fail(RunError(problem, rank=message.rank, role=role, step=pending.step))
+            return
+        if message.kind == channel.RESULT:
+            pending.future.set_result(value)
+            return
+        error, trace = value
+        error.__cause__ = RemoteError(trace)
+        with self._changed:
+            state.pending[message.header["id"]] = pending  # raises with the others
+        if isinstance(error, UserError):
+            self._fail(error)
+        elif self._echo is None:
+            self._echo = now + ECHO_S, error
+
+    def _watch(self, now: float) -> None:
+        for rank, ended in self._processes.ended().items():
+            if not (self._is_closing and ended.exit_code in (0, None)):
+                self._lose(rank, f"the process {ended.text}", ended)
+        if self._echo is not None and now > self._echo[0]:
+            self._fail(self._echo[1])
+        for rank, state in enumerate(self._ranks):
+            if state.heard_at is not None:
+                self._listener.send(rank, channel.PING, {})
+                limit = STARTING_SILENCE_S if state.is_starting else SILENCE_S
+                if now - state.heard_at > limit and self._is_far(rank):
+                    self._lose(rank, f"was not heard of for {limit:.0f} s")
+            elif now - self._began_at > HELLO_LIMIT_S:
+                self._lose(rank, f"did not say hello within {HELLO_LIMIT_S:.0f} s")
+        self._watch_progress(now)
+
+    def _is_far(self, rank: int) -> bool:
+        return self._processes.state(rank).startswith("another machine")
+
+    def _watch_progress(self, now: float) -> None:
+        waited_for = [(rank, state) for rank, state in enumerate(self._ranks) if state.pending]
+        if not waited_for or self._is_closing:
+            return
+        starting = any(state.is_starting for _, state in waited_for)
+        limit = max(self._hang_timeout_s, START_LIMIT_S) if starting else self._hang_timeout_s
+        if self._hang is None:
+            if now - max(state.progressed_at for _, state in waited_for) < limit:
+                return
+            calls = sorted({next(iter(state.pending.values())).name for _, state in waited_for})
+            ranks = ", ".join(str(rank) for rank, _ in waited_for)
+            what = f"{' and '.join(calls)} of ranks {ranks}"
+            self._hang = now + STACKS_S, f"no progress for {limit:g} s while waiting for {what}"
+            for rank in range(self.world_size):
+                self._listener.send(rank, channel.STACKS, {})
+        silent = [rank for rank, state in enumerate(self._ranks) if state.stacks is None]
+        if silent and now < self._hang[0]:
+            return
+        sys.stderr.write(
+            "".join(
+                f"--- rank {rank} ---\n{state.stacks or self._processes.state(rank)}\n"
+                for rank, state in enumerate(self._ranks)
+            )
+        )
+        named = "; ".join(
+            f"rank {rank} does not answer ({self._processes.state(rank)})" for rank in silent
+        )
+        suspect = silent[0] if silent else None
+        first = next(iter(waited_for[0][1].pending.values()))
+        message = "; ".join(filter(None, [self._hang[1], named]))
+        message += " (trainer.hang_timeout_s)" if not starting else ""
+        self._fail(HangError(message, rank=suspect, role=f"worker, {first.name}", step=first.step))
+
+    def _lose(self, rank: int, problem: str, ended: Ended | None = None) -> None:
+        pending = next(iter(self._ranks[rank].pending.values()), None)
+        role = f"worker, {pending.name}" if pending else "worker"
+        step = pending.step if pending else self.step
+        error = WorkerLostError(problem, rank=rank, role=role, step=step)
+        if ended is not None and ended.exit_code is not None and ended.exit_code < 0:
+            error.exit_code = 128 - ended.exit_code  # as the shell has it
+        self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            if self._failure is not None or self._is_closing:
+                return
+            self._failure, self._failed_at = error, time.monotonic()
+            futures = [p.future for state in self._ranks for p in state.pending.values()]
+            self._changed.notify_all()
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)

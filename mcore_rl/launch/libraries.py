@@ -1,0 +1,22 @@
+"""What libraries are told by the environment before they are imported."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Keep libraries off the network and off the terminal; children inherit it."""
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on it
+    }.items():
+        os.environ.setdefault(name, value)
+    # Megatron says at each import that Apex and Transformer Engine are absent, and torch renames
+    # collectives that Megatron calls: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|vllm)\.")

@@ -1,0 +1,93 @@
+"""From a command line to a running program; shared by all commands that start workers.
+
+    compose -> check -> start processes -> the program (inputs, workers, loop, export) -> end
+
+The process of the command is the controller: it holds no shard and no engine. Its workers are its
+children, or the other processes that torchrun started.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
+from mcore_rl.errors import UserError, require
+from mcore_rl.launch import local, torchrun
+from mcore_rl.launch.ending import end_process, run_with_workers
+from mcore_rl.launch.group import ChannelWorkers, GiveUp
+from mcore_rl.launch.libraries import quiet_libraries
+from mcore_rl.observability.log_setup import setup_logging
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config")
+
+
+def run_command(
+    module: str,
+    description: str,
+    argv: Sequence[str],
+    root: type[Config],
+    check: Callable[[Config], None],
+    program: Callable[[Config, ChannelWorkers], None],
+    plan: Callable[[Config], None] | None = None,
+    engine: Callable[[Config], str] = lambda _: "",
+) -> None:
+    """Run one command to its end; a user's mistake is one line and exit code 2.
+
+    Args:
+        module: name for `python -m`.
+        description: one line for `--help`.
+        argv: arguments without the program's name.
+        root: type of the configuration.
+        check: cross-section rules.
+        program: what to do with worker processes; it starts the workers in them when its inputs
+            have proved good.
+        plan: what trainer.dry_run=true does in place of the program, without a worker.
+        engine: returns the name of the rollout engine that the workers will start; "": none.
+    """
+    try:
+        if torchrun.is_launched() and torchrun.rank() > 0:
+            torchrun.serve_controller()
+            return
+        line = parse_command_line(f"python -m {module}", description, argv)
+        config: Any = compose_config(root, line)
+        if line.show:
+            if line.warning:
+                sys.stderr.write(f"warning: {line.warning}\n")
+            sys.stdout.write(to_yaml(config))
+            return
+        check(config)
+        quiet_libraries()
+        setup_logging(0, "controller")
+        if line.warning:
+            logger.warning("%s", line.warning)
+        if config.trainer.dry_run:
+            require(plan is not None, "trainer.dry_run", True, f"is not known to {module}")
+            if plan is not None:
+                plan(config)
+            return
+        open_workers = _launcher(config, module)
+        size, limit_s = config.trainer.world_size, config.trainer.hang_timeout_s
+        run_with_workers(
+            lambda give_up: open_workers(size, engine(config), limit_s, give_up),
+            lambda workers: program(config, workers),
+        )
+    except Exception as error:  # noqa: BLE001  its last words are one line
+        end_process(error)
+
+
+def _launcher(config: Any, module: str) -> Callable[[int, str, float, GiveUp], ChannelWorkers]:
+    """Return what starts the worker processes."""
+    trainer = config.trainer
+    if torchrun.is_launched():
+        return torchrun.open_workers
+    if trainer.nnodes > 1:
+        raise UserError(
+            f"trainer.nnodes={trainer.nnodes} needs a launcher: start "
+            f"torchrun --nnodes {trainer.nnodes} ... -m {module} on every node."
+        )
+    return local.open_workers

@@ -1,0 +1,64 @@
+"""From the configuration to the placement and to what workers are built from."""
+
+from __future__ import annotations
+
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.placement import Placement, colocated
+from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
+from mcore_rl.launch.group import ChannelWorkers
+from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.workers.spec import ActorSpec, ModelSpec, WorkerSpec
+
+
+def placement_of(cfg: RunConfig | SftRunConfig, engine: EngineSpec | None) -> Placement:
+    """Return where the processes of a run stand."""
+    return colocated(
+        train_layout(cfg.actor.megatron, cfg.trainer.world_size),
+        cfg.trainer.n_gpus_per_node,
+        engine and engine.config.tensor_model_parallel_size,
+    )
+
+
+def start_cluster(
+    cfg: RunConfig | SftRunConfig,
+    workers: ChannelWorkers,
+    *,
+    total_steps: int,
+    temperature: float,
+    with_reference: bool,
+    engine: EngineSpec | None,
+    critic: CriticConfig | None = None,
+) -> Cluster:
+    """Start all workers as `cfg` describes them.
+
+    Args:
+        cfg: the run.
+        workers: their processes.
+        total_steps: steps of the run.
+        temperature: of the logits.
+        with_reference: keep a frozen copy of the initial weights.
+        engine: None where nothing is generated.
+        critic: None where no values are needed.
+    """
+    megatron = cfg.actor.megatron
+    actor = ActorSpec(
+        model_path=str(cfg.model.path),
+        megatron=megatron,
+        optim=cfg.actor.optim,
+        grad_clip=cfg.actor.grad_clip,
+        total_steps=total_steps,
+        temperature=temperature,
+        with_reference=with_reference,
+        lora=cfg.model.lora,
+    )
+    critic_spec = critic and ModelSpec(
+        model_path=critic.model.path or actor.model_path,
+        megatron=megatron,
+        optim=critic.optim,
+        grad_clip=critic.grad_clip,
+        total_steps=total_steps,
+    )
+    placement = placement_of(cfg, engine)
+    workers.start(WorkerSpec(placement=placement, actor=actor, critic=critic_spec, engine=engine))
+    critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
+    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut)

@@ -1,0 +1,119 @@
+"""The calls that a controller makes of its workers, by role: one page to read.
+
+A call is a method of one of these protocols, `call(Actor.update, ...)`, so that a type checker
+follows it from the controller to the worker. A worker answers to the roles that it has; which class
+does so stands in `Worker.roles`.
+
+Every method of actor and critic is collective: all ranks are asked together. A *share* is what one
+data-parallel rank works on. It is sent to the first rank of those that work on it and spread among
+them, so the others are given None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mcore_rl.metrics import Metrics
+from mcore_rl.types import Denominators, MicroBatch, WriteState
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+
+Share = Sequence[MicroBatch] | None
+"""The micro-batches of one data-parallel rank; None: another rank spreads them to this one."""
+
+
+class Actor(Protocol):
+    """The policy that is trained, and its frozen reference."""
+
+    def logprobs(self, share: Share) -> dict[int, list[float]]:
+        """Return log-probabilities of every trained token, by planned index."""
+        ...
+
+    def record_logprobs(self, share: Share) -> dict[int, tuple[list[float], np.ndarray]]:
+        """Return them with the experts that the routers chose."""
+        ...
+
+    def ref_logprobs(self, share: Share) -> dict[int, list[float]]:
+        """Return log-probabilities under the reference weights."""
+        ...
+
+    def layer_outputs(self, share: Share) -> dict[int, Mapping[str, np.ndarray]]:
+        """Return what comes out of this rank's layers."""
+        ...
+
+    def begin_step(self) -> None:
+        """Move the learning-rate schedule to the coming step."""
+        ...
+
+    def update(self, share: Share, denominators: Denominators, objective: Any) -> Metrics:
+        """Do one optimizer update and return its metrics."""
+        ...
+
+    def begin_save(self, folder: str) -> None:
+        """Begin to write the training state into `folder`."""
+        ...
+
+    def save_state(self, wait: bool) -> WriteState:
+        """Return how far this rank is with writing."""
+        ...
+
+    def finish_save(self) -> None:
+        """Make what all ranks have written a checkpoint."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Read back what was saved."""
+        ...
+
+    def export_hf(self, folder: str) -> None:
+        """Write the weights as a Hugging Face folder."""
+        ...
+
+
+class Critic(Protocol):
+    """The model that says how much reward is to be expected."""
+
+    def values(self, share: Share) -> dict[int, list[float]]:
+        """Return the value of every trained token, by planned index."""
+        ...
+
+    def begin_step(self) -> None:
+        """Move the learning-rate schedule to the coming step."""
+        ...
+
+    def update(self, share: Share, denominators: Denominators, objective: Any) -> Metrics:
+        """Do one optimizer update and return its metrics."""
+        ...
+
+    def begin_save(self, folder: str) -> None:
+        """Begin to write the training state into `folder`."""
+        ...
+
+    def save_state(self, wait: bool) -> WriteState:
+        """Return how far this rank is with writing."""
+        ...
+
+    def finish_save(self) -> None:
+        """Make what all ranks have written a checkpoint."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Read back what was saved."""
+        ...
+
+
+class Rollout(Protocol):
+    """A rollout engine, or one rank of it."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Return one result per request, in order; nothing on ranks but the engine's first, which
+        all must be given the same requests."""
+        ...
+
+    def sync_weights(self, version: int) -> Metrics:
+        """Take the actor's weights as `version`; collective."""
+        ...

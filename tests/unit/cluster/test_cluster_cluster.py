@@ -1,0 +1,233 @@
+"""The controller's view of its workers: shares go out, results come back in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.group import done
+from mcore_rl.cluster.placement import colocated
+from mcore_rl.data.packing import SequenceCount, TokenBudget
+from mcore_rl.errors import CheckpointError
+from mcore_rl.metrics import maximum, mean, to_floats
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
+from mcore_rl.types import Layout, TokenSequence, WriteState
+from mcore_rl.workers.roles import Actor, Rollout
+
+
+class EchoWorkers:
+    """A `WorkerGroup` whose results show what was asked of which rank.
+
+    `calls` has (method, arguments by rank) of each. The last rank that works on a share reports.
+    """
+
+    def __init__(self, placement):
+        self.placement = placement
+        self.world_size = placement.world_size
+        self.step = None
+        self.calls = []
+        self.save_states = []
+
+    def submit(self, calls):
+        (method,) = {call.method for call in calls.values()}
+        self.calls.append((method, {rank: call.args for rank, call in calls.items()}))
+        answers = {Rollout.generate: self.generate, Rollout.sync_weights: self.sync_weights}
+        answers |= dict.fromkeys((Actor.logprobs, Actor.ref_logprobs), self.logprobs)
+        answers |= {Actor.update: self.update, Actor.save_state: self.save_state}
+        answer = answers.get(method, lambda rank, *args: None)
+        return {rank: done(answer(rank, *call.args)) for rank, call in calls.items()}
+
+    def share_of(self, rank):
+        """Return the share that a rank reports on, as it is spread to it; None if it does not."""
+        for ranks in self.placement.share_ranks:
+            if rank == ranks[-1]:
+                (share, *_) = self.calls[-1][1][ranks[0]]
+                return share
+        return None
+
+    def generate(self, rank, requests):
+        assert self.placement.places[rank].engine is not None
+        return [
+            GenerationResult(
+                token_ids=[rank, *request.prompt_token_ids],
+                logprobs=[],
+                finish_reason="stop",
+                weight_version=0,
+            )
+            for request in requests
+        ]
+
+    def sync_weights(self, rank, version):
+        return {"weight_sync/bytes": maximum(100 + rank)}
+
+    def logprobs(self, rank, _):
+        return {
+            index: [float(token) for token in sequence.token_ids]
+            for micro_batch in self.share_of(rank) or ()
+            for index, sequence in zip(micro_batch.indices, micro_batch.sequences, strict=True)
+        }
+
+    def update(self, rank, *_):
+        if (share := self.share_of(rank)) is None:
+            return {}
+        tokens = [s.num_trained_tokens for mb in share for s in mb.sequences]
+        return {"actor/entropy": mean(float(rank), sum(tokens))}
+
+    def save_state(self, rank, wait):
+        return self.save_states[rank]
+
+
+def make_cluster(cut=None, engine_size=1, **layout):
+    layout = Layout(**{"dp": 2, **layout})
+    placement = colocated(layout, layout.world_size, engine_size)
+    workers = EchoWorkers(placement)
+    return Cluster.of(workers, placement, cut or TokenBudget(max_tokens=64)), workers
+
+
+def requests(num):
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=4, seed=0)
+    return [GenerationRequest(prompt_token_ids=[100 + i], sampling=sampling) for i in range(num)]
+
+
+def sequences(num):
+    return [
+        TokenSequence(token_ids=[i] * (2 + i % 5), loss_mask=[False] + [True] * (1 + i % 5))
+        for i in range(num)
+    ]
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 7])
+def test_requests_are_dealt_one_by_one_and_results_come_back_in_order(num):
+    cluster, workers = make_cluster(dp=3)
+    results = cluster.engines.generate(requests(num))
+    assert [result.token_ids for result in results] == [[i % 3, 100 + i] for i in range(num)]
+    method, shares = workers.calls[-1]
+    assert method == Rollout.generate
+    assert len(shares) == 3  # every rank is asked, if only for nothing
+
+
+def test_only_ranks_with_an_engine_get_requests():
+    placement = colocated(Layout(dp=4), 4, engine_size=1)
+    engines = zip(placement.places, (None, 0, None, 1), strict=True)
+    placement = replace(placement, places=[replace(place, engine=e) for place, e in engines])
+    cluster = Cluster.of(EchoWorkers(placement), placement, TokenBudget(max_tokens=64))
+    assert cluster.engines.num_engines == 2
+    results = cluster.engines.generate(requests(5))
+    assert [result.token_ids for result in results] == [
+        [1, 100],
+        [3, 101],
+        [1, 102],
+        [3, 103],
+        [1, 104],
+    ]
+
+
+def test_all_ranks_of_an_engine_get_its_requests_and_the_first_one_answers():
+    cluster, workers = make_cluster(dp=4, engine_size=2)
+    assert cluster.engines.num_engines == 2
+    results = cluster.engines.generate(requests(3))
+    assert [result.token_ids for result in results] == [[0, 100], [2, 101], [0, 102]]
+    [(first,), (same,), (second,), (also,)] = workers.calls[-1][1].values()
+    assert [request.prompt_token_ids for request in first] == [[100], [102]]
+    assert first == same
+    assert [request.prompt_token_ids for request in second] == [[101]]
+    assert second == also
+
+
+@pytest.mark.parametrize("method", ["logprobs", "ref_logprobs"])
+@pytest.mark.parametrize("model_ranks", [1, 2])
+@pytest.mark.parametrize("num", [1, 2, 11])
+def test_logprobs_come_back_by_sequence_whoever_computed_them(method, model_ranks, num):
+    """Sequences are packed and sorted on the way; the values say which sequence they are of."""
+    cluster, workers = make_cluster(TokenBudget(max_tokens=12), tp=model_ranks)
+    wanted = sequences(num)
+    found = getattr(cluster.trainer, method)(wanted)
+    assert found == [[float(token) for token in sequence.token_ids] for sequence in wanted]
+    assert workers.calls[-1][0] == getattr(Actor, method)
+
+
+def test_the_first_rank_of_a_share_is_given_it_once_and_the_others_nothing():
+    cluster, workers = make_cluster(TokenBudget(max_tokens=12), tp=2)
+    cluster.trainer.update(sequences(11), "objective")
+    _, arguments = workers.calls[-1]
+    assert workers.placement.share_ranks == [[0, 1], [2, 3]]
+    assert arguments[1][0] is arguments[3][0] is None
+    shares = arguments[0][0], arguments[2][0]
+    assert shares[0] != shares[1]
+    indices = [index for share in shares for mb in share for index in mb.indices]
+    assert sorted(indices) == list(range(11))
+
+
+def test_an_update_carries_the_counts_of_the_whole_minibatch_to_every_rank():
+    cluster, workers = make_cluster()
+    batch = sequences(7)
+    metrics = to_floats(cluster.trainer.update(batch, "objective"))
+    num_tokens = sum(s.num_trained_tokens for s in batch)
+    arguments = workers.calls[-1][1].values()
+    for _, denominators, objective in arguments:
+        assert (denominators.num_tokens, denominators.num_sequences) == (num_tokens, 7)
+        assert objective == "objective"
+    assert metrics["batch/tokens"] == sum(len(s.token_ids) for s in batch)
+    by_rank = [
+        sum(s.num_trained_tokens for mb in share for s in mb.sequences) for share, *_ in arguments
+    ]
+    # One rounding of a division.
+    assert metrics["actor/entropy"] == pytest.approx(by_rank[1] / num_tokens, rel=1e-12)
+
+
+def test_the_cut_that_was_given_is_kept():
+    cluster, workers = make_cluster(SequenceCount(num_sequences=2))
+    cluster.trainer.update(sequences(7), None)
+    micro_batches = [mb for share, *_ in workers.calls[-1][1].values() for mb in share]
+    assert max(len(mb.sequences) for mb in micro_batches) == 2
+    assert len(micro_batches) == 4
+
+
+def test_an_interleaved_pipeline_gets_a_multiple_of_its_stages():
+    for vpp, expected in ((1, 3), (2, 4)):
+        cluster, workers = make_cluster(SequenceCount(num_sequences=1), dp=1, pp=2, vpp=vpp)
+        cluster.trainer.update(sequences(3), None)
+        assert len(workers.calls[-1][1][0][0]) == expected
+
+
+def test_syncs_and_folders_reach_every_rank(tmp_path):
+    cluster, workers = make_cluster()
+    assert to_floats(cluster.engines.sync_weights(4)) == {"weight_sync/bytes": 101.0}
+    cluster.trainer.begin_step()
+    cluster.trainer.begin_save(str(tmp_path))
+    cluster.trainer.load("b")
+    cluster.trainer.export_hf("c")
+    assert workers.calls == [
+        (Rollout.sync_weights, {0: (4,), 1: (4,)}),
+        (Actor.begin_step, {0: (), 1: ()}),
+        (Actor.begin_save, dict.fromkeys((0, 1), (f"{tmp_path}/actor",))),
+        (Actor.load, dict.fromkeys((0, 1), ("b/actor",))),
+        (Actor.export_hf, {0: ("c",), 1: ("c",)}),
+    ]
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_checkpoint_is_completed_when_every_rank_has_written(wait):
+    cluster, workers = make_cluster()
+    workers.save_states = [WriteState(is_done=True), WriteState(is_done=False)]
+    assert not cluster.trainer.end_save(wait=wait)
+    assert workers.calls == [(Actor.save_state, {0: (wait,), 1: (wait,)})]
+    workers.save_states = [WriteState(is_done=True)] * 2
+    assert cluster.trainer.end_save(wait=wait)
+    assert workers.calls[-1] == (Actor.finish_save, {0: (), 1: ()})
+
+
+def test_the_first_rank_that_cannot_write_is_named():
+    cluster, workers = make_cluster()
+    workers.save_states = [
+        WriteState(is_done=False),
+        WriteState(is_done=True, problem="a cannot be written: disk full"),
+    ]
+    cluster.enter_step(7)
+    with pytest.raises(CheckpointError) as caught:
+        cluster.trainer.end_save(wait=False)
+    assert str(caught.value) == (
+        "[role worker, actor.save, rank 1, step 7] a cannot be written: disk full"
+    )
