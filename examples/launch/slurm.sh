@@ -9,7 +9,9 @@ cd "$SLURM_SUBMIT_DIR"  # where sbatch was called: the root of the repository
 NNODES=$SLURM_NNODES
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export NNODES MASTER_ADDR MASTER_PORT
+# Who has it may give orders to the run's processes: it goes by the environment alone.
+MCORE_RL_CHANNEL_SECRET=$(od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n')
+export NNODES MASTER_ADDR MASTER_PORT MCORE_RL_CHANNEL_SECRET
 
 trap 'echo "time is up: queued again"; scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' node "$RUN" "$@" &

@@ -1,8 +1,8 @@
 """Runs many command lines of `mcore_rl.train` after importing it once: `python fork_driver.py`.
 
 Reads {"model", "cases"} as JSON from stdin, runs each case's {"name", "argv"} in a forked child,
-and writes {name: {"code", "stdout", "stderr"}} to stdout. The model is loaded once before, so that what
-the checks of the inputs import is there. The children end as the command does, by `os._exit`.
+and writes {name: {"code", "stdout", "stderr"}} to stdout. The model is loaded once before, so that
+what the checks of the inputs import is there. The children end as the command does, by `os._exit`.
 """
 
 from __future__ import annotations

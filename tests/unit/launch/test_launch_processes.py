@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -229,3 +230,40 @@ def test_workers_ignore_what_a_terminal_sends_to_all_of_its_processes():
     assert process.poll() is None
     process.kill()
     process.communicate()
+
+
+def own_address() -> str:
+    """Return an address of this machine that other machines would use."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of the range for documentation; nothing is sent
+        except OSError:
+            pytest.skip("this machine has no network: there is no address but loopback")
+        return probe.getsockname()[0]
+
+
+@pytest.mark.parametrize("secret", ["environment", "home"])
+def test_between_nodes_calls_go_over_an_encrypted_connection(secret, tmp_path):
+    """Two agents of one process each, as on two nodes of one network."""
+    address, environment = own_address(), ENVIRONMENT | {"HOME": str(tmp_path)}
+    if secret == "environment":
+        environment |= {"MCORE_RL_CHANNEL_SECRET": "07" * 32}
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port = probe.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+            + [f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]
+            + ["-m", "launch_programs", "works", "600"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    outputs = [node.communicate(timeout=LIMIT_S) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "collective [1, 1]" in outputs[0][0]
+    assert (tmp_path / ".mcore_rl" / "channel_secret").exists() == (secret == "home")
