@@ -253,9 +253,17 @@ def test_between_nodes_calls_go_over_an_encrypted_connection(secret, tmp_path):
         port = probe.getsockname()[1]
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-            + [f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]
-            + ["-m", "launch_programs", "works", "600"],
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    "--nproc-per-node=1",
+                ),
+                *(f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"),
+                *("-m", "launch_programs", "works", "600"),
+            ],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
