@@ -23,7 +23,6 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     from mcore_rl.loop.inputs import load_run_inputs
     from mcore_rl.loop.on_policy import train
     from mcore_rl.loop.resume import open_run_folder
-    from mcore_rl.observability.report import write_report
 
     inputs = load_run_inputs(cfg)
     run_dir = open_run_folder(cfg)
@@ -48,6 +47,8 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
     cluster.close()
+    from mcore_rl.observability.report import write_report  # matplotlib: a second, at the end
+
     sys.stdout.write(f"report  {write_report(run_dir)}\n")
 
 
