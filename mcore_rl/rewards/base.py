@@ -31,7 +31,7 @@ class RewardFunction(Protocol):
 REWARDS: Registry[Callable[..., Score | Awaitable[Score]]] = Registry("reward", "data_source")
 
 PROTECTIONS = ("privileges", "files", "calls")
-"""Of the sandbox, beside its limits: no capabilities, Landlock, seccomp (see `jail.py`)."""
+"""Of the sandbox, beside its limits: no capabilities, Landlock, seccomp (see `jail/`)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,15 +45,19 @@ class SandboxConfig:
     cpu_s: int = 4
     """Most CPU time for one test, in whole seconds."""
     memory_mib: int = 512
-    """Largest address space, the interpreter's 20 to 30 MiB included."""
+    """Largest address space, the interpreter's 20 to 30 MiB and its threads' stacks included."""
     file_mib: int = 16
-    """Largest file, and most for all files together."""
+    """Largest file, and most for all files together, deleted and unnamed ones included."""
     output_mib: int = 4
     """Most output of one test."""
     allow_missing: list[str] = field(default_factory=list)
     """Protections that the run may do without where the system lacks them: privileges, files,
     calls. Without "files" programs read what this user reads; without "calls" they reach the
     network, start processes and end others of this user."""
+    share_assertions: bool = False
+    """Run assertions that cannot be taken apart into a call and what is expected of it beside the
+    program, in its process. It can then read what is expected, or replace the comparison, and pass
+    without solving anything; models learn to. False refuses such data before the run starts."""
 
     def __post_init__(self) -> None:
         for name in (

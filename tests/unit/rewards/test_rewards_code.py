@@ -5,7 +5,8 @@ import pytest
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig, SandboxConfig
-from mcore_rl.rewards.code import compute_score, extract_program, read_tests
+from mcore_rl.rewards.code import compute_score, read_tests
+from mcore_rl.rewards.code_block import last_program
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
@@ -49,11 +50,11 @@ def test_a_program_scores_one_if_it_passes_every_test(program, tests, score):
 
 
 def test_the_last_python_block_is_the_program():
-    assert extract_program("```python\n1\n```\n```py\n2\n```\n```\n3\n```") == "2\n"
-    assert extract_program("```\n1\n```\n```c++\n2\n```") == "2\n"
-    assert extract_program("```Python \nprint('``')\n```") == "print('``')\n"
-    assert extract_program("print(1)") is None
-    assert extract_program("```python\nprint(1)") is None
+    assert last_program("```python\n1\n```\n```py\n2\n```\n```\n3\n```") == "2\n"
+    assert last_program("```\n1\n```\n```c++\n2\n```") == "2\n"
+    assert last_program("```Python \nprint('``')\n```") == "print('``')\n"
+    assert last_program("print(1)") is None
+    assert last_program("```python\nprint(1)") is None
 
 
 @pytest.mark.parametrize("response", ["", "print(3)", "```python\n```", "```python", "`" * 9_999])
@@ -71,7 +72,8 @@ def test_a_response_without_a_program_that_works_scores_zero(response):
 def test_a_program_that_ends_before_its_function_is_called_earns_nothing(program):
     """The first writes a right result where results go; no program knows the right one."""
     assert _score(program, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [4]}) == 0.0
-    assert _score(program, {"assert_case": ["assert False"]}) == 0.0
+    assert _score(program, {"assert_case": ["assert add(1, 2) == 4"]}) == 0.0
+    assert _score(program, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [None]}) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_program_that_ends_before_its_function_is_called_earns_nothing(program
 )
 def test_a_row_without_tests_is_an_error(ground_truth, problem):
     with pytest.raises(ValueError, match=problem):
-        read_tests(ground_truth)
+        read_tests(ground_truth, SANDBOX)
 
 
 def test_a_run_goes_on_after_programs_that_misbehave():
