@@ -8,14 +8,16 @@ nothing in it can answer to `==` as it likes.
 
 from __future__ import annotations
 
-import datetime
+import importlib
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, KeysView, Mapping, ValuesView
 from collections.abc import Set as AbstractSet
-from decimal import Decimal
-from fractions import Fraction
-from typing import Any
+
+TYPE_CHECKING = False  # importing `typing` takes longer than all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 _LONGEST_DIGITS = 4000
 """Of an integer in decimal; Python refuses to read more than 4,300."""
@@ -41,6 +43,10 @@ def encode(value: Any) -> Any:
     for kind, (type_of_kind, write, _) in _KINDS.items():
         if isinstance(value, type_of_kind):
             return [kind, write(value)]
+    for kind, (module, write, _) in _LIBRARY_KINDS.items():
+        type_of_kind = getattr(sys.modules.get(module), kind, ())
+        if isinstance(value, type_of_kind):
+            return [kind, write(value)]
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
@@ -53,6 +59,9 @@ def decode(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     kind, inner = content
+    if kind in _LIBRARY_KINDS:
+        module, _, read = _LIBRARY_KINDS[kind]
+        return read(getattr(importlib.import_module(module), kind), inner)
     return _KINDS[kind][2](inner)
 
 
@@ -131,18 +140,23 @@ _KINDS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "range": (range, lambda r: [r.start, r.stop, r.step], lambda ends: range(*ends)),
     "bytes": (bytes | bytearray, lambda content: content.hex(), bytes.fromhex),
     "complex": (complex, lambda z: [z.real, z.imag], lambda parts: complex(*parts)),
-    "Decimal": (Decimal, str, Decimal),
+}
+
+# Kinds of the library, which only those who use them have loaded: (module, how it is written, how
+# it is read by the type). A date and time is a date, so it comes first.
+_LIBRARY_KINDS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "Decimal": ("decimal", str, lambda kind, text: kind(text)),
     "Fraction": (
-        Fraction,
+        "fractions",
         lambda ratio: [encode(ratio.numerator), encode(ratio.denominator)],
-        lambda parts: Fraction(*_decode_all(parts)),
+        lambda kind, parts: kind(*_decode_all(parts)),
     ),
-    "datetime": (datetime.datetime, str, datetime.datetime.fromisoformat),
-    "date": (datetime.date, str, datetime.date.fromisoformat),
-    "time": (datetime.time, str, datetime.time.fromisoformat),
+    "datetime": ("datetime", str, lambda kind, text: kind.fromisoformat(text)),
+    "date": ("datetime", str, lambda kind, text: kind.fromisoformat(text)),
+    "time": ("datetime", str, lambda kind, text: kind.fromisoformat(text)),
     "timedelta": (
-        datetime.timedelta,
+        "datetime",
         lambda span: [span.days, span.seconds, span.microseconds],
-        lambda parts: datetime.timedelta(*parts),
+        lambda kind, parts: kind(*parts),
     ),
 }

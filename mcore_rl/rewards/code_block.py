@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 _PYTHON = ("python", "py", "python3", "py3")
 _LANGUAGE = re.compile(r"\s*\{?\s*\.?([\w+#-]*)")
-_BARE_LANGUAGE = re.compile(r"[\w+#-]*\s*")
+_NAME = re.compile(r"[\w+#-]+")
+_NAME_OR_NOTHING = re.compile(r"[\w+#-]*\s*")
 
 
 def last_program(response: str) -> str | None:
@@ -37,7 +38,8 @@ def _blocks(response: str) -> Iterator[tuple[str, str]]:
         line = line.rstrip("\r")
         opened = _opening(line)
         text = line.strip()
-        if opened is not None and (not fence or (text.startswith(fence) and opened[1])):
+        is_named = fence and text.startswith(fence) and _NAME.fullmatch(text.lstrip(fence[0]))
+        if opened is not None and (not fence or is_named):
             (fence, language), lines = opened, []
         elif fence and text.startswith(fence):
             yield language, _code(lines)
@@ -57,7 +59,7 @@ def _opening(line: str) -> tuple[str, str] | None:
         length = len(head) - len(before) + len(found)
         is_alone = not before.strip()
         is_fence = is_alone or (
-            mark == "`" and "```" not in before and _BARE_LANGUAGE.fullmatch(info)
+            mark == "`" and "```" not in before and _NAME_OR_NOTHING.fullmatch(info)
         )
         if length >= 3 and is_fence:
             named = _LANGUAGE.match(info)

@@ -6,7 +6,6 @@ from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig, SandboxConfig
 from mcore_rl.rewards.code import compute_score, read_tests
-from mcore_rl.rewards.code_block import last_program
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
@@ -49,12 +48,74 @@ def test_a_program_scores_one_if_it_passes_every_test(program, tests, score):
     assert _score(program, tests) == score
 
 
-def test_the_last_python_block_is_the_program():
-    assert last_program("```python\n1\n```\n```py\n2\n```\n```\n3\n```") == "2\n"
-    assert last_program("```\n1\n```\n```c++\n2\n```") == "2\n"
-    assert last_program("```Python \nprint('``')\n```") == "print('``')\n"
-    assert last_program("print(1)") is None
-    assert last_program("```python\nprint(1)") is None
+# Program's output, what is expected, score; both may differ as judges of contests allow.
+OUTPUTS = [
+    ("3", "3 \n\n", 1.0),
+    ("3\n4", ["3", "4"], 1.0),
+    ("3\n4", ["3\n", "4\n"], 1.0),
+    ("3\n4", ["3", "5"], 0.0),
+    ("3\n4", [3, 4], 1.0),
+    ("3", 3, 1.0),
+    ("3\r\n4\r\n", "3\n4\n", 1.0),
+    ("3 4", "3\n4", 0.0),
+    ("0.3333333333", "0.333333", 1.0),
+    ("0.33333", "0.333333", 0.0),
+    ("1000000.4", "1000000.0", 1.0),  # relative
+    ("0", "0.0000001", 1.0),  # absolute
+    ("x 0.50 y", "x 0.5 y", 1.0),
+    ("x 0.50 z", "x 0.5 y", 0.0),
+    ("5", "5.0", 1.0),
+    ("5.0", "5", 0.0),  # an integer is expected
+    ("1e3", "1000.0", 1.0),
+    ("05", "5", 0.0),
+    ("nan", "0.5", 0.0),
+    ("inf", "1e999", 0.0),
+    ("2e999", "1e999", 0.0),
+    ("0_5.0", "5.0", 0.0),
+    ("True", "1", 0.0),
+    ("yes", "Yes", 0.0),
+    ("1" * 10**6 + "x", "0.5", 0.0),
+]
+
+
+@pytest.mark.parametrize(("output", "expected", "score"), OUTPUTS)
+def test_outputs_are_compared_as_judges_do(output, expected, score):
+    tests = {"inputs": [""], "outputs": [expected]}
+    program = "import sys\nsys.stdout.write(sys.stdin.read())"
+    tests["inputs"] = [output]
+    assert _score(program, tests) == score
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "score"),
+    [
+        ("0.1 + 0.2", 0.3, 1.0),
+        ("[(0.1 + 0.2,)]", [[0.3]], 1.0),
+        ("0.31", 0.3, 0.0),
+        ("3.0", 3, 1.0),
+        ("3.0000001", 3, 0.0),
+        ("True", 1, 0.0),
+        ("1", True, 0.0),
+        ("True", True, 1.0),
+        ("[0]", [False], 0.0),
+        ("None", None, 1.0),
+        ("(1, 2)", [1, 2], 1.0),
+        ("'3'", 3, 0.0),
+        ("{1: 2}", {"1": 2}, 1.0),
+        ("__import__('numpy').int64(3)", 3, 1.0),
+        ("__import__('numpy').arange(3)", [0, 1, 2], 1.0),
+        ("{1}", [1], 0.0),
+    ],
+)
+def test_results_are_compared_by_type_and_value(result, expected, score):
+    tests = {"fn_name": "f", "inputs": [[]], "outputs": [expected]}
+    assert _score(f"def f():\n    return {result}", tests) == score
+
+
+def test_an_input_may_be_a_list_of_lines():
+    for lines in (["1 2", "3 4"], ["1 2\n", "3 4\r\n"], ("1 2", "3 4")):
+        tests = {"inputs": [lines], "outputs": ["3\n7"]}
+        assert _score("for _ in range(2): print(sum(map(int, input().split())))", tests) == 1.0
 
 
 @pytest.mark.parametrize("response", ["", "print(3)", "```python\n```", "```python", "`" * 9_999])
@@ -85,6 +146,10 @@ def test_a_program_that_ends_before_its_function_is_called_earns_nothing(program
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
         ("{", "Expecting property name"),
         ({"fn_name": "f", "inputs": ["x"], "outputs": ["1"]}, "Expecting value"),
+        ({"inputs": [None], "outputs": ["1"]}, "None for an input or output"),
+        ({"inputs": ["1"], "outputs": [{"a": 1}]}, "for an input or output"),
+        ({"assert_case": ["assert f("]}, "is no Python"),
+        ({"assert_case": ["assert f(1) == 1", "assert f(1) == f(2)"]}, "f\\(2\\).*taken apart"),
     ],
 )
 def test_a_row_without_tests_is_an_error(ground_truth, problem):
