@@ -10,8 +10,8 @@ fills the memory, one that prints without end; the last three are one in fifty e
 with `--ordinary`. Every score is compared with what the kind must get; exit code 1 where one
 differs.
 
-With `--against` both states are measured in turn, three times each, and the ratios are those of the
-sums: of CPU time, which other work on the machine disturbs least, and of wall time.
+With `--against` both states are measured in turn, `--rounds` times each, and the ratios are those
+of the sums: of CPU time, which other work on the machine disturbs least, and of wall time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ COSTLY = {
     "prints": "while True: print('x' * 2**16, flush=True)",
 }
 FORMS = ("input", "calls", "assertions")
-NUM_ROUNDS = 3
 
 
 def kind_of(index: int, ordinary: bool) -> str:
@@ -74,6 +73,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--ordinary", action="store_true", help="no costly programs")
     parser.add_argument("--against", type=Path, help="folder of another state of the code")
+    parser.add_argument("--rounds", type=int, default=3, help="of --against")
     parser.add_argument("--json", action="store_true", help="the figures as one line of JSON")
     args = parser.parse_args()
     if args.against is not None:
@@ -139,7 +139,7 @@ def compare(args: argparse.Namespace) -> int:
         here: collections.Counter(),
     }
     wrong: dict[Path, dict] = {}
-    for _ in range(NUM_ROUNDS):
+    for _ in range(args.rounds):
         for state, total in totals.items():
             answer = subprocess.run(
                 [sys.executable, __file__, *given],

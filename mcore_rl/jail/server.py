@@ -35,7 +35,7 @@ def main() -> None:
     if not (first := commands.readline()):
         return
     job = json.loads(first)
-    visible = folders_to_read(job["site_packages"])
+    visible = [*folders_to_read(job["site_packages"]), job["package_root"]]
     storage = open_storage(job["limits"]["file_bytes"], visible, job["temporary_folder"])
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, before anything else

@@ -35,7 +35,7 @@ def open_storage(
 
     Args:
         most_bytes: most bytes of all files together.
-        visible: folders that programs read from, which a mount must not cover.
+        visible: folders that programs or this process read from, which a mount must not cover.
         parent: folder on disk for a folder on disk.
     """
     try:

@@ -27,7 +27,6 @@ Tests run until one fails.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 import time
@@ -39,8 +38,6 @@ from mcore_rl.rewards.assertions import SplitAssertions, split_assertions
 from mcore_rl.rewards.base import REWARDS, SandboxConfig
 from mcore_rl.rewards.code_block import last_program
 from mcore_rl.rewards.sandbox import Outcome, Sandbox
-
-logger = logging.getLogger(__name__)
 
 Test = Callable[[Sandbox, Sandbox, float], bool]
 """Runs in the program's sandbox and in one without a program, within a number of seconds; whether

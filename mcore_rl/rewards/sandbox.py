@@ -12,6 +12,7 @@ out; they see names and sizes of files that they cannot open; they share the CPU
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from typing import Any
 import mcore_rl
 from mcore_rl.errors import RunError, UserError
 from mcore_rl.rewards.base import SandboxConfig
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE_ROOT = str(Path(mcore_rl.__file__).parents[1])
 _SERVE = "import sys; sys.path.append(sys.argv[1]); from mcore_rl.jail.server import main; main()"
@@ -160,6 +163,12 @@ def check_sandbox(cfg: SandboxConfig) -> None:
         raise UserError(
             f"reward.sandbox: an empty program does not run ({outcome.failure}). Raise the limits: "
             f"memory_mib={cfg.memory_mib}, test_timeout_s={cfg.test_timeout_s:g}."
+        )
+    if cfg.share_assertions:
+        logger.warning(
+            "reward.sandbox.share_assertions=true: assertions that cannot be taken apart run "
+            "beside the program, which can read what they expect and pass without solving "
+            "anything; a model that is trained on them may learn to"
         )
 
 

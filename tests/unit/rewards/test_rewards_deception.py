@@ -7,21 +7,26 @@ import pytest
 
 from mcore_rl.rewards.base import SandboxConfig
 from mcore_rl.rewards.code import compute_score
+from mcore_rl.rewards.sandbox import check_sandbox
 
 SANDBOX = SandboxConfig(cpu_s=30, timeout_s=100.0, test_timeout_s=90.0)
 
 STDIN = {"inputs": ["400000 24242\n", "1 2\n"], "outputs": ["424242\n", "3\n"]}
 CALLS = {"fn_name": "add", "inputs": [[400000, 24242], [1, 2]], "outputs": [424242, 3]}
-ASSERTIONS = {
+ASSERTIONS = {"assert_case": ["assert add(400000, 24242) == 424242", "assert 3 == add(1, 2), 'no'"]}
+FURTHER_ASSERTIONS = {
     "assert_case": [
         "assert add(400000, 24242) == 424242",
-        "assert 3 == add(1, 2), 'one and two'",
         "import math\nassert math.isclose(add(1, 2), 3) and abs(add(1, 2) - 3) < 1e-6",
         "assert sorted([add(1, 2), add(0, 1)]) == [1, 3] and add(1, 2) in (3, 4)",
         "assert not add(0, 0) and add(0, 0) is not None and {add(1, 2)} == {3}",
     ]
 }
-FUNCTIONS = {"calls": CALLS, "assertions": ASSERTIONS}
+FUNCTIONS = {
+    "calls": CALLS,
+    "assertions": ASSERTIONS,
+    "further assertions": FURTHER_ASSERTIONS,
+}
 
 
 def _score(program, tests, sandbox=SANDBOX):
@@ -34,7 +39,7 @@ def _score(program, tests, sandbox=SANDBOX):
 
 
 @pytest.mark.parametrize("form", FUNCTIONS)
-def test_a_right_function_scores_in_both_forms(form):
+def test_a_right_function_scores_in_every_form(form):
     assert _score("def add(a, b): return a + b", FUNCTIONS[form]) == 1.0
 
 
@@ -350,7 +355,7 @@ def test_what_is_expected_is_nowhere_in_the_program_s_process():
         assert _score(SPY, {"assert_case": assertions}) == 1.0
 
 
-def test_assertions_that_share_a_process_can_be_deceived_and_are_refused_unless_told_so():
+def test_assertions_that_share_a_process_can_be_deceived_and_are_refused_unless_told_so(caplog):
     tests = {"assert_case": ["for i in range(3): assert add(i, i) == 2 * i"]}
     hack = _program(FUNCTION_HACKS["equal to all"])
     with pytest.raises(ValueError, match=r"cannot be taken apart.*share_assertions=true"):
@@ -359,6 +364,8 @@ def test_assertions_that_share_a_process_can_be_deceived_and_are_refused_unless_
     assert _score("def add(a, b): return a + b", tests, shared) == 1.0
     assert _score("def add(a, b): return a - b", tests, shared) == 0.0
     assert _score(hack, tests, shared) == 1.0  # the risk that is taken
+    check_sandbox(shared)
+    assert "can read what they expect and pass without solving" in caplog.text
     # What can be taken apart beside it still is.
     both = {"assert_case": [*tests["assert_case"], "assert add(1, 2) == 3"]}
     assert _score(hack, both, shared) == 0.0

@@ -5,17 +5,20 @@ give no name spaces.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from sandboxes import ENOUGH_S, LIMITS, ON_DISK, SERVE_WITH, run
 
 from mcore_rl.errors import RunError
+from mcore_rl.rewards import sandbox
 from mcore_rl.rewards.sandbox import Sandbox
 
 # Each keeps 1 MiB more, 32 times, without a name at the end.
@@ -116,6 +119,18 @@ def test_nothing_of_a_program_is_left(storage):
     assert not os.path.exists(f"{folder}/file of a program")
     assert storage == "in memory" or not os.path.exists(folder)
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_package_among_temporary_files_still_finds_itself(storage, tmp_path, monkeypatch):
+    """The private file system covers none of the folders that are read."""
+    package = Path(sandbox.__file__).parents[1]
+    copied = tmp_path / "mcore_rl"
+    shutil.copytree(package / "jail", copied / "jail")
+    (copied / "__init__.py").touch()
+    monkeypatch.setattr(sandbox, "_PACKAGE_ROOT", str(tmp_path))
+    with Sandbox("def f(): return {1}", LIMITS) as box:
+        outcome = box.evaluate([("eval", "f()")], ENOUGH_S)
+    assert (outcome.output, outcome.failure) == ('[["set", [1]]]', "")
 
 
 _SCORER = """
