@@ -28,6 +28,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mcore_rl.jail.plain_data import encode
+from mcore_rl.rewards.assertion_syntax import (
+    SplitError,
+    arguments_of,
+    bound_by,
+    compare_by_type,
+    inline,
+    is_fixed,
+    is_of_module,
+    names_in,
+    truths_of,
+    yields_plain,
+)
 
 _WELL_KNOWN = {
     "isclose": "math",
@@ -79,8 +91,10 @@ def _parse(text: str) -> ast.Module:
 def _split(text: str, module: ast.Module, of_program: frozenset[str]) -> SplitAssertions | str:
     try:
         return _Splitter(of_program).split(module)
-    except _SplitError as reason:
+    except SplitError as reason:
         return f"{_shown(text)} cannot be taken apart: {reason}"
+    except RecursionError:
+        return f"{_shown(text)} cannot be taken apart: it is nested too deeply"
 
 
 def _shown(text: object) -> str:
@@ -102,10 +116,6 @@ def _shadowed_builtins(module: ast.Module) -> Iterator[str]:
                     if side.func.id in _BUILTINS or side.func.id in _WELL_KNOWN:
                         yield side.func.id
                     break
-
-
-class _SplitError(Exception):
-    pass
 
 
 @dataclass(slots=True)
@@ -131,11 +141,15 @@ class _Splitter:
     """Names that the verdict uses without importing them."""
 
     def split(self, module: ast.Module) -> SplitAssertions:
-        """Return the parts; raises a _SplitError that says why there are none."""
+        """Return the parts.
+
+        Raises:
+            SplitError: if there are none, saying why.
+        """
         for statement in module.body:
             self._take(statement)
         if not self.num_values:
-            raise _SplitError("it asks nothing of the program")
+            raise SplitError("it asks nothing of the program")
         imports = [
             ast.parse(
                 f"import {where} as {name}" if name in _MODULES else f"from {where} import {name}"
@@ -155,7 +169,7 @@ class _Splitter:
                 self._give(statement, [(n.asname or n.name).partition(".")[0] for n in names])
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 if self._has_foreign_name(statement):
-                    raise _SplitError(f"its own {name}() uses names of the program")
+                    raise SplitError(f"its own {name}() uses names of the program")
                 self._give(statement, [name])
                 if isinstance(statement, ast.FunctionDef):
                     self.functions[name] = statement
@@ -166,13 +180,13 @@ class _Splitter:
             case ast.Expr(value=ast.Constant()) | ast.Pass() | ast.Assert(test=ast.Constant(True)):
                 pass
             case ast.Expr(value=ast.Call(func=ast.Name(id=name)) as call) if name in self.functions:
-                for inner in _inlined(self.functions[name], call):
+                for inner in inline(self.functions[name], call):
                     self._take(inner)
             case ast.Expr(value=value):
                 if self.has_part(value):
                     self._do(statement, value)
                     self._read_back(value)
-                elif _is_of_module(value):  # random.seed(0)
+                elif is_of_module(value):  # random.seed(0)
                     self._provide(value)
                     self.steps.append(("exec", ast.unparse(statement)))
                     self.verdict.append(statement)
@@ -180,7 +194,7 @@ class _Splitter:
                 self._assert(test)
             case _:
                 kind = type(statement).__name__.lower()
-                raise _SplitError(f"there is a statement of the kind `{kind}` in it")
+                raise SplitError(f"there is a statement of the kind `{kind}` in it")
 
     def _give(self, statement: ast.stmt, names: Iterable[str]) -> None:
         """Keep a statement that has nothing to do with the program, for whoever needs it."""
@@ -189,10 +203,10 @@ class _Splitter:
         self.verdict.append(statement)
 
     def _assign(self, statement: ast.stmt, targets: Sequence[ast.expr], value: ast.expr) -> None:
-        names = [n.id for target in targets for n in _names(target)]
-        touches = {n.id for target in targets for n in _names(target, ast.Load)}
+        names = [n.id for target in targets for n in names_in(target)]
+        touches = {n.id for target in targets for n in names_in(target, ast.Load)}
         if touches:
-            raise _SplitError("it changes a part of a variable")
+            raise SplitError("it changes a part of a variable")
         if not self.has_part(value):
             self.results.difference_update(names)
             self.objects.difference_update(names)
@@ -200,75 +214,75 @@ class _Splitter:
             return
         self.own.difference_update(names)
         if not self._belongs(value):  # 2 * f(3): the program could answer for the 2
-            raise _SplitError("it assigns more than a value of the program")
+            raise SplitError("it assigns more than a value of the program")
         self._do(statement, value)
-        plain = self.results if _yields_plain(value, self.results) else self.objects
+        plain = self.results if yields_plain(value, self.results) else self.objects
         plain.update(names)
 
     def _do(self, statement: ast.stmt, value: ast.expr) -> None:
         """Have the program's process run a statement."""
         if not self._belongs(value):
-            raise _SplitError("a statement is of the program only in part")
+            raise SplitError("a statement is of the program only in part")
         self._provide(value)
         self.steps.append(("exec", ast.unparse(statement)))
 
     def _read_back(self, value: ast.expr) -> None:
         """Take the variables of the text that a statement passed for results: `sort(values)`."""
-        fixed = {name for given in self.verdict if _is_fixed(given) for name in _bound(given)}
-        passed = {name.id for name in _names(value)} & self.own - fixed
+        fixed = {name for given in self.verdict if is_fixed(given) for name in bound_by(given)}
+        passed = {name.id for name in names_in(value)} & self.own - fixed
         self.results.update(passed)
         self.own.difference_update(passed)
 
     def _provide(self, value: ast.AST) -> None:
         """Have the program's process run the statements that `value` needs and has not had."""
-        needed = {name.id for name in _names(value)}
+        needed = {name.id for name in names_in(value)}
         chosen = []
         for given in reversed(self.givens):
-            if needed & _bound(given):
+            if needed & bound_by(given):
                 chosen.append(given)
-                needed |= {name.id for name in _names(given)}
+                needed |= {name.id for name in names_in(given)}
         for given in reversed(chosen):
             self.steps.append(("exec", ast.unparse(given)))
             self.givens = [statement for statement in self.givens if statement is not given]
 
     def _assert(self, test: ast.expr) -> None:
         before = self.num_values
-        for truth in _truths(test):
-            if self._belongs(truth) and any(map(self.has_call, _arguments(truth))):
-                raise _SplitError("the program alone decides about its own results")
+        for truth in truths_of(test):
+            if self._belongs(truth) and any(map(self.has_call, arguments_of(truth))):
+                raise SplitError("the program alone decides about its own results")
         tested = self._outside(copy.deepcopy(test), frozenset())
         if self.num_values == before:
-            raise _SplitError(f"`{ast.unparse(test)[:60]}` asks nothing of the program")
+            raise SplitError(f"`{ast.unparse(test)[:60]}` asks nothing of the program")
         self.verdict.append(ast.Assert(test=tested, msg=None))
 
     def _outside(self, node: Any, bound: frozenset[str]) -> Any:
         """Return an expression of the verdict: values of the program are replaced by names."""
         if isinstance(node, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
-            raise _SplitError("there is an assignment inside of it")
+            raise SplitError("there is an assignment inside of it")
         if isinstance(node, ast.expr) and self._belongs(node):
             return self._ask(node, bound)
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp) and self._belongs(
-            node.elt, {n.id for g in node.generators for n in _names(g.target)}
+            node.elt, {n.id for g in node.generators for n in names_in(g.target)}
         ):
             return self._ask_for_all(node, bound)
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
-            bound |= {name.id for g in node.generators for name in _names(g.target)}
+            bound |= {name.id for g in node.generators for name in names_in(g.target)}
         if isinstance(node, ast.Lambda):
             bound |= {
                 argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)
             }
         if isinstance(node, ast.Call):
-            names = [argument.id for argument in node.args if isinstance(argument, ast.Name)]
-            for name in names:
+            passed = [item for item in arguments_of(node) if isinstance(item, ast.Name)]
+            for name in (item.id for item in passed):
                 if self._is_foreign(name, bound) and name not in self.results:
                     taker = ast.unparse(node.func)
-                    raise _SplitError(f"`{name}` itself is passed to {taker}()")
+                    raise SplitError(f"`{name}` itself is passed to {taker}()")
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             if sum(self.has_part(side, bound) for side in sides) > 1:
-                raise _SplitError("values of the program are compared with each other")
+                raise SplitError("values of the program are compared with each other")
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
-            raise _SplitError(f"it uses {node.attr}")  # `__eq__` says NotImplemented, which is true
+            raise SplitError(f"it uses {node.attr}")  # `__eq__` says NotImplemented, which is true
         if isinstance(node, ast.Name) and node.id not in bound:
             self._find(node.id)
         compares = isinstance(node, ast.Compare) and self.has_part(node, bound)
@@ -281,25 +295,25 @@ class _Splitter:
                     name,
                     [self._outside(c, bound) if isinstance(c, ast.AST) else c for c in content],
                 )
-        return _by_type(node) if compares else node
+        return compare_by_type(node) if compares else node
 
     def _ask(self, node: ast.expr, bound: frozenset[str]) -> ast.Name:
-        names = {name.id for name in _names(node)}
+        names = {name.id for name in names_in(node)}
         if names & bound:
-            raise _SplitError("the program is asked inside of a loop")
+            raise SplitError("the program is asked inside of a loop")
         for part in ast.walk(node):
             if isinstance(part, ast.Attribute) and part.attr.startswith("_"):
-                raise _SplitError(f"it uses {part.attr}")
+                raise SplitError(f"it uses {part.attr}")
             if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
-                raise _SplitError("there is an assignment inside of it")
+                raise SplitError("there is an assignment inside of it")
             if (
                 isinstance(part, ast.Call)
                 and isinstance(part.func, ast.Attribute)
-                and _yields_plain(part.func.value, self.results)
+                and yields_plain(part.func.value, self.results)
                 and self._belongs(part)
-                and [*_arguments(part)]
+                and [*arguments_of(part)]
             ):  # solve(3).equals(expected)
-                raise _SplitError("a result of the program decides about itself")
+                raise SplitError("a result of the program decides about itself")
         self._provide(node)
         self.steps.append(("eval", ast.unparse(node)))
         self.num_values += 1
@@ -308,7 +322,7 @@ class _Splitter:
     def _ask_for_all(self, node: Any, bound: frozenset[str]) -> ast.expr:
         """Return a name for the values of the program in a comprehension of nothing else."""
         if any(self.has_part(g.iter) or any(map(self.has_part, g.ifs)) for g in node.generators):
-            raise _SplitError("the program is asked inside of a loop")
+            raise SplitError("the program is asked inside of a loop")
         values = self._ask(ast.ListComp(elt=node.elt, generators=node.generators), bound)
         if isinstance(node, ast.SetComp):
             return ast.Call(func=ast.Name(id="set", ctx=ast.Load()), args=[values], keywords=[])
@@ -319,7 +333,7 @@ class _Splitter:
         inside = set(bound)
         for part in ast.walk(node):
             if isinstance(part, ast.comprehension):
-                inside |= {name.id for name in _names(part.target)}
+                inside |= {name.id for name in names_in(part.target)}
             if isinstance(part, ast.arg):
                 inside.add(part.arg)
         return any(
@@ -345,10 +359,10 @@ class _Splitter:
             case ast.Call(func=function):
                 return self._belongs(function, bound)
             case ast.Attribute(value=value, attr=attribute):
-                is_plain = _yields_plain(value, self.results) and attribute in _PLAIN_ATTRIBUTES
+                is_plain = yields_plain(value, self.results) and attribute in _PLAIN_ATTRIBUTES
                 return self._belongs(value, bound) and not is_plain
             case ast.Subscript(value=value):
-                return self._belongs(value, bound) and not _yields_plain(value, self.results)
+                return self._belongs(value, bound) and not yields_plain(value, self.results)
         return False
 
     def _is_foreign(self, name: str, bound: Iterable[str]) -> bool:
@@ -358,14 +372,14 @@ class _Splitter:
         return not any(name in names for names in known)
 
     def _has_foreign_name(self, definition: ast.AST) -> bool:
-        bound = {name.id for name in _names(definition, ast.Store)}
+        bound = {name.id for name in names_in(definition, ast.Store)}
         bound |= {part.arg for part in ast.walk(definition) if isinstance(part, ast.arg)}
         bound |= {
             part.name
             for part in ast.walk(definition)
             if isinstance(part, ast.FunctionDef | ast.ClassDef)
         }
-        return any(self._is_foreign(name.id, bound) for name in _names(definition, ast.Load))
+        return any(self._is_foreign(name.id, bound) for name in names_in(definition, ast.Load))
 
     def _find(self, name: str) -> None:
         """Note a module that the verdict uses and nobody imports."""
@@ -396,100 +410,3 @@ class _Splitter:
                 case _:
                     return None
         return literals if len(literals) == self.num_values else None
-
-
-def _by_type(node: ast.AST) -> ast.AST:
-    """Return a comparison of two values in which True is not 1."""
-    assert isinstance(node, ast.Compare)
-    if len(node.ops) != 1 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
-        return node
-    left, right = node.left, node.comparators[0]
-    if isinstance(right, ast.Name) and right.id.startswith("_value_"):
-        left, right = right, left
-    same = ast.Call(func=ast.Name(id="_is_same", ctx=ast.Load()), args=[left, right], keywords=[])
-    is_equal = isinstance(node.ops[0], ast.Eq)
-    return same if is_equal else ast.UnaryOp(op=ast.Not(), operand=same)
-
-
-def _names(node: ast.AST, context: type[ast.expr_context] | None = None) -> Iterator[ast.Name]:
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and (context is None or isinstance(part.ctx, context)):
-            yield part
-
-
-def _bound(statement: ast.stmt) -> set[str]:
-    """Return the names that a statement without the program binds."""
-    match statement:
-        case ast.Import(names=names) | ast.ImportFrom(names=names):
-            return {(name.asname or name.name).partition(".")[0] for name in names}
-        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-            return {name}
-    return {name.id for name in _names(statement, ast.Store)}
-
-
-def _is_fixed(statement: ast.stmt) -> bool:
-    """Whether what a statement binds cannot be changed by whom it is passed to."""
-    if isinstance(statement, ast.Assign):
-        return isinstance(statement.value, ast.Constant)
-    return isinstance(statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
-
-
-def _inlined(function: ast.FunctionDef, call: ast.Call) -> list[ast.stmt]:
-    """Return the body of a function of the text with what it is called with: `check(add)`."""
-    names = [argument.arg for argument in function.args.args]
-    if (
-        len(names) != len(call.args)
-        or call.keywords
-        or ast.dump(function.args)
-        != ast.dump(
-            ast.arguments(
-                posonlyargs=[], args=function.args.args, kwonlyargs=[], kw_defaults=[], defaults=[]
-            )
-        )
-    ):
-        raise _SplitError(f"it calls its own {function.name}() in an unusual way")
-    if any(name.id in names for name in _names(function, ast.Store)):
-        raise _SplitError(f"its own {function.name}() changes its arguments")
-    arguments = dict(zip(names, call.args, strict=True))
-
-    class Substitute(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.expr:
-            return arguments.get(node.id, node)
-
-    return [Substitute().visit(copy.deepcopy(statement)) for statement in function.body]
-
-
-def _is_of_module(node: ast.expr) -> bool:
-    """Whether an expression calls what is in a module."""
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-
-
-def _truths(test: ast.expr) -> Iterator[ast.expr]:
-    """Yield the expressions whose truth, and no more, an assertion asks for."""
-    match test:
-        case ast.BoolOp(values=values):
-            for value in values:
-                yield from _truths(value)
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            yield from _truths(operand)
-        case ast.Compare(left=left, comparators=[ast.Constant(True | False)]):
-            yield from _truths(left)
-        case _:
-            yield test
-
-
-def _arguments(node: ast.expr) -> Iterator[ast.expr]:
-    """Yield the arguments of the last call of an expression."""
-    if isinstance(node, ast.Call):
-        yield from node.args
-        yield from (keyword.value for keyword in node.keywords)
-
-
-def _yields_plain(node: ast.AST, results: Iterable[str]) -> bool:
-    """Whether an expression is what a function returned, and no new object of a class."""
-    match node:
-        case ast.Name(id=name):
-            return name in results
-        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
-            return not name[:1].isupper()
-    return False

@@ -88,6 +88,8 @@ CANNOT = {
     "assert Point(1).__eq__(3)": "it uses __eq__",
     "assert isinstance(f(1), Point)": "`Point` itself is passed",
     "assert list(map(f, [1, 2])) == [1, 4]": "`f` itself is passed",
+    "assert sorted(f(1), key=by) == [1, 4]": "`by` itself is passed",
+    f"assert f(1) == {'1 + ' * 500} 1": "nested too deeply",
     "assert all(f(i) == i for i in range(3))": "inside of a loop",
     "for i in range(3): assert f(i) == i": "kind `for`",
     "try:\n    f(-1)\nexcept ValueError:\n    pass": "kind `try`",
@@ -173,6 +175,11 @@ HOLDS = [
     ("n = 2\nassert f(n) == n * n", "def f(n): return n * n", True),
     ("assert f(2) == 4\nassert f(3) == 8", "def f(n): return n * n", False),
     ("assert f(0) == 1", "def f(n): return 1 / n", False),
+    ("assert f(0) in (1, 2)", "def f(n): return 2", True),
+    ("assert f(0) in [1, 2]", "def f(n): return True", False),
+    ("assert f(0) not in {1, 2}", "def f(n): return 3", True),
+    ("assert 'b' in f(0)", "def f(n): return 'abc'", True),
+    ("assert f(0) in 'abc'", "def f(n): return 'bc'", True),
 ]
 
 
