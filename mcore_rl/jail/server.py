@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import select
@@ -39,6 +40,7 @@ def main() -> None:
     storage = open_storage(job["limits"]["file_bytes"], visible, job["temporary_folder"])
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, before anything else
+    gc.freeze()  # a collection in a fork copies no pages of what is here already
     for line in commands:
         answer = _run(job, json.loads(line), storage, commands.fileno())
         with contextlib.suppress(BrokenPipeError):
