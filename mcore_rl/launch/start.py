@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
-from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
+from mcore_rl.config.run import (
+    CriticConfig,
+    RunConfig,
+    SftRunConfig,
+    train_layout,
+    with_fetched_models,
+)
 from mcore_rl.durable_files import rename_whole
 from mcore_rl.errors import UserError, require
 from mcore_rl.launch import torchrun
@@ -60,10 +66,11 @@ def run_command(
             sys.stdout.write(to_yaml(config))
             return
         check(config)
+        _quiet_libraries()
+        config = with_fetched_models(config)
         if config.trainer.dry_run:
             require(plan is not None, "trainer.dry_run", True, f"is not known to {module}")
             if plan is not None and torchrun.rank() == 0:
-                _quiet_libraries()
                 setup_logging(0, "controller")
                 plan(config)
             return
@@ -75,7 +82,6 @@ def run_command(
                     f"torchrun --nnodes {config.trainer.nnodes} ... -m {module} on every node."
                 )
             sys.exit(torchrun.launch_processes(module, argv, world_size))
-        _quiet_libraries()
         setup_logging(torchrun.rank(), "controller" if torchrun.rank() == 0 else "worker")
         if line.warning and torchrun.rank() == 0:
             logger.warning("%s", line.warning)
@@ -108,7 +114,7 @@ def start_cluster(
     layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
     megatron = cfg.actor.megatron
     actor = ActorSpec(
-        model_path=str(cfg.model.path),
+        model_path=cfg.model.folder,
         megatron=megatron,
         optim=cfg.actor.optim,
         grad_clip=cfg.actor.grad_clip,
@@ -118,7 +124,7 @@ def start_cluster(
         lora=cfg.model.lora,
     )
     critic_spec = critic and ModelSpec(
-        model_path=critic.model.path or actor.model_path,
+        model_path=critic.model.folder or actor.model_path,
         megatron=megatron,
         optim=critic.optim,
         grad_clip=critic.grad_clip,

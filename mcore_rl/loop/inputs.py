@@ -65,7 +65,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         prompts=stream,
         val_prompts=val_prompts,
         scorer=scorer,
-        stop_token_ids=end_token_ids(tokenizer, read_generation_config(str(cfg.model.path))),
+        stop_token_ids=end_token_ids(tokenizer, read_generation_config(cfg.model.folder)),
         total_steps=count_steps(cfg.trainer, cfg.data, stream),
         routing=_replayed_routing(cfg),
     )
@@ -91,7 +91,7 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         UserError: one line for what does not fit.
     """
     assert cfg.model.path is not None
-    hf_config = load_hf_config(cfg.model.path)
+    hf_config = load_hf_config(cfg.model.folder)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     require(
         longest <= hf_config.max_position_embeddings,
@@ -134,16 +134,16 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
     assert cfg.model.path is not None
     for name in cfg.trainer.logger:
         TRACKERS.get(name)
-    check_weights(cfg.model.path, check_model(cfg))
-    return load_tokenizer(cfg.model.path)
+    check_weights(cfg.model.folder, check_model(cfg))
+    return load_tokenizer(cfg.model.folder)
 
 
 def _check_critic(cfg: RunConfig) -> None:
     """Raise a UserError unless the critic can be built and read the actor's tokens."""
-    if cfg.critic.model.path is None:
+    key, path = "critic.model.path", cfg.critic.model.folder
+    if path is None:
         return  # the actor's, which has been checked
-    key, path = "critic.model.path", cfg.critic.model.path
-    hf_config, actor = load_hf_config(path, key), load_hf_config(str(cfg.model.path))
+    hf_config, actor = load_hf_config(path, key), load_hf_config(cfg.model.folder)
     require(
         hf_config.vocab_size == actor.vocab_size,
         key,
@@ -171,7 +171,7 @@ def _check_critic(cfg: RunConfig) -> None:
 
 
 def _replayed_routing(cfg: RunConfig) -> Routing | None:
-    mode, found = cfg.actor.router_replay.mode, routing(load_hf_config(str(cfg.model.path)))
+    mode, found = cfg.actor.router_replay.mode, routing(load_hf_config(cfg.model.folder))
     require(
         mode == "disabled" or found is not None,
         "actor.router_replay.mode",

@@ -77,8 +77,8 @@ def plan_step(cfg: RunConfig, layout: Layout) -> StepPlan:
 
 def prompt_lengths(cfg: RunConfig) -> list[int]:
     """Return the tokens of every prompt of `data.train_files`, estimated without a tokenizer."""
-    if has_tokenizer(str(cfg.model.path)):
-        tokenizer = load_tokenizer(str(cfg.model.path))
+    if has_tokenizer(cfg.model.folder):
+        tokenizer = load_tokenizer(cfg.model.folder)
         prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer)
         return [len(prompt.token_ids) for prompt in prompts]
     logger.warning(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
+from mcore_rl.algorithms.advantages import ADVANTAGES
 from mcore_rl.config import checks
 from mcore_rl.config.checks import check_run, check_sft
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -16,6 +18,8 @@ from mcore_rl.errors import UserError
 from mcore_rl.types import Layout
 
 NAMED = ["model.path=m", "data.train_files=d"]
+CONFIGS = Path(__file__).parents[3] / "configs"
+RECIPES = sorted(file.stem for file in CONFIGS.glob("*.yaml") if "sft" not in file.stem)
 
 OVERRIDE = "+actor.megatron.override_transformer_config"
 AUX_LOSS = [
@@ -61,7 +65,11 @@ RULES = {
         ],
     ),
     "groups_that_are_filtered_have_several_samples": (
-        ["algorithm.filter_groups.enable=true"],
+        [
+            "algorithm.filter_groups.enable=true",
+            "algorithm.adv_estimator=reinforce_plus_plus",
+            "rollout.n=1",
+        ],
         "rollout.n=1 leaves algorithm.filter_groups nothing to compare.",
         ["algorithm.filter_groups.enable=true", "rollout.n=2"],
     ),
@@ -93,7 +101,7 @@ RULES = {
         ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=1024"],
     ),
     "groups_are_large_enough": (
-        ["algorithm.adv_estimator=grpo_passk"],
+        ["algorithm.adv_estimator=grpo_passk", "rollout.n=1"],
         "rollout.n=1 is too few samples per prompt for algorithm.adv_estimator=grpo_passk.",
         ["algorithm.adv_estimator=grpo_passk", "rollout.n=2"],
     ),
@@ -232,7 +240,8 @@ NOT_OF_SFT = {
 
 
 def compose(overrides, root=RunConfig):
-    return compose_config(root, parse_command_line("train", "", overrides))
+    groups = ["rollout.n=2"] if root is RunConfig else []  # the default estimator compares samples
+    return compose_config(root, parse_command_line("train", "", [*groups, *overrides]))
 
 
 def test_every_rule_of_the_module_is_in_the_table():
@@ -337,6 +346,35 @@ def test_the_token_budget_is_not_read_when_sequences_are_counted():
         [*NAMED, "actor.ppo_micro_batch_size_per_gpu=2", "actor.ppo_max_token_len_per_gpu=1"]
     )
     check_run(config)
+
+
+COMPARE_SAMPLES = {
+    "gpg",
+    "grpo",
+    "grpo_passk",
+    "opo",
+    "reinforce_plus_plus_baseline",
+    "rloo",
+}
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGES)
+def test_estimators_that_compare_the_samples_of_a_prompt_refuse_a_lone_one(estimator):
+    lone = compose([*NAMED, f"algorithm.adv_estimator={estimator}", "rollout.n=1"])
+    if estimator in COMPARE_SAMPLES:
+        with pytest.raises(UserError, match=r"^rollout\.n=1 is too few samples per prompt for"):
+            check_run(lone)
+    else:
+        check_run(lone)
+    check_run(compose([*NAMED, f"algorithm.adv_estimator={estimator}", "rollout.n=2"]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_with_data_and_model_alone(name):
+    line = parse_command_line("train", "", ["--config-name", name, *NAMED, "data.val_files=v"])
+    config = compose_config(RunConfig, line)
+    check_run(config)
+    assert config.rollout.n > 1
 
 
 def test_a_layout_counts_experts_over_the_whole_world():
