@@ -30,6 +30,7 @@ def check_run(cfg: RunConfig) -> None:
     minibatches_of_the_critic_divide_a_step(cfg)
     groups_are_large_enough(cfg)
     groups_that_are_filtered_have_several_samples(cfg)
+    groups_are_filtered_by_what_is_known_by_then(cfg)
     prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
     the_overlong_buffer_fits_in_a_response(cfg)
     an_adaptive_kl_coefficient_stays_positive(cfg)
@@ -322,6 +323,18 @@ def groups_that_are_filtered_have_several_samples(cfg: RunConfig) -> None:
     rule = "leaves algorithm.filter_groups nothing to compare"
     compares = cfg.rollout.n > 1 or not cfg.algorithm.filter_groups.enable
     require(compares, "rollout.n", cfg.rollout.n, rule, "Raise it to at least 2.")
+
+
+def groups_are_filtered_by_what_is_known_by_then(cfg: RunConfig) -> None:
+    metric = cfg.algorithm.filter_groups.metric
+    require(
+        metric != "seq_final_reward" or not cfg.algorithm.use_kl_in_reward,
+        "algorithm.filter_groups.metric",
+        metric,
+        "is not known while groups are collected: algorithm.use_kl_in_reward=true takes the KL off "
+        "later",
+        "Use seq_reward.",
+    )
 
 
 def prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg: RunConfig) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcore_rl.algorithms.filter_groups import KNOWN_METRICS, FilterGroupsConfig
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft_sequences
-from mcore_rl.errors import UserError, require
+from mcore_rl.errors import UserError, closest_hint, require
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
@@ -58,7 +59,8 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     val_prompts = []
     if cfg.data.val_files is not None:
         val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
-    scorer.check(prompt.data_source for prompt in [*prompts, *val_prompts])
+    scorer.check([*prompts, *val_prompts])
+    _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     return RunInputs(
         tokenizer=tokenizer,
@@ -69,6 +71,20 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         total_steps=count_steps(cfg.trainer, cfg.data, stream),
         routing=_replayed_routing(cfg),
     )
+
+
+def _check_filter(cfg: FilterGroupsConfig, scorer: RewardScorer, prompts: Sequence[Prompt]) -> None:
+    """Raise a UserError if groups are to be compared by a number that no reward gives."""
+    metric = cfg.metric
+    if not cfg.enable or metric in KNOWN_METRICS:
+        return
+    lacking = scorer.lacks(metric, prompts)
+    if lacking is not None:
+        raise UserError(
+            f"algorithm.filter_groups.metric={metric!r} is no number of the reward of "
+            f"data_source={lacking!r}.{closest_hint(metric, KNOWN_METRICS)} "
+            f"Every reward gives {', '.join(KNOWN_METRICS)}."
+        )
 
 
 def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:

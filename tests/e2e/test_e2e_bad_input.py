@@ -131,9 +131,23 @@ CASES = {
         json_rows(ROW),
     ),
     "data source without a reward": Case(
-        r"data_source='riddles': there is no such reward\..*custom_reward_function\.path.*",
+        r"bad\.json:7: data_source='riddles': there is no such reward\..*"
+        r"custom_reward_function\.path.*",
         (BAD_JSON, NO_CUSTOM_REWARD),
-        json_rows(*[ROW | {"data_source": "riddles"}] * 8),
+        json_rows(*[ROW] * 7, ROW | {"data_source": "riddles"}),
+    ),
+    "groups compared by a number that the reward does not give": Case(
+        r"algorithm\.filter_groups\.metric='accuracy' is no number of the reward of "
+        r"data_source='arithmetic'\. Did you mean 'acc'\? Every reward gives score, acc, .*",
+        (
+            NO_CUSTOM_REWARD,
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=accuracy",
+        ),
+    ),
+    "model of the hub that is not in its cache": Case(
+        r"model\.path='nobody/none' is no folder here, and the cache .* set HF_HUB_OFFLINE=0 .*",
+        ("model.path=nobody/none",),
     ),
     "reward file is missing": Case(
         r"custom_reward_function\.path='{dir}/none\.py' does not exist\. .*",

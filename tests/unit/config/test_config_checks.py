@@ -73,6 +73,18 @@ RULES = {
         "rollout.n=1 leaves algorithm.filter_groups nothing to compare.",
         ["algorithm.filter_groups.enable=true", "rollout.n=2"],
     ),
+    "groups_are_filtered_by_what_is_known_by_then": (
+        [
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=seq_final_reward",
+            "algorithm.use_kl_in_reward=true",
+        ],
+        "algorithm.filter_groups.metric='seq_final_reward' is not known while groups are collected",
+        [
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=seq_final_reward",
+        ],
+    ),
     "prompts_are_drawn_in_other_batches_only_to_be_filtered": (
         ["data.gen_batch_size=8"],
         "data.gen_batch_size=8 is not read without algorithm.filter_groups.enable=true.",
