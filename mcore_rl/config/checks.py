@@ -65,6 +65,19 @@ def _check_training(cfg: RunConfig | SftRunConfig) -> None:
     experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
+    the_best_checkpoint_is_told_by_a_validation_that_happens(cfg)
+
+
+def the_best_checkpoint_is_told_by_a_validation_that_happens(cfg: RunConfig | SftRunConfig) -> None:
+    metric = cfg.trainer.best_ckpt_metric
+    validates = cfg.data.val_files is not None and cfg.trainer.test_freq > 0
+    require(
+        metric is None or not metric.startswith("eval/") or validates,
+        "trainer.best_ckpt_metric",
+        metric,
+        "is of a validation, and there is none while checkpoints are written",
+        "Set data.val_files and trainer.test_freq, or take another metric.",
+    )
 
 
 def a_model_is_named(cfg: RunConfig | SftRunConfig) -> None:

@@ -31,6 +31,8 @@ class Assignment:
     """5"""
     text: str
     """The value as it was written: "5"."""
+    source: str = ""
+    """The option that asked for it under another name; "" if it is `key` itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,32 +454,27 @@ def translate(given: Iterable[Assignment]) -> tuple[list[Assignment], str]:
     """Return the assignments in the names of this package, and the warning, "" if there is none.
 
     Raises:
-        UserError: for an option that is refused, or two names of one key with different values.
+        UserError: for an option that is refused.
     """
     translated: list[Assignment] = []
     unread: dict[str, list[str]] = {}
-    values_of: dict[str, dict[str, str]] = {}
-    """Of a key here: what each option that sets it says last."""
     for option in given:
         pattern, row = find_row(option.key)
         targets = [option]
         if isinstance(row, Renamed):
-            targets = [replace(option, key=_renamed(option.key, pattern, row.key))]
+            key = _renamed(option.key, pattern, row.key)
+            # An interpolation of the key that it is another name of says nothing.
+            refers_to_itself = str(option.value) == f"${{{key}}}"
+            targets = [] if refers_to_itself else [replace(option, key=key, source=option.key)]
         elif row is not None and _is_known(option.value, row):
             pairs = (pair.split("=") for pair in row.values[option.value].split())
-            targets = [Assignment(key, text, text) for key, text in pairs]
+            targets = [Assignment(key, text, text, option.key) for key, text in pairs]
         elif isinstance(row, Unread):
             unread.setdefault(row.reason, []).append(option.key)
             targets = []
         elif isinstance(row, Refused):
             raise UserError(f"{option.key}={option.text} has no equivalent here. {row.fix}")
         translated += targets
-        for target in targets:
-            values_of.setdefault(target.key, {})[option.key] = str(target.value)
-    for key, values in values_of.items():
-        if len(set(values.values())) > 1:
-            names = " and ".join(values)
-            raise UserError(f"{names} set {key} to different values. Leave one of them.")
     reasons = [f"{', '.join(dict.fromkeys(keys))} ({reason})" for reason, keys in unread.items()]
     return translated, f"not read here: {'; '.join(reasons)}" if reasons else ""
 

@@ -61,6 +61,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
     scorer.check([*prompts, *val_prompts])
     _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
+    _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     return RunInputs(
         tokenizer=tokenizer,
@@ -85,6 +86,19 @@ def _check_filter(cfg: FilterGroupsConfig, scorer: RewardScorer, prompts: Sequen
             f"data_source={lacking!r}.{closest_hint(metric, KNOWN_METRICS)} "
             f"Every reward gives {', '.join(KNOWN_METRICS)}."
         )
+
+
+def _check_best_metric(metric: str | None, val_prompts: Sequence[Prompt]) -> None:
+    """Raise a UserError if the metric is of a data source that is not validated on; of what the
+    first step does not log the loop knows."""
+    sections = sorted({f"eval/{prompt.data_source}/" for prompt in val_prompts})
+    require(
+        metric is None or not metric.startswith("eval/") or metric.startswith(tuple(sections)),
+        "trainer.best_ckpt_metric",
+        metric,
+        f"is of no data source in data.val_files, whose metrics begin with {', '.join(sections)}",
+        f"{sections[0]}accuracy, for example." if sections else "",
+    )
 
 
 def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:

@@ -72,7 +72,7 @@ def open_run_folder(cfg: Any) -> Path:
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
-        _refuse_another_run(config_file, to_yaml(cfg), fix)
+        _refuse_another_run(config_file, to_yaml(cfg), f"{fix}{_way_on(folder)}")
     write_whole(config_file, to_yaml(cfg))
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -114,6 +114,18 @@ def _has_begun(folder: Path) -> bool:
     metrics = folder / METRICS_FILE
     logged = metrics.exists() and metrics.stat().st_size > 0
     return logged or (folder / CHECKPOINTS / POINTER).exists()
+
+
+def _way_on(folder: Path) -> str:
+    """Say how a new run takes over the weights of the run in the folder; "" if it saved none."""
+    pointer = folder / CHECKPOINTS / POINTER
+    if not pointer.exists():
+        return ""
+    latest = folder / CHECKPOINTS / f"global_step_{pointer.read_text().strip()}"
+    return (
+        " A run of another name begins with the weights of this one by "
+        f"trainer.resume_mode=resume_path trainer.resume_from_path={latest}"
+    )
 
 
 def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:

@@ -65,8 +65,11 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        fix = "Mend the file."
+        if isinstance(error, ModuleNotFoundError):
+            fix = f"Install {error.name}, or name its folder in PYTHONPATH."
         raise UserError(
-            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). Mend the file."
+            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). {fix}"
         ) from error
     return module
 

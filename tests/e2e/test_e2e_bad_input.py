@@ -94,7 +94,7 @@ CASES = {
         r"model\.path='{dir}' has no config\.json\.", ("model.path={dir}",)
     ),
     "model is of an unknown family": Case(
-        r".*model_type='gpt9': there is no such model family\..*Registered: .*qwen3_moe.*",
+        r"config\.json: model_type='gpt9' is none of the supported families: .*qwen3_moe.*\.",
         ("model.path={dir}",),
         text("config.json", '{"model_type": "gpt9"}'),
     ),

@@ -73,6 +73,11 @@ RULES = {
         "rollout.n=1 leaves algorithm.filter_groups nothing to compare.",
         ["algorithm.filter_groups.enable=true", "rollout.n=2"],
     ),
+    "the_best_checkpoint_is_told_by_a_validation_that_happens": (
+        ["trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=eval/math/accuracy"],
+        "trainer.best_ckpt_metric='eval/math/accuracy' is of a validation, and there is none while",
+        ["trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=actor/loss"],
+    ),
     "groups_are_filtered_by_what_is_known_by_then": (
         [
             "algorithm.filter_groups.enable=true",
@@ -296,6 +301,16 @@ def test_routers_neither_draw_nor_drop(override, expected):
         check_run(compose([*NAMED, f"{OVERRIDE}.{override}"]))
     with pytest.raises(UserError, match=expected):
         check_sft(compose([*NAMED, f"{OVERRIDE}.{override}"], SftRunConfig))
+
+
+@pytest.mark.parametrize("missing", ["data.val_files=v", "trainer.test_freq=5"])
+def test_the_best_of_a_validation_needs_data_and_a_frequency(missing):
+    best = ["trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=eval/math/accuracy"]
+    both = ["data.val_files=v", "trainer.test_freq=5"]
+    check_run(compose([*NAMED, *best, *both]))
+    left = [option for option in both if option != missing]
+    with pytest.raises(UserError, match=r"data\.val_files"):
+        check_run(compose([*NAMED, *best, *left]))
 
 
 def test_a_kind_of_balance_without_its_coefficient_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -235,6 +236,37 @@ def test_two_names_of_one_key_must_agree():
     )
 
 
+def test_two_names_of_one_key_are_compared_as_they_resolve():
+    same = [
+        ["data.max_response_length=512", "rollout.response_length=${data.max_prompt_length}"],
+        ["rollout.response_length=${data.max_prompt_length}", "data.max_response_length=512"],
+        ["data.max_response_length=512", "rollout.response_length=${data.max_response_length}"],
+        ["data.max_response_length=512", "rollout.response_length='${data.max_response_length}'"],
+        ["reward_model.reward_kwargs.max_resp_len=512", "rollout.response_length=${rollout.n}"],
+        [
+            "data.max_response_length=${actor_rollout_ref.rollout.n}",
+            "actor_rollout_ref.rollout.response_length=${data.max_prompt_length}",
+        ],
+    ]
+    sizes = ["data.max_prompt_length=512", "rollout.n=512"]
+    for options in same:
+        assert compose(*sizes, *options)[0].data.max_response_length == 512
+    for options in same[:2]:
+        assert refusal("data.max_prompt_length=256", *options).endswith(
+            "set data.max_response_length to different values. Leave one of them."
+        )
+    alone = compose(
+        "data.max_prompt_length=256", "rollout.response_length=${data.max_prompt_length}"
+    )
+    assert alone[0].data.max_response_length == 256
+
+
+def test_an_interpolation_takes_verl_s_prefix_and_one_of_itself_is_refused_in_one_line():
+    cfg, _ = compose("rollout.n=6", "trainer.total_epochs=${actor_rollout_ref.rollout.n}")
+    assert cfg.trainer.total_epochs == 6
+    assert "trainer.total_epochs" in refusal("trainer.total_epochs=${trainer.total_epochs}")
+
+
 def test_the_last_of_several_values_of_an_option_counts():
     options = [f"actor.ulysses_sequence_parallel_size={size}" for size in (2, 4)]
     assert dict(overrides(*options)) == {"actor.megatron.context_parallel_size": "4"}
@@ -255,3 +287,16 @@ def test_a_misspelt_option_names_the_closest(override, closest):
     text = refusal(override)
     assert "there is no such key. Did you mean '" in text
     assert text.endswith(f"{closest}'?")
+
+
+@pytest.mark.parametrize("override", ["algorithm.use_ppo=True", "algorithm.pf_ppo_=1"])
+def test_no_hint_names_an_option_that_is_always_refused(override):
+    assert refusal(override) == f"{override.split('=')[0]}: there is no such key."
+
+
+def test_what_a_refusal_tells_to_set_is_a_key_of_this_package():
+    sections = "|".join(sorted({key.split(".")[0] for key in KEYS}))
+    for option, row in TABLE.items():
+        text = row.fix if isinstance(row, Refused) else getattr(row, "reason", "")
+        for key in re.findall(rf"(?<![\w.])(?:{sections})\.[a-z][\w.]*\w", text):
+            assert key in KEYS, f"{option}: {key}"
