@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
     check_numbers(args)
     args.model = find_model(args.model, "--model", download=True)
-    hf_config = load_hf_config(args.model)
+    hf_config = load_hf_config(args.model, "--model")
     check_weights(args.model, hf_config)
     limit = hf_config.max_position_embeddings
     rule = f"is more than max_position_embeddings={limit} of the model"

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     check_numbers(args)
     layout = parse_layout(args.layout, "--layout") if args.layout else NamedLayout("one", {})
     args.model = find_model(args.model, "--model", download=True)
-    hf_config = load_hf_config(args.model)
+    hf_config = load_hf_config(args.model, "--model")
     check_weights(args.model, hf_config)
     check_fits(MODULE, overrides(args, layout), hf_config, args.max_processes)
     against = find_model(args.against or args.model, "--against", download=True)
@@ -166,7 +166,7 @@ def _option(args: argparse.Namespace, key: str) -> Any:
 def check_against(folder: Path, expected: Any) -> None:
     """Raise a UserError unless tokens and layers of the model in `folder` can be compared with
     those of a model of the configuration `expected`."""
-    hf_config = load_hf_config(folder)
+    hf_config = load_hf_config(folder, "--against")
     check_weights(folder, hf_config)
     for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
         found, wanted = getattr(hf_config, name), getattr(expected, name)

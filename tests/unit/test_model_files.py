@@ -10,7 +10,7 @@ from hub_cache import COMMIT, put_model
 from huggingface_hub import constants
 
 from mcore_rl.config.compose import compose_config, parse_command_line
-from mcore_rl.config.run import RunConfig, with_fetched_models
+from mcore_rl.config.run import RunConfig, SftRunConfig, with_fetched_models
 from mcore_rl.errors import UserError
 from mcore_rl.model_files import fetch_model, find_model
 
@@ -103,6 +103,12 @@ def test_a_run_keeps_the_commit_that_it_began_with(cache, model):
     assert cfg.model.folder == cfg.critic.model.folder == str(find_model(f"{NAME}@{COMMIT}"))
     assert find_model(NAME).name == OTHER
     assert with_fetched_models(cfg) == cfg
+
+
+def test_fine_tuning_names_its_model_so_too(cache, model):
+    put_model(cache, NAME, model)
+    line = parse_command_line("sft", "", [f"model.path={NAME}"])
+    assert with_fetched_models(compose_config(SftRunConfig, line)).model.path == f"{NAME}@{COMMIT}"
 
 
 def test_a_folder_stays_as_it_was_named_and_a_critic_s_name_is_refused_by_its_key(cache, model):
