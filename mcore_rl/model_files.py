@@ -103,6 +103,13 @@ def fetch_model(name: str, key: str, *, weights: bool = True) -> str:
     return name if folder == Path(name).expanduser() else f"{repository}@{folder.name}"
 
 
+def published_name(folder: str | Path) -> str:
+    """Return the name on the hub of a folder in its cache; of any other folder its path."""
+    repository = Path(folder).parent.parent.name
+    is_cached = Path(folder).parent.name == "snapshots" and repository.startswith("models--")
+    return repository.removeprefix("models--").replace("--", "/", 1) if is_cached else str(folder)
+
+
 def _check_whole(snapshot: Path, weights: bool) -> None:
     """Raise a NotThereError if the cache holds only a part of what is needed: other programs take
     single files."""

@@ -145,6 +145,15 @@ CASES = {
             "algorithm.filter_groups.metric=accuracy",
         ),
     ),
+    "best checkpoint by data that is not validated on": Case(
+        r"trainer\.best_ckpt_metric='eval/gsm8k/accuracy' is of no data source in "
+        r"data\.val_files, whose metrics begin with eval/arithmetic/\. .*",
+        ("trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=eval/gsm8k/accuracy"),
+    ),
+    "template variable that the template does not read": Case(
+        r"data\.apply_chat_template_kwargs\.enable_thinkin: the model's chat template reads no .*",
+        ("data.apply_chat_template_kwargs.enable_thinkin=false",),
+    ),
     "model of the hub that is not in its cache": Case(
         r"model\.path='nobody/none' is no folder here, and the cache .* set HF_HUB_OFFLINE=0 .*",
         ("model.path=nobody/none",),

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig, with_fetched_models
 from mcore_rl.errors import UserError
-from mcore_rl.model_files import fetch_model, find_model
+from mcore_rl.model_files import fetch_model, find_model, published_name
 
 OTHER = "f" * 40
 NAME = "Qwen/Qwen2.5-7B"
@@ -44,6 +44,11 @@ def test_a_name_of_the_hub_is_found_in_the_cache_by_branch_tag_and_commit(cache,
     assert find_model(f"{NAME}@main") == snapshot
     assert find_model(f"{NAME}@{COMMIT}") == snapshot
     assert find_model(f"{NAME}@v1.0") == find_model(f"{NAME}@{OTHER}") == tagged
+
+
+def test_an_adapter_names_its_base_as_others_find_it(cache, model):
+    assert published_name(put_model(cache, "Qwen/Qwen2.5--7B", model)) == "Qwen/Qwen2.5--7B"
+    assert published_name(model) == str(model)
 
 
 def test_a_folder_of_that_name_comes_first(cache, model, tmp_path):
