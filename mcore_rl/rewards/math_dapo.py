@@ -10,7 +10,7 @@ Source: DAPO, arXiv:2503.14476, section 2.4. The names are those of verl's prepa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from mcore_rl.rewards import math
 from mcore_rl.rewards.base import REWARDS
@@ -29,5 +29,5 @@ def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> DapoScore:
     """Return 1.0 or -1.0 under "score", and 1.0 or 0.0 under "acc"."""
-    acc = math.compute_score(data_source, solution_str, ground_truth, extra_info)
+    acc = cast(float, math.compute_score(data_source, solution_str, ground_truth, extra_info))
     return {"score": 2 * acc - 1, "acc": acc}

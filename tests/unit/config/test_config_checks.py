@@ -241,6 +241,7 @@ NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
 NOT_OF_SFT = {
     "a_critic_is_described_only_where_there_is_one",
     "minibatches_of_the_critic_divide_a_step",
+    "groups_are_filtered_by_what_is_known_by_then",
     "groups_that_are_filtered_have_several_samples",
     "prompts_are_drawn_in_other_batches_only_to_be_filtered",
     "an_adaptive_kl_coefficient_stays_positive",

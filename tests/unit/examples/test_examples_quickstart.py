@@ -43,7 +43,8 @@ def test_what_make_calls_trains_with_the_arguments(tmp_path, command):
         OUT=str(out),
     )
     assert ended.exit_code == 0, ended.stderr
-    model, data, sft, train, shown_again, check = ended.commands
+    # The stand-in prints no configuration, so the run folder that is checked is "".
+    model, data, sft, train, shown_again, check, *_ = ended.commands
     assert model[1:] == ["examples/quickstart/make_model.py", "--out", f"{out}/base"]
     assert data[1:] == ["examples/quickstart/make_data.py", "--out", f"{out}/data"]
     line = parse_command_line("sft", "", sft[sft.index("mcore_rl.sft") + 1 :])
