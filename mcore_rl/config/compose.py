@@ -4,7 +4,7 @@
 
 Keys are checked against the typed tree before anything is composed, so a misspelt one stops with
 the closest key that exists. The prefix `actor_rollout_ref.` of verl's keys means nothing more than
-its absence, Hydra's signs `+` and `++` neither; verl's other names are translated (`translate.py`).
+its absence, Hydra's signs `+` and `++` neither; `assignments.py` translates verl's other names.
 `MCORE_RL_PLUGINS=my_pkg.my_loss,...` names modules that are imported first, so that what they
 register can be chosen.
 """
@@ -32,14 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mcore_rl.config.translate import (
-    TABLE,
-    VERL_BASES,
-    WILDCARD,
-    Assignment,
-    Refused,
-    translate,
-)
+from mcore_rl.config.assignments import Assignment, translate
+from mcore_rl.config.translate import TABLE, VERL_BASES, WILDCARD, Refused
 from mcore_rl.errors import UserError, closest, closest_hint, require
 
 Config = TypeVar("Config")

@@ -8,18 +8,11 @@ import shlex
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from mcore_rl.config.assignments import Assignment, find_row, translate
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
-from mcore_rl.config.translate import (
-    TABLE,
-    WILDCARD,
-    Assignment,
-    Refused,
-    Renamed,
-    find_row,
-    translate,
-)
+from mcore_rl.config.translate import TABLE, WILDCARD, Refused, Renamed
 from mcore_rl.errors import UserError
 
 GMPO = """
@@ -92,6 +85,28 @@ trainer.n_gpus_per_node=8 trainer.nnodes=1 trainer.save_freq=20 trainer.test_fre
 trainer.total_epochs=15
 """
 """Qwen2-7B by GPG on Megatron, as it was published."""
+
+
+DAPO = """
+--config-name dapo_trainer.yaml data.train_files=dapo-math-17k.parquet
+data.val_files=aime-2024.parquet data.prompt_key=prompt data.truncation='left'
+data.max_prompt_length=2048 data.max_response_length=2048 data.gen_batch_size=1536
+data.train_batch_size=512 actor_rollout_ref.rollout.n=16
+actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28
+actor_rollout_ref.actor.clip_ratio_c=10.0 algorithm.adv_estimator=grpo
+algorithm.kl_ctrl.kl_coef=0.0 algorithm.filter_groups.enable=True
+algorithm.filter_groups.metric=acc algorithm.filter_groups.max_num_gen_batches=10
+actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B
++actor_rollout_ref.model.override_config.attention_dropout=0.
++actor_rollout_ref.model.override_config.embd_pdrop=0.
++actor_rollout_ref.model.override_config.resid_pdrop=0.
+actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.ppo_micro_batch_size=null
+actor_rollout_ref.actor.use_token_level_loss=True reward_model.reward_manager=dapo
+custom_reward_function.overlong_buffer.enable=True custom_reward_function.overlong_buffer.len=512
+custom_reward_function.overlong_buffer.penalty_factor=1.0 trainer.n_gpus_per_node=8
+trainer.nnodes=4 trainer.test_freq=2 trainer.save_freq=2 trainer.resume_mode=disable
+"""
+"""Qwen2.5-Math-7B by DAPO, as it was published."""
 
 
 def compose(*argv: str) -> tuple[RunConfig, str]:
@@ -198,6 +213,18 @@ def test_the_published_gpg_recipe_is_read_whole():
     assert (cfg.algorithm.adv_estimator, cfg.actor.policy_loss.loss_mode) == ("gpg", "gpg")
     assert cfg.actor.megatron.tensor_model_parallel_size == 2
     assert warning.startswith("not read here: rollout.log_prob_micro_batch_size_per_gpu, ref.log_")
+
+
+def test_the_published_dapo_recipe_is_read_whole():
+    cfg, warning = compose(*shlex.split(DAPO))
+    check_run(cfg)
+    assert warning == ""
+    assert cfg.actor.loss_agg_mode == "token-mean"
+    assert (cfg.algorithm.filter_groups.enable, cfg.algorithm.filter_groups.metric) == (True, "acc")
+    assert (cfg.reward.overlong_buffer.enable, cfg.reward.overlong_buffer.len) == (True, 512)
+    assert "dropout=0.1 has no equivalent here. No pass has dropout." in refusal(
+        "model.override_config.attention_dropout=0.1"
+    )
 
 
 @pytest.mark.parametrize(
