@@ -65,11 +65,8 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        fix = "Mend the file."
-        if isinstance(error, ModuleNotFoundError):
-            fix = f"Install {error.name}, or name its folder in PYTHONPATH."
         raise UserError(
-            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). {fix}"
+            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). Mend the file."
         ) from error
     return module
 

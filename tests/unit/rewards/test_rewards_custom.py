@@ -44,11 +44,7 @@ def test_a_function_is_loaded_by_name(tmp_path, source, name):
 @pytest.mark.parametrize(
     ("source", "name", "problem"),
     [
-        (
-            "import no_such_module\n",
-            "compute_score",
-            r"path=.*reward\.py.*ModuleNotFoundError.*Install no_such_module, or .* PYTHONPATH\.$",
-        ),
+        ("import no_such_module\n", "compute_score", r"path=.*reward\.py.*ModuleNotFoundError"),
         ("def f(:\n", "compute_score", "fails to import .SyntaxError"),
         ("raise SystemError('a\\nb')\n", "compute_score", "SystemError: a b"),
         ("def compute_scores(): ...\n", "compute_score", "Did you mean 'compute_scores'"),
