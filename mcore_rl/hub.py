@@ -30,6 +30,12 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def is_same_repository(one: object, other: object) -> bool:
+    """Return whether both are `organisation/name@commit`, and the commit alone differs."""
+    name, _, commit = str(one).partition("@")
+    return bool(commit) and is_hub_name(name) and str(other).startswith(f"{name}@")
+
+
 def may_download() -> bool:
     """Return whether HF_HUB_OFFLINE=0 is set."""
     return os.environ.get("HF_HUB_OFFLINE", "1").upper() not in _YES

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from mcore_rl.config.compose import to_yaml
 from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError, require
+from mcore_rl.hub import is_same_repository
 from mcore_rl.loop.checkpoints import CHECKPOINTS, CONTROLLER_FILE, POINTER
 from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
 
@@ -132,6 +133,8 @@ def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
     old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE):
+            if key.endswith("model.path") and is_same_repository(old.get(key), new.get(key)):
+                fix = f"Go on with the commit that it began with: {key}={old[key]}"
             raise UserError(
                 f"{key}={new.get(key)!r} differs from {old.get(key)!r} of the run in "
                 f"{config_file.parent}, which this command would continue. {fix}"

@@ -170,3 +170,14 @@ def test_the_refusal_of_another_model_says_how_to_begin_with_this_run_s_weights(
         "A run of another name begins with the weights of this one by trainer.resume_mode="
         f"resume_path trainer.resume_from_path={folder}/checkpoints/global_step_20"
     )
+
+
+def test_another_commit_of_a_model_of_the_hub_is_refused_with_the_one_to_go_on_with(tmp_path):
+    old, new = f"org/model@{'a' * 40}", f"org/model@{'b' * 40}"
+    begin(open_with(tmp_path, f"model.path={old}"))
+    with pytest.raises(UserError) as caught:
+        open_with(tmp_path, f"model.path={new}")
+    assert str(caught.value).startswith(f"model.path={new!r} differs from {old!r} of the run")
+    assert str(caught.value).endswith(f"Go on with the commit that it began with: model.path={old}")
+    with pytest.raises(UserError, match=r"Set trainer\.experiment_name"):
+        open_with(tmp_path, f"model.path=org/other@{'a' * 40}")
