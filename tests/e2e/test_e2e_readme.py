@@ -19,6 +19,7 @@ import commands
 import pyarrow.parquet as pq
 import pytest
 from hub_cache import COMMIT, put_model
+from omegaconf import OmegaConf
 from published_models import QWEN3_30B_A3B
 
 from mcore_rl.config.checks import check_run
@@ -203,6 +204,6 @@ def test_train_sh_trains_a_model_that_is_named_as_on_the_hub(place):
     metrics = commands.read_metrics(run)
     assert len(metrics) == 20  # a step in each epoch
     assert all(line["actor/grad_norm"] > 0 for line in metrics)
-    config = (run / "config.yaml").read_text()
-    assert f"path: Qwen/Qwen2.5-7B@{COMMIT}\n" in config
-    assert "  n: 8\n" in config
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.model.path == f"Qwen/Qwen2.5-7B@{COMMIT}"
+    assert config.rollout.n == 8
