@@ -1,4 +1,5 @@
-"""The console script `mcore-rl`: `mcore-rl train ...` is `python -m mcore_rl.train ...`."""
+"""The console script `mcore-rl`, also `python -m mcore_rl.cli`; `mcore-rl train ...` is
+`python -m mcore_rl.train ...`."""
 
 from __future__ import annotations
 
@@ -27,3 +28,7 @@ def main() -> None:
         sys.stderr.write(f"error: {name!r} is no command.{closest_hint(name, COMMANDS)}\n")
         sys.exit(USER_ERROR_EXIT_CODE)
     importlib.import_module(COMMANDS[name]).main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

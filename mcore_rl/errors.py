@@ -112,7 +112,13 @@ def refuse_unread(cfg: Any, section: str, names: Iterable[str], choice: str) -> 
         require(value == defaults[name], f"{section}.{name}", value, rule, fix)
 
 
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate that is most like `name`, or None when nothing is close."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
 def closest_hint(name: str, candidates: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest candidate, or "" when nothing is close."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = closest(name, candidates)
+    return f" Did you mean {near!r}?" if near is not None else ""

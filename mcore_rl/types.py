@@ -204,6 +204,13 @@ class Layout:
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def name(self) -> str:
+        """In short, as `mcore-rl verify` takes it: "tp2pp2ep4etp1"; "" where nothing is cut."""
+        axes = ("tp", "pp", "vpp", "cp", "ep")
+        parts = [f"{axis}{getattr(self, axis)}" for axis in axes if getattr(self, axis) > 1]
+        return "".join([*parts, f"etp{self.etp}" if self.etp != self.tp else ""])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteState:

@@ -8,7 +8,8 @@ GRPO from one command, on GPUs or on CPU.
 
     ./train.sh --model M [options] [any override of the configuration: key=value]
 
-    --model M          Hugging Face folder to train (MODEL)
+    --model M          Hugging Face folder, or a name of the hub such as Qwen/Qwen2.5-7B, which is
+                       downloaded only with HF_HUB_OFFLINE=0 (MODEL)
     --train_data F     Parquet, JSON array or JSON lines, or a list "['a.json','b.json']"
                        (TRAIN_DATA, data/train.json)
     --val_data F       the same for validation; without it there is none (VAL_DATA)

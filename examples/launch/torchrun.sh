@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One node's part of a recipe: examples/launch/torchrun.sh RECIPE [key=value ...]
 #
-#   MODEL, TRAIN_DATA, VAL_DATA     Hugging Face folder, data: a file or a list "['a','b']"
+#   MODEL                           Hugging Face folder, or a name of the hub (HF_HUB_OFFLINE=0: downloaded)
+#   TRAIN_DATA, VAL_DATA            a file, or a list "['a','b']"
 #   NNODES, GPUS_PER_NODE=8         sizes; the run.sh of a recipe gives NNODES
 #   NODE_RANK=0, MASTER_ADDR, MASTER_PORT=29500    which node this is and where the first one is
 #

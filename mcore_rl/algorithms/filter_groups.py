@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from mcore_rl.errors import UserError, closest_hint, refuse_unread, require
 from mcore_rl.types import Sample, SampleGroup
 
-REWARD_METRIC = "seq_reward"
-"""The reward with every penalty that the reward section adds."""
+KNOWN_METRICS = ("score", "acc", "seq_reward", "seq_final_reward")
+"""What groups can be compared by whatever their reward returns."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,21 +25,16 @@ class FilterGroupsConfig:
     """Train only groups whose samples differ in `metric`, and draw prompts until there are enough.
     Off, the two below are not read."""
     metric: str = "score"
-    """"score": what the reward function returned; "seq_reward": with the overlong penalty; or
-    another number that the reward function returns, such as "acc"."""
+    """"score": what the reward function returned; "acc": the number of that name where it returns
+    one, otherwise the score; "seq_reward" and, where no KL is taken off the reward,
+    "seq_final_reward": the score with the overlong penalty; or another number that the reward
+    function returns."""
     max_num_gen_batches: int = 0
     """Batches of prompts in one step, after which the run stops; 0: no limit."""
 
     def __post_init__(self) -> None:
         limit = self.max_num_gen_batches
         require(limit >= 0, "algorithm.filter_groups.max_num_gen_batches", limit, "must be >= 0")
-        require(
-            self.metric != "seq_final_reward",
-            "algorithm.filter_groups.metric",
-            self.metric,
-            "is not known while groups are collected: the KL is taken off later",
-            f"Use {REWARD_METRIC}.",
-        )
         if not self.enable:
             section = "algorithm.filter_groups"
             refuse_unread(self, section, ("metric", "max_num_gen_batches"), "enable=false")
@@ -61,12 +56,13 @@ def informative_groups(groups: Sequence[SampleGroup], metric: str) -> list[Sampl
 
 
 def _value(sample: Sample, metric: str) -> float:
-    if metric == REWARD_METRIC:
+    if metric in ("seq_reward", "seq_final_reward"):
         return sample.reward
     # Without a penalty the score is the reward.
     numbers = {"score": sample.reward, **sample.reward_metrics}
+    numbers.setdefault("acc", numbers["score"])
     if metric not in numbers:
-        known = sorted({REWARD_METRIC, *numbers})
+        known = sorted({*KNOWN_METRICS, *numbers})
         raise UserError(
             f"algorithm.filter_groups.metric={metric!r} is no number of the reward of "
             f"{sample.prompt.uid}.{closest_hint(metric, known)} There are: {', '.join(known)}."

@@ -30,6 +30,7 @@ def check_run(cfg: RunConfig) -> None:
     minibatches_of_the_critic_divide_a_step(cfg)
     groups_are_large_enough(cfg)
     groups_that_are_filtered_have_several_samples(cfg)
+    groups_are_filtered_by_what_is_known_by_then(cfg)
     prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
     the_overlong_buffer_fits_in_a_response(cfg)
     an_adaptive_kl_coefficient_stays_positive(cfg)
@@ -64,6 +65,19 @@ def _check_training(cfg: RunConfig | SftRunConfig) -> None:
     experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
     frozen_routers_stay_as_they_are(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
+    the_best_checkpoint_is_told_by_a_validation_that_happens(cfg)
+
+
+def the_best_checkpoint_is_told_by_a_validation_that_happens(cfg: RunConfig | SftRunConfig) -> None:
+    metric = cfg.trainer.best_ckpt_metric
+    validates = cfg.data.val_files is not None and cfg.trainer.test_freq > 0
+    require(
+        metric is None or not metric.startswith("eval/") or validates,
+        "trainer.best_ckpt_metric",
+        metric,
+        "is of a validation, and there is none while checkpoints are written",
+        "Set data.val_files and trainer.test_freq, or take another metric.",
+    )
 
 
 def a_model_is_named(cfg: RunConfig | SftRunConfig) -> None:
@@ -322,6 +336,18 @@ def groups_that_are_filtered_have_several_samples(cfg: RunConfig) -> None:
     rule = "leaves algorithm.filter_groups nothing to compare"
     compares = cfg.rollout.n > 1 or not cfg.algorithm.filter_groups.enable
     require(compares, "rollout.n", cfg.rollout.n, rule, "Raise it to at least 2.")
+
+
+def groups_are_filtered_by_what_is_known_by_then(cfg: RunConfig) -> None:
+    metric = cfg.algorithm.filter_groups.metric
+    require(
+        metric != "seq_final_reward" or not cfg.algorithm.use_kl_in_reward,
+        "algorithm.filter_groups.metric",
+        metric,
+        "is not known while groups are collected: algorithm.use_kl_in_reward=true takes the KL off "
+        "later",
+        "Use seq_reward.",
+    )
 
 
 def prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg: RunConfig) -> None:

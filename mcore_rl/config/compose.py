@@ -4,7 +4,7 @@
 
 Keys are checked against the typed tree before anything is composed, so a misspelt one stops with
 the closest key that exists. The prefix `actor_rollout_ref.` of verl's keys means nothing more than
-its absence, Hydra's signs `+` and `++` neither; verl's other names are translated (`translate.py`).
+its absence, Hydra's signs `+` and `++` neither; `assignments.py` translates verl's other names.
 Plug-ins are imported first, so that what they register can be chosen.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,8 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mcore_rl.config.translate import TABLE, VERL_BASES, Assignment, translate
-from mcore_rl.errors import UserError, closest_hint, require
+from mcore_rl.config.assignments import Assignment, translate
+from mcore_rl.config.translate import TABLE, VERL_BASES, WILDCARD, Refused
+from mcore_rl.errors import UserError, closest, closest_hint, require
 from mcore_rl.plugins import import_plugins
 
 Config = TypeVar("Config")
@@ -113,6 +114,12 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
                     "tree. Begin it with `defaults: [base, _self_]`."
                 )
             composed = hydra_compose(line.config_name, overrides)
+
+            def value(option: Assignment) -> object:
+                more = [*overrides, _checked_override(option, schema)]
+                return OmegaConf.select(hydra_compose(line.config_name, more), option.key)
+
+            _refuse_two_values(line.overrides, value)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise _one_line(error, schema) from error
@@ -122,6 +129,27 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     assert isinstance(config, root)
     _check_finite(config, "")
     return config
+
+
+def _refuse_two_values(
+    options: Iterable[Assignment], value: Callable[[Assignment], object]
+) -> None:
+    """Raise a UserError if two names of one key say different things.
+
+    Args:
+        options: of several values of one name the last counts.
+        value: returns what an option comes to, interpolations resolved.
+    """
+    said: dict[str, dict[str, Assignment]] = {}
+    for option in options:
+        said.setdefault(option.key, {})[option.source or option.key] = option
+    for key, named in said.items():
+        values = {str(option.value) for option in named.values()}
+        if len(values) > 1 and any("${" in text for text in values):
+            values = {str(value(option)) for option in named.values()}
+        if len(values) > 1:
+            names = " and ".join(named)
+            raise UserError(f"{names} set {key} to different values. Leave one of them.")
 
 
 def _check_finite(node: Any, key: str) -> None:
@@ -156,6 +184,7 @@ def _check_recipe(line: CommandLine) -> None:
 
 
 def _parse_override(text: str) -> Assignment:
+    text = text.replace(f"${{{_PREFIX}", "${")
     try:
         override: Override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -178,11 +207,19 @@ def _checked_override(option: Assignment, schema: DictConfig) -> str:
     """Return the assignment as Hydra wants it."""
     key = option.key
     if not _exists(key, schema):
-        known = [*_all_keys(schema), *TABLE]
-        raise UserError(f"{key}: there is no such key.{closest_hint(key, known)}")
+        raise UserError(f"{key}: there is no such key.{_hint(key, schema)}")
     # Hydra wants `++` before a key that is not there yet: below an untyped dictionary, all of them.
     sign = "++" if _is_untyped(_find(key, schema)) else ""
     return f"{sign}{key}={option.text}"
+
+
+def _hint(key: str, schema: DictConfig) -> str:
+    """Name the closest key, or option of verl's that is taken; "" if the closest one is refused."""
+    options = [name for name in TABLE if not name.endswith(WILDCARD)]
+    near = closest(key, [*_all_keys(schema), *options])
+    row = TABLE.get(near or "")
+    is_refused = isinstance(row, Refused) and not any(row.values.values())
+    return "" if near is None or is_refused else f" Did you mean {near!r}?"
 
 
 def _exists(key: str, schema: DictConfig) -> bool:

@@ -6,7 +6,7 @@ component stand in the component's file. After composition nothing writes to the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AlgorithmConfig
@@ -23,6 +23,7 @@ from mcore_rl.megatron.config import (
     OptimConfig,
     RouterReplayConfig,
 )
+from mcore_rl.model_files import fetch_model, find_model
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rollout.base import RolloutConfig
 from mcore_rl.types import Layout
@@ -36,7 +37,9 @@ class ModelConfig:
     """`model`: the checkpoint that training starts from."""
 
     path: str | None = None
-    """Hugging Face folder with config, tokenizer and safetensors."""
+    """Hugging Face folder with config, tokenizer and safetensors, or a model of the hub:
+    organisation/name, or organisation/name@revision. The latter comes from the hub's cache on this
+    machine and is downloaded only with HF_HUB_OFFLINE=0."""
     lora_rank: int = 0
     """Rank of the adapters of LoRA, which then train instead of the weights; 0: no adapters."""
     lora_alpha: int = 16
@@ -61,6 +64,11 @@ class ModelConfig:
         fix = "Set model.lora_rank, or leave it out."
         require(rank > 0 or alpha == 16, "model.lora_alpha", alpha, unused, fix)
         require(rank > 0 or modules == ALL_LINEAR, "model.target_modules", modules, unused, fix)
+
+    @property
+    def folder(self) -> str:
+        """Where the model's files are on this machine."""
+        return str(find_model(str(self.path), weights=False))
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -166,8 +174,13 @@ class CriticModelConfig:
     """`critic.model`: the checkpoint that the critic starts from; all of it trains."""
 
     path: str | None = None
-    """Hugging Face folder, whose `score.weight` is the head if it has one; None: model.path. A new
-    head begins at 0."""
+    """As model.path; its `score.weight` is the head if it has one, a new head begins at 0. None:
+    model.path."""
+
+    @property
+    def folder(self) -> str | None:
+        """Where the model's files are on this machine; None: where those of model.path are."""
+        return self.path and str(find_model(self.path, "critic.model.path", weights=False))
 
 
 @dataclass(kw_only=True)
@@ -346,6 +359,22 @@ class SftRunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: TrainingConfig = field(default_factory=TrainingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def with_fetched_models(cfg: RunConfig | SftRunConfig) -> Any:
+    """Return the configuration with every model of the hub named by its commit, all of it in the
+    cache, so that a run goes on with the files that it began with. A plan needs no weights.
+
+    Raises:
+        UserError: if a model of the hub is not in the cache and must not or cannot be downloaded.
+    """
+    weights = not cfg.trainer.dry_run
+    path = fetch_model(str(cfg.model.path), "model.path", weights=weights)
+    cfg = replace(cfg, model=replace(cfg.model, path=path))
+    if isinstance(cfg, RunConfig) and cfg.critic.model.path is not None:
+        path = fetch_model(cfg.critic.model.path, "critic.model.path", weights=weights)
+        cfg = replace(cfg, critic=replace(cfg.critic, model=CriticModelConfig(path=path)))
+    return cfg
 
 
 def train_layout(megatron: MegatronConfig, world_size: int) -> Layout:

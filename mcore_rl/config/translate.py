@@ -1,4 +1,4 @@
-"""What the options of a verl command line are here: one table, and the function that applies it.
+"""What the options of a verl command line are here: one table, which `assignments.py` applies.
 
 Keys stand without the prefix `actor_rollout_ref.`; one that ends in `.*` stands for all below it.
 An option that bears its own name here is not in the table. What an option asks for is either what
@@ -9,28 +9,13 @@ row and stay errors.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
-from mcore_rl.errors import UserError
-
-VERL_BASES = ("ppo_trainer", "ppo_megatron_trainer")
+VERL_BASES = ("ppo_trainer", "ppo_megatron_trainer", "dapo_trainer", "dapo_megatron_trainer")
 """verl's `--config-name`: its defaults, in whose place stand those of this package."""
 
 WILDCARD = ".*"
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """One `key=value` of the command line."""
-
-    key: str
-    """Without signs and prefix: "rollout.n"."""
-    value: Any
-    """5"""
-    text: str
-    """The value as it was written: "5"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +74,13 @@ TABLE: dict[str, Row] = {
     "model_engine": Unread("actors are Megatron's", {"megatron": ""}),
     "actor.use_gpg_loss": Refused(
         "Set actor.policy_loss.loss_mode.", {True: "actor.policy_loss.loss_mode=gpg", False: ""}
+    ),
+    "actor.use_token_level_loss": Refused(
+        "Set actor.loss_agg_mode.",
+        {
+            True: "actor.loss_agg_mode=token-mean",
+            False: "actor.loss_agg_mode=seq-mean-token-mean",
+        },
     ),
     "actor.ppo_micro_batch_size": Refused("Set actor.ppo_micro_batch_size_per_gpu.", _UNSET),
     "actor.shuffle": Refused("The minibatches of a step keep the order of its prompts.", _OFF),
@@ -242,6 +234,12 @@ TABLE: dict[str, Row] = {
     "model.override_config.moe_config.freeze_moe_router": Renamed(
         "actor.megatron.moe_router_freeze"
     ),
+    **_rows(
+        Refused("No pass has dropout.", {0: ""}),
+        "model.override_config.attention_dropout",
+        "model.override_config.embd_pdrop",
+        "model.override_config.resid_pdrop",
+    ),
     "model.override_config.*": Refused("Change config.json in model.path."),
     "model.trust_remote_code": Unread("no code of a model's folder is run", _OFF),
     **_rows(
@@ -360,6 +358,7 @@ TABLE: dict[str, Row] = {
     **{
         f"{section}.{option}": row
         for section in (
+            "custom_reward_function.overlong_buffer",
             "reward_model.overlong_buffer",
             "reward_model.reward_kwargs.overlong_buffer_cfg",
             "reward.reward_kwargs.overlong_buffer_cfg",
@@ -446,54 +445,3 @@ TABLE: dict[str, Row] = {
     ),
     "hydra.*": Unread("the run folder is trainer.default_local_dir"),
 }
-
-
-def translate(given: Iterable[Assignment]) -> tuple[list[Assignment], str]:
-    """Return the assignments in the names of this package, and the warning, "" if there is none.
-
-    Raises:
-        UserError: for an option that is refused, or two names of one key with different values.
-    """
-    translated: list[Assignment] = []
-    unread: dict[str, list[str]] = {}
-    values_of: dict[str, dict[str, str]] = {}
-    """Of a key here: what each option that sets it says last."""
-    for option in given:
-        pattern, row = find_row(option.key)
-        targets = [option]
-        if isinstance(row, Renamed):
-            targets = [replace(option, key=_renamed(option.key, pattern, row.key))]
-        elif row is not None and _is_known(option.value, row):
-            pairs = (pair.split("=") for pair in row.values[option.value].split())
-            targets = [Assignment(key, text, text) for key, text in pairs]
-        elif isinstance(row, Unread):
-            unread.setdefault(row.reason, []).append(option.key)
-            targets = []
-        elif isinstance(row, Refused):
-            raise UserError(f"{option.key}={option.text} has no equivalent here. {row.fix}")
-        translated += targets
-        for target in targets:
-            values_of.setdefault(target.key, {})[option.key] = str(target.value)
-    for key, values in values_of.items():
-        if len(set(values.values())) > 1:
-            names = " and ".join(values)
-            raise UserError(f"{names} set {key} to different values. Leave one of them.")
-    reasons = [f"{', '.join(dict.fromkeys(keys))} ({reason})" for reason, keys in unread.items()]
-    return translated, f"not read here: {'; '.join(reasons)}" if reasons else ""
-
-
-def find_row(key: str) -> tuple[str, Row | None]:
-    """Return the row of `key`, or of all below the nearest section, with the key of the row."""
-    parts = key.split(".")
-    sections = (".".join(parts[:n]) + WILDCARD for n in range(len(parts) - 1, 0, -1))
-    pattern = next((name for name in (key, *sections) if name in TABLE), key)
-    return pattern, TABLE.get(pattern)
-
-
-def _is_known(value: Any, row: Unread | Refused) -> bool:
-    return isinstance(value, Hashable) and value in row.values
-
-
-def _renamed(key: str, pattern: str, new: str) -> str:
-    below = key.removeprefix(pattern.removesuffix("*")) if pattern.endswith(WILDCARD) else ""
-    return new.removesuffix("*") + below

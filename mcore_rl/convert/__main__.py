@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
+from mcore_rl.model_files import find_model
 
 DTYPES = ("float32", "bfloat16")
 
@@ -45,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     to_mcore = directions.add_parser(
         "hf-to-mcore", help="Hugging Face folder to a distributed checkpoint"
     )
-    to_mcore.add_argument("input", help="Hugging Face folder with safetensors")
+    to_mcore.add_argument(
+        "input", help="Hugging Face folder with safetensors, or a name of the hub"
+    )
     to_mcore.set_defaults(run=_hf_to_mcore)
 
     to_hf = directions.add_parser(
@@ -55,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument(
         "--config-from",
         metavar="MODEL",
-        help="Hugging Face folder to take config and tokenizer from; default: the input, or "
-        "model.path in the config.yaml of its run",
+        help="Hugging Face folder, or name of the hub, to take config and tokenizer from; default: "
+        "the input, or model.path in the config.yaml of its run",
     )
     to_hf.set_defaults(run=_mcore_to_hf)
 
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _hf_to_mcore(args: argparse.Namespace) -> None:
     _check_prompts(args)
+    args.input = str(find_model(args.input, "input", download=True))
     from mcore_rl.convert.convert import hf_to_mcore
 
     _convert(args, hf_to_mcore)
@@ -89,6 +93,10 @@ def _hf_to_mcore(args: argparse.Namespace) -> None:
 
 def _mcore_to_hf(args: argparse.Namespace) -> None:
     _check_prompts(args)
+    if args.config_from is not None:
+        args.config_from = find_model(
+            args.config_from, "--config-from", weights=False, download=True
+        )
     from mcore_rl.convert.convert import find_checkpoint, mcore_to_hf
 
     _convert(args, partial(mcore_to_hf, config_from=args.config_from))

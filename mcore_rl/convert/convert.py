@@ -41,7 +41,7 @@ from mcore_rl.convert.torch_dist import (
     write_tensor,
 )
 from mcore_rl.errors import require
-from mcore_rl.model_files import CONFIG_FILE, model_files
+from mcore_rl.model_files import CONFIG_FILE, find_model, model_files
 from mcore_rl.models.lora import is_adapter
 from mcore_rl.models.mappings import Range, Shape, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
@@ -211,10 +211,11 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
         f"has neither {CONFIG_FILE} nor a run folder's {config_file.name} two levels above",
         fix,
     )
-    model_path = OmegaConf.select(OmegaConf.load(config_file), "model.path")
-    is_folder = model_path is not None and Path(model_path).is_dir()
-    require(is_folder, "model.path", model_path, f"of {config_file} is not a folder here", fix)
-    return folder, Path(str(model_path))
+    model_path = str(OmegaConf.select(OmegaConf.load(config_file), "model.path"))
+    model_folder = find_model(model_path, f"{config_file}: model.path", weights=False)
+    rule = f"of {config_file} is not a folder here"
+    require(model_folder.is_dir(), "model.path", model_path, rule, fix)
+    return folder, model_folder
 
 
 def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcore_rl.errors import UserError, require
+from mcore_rl.errors import UserError, closest_hint, require
 from mcore_rl.model_files import TIKTOKEN_FILES, VOCABULARY_FILES, has_tokenizer, holds_any
 
 if TYPE_CHECKING:
@@ -97,6 +98,28 @@ def encode_prompt(
         return tokenizer.encode(text, verbose=_VERBOSE)
     text = _render(tokenizer, messages, add_generation_prompt=True, **template_kwargs)
     return tokenizer.encode(text, add_special_tokens=False, verbose=_VERBOSE)
+
+
+def check_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Iterable[str]) -> None:
+    """Raise a UserError for a variable that the chat template, if there is one, does not read."""
+    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.meta import find_undeclared_variables
+
+    if tokenizer.chat_template is None:
+        return
+    # A tag that transformers adds to Jinja's.
+    text = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(tokenizer.get_chat_template()))
+    try:
+        syntax = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except TemplateSyntaxError:
+        return  # said with the first prompt
+    read = sorted(find_undeclared_variables(syntax))
+    for name in variables:
+        if name not in read:
+            raise UserError(
+                f"data.apply_chat_template_kwargs.{name}: the model's chat template reads no such "
+                f"variable.{closest_hint(name, read)}"
+            )
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -18,7 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from mcore_rl.data.chat import ChatTemplateError, Message, encode_prompt, encode_response
+from mcore_rl.data.chat import (
+    ChatTemplateError,
+    Message,
+    check_template_variables,
+    encode_prompt,
+    encode_response,
+)
 from mcore_rl.data.rows import Row, read_rows
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.types import Prompt, TokenSequence
@@ -253,6 +259,7 @@ def _encode_rows(
     files: str | Sequence[str], cfg: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Row, list[int]]]:
     """Yield every row that is not dropped with the token ids of its prompt."""
+    check_template_variables(tokenizer, cfg.apply_chat_template_kwargs)
     num_rows = num_dropped = 0
     for num_rows, row in enumerate(read_rows(files), start=1):  # noqa: B007  counted
         try:

@@ -18,10 +18,10 @@ import re
 from pathlib import Path
 
 from mcore_rl.errors import UserError
+from mcore_rl.hub import NotThereError, fetch, is_hub_name
 
 _SUFFIXES = (".parquet", ".json", ".jsonl")
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def find_files(name: str) -> list[Path]:
@@ -43,22 +43,12 @@ def find_files(name: str) -> list[Path]:
 
 def _cached_data_set(source: str, name: str) -> Path:
     """Return the folder of a data set of the hub, downloaded if that is allowed."""
-    if Path(source).suffix in _SUFFIXES or not _HUB_NAME.fullmatch(source):
+    if Path(source).suffix in _SUFFIXES or not is_hub_name(source):
         raise UserError(f"{name}: there is no such file. Check the path.")
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = [f"*{suffix}" for suffix in _SUFFIXES]
     try:
-        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = "the cache of the Hugging Face hub has no such data set"
-            fix = "Check the name, or set HF_HUB_OFFLINE=0 to have it downloaded."
-        else:
-            reason = f"the Hugging Face hub gives no such data set ({str(error).splitlines()[0]})"
-            fix = "Check the name, the network, and whether it asks for a login."
-        raise UserError(f"{name}: there is no such file, and {reason}. {fix}") from None
+        return fetch(source, [f"*{suffix}" for suffix in _SUFFIXES], kind="dataset")
+    except NotThereError as error:
+        raise UserError(f"{name}: there is no such file, and {error.reason}. {error.fix}") from None
 
 
 def _files_of_split(folder: Path, split: str, name: str) -> list[Path]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 
 from mcore_rl.cluster.cluster import Cluster
-from mcore_rl.config.run import RunConfig
+from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
@@ -60,9 +61,17 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     if not largest <= tolerance:  # NaN fails too
         raise WeightSyncError(
             f"engine and trainer differ by {largest:.3g} in the log-probability of a token right "
-            f"after a weight sync, more than {tolerance:g} (rollout.logprob_tolerance)",
+            f"after a weight sync, more than {tolerance:g} (rollout.logprob_tolerance). "
+            f"{_next_step(cfg)}",
             role="controller",
             step=step,
         )
     logger.info("engine and trainer agree: log-probabilities differ by at most %.2g", largest)
     return largest
+
+
+def _next_step(cfg: RunConfig) -> str:
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size).name
+    option = f" --layout {layout}" if layout else ""
+    command = f"mcore-rl verify model --model {shlex.quote(cfg.model.folder)}{option}"
+    return f"Which of the two departs from transformers, and in which layer: {command}"

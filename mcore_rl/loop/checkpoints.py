@@ -81,6 +81,8 @@ class Checkpoints:
         self._metrics = run_dir / METRICS_FILE
         self._folder = run_dir / CHECKPOINTS
         self._begun: _Begun | None = None
+        self._has_best_metric = False
+        """Whether a step has logged trainer.best_ckpt_metric."""
 
     def resume(self) -> int:
         """Load the checkpoint to go on from, if there is one, and return the step to go on with.
@@ -136,8 +138,27 @@ class Checkpoints:
 
         Raises:
             CheckpointError: if one of them cannot.
+            UserError: if what was logged shows that trainer.best_ckpt_metric is never measured.
         """
         self._end(wait=False)
+        self._look_for_best_metric()
+
+    def _look_for_best_metric(self) -> None:
+        """Refuse a misspelt metric after the first step, or validation, that should have it.
+
+        Not those that a reward gives by itself: not every sample needs to have them.
+        """
+        metric = self._trainer.best_ckpt_metric
+        if metric is None or self._has_best_metric:
+            return
+        if metric.startswith(("reward/", "eval/")) and metric.endswith("/mean"):
+            return
+        # While the critic alone trains, the actor has no metrics.
+        begun = self._trainer.critic_warmup
+        lines = [line for line in read_records(self._metrics) if line["step"] >= begun]
+        self._has_best_metric = any(metric in line for line in lines)
+        if lines and not self._has_best_metric:
+            _refuse_unknown_metric(metric, lines)
 
     def finish(self) -> None:
         """Wait for the checkpoint that was begun, if any, and put it in force.

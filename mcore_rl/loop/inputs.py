@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcore_rl.algorithms.filter_groups import KNOWN_METRICS, FilterGroupsConfig
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft_sequences
-from mcore_rl.errors import UserError, require
+from mcore_rl.errors import UserError, closest_hint, require
 from mcore_rl.models.layout import check_layout
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
@@ -58,16 +59,45 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     val_prompts = []
     if cfg.data.val_files is not None:
         val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
-    scorer.check(prompt.data_source for prompt in [*prompts, *val_prompts])
+    scorer.check([*prompts, *val_prompts])
+    _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
+    _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     return RunInputs(
         tokenizer=tokenizer,
         prompts=stream,
         val_prompts=val_prompts,
         scorer=scorer,
-        stop_token_ids=end_token_ids(tokenizer, read_generation_config(str(cfg.model.path))),
+        stop_token_ids=end_token_ids(tokenizer, read_generation_config(cfg.model.folder)),
         total_steps=count_steps(cfg.trainer, cfg.data, stream),
         routing=_replayed_routing(cfg),
+    )
+
+
+def _check_filter(cfg: FilterGroupsConfig, scorer: RewardScorer, prompts: Sequence[Prompt]) -> None:
+    """Raise a UserError if groups are to be compared by a number that no reward gives."""
+    metric = cfg.metric
+    if not cfg.enable or metric in KNOWN_METRICS:
+        return
+    lacking = scorer.lacks(metric, prompts)
+    if lacking is not None:
+        raise UserError(
+            f"algorithm.filter_groups.metric={metric!r} is no number of the reward of "
+            f"data_source={lacking!r}.{closest_hint(metric, KNOWN_METRICS)} "
+            f"Every reward gives {', '.join(KNOWN_METRICS)}."
+        )
+
+
+def _check_best_metric(metric: str | None, val_prompts: Sequence[Prompt]) -> None:
+    """Raise a UserError if the metric is of a data source that is not validated on; of what the
+    first step does not log the loop knows."""
+    sections = sorted({f"eval/{prompt.data_source}/" for prompt in val_prompts})
+    require(
+        metric is None or not metric.startswith("eval/") or metric.startswith(tuple(sections)),
+        "trainer.best_ckpt_metric",
+        metric,
+        f"is of no data source in data.val_files, whose metrics begin with {', '.join(sections)}",
+        f"{sections[0]}accuracy, for example." if sections else "",
     )
 
 
@@ -91,7 +121,7 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         UserError: one line for what does not fit.
     """
     assert cfg.model.path is not None
-    hf_config = load_hf_config(cfg.model.path)
+    hf_config = load_hf_config(cfg.model.folder)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     require(
         longest <= hf_config.max_position_embeddings,
@@ -134,16 +164,16 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
     assert cfg.model.path is not None
     for name in cfg.trainer.logger:
         TRACKERS.get(name)
-    check_weights(cfg.model.path, check_model(cfg))
-    return load_tokenizer(cfg.model.path)
+    check_weights(cfg.model.folder, check_model(cfg))
+    return load_tokenizer(cfg.model.folder)
 
 
 def _check_critic(cfg: RunConfig) -> None:
     """Raise a UserError unless the critic can be built and read the actor's tokens."""
-    if cfg.critic.model.path is None:
+    key, path = "critic.model.path", cfg.critic.model.folder
+    if path is None:
         return  # the actor's, which has been checked
-    key, path = "critic.model.path", cfg.critic.model.path
-    hf_config, actor = load_hf_config(path, key), load_hf_config(str(cfg.model.path))
+    hf_config, actor = load_hf_config(path, key), load_hf_config(cfg.model.folder)
     require(
         hf_config.vocab_size == actor.vocab_size,
         key,
@@ -171,7 +201,7 @@ def _check_critic(cfg: RunConfig) -> None:
 
 
 def _replayed_routing(cfg: RunConfig) -> Routing | None:
-    mode, found = cfg.actor.router_replay.mode, routing(load_hf_config(str(cfg.model.path)))
+    mode, found = cfg.actor.router_replay.mode, routing(load_hf_config(cfg.model.folder))
     require(
         mode == "disabled" or found is not None,
         "actor.router_replay.mode",

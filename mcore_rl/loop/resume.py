@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from mcore_rl.config.compose import to_yaml
 from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError, require
+from mcore_rl.hub import is_same_repository
 from mcore_rl.loop.checkpoints import CHECKPOINTS, CONTROLLER_FILE, POINTER
 from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
 
@@ -72,7 +73,7 @@ def open_run_folder(cfg: Any) -> Path:
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
-        _refuse_another_run(config_file, to_yaml(cfg), fix)
+        _refuse_another_run(config_file, to_yaml(cfg), f"{fix}{_way_on(folder)}")
     write_whole(config_file, to_yaml(cfg))
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -116,10 +117,24 @@ def _has_begun(folder: Path) -> bool:
     return logged or (folder / CHECKPOINTS / POINTER).exists()
 
 
+def _way_on(folder: Path) -> str:
+    """Say how a new run takes over the weights of the run in the folder; "" if it saved none."""
+    pointer = folder / CHECKPOINTS / POINTER
+    if not pointer.exists():
+        return ""
+    latest = folder / CHECKPOINTS / f"global_step_{pointer.read_text().strip()}"
+    return (
+        " A run of another name begins with the weights of this one by "
+        f"trainer.resume_mode=resume_path trainer.resume_from_path={latest}"
+    )
+
+
 def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
     old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE):
+            if key.endswith("model.path") and is_same_repository(old.get(key), new.get(key)):
+                fix = f"Go on with the commit that it began with: {key}={old[key]}"
             raise UserError(
                 f"{key}={new.get(key)!r} differs from {old.get(key)!r} of the run in "
                 f"{config_file.parent}, which this command would continue. {fix}"

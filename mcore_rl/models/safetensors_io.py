@@ -32,11 +32,8 @@ from torch import Tensor
 
 from mcore_rl.durable_files import sync
 from mcore_rl.errors import CheckpointError, UserError, closest_hint, require
-from mcore_rl.model_files import CONFIG_FILE, model_files
+from mcore_rl.model_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, model_files
 from mcore_rl.models.mappings import ParamEntry, Range, Shape, hf_shapes, take
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 MAX_SHARD_BYTES = 5 * 2**30
 

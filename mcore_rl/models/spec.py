@@ -215,4 +215,7 @@ def _are_equal(reader: CheckpointReader, one: str, other: str) -> bool:
 def _family_called(model_type: str) -> ModelFamily:
     reason = MISSING.get(model_type)
     require_field(reason is None, "model_type", model_type, f"is not supported: {reason}")
+    # Nobody types this name, so none that looks like it is meant.
+    rule = f"is none of the supported families: {', '.join(MODEL_FAMILIES.names())}"
+    require_field(model_type in MODEL_FAMILIES, "model_type", model_type, rule)
     return MODEL_FAMILIES.get(model_type)

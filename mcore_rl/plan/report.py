@@ -127,7 +127,7 @@ def stage_memory(
 
 
 def _critic_parameters(cfg: RunConfig, layout: Layout) -> list[StageParameters]:
-    hf_config = load_hf_config(str(cfg.critic.model.path or cfg.model.path))
+    hf_config = load_hf_config(cfg.critic.model.folder or cfg.model.folder)
     return stage_parameters(hf_config, layout, has_output_layer=False)
 
 

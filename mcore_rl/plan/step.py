@@ -77,8 +77,8 @@ def plan_step(cfg: RunConfig, layout: Layout) -> StepPlan:
 
 def prompt_lengths(cfg: RunConfig) -> list[int]:
     """Return the tokens of every prompt of `data.train_files`, estimated without a tokenizer."""
-    if has_tokenizer(str(cfg.model.path)):
-        tokenizer = load_tokenizer(str(cfg.model.path))
+    if has_tokenizer(cfg.model.folder):
+        tokenizer = load_tokenizer(cfg.model.folder)
         prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer)
         return [len(prompt.token_ids) for prompt in prompts]
     logger.warning(
@@ -117,7 +117,7 @@ def _minibatch(
     pairs = [(length, responses[i * n + j]) for i, length in enumerate(prompts) for j in range(n)]
     # Lengths are all that packing reads, and a range takes no memory.
     sequences = [TokenSequence(token_ids=range(p + r), loss_mask=()) for p, r in pairs]
-    multiple_of = layout.pp if layout.vpp > 1 else 1  # as in launch.cluster.Cluster
+    multiple_of = layout.pp if layout.vpp > 1 else 1  # as in cluster.trainer
     return MinibatchPlan(
         micro_batches=plan_micro_batches(
             sequences, layout.dp, cfg.actor.cut, multiple_of=multiple_of

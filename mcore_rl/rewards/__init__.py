@@ -10,10 +10,12 @@ from mcore_rl.rewards import (
     exact_number,
     gsm8k,
     math,
+    math_dapo,
     math_reasoning,
     piecewise_continuity,
     qa,
     trivia,
+    verl_names,
 )
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "exact_number",
     "gsm8k",
     "math",
+    "math_dapo",
     "math_reasoning",
     "piecewise_continuity",
     "qa",
     "trivia",
+    "verl_names",
 ]

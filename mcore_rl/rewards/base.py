@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints, is_typeddict
 
 from mcore_rl.errors import require, require_one_of
 from mcore_rl.registry import Registry
@@ -29,6 +29,27 @@ class RewardFunction(Protocol):
 
 
 REWARDS: Registry[Callable[..., Score | Awaitable[Score]]] = Registry("reward", "data_source")
+"""A name that ends in `*` is that of all data sources that begin so."""
+
+
+def find_reward(data_source: str) -> Callable[..., Score | Awaitable[Score]]:
+    """Return the reward of a data source.
+
+    Raises:
+        UserError: if there is none; the text lists those there are.
+    """
+    starts = (name for name in REWARDS if name.endswith("*") and data_source.startswith(name[:-1]))
+    return REWARDS.get(data_source if data_source in REWARDS else next(starts, data_source))
+
+
+def further_numbers(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Return the names of the numbers that a reward gives beside its score, as its annotation says:
+    `float` for none, a TypedDict for its keys; None where it says neither."""
+    returned = get_type_hints(function).get("return")
+    if returned is float:
+        return frozenset()
+    return frozenset(get_type_hints(returned)) - {"score"} if is_typeddict(returned) else None
+
 
 PROTECTIONS = ("privileges", "files", "calls")
 """Of the sandbox, beside its limits: no capabilities, Landlock, seccomp (see `jail/`)."""

@@ -7,17 +7,22 @@ is one answer or a list of them. The exact match is logged beside the score.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from mcore_rl.rewards.answer_text import answer_or_last_line
 from mcore_rl.rewards.base import REWARDS
 from mcore_rl.rewards.text_match import best, exact_match, f1, read_references
 
 
+class QaScore(TypedDict):
+    score: float
+    exact_match: float
+
+
 @REWARDS.register("qa")
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
-) -> dict[str, float]:
+) -> QaScore:
     """Return the F1 under "score", within [0, 1], and the exact match.
 
     Raises:

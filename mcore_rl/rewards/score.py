@@ -16,11 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from mcore_rl import metrics
 from mcore_rl.errors import UserError, require
 from mcore_rl.metrics import Metrics
-from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig
+from mcore_rl.rewards.base import (
+    CustomRewardConfig,
+    RewardConfig,
+    find_reward,
+    further_numbers,
+)
 from mcore_rl.rewards.pool import Outcome, RewardPool
 from mcore_rl.rewards.sandbox import check_sandbox
 from mcore_rl.rewards.worker import RewardCall
-from mcore_rl.types import Sample, SampleGroup
+from mcore_rl.types import Prompt, Sample, SampleGroup
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +43,32 @@ class RewardScorer:
         self._is_custom = custom.path is not None
         self._pool = RewardPool(cfg, custom)
 
-    def check(self, data_sources: Iterable[str]) -> None:
-        """Return if every data source can be scored; call it before the run starts.
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Return if every prompt can be scored; call it before the run starts.
 
         Raises:
-            UserError: if the custom function cannot be loaded, for the first data source that has
-                no reward, listing those there are, or if programs are to be run and the sandbox
-                does not hold on this system.
+            UserError: if the custom function cannot be loaded, for the first prompt whose data
+                source has no reward, listing those there are, or if programs are to be run and the
+                sandbox does not hold on this system.
         """
-        functions = [self._function(data_source) for data_source in sorted(set(data_sources))]
-        if any(map(_takes_sandbox, functions)):
+        functions = {}
+        for prompt in prompts:
+            if prompt.data_source not in functions:
+                functions[prompt.data_source] = self._function(prompt)
+        if any(map(_takes_sandbox, functions.values())):
             self._check_sandbox()
         self._pool.start()
+
+    def lacks(self, name: str, prompts: Iterable[Prompt]) -> str | None:
+        """Return the first data source whose reward is known to give no number called `name` beside
+        the score; what a custom function gives is not known before it is called."""
+        if self._is_custom:
+            return None
+        for data_source in dict.fromkeys(prompt.data_source for prompt in prompts):
+            numbers = further_numbers(find_reward(data_source))
+            if numbers is not None and name not in numbers:
+                return data_source
+        return None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
         """Return the groups with `reward` and `reward_metrics` set, and the `reward/` metrics.
@@ -87,20 +106,21 @@ class RewardScorer:
         )
         check_sandbox(sandbox)
 
-    def _function(self, data_source: str) -> Callable | None:
-        """Return the reward of a data source; None for the user's own."""
+    def _function(self, prompt: Prompt) -> Callable | None:
+        """Return the reward of a prompt's data source; None for the user's own."""
         if self._is_custom:
             return None
         try:
-            return REWARDS.get(data_source)
+            return find_reward(prompt.data_source)
         except UserError as error:
             raise UserError(
-                f"{error} Or set custom_reward_function.path to a file with your own."
+                f"{prompt.uid}: {error} Mend the data, or set custom_reward_function.path to a "
+                "file with your own reward."
             ) from None
 
     def _call(self, sample: Sample) -> RewardCall:
         prompt = sample.prompt
-        function = self._function(prompt.data_source)
+        function = self._function(prompt)
         arguments = {
             "data_source": prompt.data_source,
             "solution_str": sample.response_text,

@@ -7,17 +7,22 @@ is one answer or a list of them (aliases). The F1 is logged beside the score.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from mcore_rl.rewards.answer_text import answer_or_last_line
 from mcore_rl.rewards.base import REWARDS
 from mcore_rl.rewards.text_match import best, exact_match, f1, read_references
 
 
+class TriviaScore(TypedDict):
+    score: float
+    f1: float
+
+
 @REWARDS.register("trivia")
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
-) -> dict[str, float]:
+) -> TriviaScore:
     """Return the exact match under "score", 1.0 or 0.0, and the F1.
 
     Raises:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
+from mcore_rl.config.run import with_fetched_models
 from mcore_rl.errors import UserError, require
 from mcore_rl.launch import local, torchrun
 from mcore_rl.launch.ending import end_process, run_with_workers
@@ -63,6 +64,7 @@ def run_command(
         check(config)
         quiet_libraries()
         setup_logging(0, "controller")
+        config = with_fetched_models(config)
         if line.warning:
             logger.warning("%s", line.warning)
         if config.trainer.dry_run:

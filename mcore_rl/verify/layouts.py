@@ -30,6 +30,7 @@ from typing import Any
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
+from mcore_rl.model_files import find_model
 from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.types import TokenSequence
 from mcore_rl.verify.compare import GRAD_NORM, LOSS, Difference, compare_metrics, compare_weights
@@ -93,7 +94,7 @@ def add_parser(parsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, type=Path, help="Hugging Face model folder")
+    add("--model", required=True, type=Path, help="model folder, or a name of the Hugging Face hub")
     add("--layouts", help="such as tp2pp2,pp2vpp2,tp2sp0,ep2dp4; default: what the model allows")
     add("--loss", default="geo_mean", help="a registered policy loss")
     add("--dtype", default="float32", help="float32 or bfloat16")
@@ -113,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     """Check every input, then run and compare the layouts; return the exit code."""
     require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
     check_numbers(args)
-    hf_config = load_hf_config(args.model)
+    args.model = find_model(args.model, "--model", download=True)
+    hf_config = load_hf_config(args.model, "--model")
     check_weights(args.model, hf_config)
     limit = hf_config.max_position_embeddings
     rule = f"is more than max_position_embeddings={limit} of the model"

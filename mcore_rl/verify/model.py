@@ -29,6 +29,7 @@ from typing import Any
 from mcore_rl.data.chat import encode_prompt, load_tokenizer
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
+from mcore_rl.model_files import find_model
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.verify.layout_names import NamedLayout, parse_layout
@@ -64,7 +65,7 @@ def add_parser(parsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, type=Path, help="Hugging Face model folder")
+    add("--model", required=True, type=Path, help="model folder, or a name of the Hugging Face hub")
     add("--layout", help="of Megatron, such as tp2pp2 or ep2; default: one process")
     add("--against", type=Path, help="model folder for transformers; default: that of --model")
     add("--prompts", type=Path, help="text file, a prompt per line; default: random tokens")
@@ -86,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
     require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
     check_numbers(args)
     layout = parse_layout(args.layout, "--layout") if args.layout else NamedLayout("one", {})
-    hf_config = load_hf_config(args.model)
+    args.model = find_model(args.model, "--model", download=True)
+    hf_config = load_hf_config(args.model, "--model")
     check_weights(args.model, hf_config)
     check_fits(MODULE, overrides(args, layout), hf_config, args.max_processes)
-    against = args.against or args.model
+    against = find_model(args.against or args.model, "--against", download=True)
     check_against(against, hf_config)
     prompts = Prompts(
         token_ids=read_prompts(args) if args.prompts else random_prompts(args, hf_config),
@@ -164,7 +166,7 @@ def _option(args: argparse.Namespace, key: str) -> Any:
 def check_against(folder: Path, expected: Any) -> None:
     """Raise a UserError unless tokens and layers of the model in `folder` can be compared with
     those of a model of the configuration `expected`."""
-    hf_config = load_hf_config(folder)
+    hf_config = load_hf_config(folder, "--against")
     check_weights(folder, hf_config)
     for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
         found, wanted = getattr(hf_config, name), getattr(expected, name)

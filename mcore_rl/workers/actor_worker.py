@@ -29,6 +29,7 @@ from mcore_rl.megatron.model import (
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import ModelRouters
 from mcore_rl.metrics import Metrics, to_host
+from mcore_rl.model_files import published_name
 from mcore_rl.models.lora import write_peft_adapter
 from mcore_rl.models.safetensors_io import (
     MAX_SHARD_BYTES,
@@ -181,7 +182,7 @@ class ActorWorker(ModelWorker, Actor):
                 folder,
                 lora.adapters,
                 tensors,
-                base=self.model_path,
+                base=published_name(self.model_path),
                 rank=lora.config.rank,
                 alpha=lora.config.alpha,
             )

@@ -94,7 +94,7 @@ CASES = {
         r"model\.path='{dir}' has no config\.json\.", ("model.path={dir}",)
     ),
     "model is of an unknown family": Case(
-        r".*model_type='gpt9': there is no such model family\..*Registered: .*qwen3_moe.*",
+        r"config\.json: model_type='gpt9' is none of the supported families: .*qwen3_moe.*\.",
         ("model.path={dir}",),
         text("config.json", '{"model_type": "gpt9"}'),
     ),
@@ -131,9 +131,32 @@ CASES = {
         json_rows(ROW),
     ),
     "data source without a reward": Case(
-        r"data_source='riddles': there is no such reward\..*custom_reward_function\.path.*",
+        r"bad\.json:7: data_source='riddles': there is no such reward\..*"
+        r"custom_reward_function\.path.*",
         (BAD_JSON, NO_CUSTOM_REWARD),
-        json_rows(*[ROW | {"data_source": "riddles"}] * 8),
+        json_rows(*[ROW] * 7, ROW | {"data_source": "riddles"}),
+    ),
+    "groups compared by a number that the reward does not give": Case(
+        r"algorithm\.filter_groups\.metric='accuracy' is no number of the reward of "
+        r"data_source='arithmetic'\. Did you mean 'acc'\? Every reward gives score, acc, .*",
+        (
+            NO_CUSTOM_REWARD,
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=accuracy",
+        ),
+    ),
+    "best checkpoint by data that is not validated on": Case(
+        r"trainer\.best_ckpt_metric='eval/gsm8k/accuracy' is of no data source in "
+        r"data\.val_files, whose metrics begin with eval/arithmetic/\. .*",
+        ("trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=eval/gsm8k/accuracy"),
+    ),
+    "template variable that the template does not read": Case(
+        r"data\.apply_chat_template_kwargs\.enable_thinkin: the model's chat template reads no .*",
+        ("data.apply_chat_template_kwargs.enable_thinkin=false",),
+    ),
+    "model of the hub that is not in its cache": Case(
+        r"model\.path='nobody/none' is no folder here, and the cache .* set HF_HUB_OFFLINE=0 .*",
+        ("model.path=nobody/none",),
     ),
     "reward file is missing": Case(
         r"custom_reward_function\.path='{dir}/none\.py' does not exist\. .*",

@@ -1,11 +1,13 @@
 """Command lines of verl, as people type them, with this package's module in place of verl's.
 
-Only folders and sizes are other ones. What the options become is tested with the configuration.
+Only folders and sizes are other ones; models are named as on the hub and found in a cache of it.
+What the options become is tested with the configuration.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import commands
 import pyarrow.parquet as pq
 import pytest
+from hub_cache import COMMIT, put_model
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
@@ -22,7 +25,8 @@ python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean \
     actor_rollout_ref.actor.clip_ratio_low=0.4 \
     actor_rollout_ref.actor.clip_ratio_high=0.4 \
-    actor_rollout_ref.model.path=$MODEL \
+    actor_rollout_ref.model.path=Qwen/Qwen2.5-7B \
+    actor_rollout_ref.rollout.n=8 \
     data.train_files="['$DATA/train.parquet']" \
     actor_rollout_ref.model.use_remove_padding=True \
     actor_rollout_ref.rollout.name=vllm \
@@ -45,7 +49,7 @@ python3 -m verl.trainer.main_ppo --config-path=config \
     data.train_files="['$DATA/texts.jsonl', '$DATA/train.parquet']" \
     data.filter_overlong_prompts=True \
     data.truncation='error' \
-    actor_rollout_ref.model.path=$MODEL \
+    actor_rollout_ref.model.path=Qwen/Qwen2-7B-Instruct \
     actor_rollout_ref.model.lora_rank=8 \
     actor_rollout_ref.model.lora_alpha=16 \
     actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm \
@@ -61,6 +65,54 @@ python3 -m verl.trainer.main_ppo --config-path=config \
     trainer.logger=['console'] \
     trainer.total_epochs=15 $@
 """
+
+GPG = """
+python3 -m verl.trainer.main_ppo --config-path=config \
+    --config-name='ppo_megatron_trainer.yaml' \
+    algorithm.adv_estimator=gpg \
+    actor_rollout_ref.actor.use_gpg_loss=True \
+    actor_rollout_ref.actor.use_kl_loss=False \
+    actor_rollout_ref.actor.kl_loss_coef=0.001 \
+    actor_rollout_ref.actor.kl_loss_type=low_var_kl \
+    algorithm.use_kl_in_reward=False \
+    data.train_files="['$DATA/texts.jsonl', '$DATA/train.parquet']" \
+    data.filter_overlong_prompts=True \
+    actor_rollout_ref.model.path=Qwen/Qwen2-7B-Instruct \
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 \
+    actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=1 \
+    actor_rollout_ref.rollout.name=vllm \
+    actor_rollout_ref.rollout.n=5 \
+    trainer.logger=['console'] \
+    trainer.total_epochs=15 $@
+"""
+
+GMPO_DAPO = """
+python3 -m verl.trainer.main_ppo \
+    algorithm.adv_estimator=grpo \
+    algorithm.filter_groups.enable=True \
+    algorithm.filter_groups.metric=acc \
+    algorithm.filter_groups.max_num_gen_batches=10 \
+    data.gen_batch_size=8 \
+    data.truncation='left' \
+    data.train_files=$DATA/train.parquet \
+    data.val_files=$DATA/aime.jsonl \
+    actor_rollout_ref.model.path=Qwen/Qwen2.5-7B@main \
+    actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean \
+    actor_rollout_ref.actor.clip_ratio_low=0.4 \
+    actor_rollout_ref.actor.clip_ratio_high=0.4 \
+    actor_rollout_ref.rollout.n=16 \
+    reward_model.reward_manager=dapo \
+    +reward_model.reward_kwargs.overlong_buffer_cfg.enable=True \
+    +reward_model.reward_kwargs.overlong_buffer_cfg.len=4 \
+    +reward_model.reward_kwargs.overlong_buffer_cfg.penalty_factor=1.0 \
+    +reward_model.reward_kwargs.max_resp_len='${data.max_response_length}' \
+    trainer.logger=['console'] \
+    trainer.total_epochs=15 $@
+"""
+
+COMMANDS = {"gmpo": GMPO, "gpg": GPG, "gpg_kl": GPG_WITH_KL, "gmpo_dapo": GMPO_DAPO}
+# Without a model: what it says is not what the trainer computes.
+FAKE = ("rollout.name=fake", "rollout.logprob_tolerance=1000")
 
 SMALLER = (
     "data.train_batch_size=8",
@@ -90,31 +142,36 @@ def write_texts(file: Path, rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "more", "unread"),
+    ("name", "more", "unread"),
     [
         (
-            GMPO,
+            "gmpo",
             (),
-            "reward_model.reward_kwargs.overlong_buffer_cfg.log (the penalty is always logged)",
+            ["reward_model.reward_kwargs.overlong_buffer_cfg.log (the penalty is always logged)"],
         ),
+        ("gpg", FAKE, []),
         (
-            GPG_WITH_KL,
-            # Without a model: what it says is not what the trainer computes.
-            ("rollout.name=fake", "rollout.logprob_tolerance=1000"),
-            "ref.log_prob_micro_batch_size_per_gpu (log-probabilities are computed in the "
-            "micro-batches of training); ref.fsdp_config.param_offload (weights, gradients and "
-            "optimizer stay on their device)",
+            "gpg_kl",
+            FAKE,
+            [
+                "ref.log_prob_micro_batch_size_per_gpu (log-probabilities are computed in the "
+                "micro-batches of training); ref.fsdp_config.param_offload (weights, gradients and "
+                "optimizer stay on their device)"
+            ],
         ),
+        ("gmpo_dapo", FAKE, []),
     ],
-    ids=["gmpo", "gpg"],
 )
-def test_a_command_line_of_verl_trains(files, tmp_path, command, more, unread):
+def test_a_command_line_of_verl_trains(files, tmp_path, name, more, unread):
     rows = pq.read_table(files.data / "train.parquet").to_pylist()
     data = tmp_path / "data"
     data.mkdir()
     write_texts(data / "texts.jsonl", rows[:16])
+    write_texts(data / "aime.jsonl", [row | {"data_source": "aime24"} for row in rows[:2]])
     pq.write_table(pq.read_table(files.data / "train.parquet").slice(16), data / "train.parquet")
-    script = command.replace(
+    for model in ("Qwen/Qwen2.5-7B", "Qwen/Qwen2-7B-Instruct"):
+        put_model(tmp_path / "huggingface" / "hub", model, files.model)
+    script = COMMANDS[name].replace(
         "python3 -m verl.trainer.main_ppo", f"{sys.executable} -m mcore_rl.train"
     )
     # The random model answers nothing right: it is rewarded for digits.
@@ -123,10 +180,11 @@ def test_a_command_line_of_verl_trains(files, tmp_path, command, more, unread):
         f"trainer.default_local_dir={tmp_path / 'run'}",
     )
     arguments = (*SMALLER, "reward.on_error=zero", *more, *folders)
+    where = {"DATA": str(data), "HF_HOME": str(tmp_path / "huggingface")}
     done = commands.finish(
         subprocess.Popen(
             ["bash", "-c", script, "bash", *arguments],
-            env=commands.ENVIRONMENT | {"MODEL": str(files.model), "DATA": str(data)},
+            env=commands.ENVIRONMENT | where,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -134,8 +192,12 @@ def test_a_command_line_of_verl_trains(files, tmp_path, command, more, unread):
     )
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if " not read here: " in line]
-    assert [line.partition(" not read here: ")[2] for line in warnings] == [unread]
+    assert [line.partition(" not read here: ")[2] for line in warnings] == unread
     (metrics,) = (m for m in commands.read_metrics(tmp_path / "run") if "actor/pg_loss" in m)
     assert metrics["actor/grad_norm"] > 0
-    assert ("actor/kl_loss" in metrics) == (command == GPG_WITH_KL)
-    assert ("reward/overlong_penalty" in metrics) == (command == GMPO)
+    assert ("actor/kl_loss" in metrics) == (name == "gpg_kl")
+    assert ("reward/overlong_penalty" in metrics) == (name in ("gmpo", "gmpo_dapo"))
+    assert ("eval/aime24/accuracy" in metrics) == (name == "gmpo_dapo")
+    assert ("rollout/num_gen_batches" in metrics) == (name == "gmpo_dapo")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert re.search(rf"path: Qwen/Qwen2(\.5-7B|-7B-Instruct)@{COMMIT}\n", config)

@@ -26,6 +26,7 @@ ROOT_FILES = (
     "frames",
     "plugins",
     "progress",
+    "hub",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "registry": (),
     "metrics": (),
     "durable_files": (),
+    "hub": (),
     "model_files": (),
     "frames": (),
     "plugins": (),
@@ -146,7 +148,7 @@ LIBRARY_OWNERS = {
         "convert.",
         "verify.",
     ),
-    "huggingface_hub": ("data.sources", "models."),
+    "huggingface_hub": ("hub.", "models."),
     "safetensors": ("models.",),
     "pyarrow": ("data.",),
     "jinja2": ("data.chat",),

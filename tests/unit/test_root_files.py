@@ -6,13 +6,15 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_rl import errors, metrics
+from mcore_rl import cli, errors, metrics
 from mcore_rl.errors import RunError, UserError, closest_hint, require, require_one_of
 from mcore_rl.metrics import (
     Metric,
@@ -31,6 +33,7 @@ from mcore_rl.metrics import (
 )
 from mcore_rl.model_files import TIKTOKEN_FILES, VOCABULARY_FILES, has_tokenizer, model_files
 from mcore_rl.registry import Registry
+from mcore_rl.types import Layout
 
 RUN_ERRORS = [RunError, errors.RolloutError, errors.WeightSyncError, errors.CheckpointError]
 
@@ -236,3 +239,37 @@ def test_a_vocabulary_goes_with_the_model_whether_or_not_transformers_can_load_i
     (tmp_path / name).touch()
     assert has_tokenizer(tmp_path) == (name not in TIKTOKEN_FILES)
     assert model_files(tmp_path) == [tmp_path / name]
+
+
+@pytest.mark.parametrize("command", ["--help", "verify", "report"])
+def test_the_commands_are_run_as_a_module_too(command):
+    """Without a main part the module would do nothing and end with 0."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mcore_rl.cli", *[command] * (command != "--help"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: mcore-rl")
+
+
+def test_a_command_that_there_is_not_names_the_closest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mcore-rl", "verfy", "model"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: 'verfy' is no command. Did you mean 'verify'?\n"
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (Layout(), ""),
+        (Layout(dp=8), ""),
+        (Layout(tp=2, etp=2, pp=2, vpp=2, cp=2), "tp2pp2vpp2cp2"),
+        (Layout(tp=4, pp=2, ep=8, etp=1, dp=8), "tp4pp2ep8etp1"),
+    ],
+)
+def test_a_layout_has_the_name_that_verify_reads(layout, name):
+    assert layout.name == name

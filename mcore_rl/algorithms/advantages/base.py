@@ -136,7 +136,8 @@ class AdvantageEstimator:
     reads: tuple[str, ...] = ()
     """Of `ESTIMATOR_OPTIONS`."""
     min_group_size: int = 1
-    """Fewest samples per prompt with which it is defined."""
+    """Fewest samples per prompt with which it is what it says: one that compares the samples of a
+    prompt needs two, and would take the reward itself for the advantage of a lone one."""
     needs_greedy_baseline: bool = False
     """Whether the loop answers every prompt once more, greedily, for `baseline_N`."""
     returns: Callable[[AdvantageInputs, AlgorithmConfig], Tensor] | None = None

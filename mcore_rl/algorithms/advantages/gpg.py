@@ -45,4 +45,7 @@ def _none(inputs: AdvantageInputs) -> float:
 
 _ALPHAS = {"valid_groups": _valid_groups, "nonzero_reward": _nonzero_reward, "none": _none}
 
-ADVANTAGES.add("gpg", AdvantageEstimator(compute=gpg, reads=("gpg_alpha", "gpg_f_norm")))
+ADVANTAGES.add(
+    "gpg",
+    AdvantageEstimator(compute=gpg, reads=("gpg_alpha", "gpg_f_norm"), min_group_size=2),
+)

@@ -29,4 +29,7 @@ def grpo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
     return inputs.segments.expand(advantages_N)
 
 
-ADVANTAGES.add("grpo", AdvantageEstimator(compute=grpo, reads=("norm_adv_by_std_in_grpo",)))
+ADVANTAGES.add(
+    "grpo",
+    AdvantageEstimator(compute=grpo, reads=("norm_adv_by_std_in_grpo",), min_group_size=2),
+)

@@ -25,4 +25,4 @@ def opo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
     return inputs.segments.expand(inputs.relative_to(baseline_P))
 
 
-ADVANTAGES.add("opo", AdvantageEstimator(compute=opo))
+ADVANTAGES.add("opo", AdvantageEstimator(compute=opo, min_group_size=2))

@@ -26,5 +26,6 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs, cfg: AlgorithmConfig) 
 
 
 ADVANTAGES.add(
-    "reinforce_plus_plus_baseline", AdvantageEstimator(compute=reinforce_plus_plus_baseline)
+    "reinforce_plus_plus_baseline",
+    AdvantageEstimator(compute=reinforce_plus_plus_baseline, min_group_size=2),
 )

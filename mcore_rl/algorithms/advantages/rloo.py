@@ -24,4 +24,4 @@ def rloo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
     return inputs.segments.expand(inputs.centered_rewards_N * size_N / (size_N - 1).clamp(min=1))
 
 
-ADVANTAGES.add("rloo", AdvantageEstimator(compute=rloo))
+ADVANTAGES.add("rloo", AdvantageEstimator(compute=rloo, min_group_size=2))

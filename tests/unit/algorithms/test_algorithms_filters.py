@@ -46,12 +46,21 @@ def test_groups_can_differ_in_a_number_that_is_not_the_reward():
     assert informative_groups(both, "seq_reward") == both
 
 
+def test_a_plain_reward_is_its_own_acc_and_the_penalty_counts_in_the_two_sums():
+    """As verl supplies them: a penalty makes samples differ whose scores are equal."""
+    penalized = make_group([1.0, 0.5], score=[1.0, 1.0])
+    plain = make_group([1.0, 0.0])
+    assert informative_groups([penalized, plain], "acc") == [plain]
+    for metric in ("seq_reward", "seq_final_reward"):
+        assert informative_groups([penalized, plain], metric) == [penalized, plain]
+
+
 def test_a_number_that_the_reward_does_not_give_names_those_there_are():
     with pytest.raises(UserError) as caught:
         informative_groups([make_group([1, 0], acc=[1, 0])], "accuracy")
     assert str(caught.value) == (
         "algorithm.filter_groups.metric='accuracy' is no number of the reward of p:0. Did you mean "
-        "'acc'? There are: acc, score, seq_reward."
+        "'acc'? There are: acc, score, seq_final_reward, seq_reward."
     )
 
 
@@ -61,7 +70,6 @@ def test_a_number_that_the_reward_does_not_give_names_those_there_are():
         ({"metric": "acc"}, "metric='acc' is not read with .*enable=false"),
         ({"max_num_gen_batches": 3}, "max_num_gen_batches=3 is not read with .*enable=false"),
         ({"enable": True, "max_num_gen_batches": -1}, "must be >= 0"),
-        ({"enable": True, "metric": "seq_final_reward"}, "the KL is taken off later"),
     ],
 )
 def test_filter_options_that_make_no_sense_or_are_not_read_are_refused(options, message):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
+from mcore_rl.algorithms.advantages import ADVANTAGES
 from mcore_rl.config import checks
 from mcore_rl.config.checks import check_run, check_sft
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -16,6 +18,8 @@ from mcore_rl.errors import UserError
 from mcore_rl.types import Layout
 
 NAMED = ["model.path=m", "data.train_files=d"]
+CONFIGS = Path(__file__).parents[3] / "configs"
+RECIPES = sorted(file.stem for file in CONFIGS.glob("*.yaml") if "sft" not in file.stem)
 
 OVERRIDE = "+actor.megatron.override_transformer_config"
 AUX_LOSS = [
@@ -61,9 +65,30 @@ RULES = {
         ],
     ),
     "groups_that_are_filtered_have_several_samples": (
-        ["algorithm.filter_groups.enable=true"],
+        [
+            "algorithm.filter_groups.enable=true",
+            "algorithm.adv_estimator=reinforce_plus_plus",
+            "rollout.n=1",
+        ],
         "rollout.n=1 leaves algorithm.filter_groups nothing to compare.",
         ["algorithm.filter_groups.enable=true", "rollout.n=2"],
+    ),
+    "the_best_checkpoint_is_told_by_a_validation_that_happens": (
+        ["trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=eval/math/accuracy"],
+        "trainer.best_ckpt_metric='eval/math/accuracy' is of a validation, and there is none while",
+        ["trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=actor/loss"],
+    ),
+    "groups_are_filtered_by_what_is_known_by_then": (
+        [
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=seq_final_reward",
+            "algorithm.use_kl_in_reward=true",
+        ],
+        "algorithm.filter_groups.metric='seq_final_reward' is not known while groups are collected",
+        [
+            "algorithm.filter_groups.enable=true",
+            "algorithm.filter_groups.metric=seq_final_reward",
+        ],
     ),
     "prompts_are_drawn_in_other_batches_only_to_be_filtered": (
         ["data.gen_batch_size=8"],
@@ -93,7 +118,7 @@ RULES = {
         ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=1024"],
     ),
     "groups_are_large_enough": (
-        ["algorithm.adv_estimator=grpo_passk"],
+        ["algorithm.adv_estimator=grpo_passk", "rollout.n=1"],
         "rollout.n=1 is too few samples per prompt for algorithm.adv_estimator=grpo_passk.",
         ["algorithm.adv_estimator=grpo_passk", "rollout.n=2"],
     ),
@@ -216,6 +241,7 @@ NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
 NOT_OF_SFT = {
     "a_critic_is_described_only_where_there_is_one",
     "minibatches_of_the_critic_divide_a_step",
+    "groups_are_filtered_by_what_is_known_by_then",
     "groups_that_are_filtered_have_several_samples",
     "prompts_are_drawn_in_other_batches_only_to_be_filtered",
     "an_adaptive_kl_coefficient_stays_positive",
@@ -232,7 +258,8 @@ NOT_OF_SFT = {
 
 
 def compose(overrides, root=RunConfig):
-    return compose_config(root, parse_command_line("train", "", overrides))
+    groups = ["rollout.n=2"] if root is RunConfig else []  # the default estimator compares samples
+    return compose_config(root, parse_command_line("train", "", [*groups, *overrides]))
 
 
 def test_every_rule_of_the_module_is_in_the_table():
@@ -275,6 +302,16 @@ def test_routers_neither_draw_nor_drop(override, expected):
         check_run(compose([*NAMED, f"{OVERRIDE}.{override}"]))
     with pytest.raises(UserError, match=expected):
         check_sft(compose([*NAMED, f"{OVERRIDE}.{override}"], SftRunConfig))
+
+
+@pytest.mark.parametrize("missing", ["data.val_files=v", "trainer.test_freq=5"])
+def test_the_best_of_a_validation_needs_data_and_a_frequency(missing):
+    best = ["trainer.max_ckpt_to_keep=1", "trainer.best_ckpt_metric=eval/math/accuracy"]
+    both = ["data.val_files=v", "trainer.test_freq=5"]
+    check_run(compose([*NAMED, *best, *both]))
+    left = [option for option in both if option != missing]
+    with pytest.raises(UserError, match=r"data\.val_files"):
+        check_run(compose([*NAMED, *best, *left]))
 
 
 def test_a_kind_of_balance_without_its_coefficient_is_refused():
@@ -337,6 +374,35 @@ def test_the_token_budget_is_not_read_when_sequences_are_counted():
         [*NAMED, "actor.ppo_micro_batch_size_per_gpu=2", "actor.ppo_max_token_len_per_gpu=1"]
     )
     check_run(config)
+
+
+COMPARE_SAMPLES = {
+    "gpg",
+    "grpo",
+    "grpo_passk",
+    "opo",
+    "reinforce_plus_plus_baseline",
+    "rloo",
+}
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGES)
+def test_estimators_that_compare_the_samples_of_a_prompt_refuse_a_lone_one(estimator):
+    lone = compose([*NAMED, f"algorithm.adv_estimator={estimator}", "rollout.n=1"])
+    if estimator in COMPARE_SAMPLES:
+        with pytest.raises(UserError, match=r"^rollout\.n=1 is too few samples per prompt for"):
+            check_run(lone)
+    else:
+        check_run(lone)
+    check_run(compose([*NAMED, f"algorithm.adv_estimator={estimator}", "rollout.n=2"]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_with_data_and_model_alone(name):
+    line = parse_command_line("train", "", ["--config-name", name, *NAMED, "data.val_files=v"])
+    config = compose_config(RunConfig, line)
+    check_run(config)
+    assert config.rollout.n > 1
 
 
 def test_a_layout_counts_experts_over_the_whole_world():

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from mcore_rl.config.assignments import Assignment, find_row, translate
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
-from mcore_rl.config.translate import (
-    TABLE,
-    WILDCARD,
-    Assignment,
-    Refused,
-    Renamed,
-    find_row,
-    translate,
-)
+from mcore_rl.config.translate import TABLE, WILDCARD, Refused, Renamed
 from mcore_rl.errors import UserError
 
 GMPO = """
@@ -91,6 +85,28 @@ trainer.n_gpus_per_node=8 trainer.nnodes=1 trainer.save_freq=20 trainer.test_fre
 trainer.total_epochs=15
 """
 """Qwen2-7B by GPG on Megatron, as it was published."""
+
+
+DAPO = """
+--config-name dapo_trainer.yaml data.train_files=dapo-math-17k.parquet
+data.val_files=aime-2024.parquet data.prompt_key=prompt data.truncation='left'
+data.max_prompt_length=2048 data.max_response_length=2048 data.gen_batch_size=1536
+data.train_batch_size=512 actor_rollout_ref.rollout.n=16
+actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28
+actor_rollout_ref.actor.clip_ratio_c=10.0 algorithm.adv_estimator=grpo
+algorithm.kl_ctrl.kl_coef=0.0 algorithm.filter_groups.enable=True
+algorithm.filter_groups.metric=acc algorithm.filter_groups.max_num_gen_batches=10
+actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B
++actor_rollout_ref.model.override_config.attention_dropout=0.
++actor_rollout_ref.model.override_config.embd_pdrop=0.
++actor_rollout_ref.model.override_config.resid_pdrop=0.
+actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.ppo_micro_batch_size=null
+actor_rollout_ref.actor.use_token_level_loss=True reward_model.reward_manager=dapo
+custom_reward_function.overlong_buffer.enable=True custom_reward_function.overlong_buffer.len=512
+custom_reward_function.overlong_buffer.penalty_factor=1.0 trainer.n_gpus_per_node=8
+trainer.nnodes=4 trainer.test_freq=2 trainer.save_freq=2 trainer.resume_mode=disable
+"""
+"""Qwen2.5-Math-7B by DAPO, as it was published."""
 
 
 def compose(*argv: str) -> tuple[RunConfig, str]:
@@ -199,6 +215,18 @@ def test_the_published_gpg_recipe_is_read_whole():
     assert warning.startswith("not read here: rollout.log_prob_micro_batch_size_per_gpu, ref.log_")
 
 
+def test_the_published_dapo_recipe_is_read_whole():
+    cfg, warning = compose(*shlex.split(DAPO))
+    check_run(cfg)
+    assert warning == ""
+    assert cfg.actor.loss_agg_mode == "token-mean"
+    assert (cfg.algorithm.filter_groups.enable, cfg.algorithm.filter_groups.metric) == (True, "acc")
+    assert (cfg.reward.overlong_buffer.enable, cfg.reward.overlong_buffer.len) == (True, 512)
+    assert "dropout=0.1 has no equivalent here. No pass has dropout." in refusal(
+        "model.override_config.attention_dropout=0.1"
+    )
+
+
 @pytest.mark.parametrize(
     ("option", "same"),
     [
@@ -235,6 +263,37 @@ def test_two_names_of_one_key_must_agree():
     )
 
 
+def test_two_names_of_one_key_are_compared_as_they_resolve():
+    same = [
+        ["data.max_response_length=512", "rollout.response_length=${data.max_prompt_length}"],
+        ["rollout.response_length=${data.max_prompt_length}", "data.max_response_length=512"],
+        ["data.max_response_length=512", "rollout.response_length=${data.max_response_length}"],
+        ["data.max_response_length=512", "rollout.response_length='${data.max_response_length}'"],
+        ["reward_model.reward_kwargs.max_resp_len=512", "rollout.response_length=${rollout.n}"],
+        [
+            "data.max_response_length=${actor_rollout_ref.rollout.n}",
+            "actor_rollout_ref.rollout.response_length=${data.max_prompt_length}",
+        ],
+    ]
+    sizes = ["data.max_prompt_length=512", "rollout.n=512"]
+    for options in same:
+        assert compose(*sizes, *options)[0].data.max_response_length == 512
+    for options in same[:2]:
+        assert refusal("data.max_prompt_length=256", *options).endswith(
+            "set data.max_response_length to different values. Leave one of them."
+        )
+    alone = compose(
+        "data.max_prompt_length=256", "rollout.response_length=${data.max_prompt_length}"
+    )
+    assert alone[0].data.max_response_length == 256
+
+
+def test_an_interpolation_takes_verl_s_prefix_and_one_of_itself_is_refused_in_one_line():
+    cfg, _ = compose("rollout.n=6", "trainer.total_epochs=${actor_rollout_ref.rollout.n}")
+    assert cfg.trainer.total_epochs == 6
+    assert "trainer.total_epochs" in refusal("trainer.total_epochs=${trainer.total_epochs}")
+
+
 def test_the_last_of_several_values_of_an_option_counts():
     options = [f"actor.ulysses_sequence_parallel_size={size}" for size in (2, 4)]
     assert dict(overrides(*options)) == {"actor.megatron.context_parallel_size": "4"}
@@ -255,3 +314,16 @@ def test_a_misspelt_option_names_the_closest(override, closest):
     text = refusal(override)
     assert "there is no such key. Did you mean '" in text
     assert text.endswith(f"{closest}'?")
+
+
+@pytest.mark.parametrize("override", ["algorithm.use_ppo=True", "algorithm.pf_ppo_=1"])
+def test_no_hint_names_an_option_that_is_always_refused(override):
+    assert refusal(override) == f"{override.split('=')[0]}: there is no such key."
+
+
+def test_what_a_refusal_tells_to_set_is_a_key_of_this_package():
+    sections = "|".join(sorted({key.split(".")[0] for key in KEYS}))
+    for option, row in TABLE.items():
+        text = row.fix if isinstance(row, Refused) else getattr(row, "reason", "")
+        for key in re.findall(rf"(?<![\w.])(?:{sections})\.[a-z][\w.]*\w", text):
+            assert key in KEYS, f"{option}: {key}"

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from file_limit import files_no_longer_than
+from hub_cache import COMMIT, put_model
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CHECKPOINTS
 
@@ -421,6 +423,29 @@ def test_a_run_s_checkpoint_takes_the_model_of_its_configuration(tiny_checkpoint
     (tmp_path / "run/config.yaml").write_text(f"model: {{path: {source}}}")
     mcore_to_hf(step, tmp_path / "hf")
     assert_same_tensors(tensors(tmp_path / "hf"), tensors(source))
+
+
+def test_models_of_the_hub_are_converted_by_their_names(
+    tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    """As input, as --config-from, and in the configuration of a run."""
+    source, name = tiny_checkpoint("qwen3"), "Qwen/Qwen3-tiny"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    put_model(tmp_path / "hub", name, source)
+    step = tmp_path / "run/checkpoints/global_step_3"
+    command.main(["hf-to-mcore", name, str(step / "actor")])
+    (step / "actor/config.json").unlink()
+    command.main(["mcore-to-hf", str(step), str(tmp_path / "hf"), "--config-from", f"{name}@main"])
+    (tmp_path / "run/config.yaml").write_text(f"model: {{path: {name}@{COMMIT}}}")
+    command.main(["mcore-to-hf", str(step), str(tmp_path / "again")])
+    for folder in ("hf", "again"):
+        assert_same_tensors(tensors(tmp_path / folder), tensors(source))
+    for args in (["hf-to-mcore", "nobody/none"], ["mcore-to-hf", step]):
+        more = ["--config-from", "nobody/none"] if args[0] == "mcore-to-hf" else []
+        option = more[0] if more else "input"
+        message = rf"{option}='nobody/none' is no folder here, and the cache .* HF_HUB_OFFLINE=0"
+        assert_refused([*args, tmp_path / "out", *more], message, capsys)
 
 
 def test_prompts_without_verify_are_refused(tmp_path, capsys):

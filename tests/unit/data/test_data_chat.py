@@ -5,6 +5,7 @@ import pytest
 from transformers import GenerationConfig
 
 from mcore_rl.data.chat import (
+    check_template_variables,
     decode_response,
     encode_prompt,
     encode_response,
@@ -95,3 +96,26 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, files, problem):
             (folder / name).write_text(text)
     with pytest.raises(UserError, match=problem):
         load_tokenizer(str(folder))
+
+
+QWEN3_LIKE = (
+    "{%- for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{% if message.role == 'tool' %}{% continue %}{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{%- endif %}"
+)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN3_LIKE)
+    check_template_variables(tokenizer, ["enable_thinking"])
+    for name, hint in {
+        "enable_thinkin": " Did you mean 'enable_thinking'?",
+        "content": "",  # a word of the template, and no variable
+    }.items():
+        with pytest.raises(UserError) as caught:
+            check_template_variables(tokenizer, [name])
+        assert str(caught.value) == (
+            f"data.apply_chat_template_kwargs.{name}: the model's chat template reads no such "
+            f"variable.{hint}"
+        )

@@ -1,5 +1,5 @@
-"""Data sets are downloaded by the hub's library, from a server on this machine that answers as the
-hub does."""
+"""Data sets and models are downloaded by the hub's library, from a server on this machine that
+answers as the hub does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from huggingface_hub import close_session, constants
 from mcore_rl.data.rows import read_rows
 from mcore_rl.data.sources import find_files
 from mcore_rl.errors import UserError
+from mcore_rl.model_files import fetch_model, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -23,26 +24,49 @@ FILES = {
 }
 
 
+MODEL_FILES = {
+    "config.json": b"{}",
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"",
+    "additional_chat_templates/tools.jinja": b"",
+    "model-00001-of-00001.safetensors": b"",
+    "model.safetensors.index.json": b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}',
+}
+REST_OF_THE_MODEL = {
+    "README.md": b"",
+    "consolidated.safetensors": b"",
+    "modeling_sums.py": b"raise SystemExit",
+    "onnx/model.safetensors": b"",
+    "original/consolidated.00.pth": b"",
+    "pytorch_model.bin": b"",
+}
+
+
 class Hub(BaseHTTPRequestHandler):
-    """The data set someone/sums, and one that needs a token."""
+    """The data set and the model someone/sums, and one of each that needs a token."""
 
     def do_GET(self):
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
-        api, resolve = "/api/datasets/someone/sums/", f"/datasets/someone/sums/resolve/{COMMIT}/"
-        if path == f"{api}revision/main":
-            self.answer({"id": "someone/sums", "sha": COMMIT, "private": False, "siblings": []})
-        elif path == f"{api}tree/{COMMIT}":
-            self.answer(
-                [
-                    {"type": "file", "path": name, "size": len(content), "oid": "0"}
-                    for name, content in FILES.items()
-                ]
-            )
-        elif path.startswith(resolve):
-            self.answer_bytes(FILES[path.removeprefix(resolve)])
-        else:
-            self.send_error(401 if "gated" in path else 404)
+        for kind, prefix, files in (
+            ("datasets", "datasets/", FILES),
+            ("models", "", MODEL_FILES | REST_OF_THE_MODEL),
+        ):
+            api = f"/api/{kind}/someone/sums/"
+            resolve = f"/{prefix}someone/sums/resolve/{COMMIT}/"
+            if path == f"{api}revision/main":
+                return self.answer({"id": "someone/sums", "sha": COMMIT, "siblings": []})
+            if path == f"{api}tree/{COMMIT}":
+                return self.answer(
+                    [
+                        {"type": "file", "path": name, "size": len(content), "oid": "0"}
+                        for name, content in files.items()
+                    ]
+                )
+            if path.startswith(resolve):
+                return self.answer_bytes(files[path.removeprefix(resolve)])
+        self.send_error(401 if "gated" in path else 404)
 
     do_HEAD = do_GET
 
@@ -74,6 +98,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("NO_PROXY", "no_proxy"):  # the lower-case one would win
         monkeypatch.setenv(name, "127.0.0.1")
@@ -102,3 +127,42 @@ def test_what_the_hub_does_not_give_is_named_with_its_answer(asked, name, status
     assert asked
     assert "\n" not in str(error.value)
     assert "HF_HUB_OFFLINE" not in str(error.value)
+
+
+def test_of_a_model_only_what_is_read_is_downloaded_and_once(asked, monkeypatch):
+    def downloaded():
+        paths = {path for path in asked if "/resolve/" in path}
+        asked.clear()
+        return {path.partition(f"{COMMIT}/")[2] for path in paths}
+
+    name = fetch_model("someone/sums", "model.path", weights=False)
+    assert name == f"someone/sums@{COMMIT}"
+    assert downloaded() == {file for file in MODEL_FILES if not file.startswith("model")}
+    assert fetch_model("someone/sums", "model.path") == name
+    assert downloaded() == {file for file in MODEL_FILES if file.startswith("model")}
+    assert fetch_model(name, "model.path") == name
+    folder = find_model(name)
+    assert not asked
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == set(
+        MODEL_FILES
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch_model("someone/sums", "model.path") == name
+    assert not asked
+
+
+@pytest.mark.parametrize(("name", "status"), [("someone/none", "404"), ("someone/gated", "401")])
+def test_a_model_that_the_hub_does_not_give_is_named_with_its_answer(asked, name, status):
+    with pytest.raises(UserError, match=rf"^model\.path='{name}' .*{status}") as error:
+        fetch_model(name, "model.path")
+    assert asked
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_variable_the_hub_is_not_asked(asked, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE=0"):
+        fetch_model("someone/sums", "model.path")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE=0"):
+        find_files("someone/sums@test")
+    assert not asked

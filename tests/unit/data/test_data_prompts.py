@@ -46,6 +46,12 @@ def test_column_names_come_from_the_config(tokenizer, write_jsonl):
     assert (prompt.data_source, prompt.ground_truth) == ("s", 0)
 
 
+def test_a_misspelt_template_variable_is_refused_before_a_row_is_read(tokenizer, tmp_path):
+    cfg = DataConfig(apply_chat_template_kwargs={"thinc": True})
+    with pytest.raises(UserError, match=r"kwargs\.thinc: .* Did you mean 'think'\?"):
+        load_prompts(str(tmp_path / "missing.jsonl"), cfg, tokenizer)
+
+
 def test_template_variables_reach_the_template(tokenizer, write_jsonl):
     cfg = DataConfig(apply_chat_template_kwargs={"think": True})
     (prompt,) = load_prompts(write_jsonl([ROW]), cfg, tokenizer)

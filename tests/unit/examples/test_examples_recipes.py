@@ -25,6 +25,7 @@ VARIANTS = {"gmpo_qwen3_30b_a3b": ["gmpo_qwen3_30b_a3b_r3"]}
 MODELS = {
     "dapo_qwen2_5_32b": (QWEN2_5_32B, 80),
     "dr_grpo_qwen2_5_math_7b": (QWEN2_5_MATH_7B, 80),
+    "gmpo_dapo_qwen2_5_7b": (QWEN2_7B, 80),
     "gmpo_qwen2_5_7b": (QWEN2_7B, 80),
     "gmpo_qwen3_30b_a3b": (QWEN3_30B_A3B, 80),
     "gpg_kl_qwen2_7b": (QWEN2_7B, 80),

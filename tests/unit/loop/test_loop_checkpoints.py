@@ -162,11 +162,40 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
     assert run.checkpoints == ["global_step_2", "global_step_4", POINTER]
 
 
-def test_a_metric_that_no_step_has_stops_the_run_when_it_should_decide(run_loop):
-    keep = ["trainer.save_freq=1", "trainer.max_ckpt_to_keep=1"]
-    with pytest.raises(UserError, match=r"'reward/mean'\?") as caught:
-        run_loop(*keep, "trainer.best_ckpt_metric=rewards/mean")
-    assert str(caught.value).startswith("trainer.best_ckpt_metric='rewards/mean' is not among")
+@pytest.mark.parametrize(
+    ("metric", "meant"),
+    [("rewards/mean", "reward/mean"), ("actor/gradnorm", "actor/grad_norm")],
+)
+def test_a_metric_that_no_step_has_stops_the_run_after_the_first(run_loop, metric, meant):
+    keep = ["trainer.save_freq=4", "trainer.max_ckpt_to_keep=1"]
+    with pytest.raises(UserError, match=rf"'{meant}'\?") as caught:
+        run_loop(*keep, f"trainer.best_ckpt_metric={metric}", steps=6, folder="run")
+    assert str(caught.value).startswith(f"trainer.best_ckpt_metric='{metric}' is not among")
+    assert run_loop(folder="run", steps=6).metrics  # what it logged is no obstacle
+
+
+def test_a_metric_of_validation_that_is_misspelt_stops_the_run_after_the_first_validation(run_loop):
+    keep = [
+        "data.val_files=unread",
+        "trainer.test_freq=2",
+        "trainer.save_freq=4",
+        "trainer.max_ckpt_to_keep=1",
+        "trainer.best_ckpt_metric=eval/val/acuracy",
+    ]
+    with pytest.raises(UserError, match=r"Did you mean 'eval/val/accuracy'\?"):
+        run_loop(*keep, steps=6, num_val=3)
+
+
+def test_a_number_that_a_reward_gives_only_at_times_may_tell_the_best(run_loop):
+    reward = """
+import itertools
+CALLS = itertools.count()
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return {"score": len(solution_str)} | ({"quality": 1.0} if next(CALLS) >= 3 * 12 else {})
+"""
+    keep = ["trainer.save_freq=4", "trainer.max_ckpt_to_keep=1"]
+    metric = "trainer.best_ckpt_metric=reward/quality/mean"
+    assert len(run_loop(*keep, metric, steps=6, reward=reward).metrics) == 6
 
 
 def test_a_checkpoint_is_written_every_so_many_steps_and_after_the_last(run_loop):

@@ -155,3 +155,29 @@ def test_a_folder_that_another_process_writes_is_refused_until_that_one_has_ende
     assert (open_with(tmp_path) / "config.yaml").exists()
     assert lock.read_text().startswith("process ")
     assert lock.read_text() != "process 7 on node-3"
+
+
+def test_the_refusal_of_another_model_says_how_to_begin_with_this_run_s_weights(tmp_path):
+    folder = begin(open_with(tmp_path))
+    with pytest.raises(UserError, match=r"^model\.path='moved' differs") as caught:
+        open_with(tmp_path, "model.path=moved")
+    assert "resume_from_path" not in str(caught.value)  # there is nothing to begin with
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / POINTER).write_text("20")
+    with pytest.raises(UserError, match=r"^model\.path='moved' differs") as caught:
+        open_with(tmp_path, "model.path=moved")
+    assert str(caught.value).endswith(
+        "A run of another name begins with the weights of this one by trainer.resume_mode="
+        f"resume_path trainer.resume_from_path={folder}/checkpoints/global_step_20"
+    )
+
+
+def test_another_commit_of_a_model_of_the_hub_is_refused_with_the_one_to_go_on_with(tmp_path):
+    old, new = f"org/model@{'a' * 40}", f"org/model@{'b' * 40}"
+    begin(open_with(tmp_path, f"model.path={old}"))
+    with pytest.raises(UserError) as caught:
+        open_with(tmp_path, f"model.path={new}")
+    assert str(caught.value).startswith(f"model.path={new!r} differs from {old!r} of the run")
+    assert str(caught.value).endswith(f"Go on with the commit that it began with: model.path={old}")
+    with pytest.raises(UserError, match=r"Set trainer\.experiment_name"):
+        open_with(tmp_path, f"model.path=org/other@{'a' * 40}")

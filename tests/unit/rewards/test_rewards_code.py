@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -190,7 +191,7 @@ def test_a_run_goes_on_after_programs_that_misbehave():
     ]
     sandbox = SandboxConfig(cpu_s=1, test_timeout_s=8.0)
     scorer = RewardScorer(RewardConfig(num_workers=2, sandbox=sandbox), CustomRewardConfig())
-    scorer.check(["code_generation"])
+    scorer.check([prompt])
     scored, metrics = scorer.score([SampleGroup(prompt=prompt, samples=samples)])
     assert [sample.reward for sample in scored[0].samples] == list(programs.values())
     assert to_floats(metrics)["reward/num_errors"] == 0
@@ -209,6 +210,7 @@ def test_all_tests_together_have_a_limit_too():
 
 def test_programs_get_less_time_than_their_reward():
     scorer = RewardScorer(RewardConfig(num_workers=1, timeout_s=20.0), CustomRewardConfig())
-    scorer.check(["gsm8k"])
+    words = Prompt(uid="w:0", token_ids=[1], text="", data_source="gsm8k", ground_truth="1")
+    scorer.check([words])
     with pytest.raises(UserError, match=r"reward\.sandbox\.timeout_s=20\.0 must be less than"):
-        scorer.check(["gsm8k", "code"])
+        scorer.check([words, replace(words, data_source="code")])

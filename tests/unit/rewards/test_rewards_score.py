@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import math
 
@@ -34,6 +35,13 @@ def _group(*responses, data_source="arithmetic", ground_truth="5"):
         for index, response in enumerate(responses)
     ]
     return SampleGroup(prompt=prompt, samples=samples)
+
+
+def _prompts(*data_sources):
+    return [
+        dataclasses.replace(_group().prompt, uid=f"train.parquet:{i}", data_source=data_source)
+        for i, data_source in enumerate(data_sources)
+    ]
 
 
 @pytest.fixture
@@ -78,16 +86,63 @@ def test_each_data_source_is_scored_by_its_own_reward():
 
 def test_a_data_source_without_a_reward_is_refused_before_the_run():
     scorer = RewardScorer(RewardConfig(), CustomRewardConfig())
-    scorer.check(["gsm8k", "arithmetic", "exact_number", "openai/gsm8k"])
+    scorer.check(_prompts("gsm8k", "arithmetic", "exact_number", "openai/gsm8k"))
     with pytest.raises(
-        UserError, match=r"data_source='gsm8'.*Did you mean 'gsm8k'.*arithmetic.*custom_reward"
+        UserError,
+        match=r"^train\.parquet:1: data_source='gsm8'.*Did you mean 'gsm8k'.*arithmetic.*custom_",
     ):
-        scorer.check(["gsm8k", "gsm8"])
+        scorer.check(_prompts("gsm8k", "gsm8", "gsm8k", "gsm9"))
+
+
+VERL = {
+    "openai/gsm8k": ("#### 5", 1.0, 0.0),
+    "lighteval/MATH": (r"\boxed{5}", 1.0, 0.0),
+    "DigitalLearningGmbH/MATH-lighteval": (r"\boxed{5}", 1.0, 0.0),
+    "HuggingFaceH4/MATH-500": (r"\boxed{5}", 1.0, 0.0),
+    "numina_olympiads": (r"\boxed{5}", 1.0, 0.0),
+    "math_dapo": ("Answer: 5", 1.0, -1.0),
+    "math_dapo_reasoning": ("Answer: 5", 1.0, -1.0),
+    "HuggingFaceH4/aime_2024": (r"\boxed{5}", 1.0, -1.0),
+    "aime": ("Answer: 5", 1.0, -1.0),
+    "aime25": (r"Answer: \boxed{5}", 1.0, -1.0),
+}
+"""Names in verl's prepared data: a right response, and what a right and a wrong one score."""
+
+
+@pytest.mark.parametrize("data_source", VERL)
+def test_the_data_sources_of_verl_s_prepared_data_are_scored(data_source):
+    right, if_right, if_wrong = VERL[data_source]
+    scorer = RewardScorer(RewardConfig(num_workers=1), CustomRewardConfig())
+    scorer.check(_prompts(data_source))
+    (scored,), _ = scorer.score([_group(right, "no idea", data_source=data_source)])
+    assert _rewards([scored]) == [if_right, if_wrong]
+    if if_wrong < 0:
+        assert [sample.reward_metrics for sample in scored.samples] == [{"acc": 1.0}, {"acc": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("data_sources", "name", "lacking"),
+    [
+        (["gsm8k", "math"], "exact_match", "gsm8k"),
+        (["qa"], "exact_match", None),
+        (["qa", "trivia"], "exact_match", "trivia"),
+        (["math_dapo"], "acc", None),
+        (["aime_2026"], "accuracy", "aime_2026"),
+        (["piecewise_continuity"], "values", None),  # its annotation does not tell
+    ],
+)
+def test_what_a_reward_gives_beside_the_score_is_known_before_the_run(data_sources, name, lacking):
+    scorer = RewardScorer(RewardConfig(), CustomRewardConfig())
+    assert scorer.lacks(name, _prompts(*data_sources)) == lacking
+
+
+def test_what_a_custom_function_gives_is_not_known_before_the_run(make_scorer):
+    assert make_scorer("return 1").lacks("quality", _prompts("gsm8k")) is None
 
 
 def test_a_custom_function_scores_every_data_source_with_all_arguments(make_scorer):
     scorer = make_scorer("return len(solution_str) + int(ground_truth) + extra_info['bonus']")
-    scorer.check(["anything"])
+    scorer.check(_prompts("anything"))
     scored, _ = scorer.score([_group("ab", "abc", data_source="anything")])
     assert _rewards(scored) == [17.0, 18.0]
 

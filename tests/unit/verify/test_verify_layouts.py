@@ -63,7 +63,8 @@ def test_without_layouts_all_candidates_that_fit_are_run(
         (["--sequences", "-1"], "--sequences=-1 must be greater than 0"),
         (["--tolerance", "nan"], "--tolerance=nan must be greater than 0"),
         (["--json", "/none/at/all.json"], "--json='/none/at/all.json' is in no existing folder"),
-        (["--model", "/none"], "model.path='/none' is not a folder"),
+        (["--model", "/none"], "--model='/none' is not a folder"),
+        (["--model", "nobody/none"], "--model='nobody/none' is no folder here, and the cache of"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(tiny_checkpoint, capsys, argv, line):

@@ -1,0 +1,209 @@
+"""The commands of the README and of the examples, as they stand there.
+
+They run in a folder that has what they name: `/models/...` is found in it, and models of the hub in
+a cache of the hub in it. Where a command would train on a cluster's batch, sizes are added.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import commands
+import pyarrow.parquet as pq
+import pytest
+from hub_cache import COMMIT, put_model
+from omegaconf import OmegaConf
+from published_models import QWEN3_30B_A3B
+
+from mcore_rl.config.checks import check_run
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig
+
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
+
+ROOT = Path(__file__).parents[2]
+SMALLER = (
+    "data.train_batch_size=8",
+    "data.max_prompt_length=16",
+    "data.max_response_length=8",
+    "actor.ppo_mini_batch_size=8",
+    "actor.megatron.dtype=float32",
+    "rollout.kv_cache_memory_bytes=33554432",
+    "trainer.total_training_steps=1",
+)
+
+
+def blocks() -> list[list[str]]:
+    """Return the lines of each block of the README that is for a shell, without comments."""
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [block.replace("\\\n", " ").splitlines() for block in found]
+    return [[re.sub(r"(^|\s+)#.*", "", line) for line in block if line.strip()] for block in lines]
+
+
+COMMANDS = [line for block in blocks() for line in block if not line.startswith(" ")]
+OVERRIDES = [
+    [word for line in block if line.startswith(" ") for word in shlex.split(line)]
+    for block in blocks()
+]
+OVERRIDES = [block for block in OVERRIDES if block]
+
+
+def command(beginning: str) -> str:
+    """Return the one command of the README that begins so."""
+    (found,) = (line for line in COMMANDS if line.startswith(beginning))
+    return found
+
+
+RUN_ELSEWHERE = (
+    "make test",  # is what runs this test
+    "make lint",
+    "make quickstart",  # tests/unit/examples/test_examples_quickstart.py
+    "python benchmarks/algorithms.py",  # 54 trainings; tests/unit/tools has its parts
+)
+RUN_HERE = (
+    "python -m mcore_rl.train --config-name gmpo ",
+    "mcore-rl convert hf-to-mcore ",
+    "mcore-rl convert mcore-to-hf ",
+    "mcore-rl verify model ",
+    "mcore-rl verify layouts ",
+    "mcore-rl plan ",
+)
+
+
+def test_every_command_of_the_readme_is_run_by_a_test():
+    for line in COMMANDS:
+        assert sum(line.startswith(start) for start in (*RUN_HERE, *RUN_ELSEWHERE)) == 1, line
+    for start in RUN_HERE:
+        assert command(start)
+
+
+@pytest.mark.parametrize("block", OVERRIDES, ids=lambda block: block[0].split("=")[0])
+def test_the_overrides_of_the_readme_are_taken_together(block):
+    named = ["model.path=m", "data.train_files=d", "data.val_files=v", "trainer.test_freq=20"]
+    argv = ["--config-name", "gmpo", *named, "actor.megatron.transformer_impl=local", *block]
+    line = parse_command_line("train", "", argv)
+    assert line.warning == ""
+    check_run(compose_config(RunConfig, line))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with what the commands name."""
+
+    folder: Path
+
+    def run(self, line: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the command here, with these arguments at its end."""
+        python = shlex.quote(sys.executable)
+        line = re.sub(r"^python ", f"{python} ", line)
+        line = re.sub(r"^mcore-rl ", f"{python} -m mcore_rl.cli ", line)
+        line = line.replace("/models/", f"{self.folder}/models/")
+        where = {"HF_HOME": f"{self.folder}/huggingface", "PYTHONPATH": f"{ROOT}"}
+        return commands.finish(
+            subprocess.Popen(
+                ["bash", "-c", f"{line} {shlex.join(more)}"],
+                cwd=self.folder,
+                env=commands.ENVIRONMENT | where | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("readme")
+    base, data = folder / "outputs" / "quickstart" / "base", folder / "data"
+    for script, *argv in (
+        ["make_model", "--out", base, "--initializer-range", "0.2"],
+        ["make_data", "--out", data, "--train", "600", "--val", "8"],
+    ):
+        file = ROOT / "examples" / "quickstart" / f"{script}.py"
+        subprocess.run([sys.executable, file, *argv], check=True, timeout=commands.LIMIT_S)
+    (folder / "models").mkdir()
+    for name in ("Qwen3-0.6B", "Qwen3-30B-A3B"):
+        (folder / "models" / name).symlink_to(base)
+    for name in ("train", "val"):
+        (folder / f"{name}.parquet").symlink_to(data / f"{name}.parquet")
+    rows = pq.read_table(data / "train.parquet").slice(0, 8).to_pylist()
+    (data / "train.json").write_text(json.dumps(rows))
+    (folder / "my_reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return sum(c.isdigit() for c in solution_str) / 8\n"
+    )
+    put_model(folder / "huggingface" / "hub", "Qwen/Qwen2.5-7B", base)
+    large = folder / "large"
+    QWEN3_30B_A3B.save_pretrained(large)
+    put_model(folder / "huggingface" / "hub", "Qwen/Qwen3-30B-A3B-Base", large)
+    return Place(folder)
+
+
+def test_the_training_and_the_conversions_run(place):
+    done = place.run(command("python -m mcore_rl.train --config-name gmpo "), *SMALLER)
+    assert done.returncode == 0, done.stderr
+    run = place.folder / "outputs" / "mcore_rl" / "default"
+    (first, last) = commands.read_metrics(run)
+    assert first["reward/mean"] >= 0
+    assert "eval/arithmetic/accuracy" in last
+    (place.folder / "runs").mkdir()
+    (place.folder / "runs" / "x").symlink_to(run)
+    (run / "checkpoints" / "global_step_20").symlink_to(run / "checkpoints" / "global_step_1")
+    for start, out in (("hf-to-mcore", "qwen3-mcore"), ("mcore-to-hf", "my-model")):
+        done = place.run(command(f"mcore-rl convert {start} "))
+        assert done.returncode == 0, done.stderr
+        assert (place.folder / out).is_dir()
+    weights = {"model.safetensors", "config.json", "tokenizer.json"}
+    assert weights <= set(os.listdir(place.folder / "my-model"))
+
+
+def test_the_plan_of_a_model_that_is_named_as_on_the_hub_needs_no_weights(place):
+    done = place.run(command("mcore-rl plan "))
+    assert done.returncode == 0, done.stderr
+    assert "placement   64 processes on 8 nodes" in done.stdout
+    assert "  fits: " in done.stdout
+
+
+def test_the_check_of_a_model_runs(place):
+    done = place.run(command("mcore-rl verify model "))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("passed within 0.0001\n")
+
+
+@pytest.mark.slow
+def test_the_check_of_layouts_runs(place):
+    done = place.run(command("mcore-rl verify layouts "))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4 layouts agree with one process" in done.stdout
+
+
+def test_train_sh_trains_a_model_that_is_named_as_on_the_hub(place):
+    """As the documents have it; the variables make the batch small and reward digits."""
+    readme = (ROOT / "examples" / "grpo" / "README.md").read_text()
+    line = "examples/grpo/train.sh --model Qwen/Qwen2.5-7B --rollout_n 8 --epochs 20"
+    assert f"\n{line}\n" in readme
+    done = place.run(
+        f"{ROOT}/{line}",
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        TRAIN_BATCH_SIZE="8",
+        MAX_PROMPT_LENGTH="16",
+        MAX_RESPONSE_LENGTH="8",
+        REWARD_FUNC="my_reward.py",
+        N_GPUS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    run = place.folder / "outputs" / "checkpoints"
+    metrics = commands.read_metrics(run)
+    assert len(metrics) == 20  # a step in each epoch
+    assert all(line["actor/grad_norm"] > 0 for line in metrics)
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.model.path == f"Qwen/Qwen2.5-7B@{COMMIT}"
+    assert config.rollout.n == 8
