@@ -167,7 +167,7 @@ def test_moments_are_the_checkpoint_s_and_rates_the_configuration_s(
     assert all(map(torch.equal, moments, old_moments))
     assert all(torch.equal(weights[key], old_weights[key]) for key in old_weights)
     # The fourth of the ten steps of a linear decay from 0.02.
-    assert loaded[-1][0]["actor/lr"] == pytest.approx(0.02 * (1 - 4 / 10), rel=1e-6)
+    assert loaded[-1][0]["actor/lr"] == pytest.approx(0.02 * (1 - 3 / 10), rel=1e-6)
 
 
 def test_a_rank_that_cannot_write_is_named_and_the_checkpoint_before_stays(
