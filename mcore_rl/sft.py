@@ -17,7 +17,7 @@ def run(cfg: SftRunConfig, start_workers: StartWorkers) -> None:
     from mcore_rl.loop.sft import train
 
     inputs = load_sft_inputs(cfg)
-    run_dir = open_run_folder(cfg)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
     cluster = start_cluster(
         cfg,
         start_workers,

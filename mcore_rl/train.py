@@ -20,10 +20,11 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
     from mcore_rl.loop.inputs import load_run_inputs
     from mcore_rl.loop.on_policy import train
     from mcore_rl.loop.resume import open_run_folder
+    from mcore_rl.loop.validate import validate
     from mcore_rl.observability.report import write_report
 
     inputs = load_run_inputs(cfg)
-    run_dir = open_run_folder(cfg)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     cluster = start_cluster(
         cfg,
@@ -41,6 +42,10 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
         ),
         critic=cfg.critic if cfg.has_critic else None,
     )
+    if cfg.trainer.val_only:
+        validate(cfg, inputs, cluster, run_dir)
+        cluster.close()
+        return
     train(cfg, inputs, cluster, run_dir)
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
