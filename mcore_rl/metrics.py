@@ -11,7 +11,8 @@ Keys are `section/name[/statistic]`, lower case, with the unit in the name: `act
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 Metrics = dict[str, "Metric"]
 
-REDUCTIONS = ("mean", "sum", "share", "max", "min")
+REDUCTIONS = ("mean", "std", "sum", "share", "max", "min")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,17 @@ class Metric:
     """One number and how it merges with others of the same key.
 
     For "mean", `value` is the weighted sum and `weight` the total weight (a count of trained
-    tokens, of samples, ...), so merging is exact whatever the split. A "share" adds up over the
-    micro-batches and ranks of one optimizer update, and is averaged over updates (`of_one_update`).
+    tokens, of samples, ...), so merging is exact whatever the split. So it is for "std", which
+    keeps the sum beside the deviation: of parts with different means the whole deviates more than
+    each. A "share" adds up over the micro-batches and ranks of one optimizer update, and is
+    averaged over updates (`of_one_update`).
     """
 
     value: Tensor | float
     reduce: str
     weight: Tensor | float = 1.0
+    std: float = 0.0
+    """Population standard deviation of what "std" has seen so far."""
 
     def __post_init__(self) -> None:
         assert self.reduce in REDUCTIONS, self.reduce
@@ -42,6 +47,12 @@ class Metric:
 def mean(value: Tensor | float, weight: Tensor | float = 1.0) -> Metric:
     """Return a metric that averages: `value` is a mean over `weight` items."""
     return Metric(value * weight, "mean", weight)
+
+
+def deviation(values: Sequence[float]) -> Metric:
+    """Return a metric that is the population standard deviation of all values, however split."""
+    std = statistics.pstdev(values) if values else 0.0
+    return Metric(math.fsum(values), "std", len(values), std)
 
 
 def total(value: Tensor | float) -> Metric:
@@ -102,10 +113,23 @@ def _merge_two(key: str, a: Metric, b: Metric) -> Metric:
     assert a.reduce == b.reduce, f"{key}: reduced by {a.reduce} and by {b.reduce}"
     if a.reduce in ("mean", "sum", "share"):
         return Metric(a.value + b.value, a.reduce, a.weight + b.weight)
+    if a.reduce == "std":
+        return Metric(a.value + b.value, "std", a.weight + b.weight, _pooled_std(a, b))
     values = float(a.value), float(b.value)
     # Python's max and min keep a NaN or drop it by its position.
     pick = max if a.reduce == "max" else min
     return Metric(math.nan if any(map(math.isnan, values)) else pick(values), a.reduce)
+
+
+def _pooled_std(a: Metric, b: Metric) -> float:
+    """Return the deviation of the values of both: the mean of the variances, and the variance of
+    the means, weighted (Chan et al. 1979)."""
+    of_a, of_b = float(a.weight), float(b.weight)
+    if of_a * of_b == 0:
+        return a.std + b.std  # one of them has no values
+    between = float(a.value) / of_a - float(b.value) / of_b
+    within = (of_a * a.std**2 + of_b * b.std**2) / (of_a + of_b)
+    return math.sqrt(within + of_a * of_b * (between / (of_a + of_b)) ** 2)
 
 
 def to_host(metrics: Mapping[str, Metric]) -> Metrics:
@@ -116,18 +140,18 @@ def to_host(metrics: Mapping[str, Metric]) -> Metrics:
     stacked = torch.stack([t.detach().double().reshape(()) for t in tensors]).tolist()
     numbers = iter(stacked)
     read = lambda x: next(numbers) if isinstance(x, Tensor) else float(x)  # noqa: E731
-    return {k: Metric(read(m.value), m.reduce, read(m.weight)) for k, m in metrics.items()}
+    return {k: Metric(read(m.value), m.reduce, read(m.weight), m.std) for k, m in metrics.items()}
 
 
 def to_floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Return plain numbers; a mean over nothing and an extreme of nothing are left out."""
+    """Return plain numbers; a mean, a deviation and an extreme of nothing are left out."""
     numbers: dict[str, float] = {}
     for key, metric in to_host(metrics).items():
         value, weight = float(metric.value), float(metric.weight)
-        if metric.reduce == "mean":
+        if metric.reduce in ("mean", "std"):
             if weight == 0:
                 continue
-            value /= weight
+            value = metric.std if metric.reduce == "std" else value / weight
         elif (metric.reduce, value) in (("max", -math.inf), ("min", math.inf)):
             continue
         numbers[key] = value

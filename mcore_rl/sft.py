@@ -20,7 +20,7 @@ def run(cfg: SftRunConfig, workers: ChannelWorkers) -> None:
     from mcore_rl.loop.sft import train
 
     inputs = load_sft_inputs(cfg)
-    run_dir = open_run_folder(cfg)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
     cluster = start_cluster(
         cfg,
         workers,

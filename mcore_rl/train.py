@@ -23,9 +23,10 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     from mcore_rl.loop.inputs import load_run_inputs
     from mcore_rl.loop.on_policy import train
     from mcore_rl.loop.resume import open_run_folder
+    from mcore_rl.loop.validate import validate
 
     inputs = load_run_inputs(cfg)
-    run_dir = open_run_folder(cfg)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     cluster = start_cluster(
         cfg,
@@ -43,6 +44,10 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         ),
         critic=cfg.critic if cfg.has_critic else None,
     )
+    if cfg.trainer.val_only:
+        validate(cfg, inputs, cluster, run_dir)
+        cluster.close()
+        return
     train(cfg, inputs, cluster, run_dir)
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)

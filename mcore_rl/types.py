@@ -57,6 +57,8 @@ class Sample:
     """The response decoded without special tokens; what rewards read."""
     reward: float = 0.0
     """Scalar score of the sample."""
+    reward_status: str = "scored"
+    """"scored", or why the reward is 0.0 without a score: "failed" or "timeout"."""
     reward_metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers of the reward function, logged as `reward/<name>/mean`, or as
     `eval/<data source>/<name>/mean` in validation."""

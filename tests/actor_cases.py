@@ -17,7 +17,7 @@ from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
-from mcore_rl.errors import CheckpointError
+from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import WriteState
@@ -320,7 +320,7 @@ def failure_to_load(spec, folder):
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
         try:
             cluster.trainer.load(str(folder))
-        except CheckpointError as error:
+        except (CheckpointError, UserError) as error:
             return str(error)
 
 

@@ -30,7 +30,8 @@ class FilterGroupsConfig:
     "seq_final_reward": the score with the overlong penalty; or another number that the reward
     function returns."""
     max_num_gen_batches: int = 0
-    """Batches of prompts in one step, after which the run stops; 0: no limit."""
+    """Batches of prompts in one step, after which the run stops; 0: three passes over the data, or
+    one if that gave no group at all."""
 
     def __post_init__(self) -> None:
         limit = self.max_num_gen_batches

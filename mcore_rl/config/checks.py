@@ -41,6 +41,7 @@ def check_run(cfg: RunConfig) -> None:
     the_engine_holds_the_longest_sample(cfg)
     engines_divide_the_workers(cfg)
     validation_data_is_named_when_asked_for(cfg)
+    responses_are_generated_not_read(cfg)
 
 
 def check_sft(cfg: SftRunConfig) -> None:
@@ -430,15 +431,32 @@ def validation_data_is_named_when_asked_for(cfg: RunConfig) -> None:
         "asks for validation without data.val_files",
         "Name data.val_files, or leave out trainer.test_freq.",
     )
+    require(
+        not cfg.trainer.val_only or cfg.data.val_files is not None,
+        "trainer.val_only",
+        True,
+        "asks for validation without data.val_files",
+        "Name data.val_files.",
+    )
+
+
+def responses_are_generated_not_read(cfg: RunConfig) -> None:
+    rule = "is read by mcore_rl.sft alone"
+    for key, value in _differences(cfg.data, DataConfig(), "data"):
+        reads = key not in ("data.response_key", "data.messages_key")
+        require(reads, key, value, rule, "Remove it.")
 
 
 _UNREAD_BY_FINE_TUNING = {
     "data.val_files",
     "data.val_batch_size",
+    "data.val_max_samples",
+    "data.ground_truth_key",
     "data.gen_batch_size",
     "data.reward_fn_key",
     "trainer.critic_warmup",
     "trainer.val_before_train",
+    "trainer.val_only",
     "trainer.test_freq",
     "trainer.log_val_generations",
 }

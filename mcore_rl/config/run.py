@@ -233,6 +233,9 @@ class TrainerConfig:
     """Steps in which the critic alone trains; read with a critic."""
     val_before_train: bool = True
     """Validate before the first step."""
+    val_only: bool = False
+    """Validate once, with model.path or the checkpoint that the run would go on from, log that in
+    validation/global_step_<n> of the run folder, and stop."""
     test_freq: int = -1
     """Validate every so many steps, and after the last; -1: only after the last."""
     save_freq: int = -1

@@ -254,11 +254,8 @@ TABLE: dict[str, Row] = {
     "data.custom_cls.*": Refused("Write the rows in one of the forms that are read.", _UNSET),
     "data.sampler.*": Refused("The order is that of data.shuffle and data.seed.", _UNSET),
     "data.datagen.*": Refused("Write the rows in one of the forms that are read.", _UNSET),
-    **_rows(
-        Refused("Cut the file.", {-1: "", None: ""}),
-        "data.train_max_samples",
-        "data.val_max_samples",
-    ),
+    "data.multiturn.messages_key": Renamed("data.messages_key"),
+    "data.multiturn.enable": Unread("rows without a response are conversations", _ON),
     "data.validation_shuffle": Unread("the order of validation changes nothing", _OFF),
     "data.trust_remote_code": Unread("no code of a data set is run", _OFF),
     **_rows(
@@ -349,8 +346,8 @@ TABLE: dict[str, Row] = {
     # reward
     **_rows(
         Refused(
-            "Responses are scored one at a time: set custom_reward_function.path.",
-            {"naive": "", "dapo": "", "prime": ""},
+            "Set custom_reward_function.path to a function of one response or of a batch.",
+            {"naive": "", "dapo": "", "prime": "", "batch": ""},
         ),
         "reward_model.reward_manager",
         "reward.reward_manager.name",
@@ -419,7 +416,6 @@ TABLE: dict[str, Row] = {
     "trainer.balance_batch": Unread("devices are always balanced", _ON),
     "trainer.max_actor_ckpt_to_keep": Renamed("trainer.max_ckpt_to_keep"),
     "trainer.max_critic_ckpt_to_keep": Unread("trainer.max_ckpt_to_keep decides", _UNSET),
-    "trainer.val_only": Refused("A run trains.", _OFF),
     "trainer.rollout_data_dir": Unread("samples.jsonl in the run folder has samples", _UNSET),
     "trainer.validation_data_dir": Unread("samples.jsonl in the run folder has samples", _UNSET),
     "trainer.default_hdfs_dir": Unread("everything is in the run folder", _UNSET),

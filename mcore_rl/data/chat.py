@@ -1,8 +1,9 @@
 """Messages to token ids and back.
 
 The chat template of the tokenizer decides what a conversation looks like; a tokenizer without one
-gets the contents as plain text. Prompts end where the assistant begins to speak; responses end with
-the token that ends its turn, which is also among the tokens that stop the rollout engine.
+gets the contents as plain text. Prompts end where the assistant begins to speak, or within a turn
+of its that is to be continued; responses end with the token that ends its turn, which is also among
+the tokens that stop the rollout engine.
 
 Tokenizers are read from a local folder only; nothing is downloaded here.
 """
@@ -72,11 +73,12 @@ def encode_prompt(
     messages: Sequence[Message],
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Return the token ids of a conversation up to where the assistant's next turn begins.
+    """Return the token ids of a conversation up to where the assistant's next turn begins; of one
+    that ends with a turn of the assistant, up to the end of what it says there.
 
     Args:
-        tokenizer: its chat template is applied with `add_generation_prompt`; without a template
-            the contents, joined by newlines, are encoded as plain text.
+        tokenizer: its chat template is applied; without a template the contents, joined by
+            newlines, are encoded as plain text, with no end token.
         messages: the conversation, oldest first.
         template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
 
@@ -94,9 +96,16 @@ def encode_prompt(
             "Leave it out.",
         )
         _warn_no_template(str(tokenizer.name_or_path))
-        text = "\n".join(message["content"] for message in messages)
-        return tokenizer.encode(text, verbose=_VERBOSE)
-    text = _render(tokenizer, messages, add_generation_prompt=True, **template_kwargs)
+        return _encode_open_end(tokenizer, "\n".join(m["content"] or "" for m in messages))
+    continues = ends_with_assistant(messages)
+    _check_tool_turns(tokenizer, messages, **template_kwargs)
+    text = _render(
+        tokenizer,
+        messages,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        **template_kwargs,
+    )
     return tokenizer.encode(text, add_special_tokens=False, verbose=_VERBOSE)
 
 
@@ -120,6 +129,83 @@ def check_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Iter
                 f"data.apply_chat_template_kwargs.{name}: the model's chat template reads no such "
                 f"variable.{closest_hint(name, read)}"
             )
+
+
+def ends_with_assistant(messages: Sequence[Message]) -> bool:
+    return messages[-1]["role"] == "assistant"
+
+
+def _encode_open_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids with the special tokens that the tokenizer puts before a text, and none of
+    those that it puts after it: the response goes on from here."""
+    ids = tokenizer.encode(text, verbose=_VERBOSE)
+    bare = tokenizer.encode(text, add_special_tokens=False, verbose=_VERBOSE)
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[: start + len(bare)]
+    return ids
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a conversation up to the end of the assistant's last turn, and a mask
+    that is True on what the assistant says in each of its turns and on the tokens that end them.
+
+    What it says is tokenized apart from the rest, as when it generates it.
+
+    Raises:
+        ChatTemplateError: if the template refuses the messages, or if it is not clear what of the
+            text is the assistant's.
+        UserError: if there is no template.
+    """
+    template_kwargs = template_kwargs or {}
+    require(
+        tokenizer.chat_template is not None,
+        "data.messages_key",
+        "messages",
+        "needs a chat template, which the tokenizer has not",
+        "Give rows a prompt and a response.",
+    )
+    end_id = end_of_turn_id(tokenizer)
+    end = str(tokenizer.decode([end_id]))
+    _check_tool_turns(tokenizer, messages, **template_kwargs)
+    text = _render(tokenizer, messages, **template_kwargs)
+    ids: list[int] = []
+    mask: list[bool] = []
+    done = 0
+
+    def add(until: int, trains: bool) -> None:
+        nonlocal done
+        piece = tokenizer.encode(text[done:until], add_special_tokens=False, verbose=_VERBOSE)
+        ids.extend(piece)
+        mask.extend([trains] * len(piece))
+        done = until
+
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(
+            tokenizer, messages[:number], add_generation_prompt=True, **template_kwargs
+        )
+        if not text.startswith(before) or len(before) < done:
+            raise ChatTemplateError(
+                f"the chat template writes otherwise what stands before message {number} when it "
+                "is the assistant's turn and when that has been taken"
+            )
+        add(len(before), trains=False)
+        stop = text.find(end, done)
+        if stop >= 0:
+            add(stop + len(end), trains=True)
+        elif number == len(messages) - 1:  # the template leaves the end to EOS
+            add(len(text), trains=True)
+            ids.append(end_id)
+            mask.append(True)
+        else:
+            raise ChatTemplateError(f"the chat template does not mark the end of message {number}")
+    return ids, mask
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -195,6 +281,30 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **v
         raise ChatTemplateError(f"the chat template refuses the messages ({reason})") from None
     assert isinstance(text, str)
     return text
+
+
+def _check_tool_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **variables
+) -> None:
+    """Raise a ChatTemplateError if the template leaves calls of tools out, or writes "None" where
+    such a turn has no content."""
+    for number, message in enumerate(messages):
+        if not message.get("tool_calls"):
+            continue
+        upto = [*messages[:number], message]
+        text = _render(tokenizer, upto, **variables)
+        as_text = {**message, "content": message["content"] or ""}
+        if text.count("None") > _render(
+            tokenizer, [*messages[:number], as_text], **variables
+        ).count("None"):
+            raise ChatTemplateError(
+                f"the chat template writes 'None' as content of message {number}"
+            )
+        del as_text["tool_calls"]
+        if text == _render(tokenizer, [*messages[:number], as_text], **variables):
+            raise ChatTemplateError(
+                f"the chat template leaves out the tool_calls of message {number}"
+            )
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

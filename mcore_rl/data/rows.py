@@ -65,6 +65,17 @@ class Row:
         value = self.columns.get(column)
         return None if isinstance(value, float) and math.isnan(value) else value
 
+    def at(self, path: str) -> Any:
+        """Return the value of a column or, below objects, of a path such as "extra_info.answer";
+        None as `get`."""
+        if path in self.columns or "." not in path:
+            return self.get(path)
+        column, *names = path.split(".")
+        value = self.get(column)
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return None if isinstance(value, float) and math.isnan(value) else value
+
     def text(self, column: str, fix: str = "") -> str:
         """Return a value that must be a non-blank string.
 
@@ -76,11 +87,13 @@ class Row:
             raise self.error(column, f"there is no value; columns are {list(self.columns)}", fix)
         return self.check_text(column, value, fix)
 
-    def check_text(self, column: str, value: object, fix: str = "") -> str:
-        """Return `value`, a part of `column`, if it is a non-blank string."""
+    def check_text(
+        self, column: str, value: object, fix: str = "", *, may_be_empty: bool = False
+    ) -> str:
+        """Return `value`, a part of `column`, if it is a string, not blank unless it may be."""
         if not isinstance(value, str):
             raise self.error(column, f"{_type_name(value)} where a string is expected", fix)
-        if not value.strip():
+        if not may_be_empty and not value.strip():
             raise self.error(column, "the text is empty", fix)
         try:
             value.encode()

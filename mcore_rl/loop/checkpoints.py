@@ -90,6 +90,14 @@ class Checkpoints:
         Raises:
             CheckpointError: if it is not there, not whole, or of another model.
         """
+        step, folder = self.load(), self._to_resume()
+        if folder is not None and folder.parent.resolve() == self._folder.resolve():
+            # One that is gone back to is the latest now: later ones are done again.
+            write_whole(self._folder / POINTER, str(step))
+        return step
+
+    def load(self) -> int:
+        """Load as `resume`, without going back: what the run has done stays as it is."""
         folder = self._to_resume()
         if folder is None:
             return 0
@@ -107,12 +115,8 @@ class Checkpoints:
         self._cluster.trainer.load(str(folder))
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
-        step = int(state["step"])
-        if folder.parent.resolve() == self._folder.resolve():
-            # One that is gone back to is the latest now: later ones are done again.
-            write_whole(self._folder / POINTER, str(step))
         logger.info("resumed from %s", folder)
-        return step
+        return int(state["step"])
 
     def save(self, step: int) -> None:
         """Begin a checkpoint from which `step` is the next step; end it too unless `async_save`.
@@ -202,20 +206,11 @@ class Checkpoints:
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _to_resume(self) -> Path | None:
-        pointer = self._folder / POINTER
-        if self._trainer.resume_from_path is not None:
-            folder = Path(self._trainer.resume_from_path)
-            is_own = folder.parent.resolve() == self._folder.resolve()
-            # Another run's checkpoint is where this run began; it may have come further since.
-            if is_own or not pointer.exists():
-                return folder
-        if not pointer.exists():
-            return None
         try:
-            return self._final(int(pointer.read_text()))
+            return checkpoint_to_resume(self._trainer, self._folder.parent)
         except ValueError as error:
             raise CheckpointError(
-                f"{pointer} names no step: {error}. {self._way_out(self._folder)}",
+                f"{self._folder / POINTER} names no step: {error}. {self._way_out(self._folder)}",
                 role="controller",
             ) from error
 
@@ -261,6 +256,23 @@ class Checkpoints:
             if line["step"] in steps and math.isfinite(line.get(metric, math.nan))
         ]
         return max(values)[1] if values else None
+
+
+def checkpoint_to_resume(trainer: TrainerConfig, run_dir: Path) -> Path | None:
+    """Return the folder of the checkpoint that a run goes on from; None: it begins.
+
+    Raises:
+        ValueError: if the pointer to the latest one is damaged.
+    """
+    own = run_dir / CHECKPOINTS
+    pointer = own / POINTER
+    if trainer.resume_from_path is not None:
+        folder = Path(trainer.resume_from_path)
+        is_own = folder.parent.resolve() == own.resolve()
+        # Another run's checkpoint is where this run began; it may have come further since.
+        if is_own or not pointer.exists():
+            return folder
+    return own / f"global_step_{int(pointer.read_text())}" if pointer.exists() else None
 
 
 def _refuse_unknown_metric(metric: str, lines: list[dict[str, Any]]) -> None:

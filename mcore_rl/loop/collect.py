@@ -8,6 +8,7 @@ left it. Groups beyond the batch are not kept for the next step, whose weights d
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _WARN_EVERY = 10
 """Batches of one step."""
+_MOST_PASSES = 3
+"""Over the data in one step, where no number of batches is set; one if it gave no group at all."""
 
 
 def collect_groups(
@@ -37,15 +40,17 @@ def collect_groups(
     of `step`, and the metrics of all that was generated.
 
     Raises:
-        UserError: if `algorithm.filter_groups.max_num_gen_batches` batches are not enough.
+        UserError: if `algorithm.filter_groups.max_num_gen_batches` batches are not enough or,
+            where it is 0, a few passes over the data.
     """
     wanted, filtering = cfg.data.train_batch_size, cfg.algorithm.filter_groups
     batch_size = cfg.data.gen_batch_size or wanted
     kept: list[SampleGroup] = []
+    alike: Counter[float] = Counter()
     metrics: list[Metrics] = []
     num_batches = 0
     while len(kept) < wanted:
-        _check_progress(num_batches, len(kept), cfg, step)
+        _check_progress(cfg, len(inputs.prompts), step, num_batches, len(kept), alike)
         prompts = inputs.prompts.next(batch_size)
         with log.stage("rollout"):
             # A prompt may come again within the step, and is to be answered anew.
@@ -55,6 +60,7 @@ def collect_groups(
             groups, reward_metrics = _score(cfg, inputs, groups)
             metrics.append(reward_metrics)
         if filtering.enable:
+            alike.update(_rewards_of_all(groups))
             groups = informative_groups(groups, filtering.metric)
             metrics.append({"rollout/kept_group_frac": mean(len(groups) / batch_size, batch_size)})
         kept += groups
@@ -107,23 +113,55 @@ def generate(
     return groups
 
 
-def _check_progress(num_batches: int, num_kept: int, cfg: RunConfig, step: int) -> None:
+def _check_progress(
+    cfg: RunConfig,
+    num_prompts: int,
+    step: int,
+    num_batches: int,
+    num_kept: int,
+    alike: Counter[float],
+) -> None:
+    """Raise a UserError when the step has drawn as many batches as it may, and gives the reason."""
     wanted, limit = cfg.data.train_batch_size, cfg.algorithm.filter_groups.max_num_gen_batches
+    num_drawn = num_batches * (cfg.data.gen_batch_size or wanted)
+    rule = f"batches of step {step} gave {num_kept} of {wanted} groups whose samples differ"
+    reason = f"{rule}; {_most_common(alike)}"
+    fix = "Raise it, raise rollout.n, or take prompts that are neither too easy nor too hard."
+    key = "algorithm.filter_groups.max_num_gen_batches"
+    require(limit == 0 or num_batches < limit, key, limit, reason, fix)
+    most = _MOST_PASSES if num_kept else 1
+    passes = f"{most} {'passes' if most > 1 else 'pass'} over the {num_prompts} prompts"
     require(
-        limit == 0 or num_batches < limit,
-        "algorithm.filter_groups.max_num_gen_batches",
+        limit > 0 or num_drawn < most * num_prompts,
+        key,
         limit,
-        f"batches of step {step} gave {num_kept} of {wanted} groups whose samples differ",
-        "Raise it, raise rollout.n, or take prompts that are neither too easy nor too hard.",
+        f"lets a step draw {passes}, and the {num_batches} {reason}",
+        "Mend the reward if it never differs; otherwise raise rollout.n, take prompts that are "
+        "neither too easy nor too hard, or set the number of batches.",
     )
     if num_batches and num_batches % _WARN_EVERY == 0:
-        logger.warning("%d batches gave %d of %d groups", num_batches, num_kept, wanted)
+        logger.warning("%d %s", num_batches, reason)
+
+
+def _rewards_of_all(groups: Sequence[SampleGroup]) -> list[float]:
+    """Return the reward of each group whose samples all have the same."""
+    rewards = [{sample.reward for sample in group.samples} for group in groups]
+    return [min(of_group) for of_group in rewards if len(of_group) == 1]
+
+
+def _most_common(alike: Counter[float]) -> str:
+    """Say which rewards groups have whose samples are alike."""
+    if not alike:
+        return "the rewards differ in every group"
+    counts = [f"{num} groups only {reward:g}" for reward, num in alike.most_common(3)]
+    return f"of the rewards, {', '.join(counts)}"
 
 
 def _score(
     cfg: RunConfig, inputs: RunInputs, groups: Sequence[SampleGroup]
 ) -> tuple[list[SampleGroup], Metrics]:
     scored, metrics = inputs.scorer.score(groups)
+    inputs.scorer.check_failures(scored, "training")
     if not cfg.reward.overlong_buffer.enable:
         return scored, metrics
     penalized, penalty_metrics = penalize_overlong(

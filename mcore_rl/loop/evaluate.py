@@ -11,6 +11,7 @@ from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
+from mcore_rl.rewards.score import failure_metrics
 from mcore_rl.types import SampleGroup
 
 
@@ -22,6 +23,11 @@ def evaluate(
     `accuracy` is the mean score over all samples: the share of right answers where scores are 0 or
     1. With several samples per prompt `best_at_<n>` is the mean over prompts of the best one.
     `<name>/mean` is the mean of a further number of the reward over the samples that have it.
+    `failed_frac` and `timeout_frac` are the shares of responses that the reward could not score,
+    which count 0 in the accuracy, and `truncated_frac` that of those cut off at the limit.
+
+    Raises:
+        UserError: if more rewards failed than `reward.max_failed_frac` allows.
     """
     val = cfg.rollout.val_kwargs
     size = cfg.data.val_batch_size or max(1, len(inputs.val_prompts))
@@ -40,6 +46,7 @@ def evaluate(
         )
         groups += inputs.scorer.score(answered)[0]
     samples.log(step, "val", groups)
+    inputs.scorer.check_failures(groups, "validation")
     return merge(_group_metrics(group) for group in groups)
 
 
@@ -56,6 +63,8 @@ def _group_metrics(group: SampleGroup) -> Metrics:
             **{f"{section}/{k}/mean": mean(v) for k, v in sample.reward_metrics.items()},
             f"{section}/accuracy": mean(sample.reward),
             f"{section}/response_tokens/mean": mean(sample.num_response_tokens),
+            f"{section}/truncated_frac": mean(float(sample.finish_reason == "length")),
+            **{f"{section}/{name}": metric for name, metric in failure_metrics(sample).items()},
         }
         for sample in group.samples
     )

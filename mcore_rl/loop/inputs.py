@@ -55,10 +55,12 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     if cfg.has_critic:
         _check_critic(cfg)
     scorer = RewardScorer(cfg.reward, cfg.custom_reward_function)
-    prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer)
+    prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer, cfg.data.train_max_samples)
     val_prompts = []
     if cfg.data.val_files is not None:
-        val_prompts = load_prompts(cfg.data.val_files, cfg.data, tokenizer)
+        val_prompts = load_prompts(
+            cfg.data.val_files, cfg.data, tokenizer, cfg.data.val_max_samples
+        )
     scorer.check([*prompts, *val_prompts])
     _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
     _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)

@@ -6,6 +6,7 @@ A resumed run may change where and how long it runs, not what it computes.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -20,7 +21,12 @@ from mcore_rl.config.compose import to_yaml
 from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError, require
 from mcore_rl.hub import is_same_repository
-from mcore_rl.loop.checkpoints import CHECKPOINTS, CONTROLLER_FILE, POINTER
+from mcore_rl.loop.checkpoints import (
+    CHECKPOINTS,
+    CONTROLLER_FILE,
+    POINTER,
+    checkpoint_to_resume,
+)
 from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -29,9 +35,23 @@ _LOCK_FILE = "run.lock"
 _HOLD_WAIT_S = 100
 """Longer than the 90 s for which a file server commonly keeps the locks of a dead machine."""
 
+_STAYS = (
+    "actor.megatron.dtype",
+    "actor.megatron.moe_router_freeze",
+    "actor.megatron.use_distributed_optimizer",
+)
+"""What a checkpoint holds depends on these, so they stay also below a section that may change."""
+_ROUTER_LOSSES = tuple(
+    f"actor.megatron.override_transformer_config.moe_{field}"
+    for field in (
+        "aux_loss_coeff", "router_bias_update_rate", "router_load_balancing_type", "z_loss_coeff"
+    )
+)  # fmt: skip
 _MAY_CHANGE = (
     "trainer.",
     "actor.megatron.",
+    "actor.optim.lr_decay_steps",
+    "critic.optim.lr_decay_steps",
     "actor.ppo_micro_batch_size_per_gpu",
     "actor.ppo_max_token_len_per_gpu",
     "actor.use_dynamic_bsz",
@@ -44,14 +64,19 @@ _MAY_CHANGE = (
 )
 
 
-def open_run_folder(cfg: Any) -> Path:
+def open_run_folder(cfg: Any, total_steps: int) -> Path:
     """Make the run folder, write the resolved configuration into it and return it.
 
     The folder is this process's until it ends.
 
+    Args:
+        cfg: the run.
+        total_steps: of it.
+
     Raises:
         UserError: if the folder holds a run that this configuration does not continue or that
-            another process goes on with, or trainer.resume_from_path is no checkpoint.
+            another process goes on with, or if trainer.resume_from_path is no checkpoint or one
+            from which this configuration cannot go on.
     """
     folder = Path(cfg.trainer.default_local_dir)
     config_file = folder / CONFIG_FILE
@@ -74,6 +99,8 @@ def open_run_folder(cfg: Any) -> Path:
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
         _refuse_another_run(config_file, to_yaml(cfg), f"{fix}{_way_on(folder)}")
+        _refuse_another_schedule(config_file, to_yaml(cfg), total_steps)
+    _check_checkpoint(cfg, folder, total_steps)
     write_whole(config_file, to_yaml(cfg))
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -129,15 +156,64 @@ def _way_on(folder: Path) -> str:
     )
 
 
+def _check_checkpoint(cfg: Any, folder: Path, total_steps: int) -> None:
+    """Raise a UserError if the run cannot go on from the checkpoint that it names or has.
+
+    One that is damaged is named when it is loaded.
+    """
+    try:
+        checkpoint = checkpoint_to_resume(cfg.trainer, folder)
+        if checkpoint is None:
+            return
+        step = int(json.loads((checkpoint / CONTROLLER_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return
+    is_own = checkpoint.parent.resolve() == (folder / CHECKPOINTS).resolve()
+    if not cfg.trainer.val_only and (step > total_steps or (step == total_steps and not is_own)):
+        raise UserError(
+            f"{checkpoint} is of step {step}, and the run has {total_steps} steps: nothing is left "
+            "to train. Raise trainer.total_training_steps or trainer.total_epochs."
+        )
+    other_config = checkpoint.parent.parent / CONFIG_FILE
+    if not is_own and other_config.exists():
+        old, new = _flat(OmegaConf.load(other_config)), _flat(OmegaConf.create(to_yaml(cfg)))
+        for key in _STAYS:
+            rule = f"differs from {old.get(key)!r} of the run that wrote {checkpoint}"
+            require(
+                new.get(key) == old.get(key, new.get(key)), key, new.get(key), rule, "Set that."
+            )
+        _refuse_another_schedule(other_config, to_yaml(cfg), total_steps)
+
+
 def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
     old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE):
+        may_change = key.startswith(_MAY_CHANGE) and key not in (*_STAYS, *_ROUTER_LOSSES)
+        if old.get(key) != new.get(key) and not may_change:
             if key.endswith("model.path") and is_same_repository(old.get(key), new.get(key)):
                 fix = f"Go on with the commit that it began with: {key}={old[key]}"
             raise UserError(
                 f"{key}={new.get(key)!r} differs from {old.get(key)!r} of the run in "
                 f"{config_file.parent}, which this command would continue. {fix}"
+            )
+
+
+def _refuse_another_schedule(config_file: Path, new_yaml: str, total_steps: int) -> None:
+    """Raise a UserError if the run has another length than before and with it, unsaid, another
+    learning rate in the coming step."""
+    old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
+    lengths = ("trainer.total_training_steps", "trainer.total_epochs")
+    changed = [key for key in lengths if old.get(key) != new.get(key)]
+    if new.get(lengths[0]) is not None and lengths[0] not in changed:
+        return  # it decides
+    for section in ("actor.optim", "critic.optim"):
+        key, style = f"{section}.lr_decay_steps", new.get(f"{section}.lr_decay_style", "constant")
+        if changed and style != "constant" and new.get(key) is None:
+            was = old.get(changed[0])
+            raise UserError(
+                f"{key}=None makes the {style} schedule as long as the run, and {changed[0]} was "
+                f"{was!r} in {config_file.parent}: the learning rate would jump. Set {key} to the "
+                f"steps that it had there, or to {total_steps} for those of this run."
             )
 
 

@@ -161,7 +161,7 @@ def _state_to_save(
         # Adam makes its moments in its first update; a run may have skipped all so far.
         one.init_state_fn(one.optimizer, one.config)
     state = _sharded_state(weights, optimizer, parallel, is_loading=False)
-    state["identity"] = weights.identity
+    state["identity"] = {**weights.identity, **optimizer.identity}
     state["schedule"] = {"num_steps": optimizer.schedule.num_steps}
     return state
 
@@ -219,13 +219,15 @@ def load_checkpoint(
     Raises:
         CheckpointError: if it cannot be read, lacks something that this model and optimizer have,
             or has something that they lack.
-        UserError: if it is of other adapters, of another base, or with adapters where there are
-            none.
+        UserError: if it is of other adapters, of another base, with adapters where there are none,
+            or of an optimizer of another kind.
     """
     with _as_checkpoint_error(folder, "read"):
         common: Any = dist_checkpointing.load_common_state_dict(str(folder))
-    saved = common.get("identity", _WITHOUT_ADAPTERS)
-    for key, value in weights.identity.items():
+    # Checkpoints from before an option was written down have the value of the run, or cannot be
+    # read.
+    saved = {**optimizer.identity, **common.get("identity", _WITHOUT_ADAPTERS)}
+    for key, value in {**weights.identity, **optimizer.identity}.items():
         rule = f"is not what the checkpoint {folder} was saved with, {saved.get(key)!r}"
         require(saved.get(key) == value, key, value, rule, "Use the same, or another run folder.")
     wanted = _sharded_state(weights, optimizer, parallel, is_loading=True)

@@ -118,13 +118,14 @@ class OptimConfig:
     lr: float = 1e-6
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of a decaying schedule."""
+    """Learning rate of every step after a decaying schedule."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0; step 0 already takes 1/n of it."""
     lr_decay_style: str = "constant"
     """constant, linear or cosine."""
     lr_decay_steps: int | None = None
-    """Steps until `min_lr` of a decaying schedule; None: the training's total steps."""
+    """Steps of a decaying schedule, warmup included, before `min_lr`; None: the training's total
+    steps."""
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8

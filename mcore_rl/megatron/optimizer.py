@@ -7,7 +7,7 @@ the step counter stay as they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ class PolicyOptimizer:
         bfloat16 = megatron.dtype == "bfloat16"
         self.chunks: list[Any] = list(chunks)
         self.grad_clip = grad_clip
+        self.identity: Mapping[str, Any] = {
+            "actor.megatron.moe_router_freeze": megatron.moe_router_freeze,
+            "actor.megatron.use_distributed_optimizer": megatron.use_distributed_optimizer,
+        }
+        """By key, what a checkpoint has numbers of depends on."""
         optimizers: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -65,14 +70,17 @@ class PolicyOptimizer:
         parts = [one for one in optimizers.chained_optimizers if one.optimizer is not None]
         self.inner: Any = ChainedOptimizer(parts)
         decay_steps = optim.lr_decay_steps or total_steps
+        warmup_steps = max(optim.lr_warmup_steps, 1)
         self.schedule = OptimizerParamScheduler(
             self.inner,
             init_lr=0.0 if optim.lr_warmup_steps else optim.lr,
             max_lr=optim.lr,
             min_lr=optim.min_lr,
-            lr_warmup_steps=optim.lr_warmup_steps,
+            # Without a warmup step 0 has the whole rate, as the last one of a warmup has.
+            lr_warmup_steps=warmup_steps,
+            # One more: the first step after the decay is the first with `min_lr`, which may be 0.
             # Megatron demands more decay than warmup steps even for a constant rate.
-            lr_decay_steps=max(decay_steps, optim.lr_warmup_steps + 1),
+            lr_decay_steps=max(decay_steps, warmup_steps) + 1,
             lr_decay_style=optim.lr_decay_style,
             start_wd=optim.weight_decay,
             end_wd=optim.weight_decay,
@@ -88,7 +96,8 @@ class PolicyOptimizer:
     def advance_schedule(self) -> None:
         """Move the schedule to the coming step of the loop; call once before its updates.
 
-        Warmup over n steps therefore runs at 1/n, 2/n, ... of the peak rate.
+        Warmup over n steps therefore runs at 1/n, 2/n, ... of the peak rate, and a decay over d
+        steps has come to `min_lr` in step d, counted from 0: a run of d steps has d updates.
         """
         self.schedule.step(increment=1)
 

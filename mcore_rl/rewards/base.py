@@ -7,18 +7,22 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, get_type_hints, is_typeddict
 
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 
 Score = float | Mapping[str, Any]
 """A number, or a mapping with the number under "score"; its other numbers are logged by name."""
 
+BUILT_IN_NUMBERS = ("baseline", "response_tokens")
+"""Names that no other number of a reward may have: `reward/baseline/mean` and
+`eval/<data source>/response_tokens/mean` are metrics of every run."""
+
 
 class RewardFunction(Protocol):
-    """Scores one response; may be `async`.
+    """Scores one response; may be `async`, and is then awaited for several at a time.
 
     The parameters are passed by name and are those of verl's reward functions. It is called in
-    processes of its own, several at a time, so what it keeps in globals is not shared. A registered
+    processes of its own, several of them, so what it keeps in globals is not shared. A registered
     function with a further parameter `sandbox` gets the section `reward.sandbox`, and the run only
     starts if the sandbox holds.
     """
@@ -122,9 +126,12 @@ class RewardConfig:
 
     num_workers: int | None = None
     """Processes that score side by side; None: one per CPU of this process, at most 8."""
+    max_concurrency: int = 64
+    """Calls of an `async` function that are awaited at one time, over all processes."""
     timeout_s: float | None = 30.0
-    """Longest time for one response, in seconds; then its process is killed and replaced. None for
-    no limit."""
+    """Longest time for one response, in seconds; then its process is killed and replaced, or the
+    call of an `async` function cancelled. A batch function has as much for each of its responses.
+    None for no limit."""
     memory_gib: float | None = 8.0
     """Most private memory of one process; beyond it the function gets a MemoryError. None for no
     limit. A lower one of the system, as `ulimit -d` sets it, holds instead."""
@@ -132,16 +139,16 @@ class RewardConfig:
     """A function that raises, exceeds the time, ends its process, or returns no finite number:
     "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in
     `reward/num_errors`."""
+    max_failed_frac: float = 0.1
+    """With on_error=zero, the largest share of the responses that are scored together, or of a
+    validation, that may fail; beyond it the run stops. 1 for no limit."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            "reward.num_workers",
-            self.num_workers,
-            "must be at least 1",
-        )
+        for name in ("num_workers", "max_concurrency"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"reward.{name}", value, "must be at least 1")
         for name in ("timeout_s", "memory_gib"):
             value = getattr(self, name)
             require(
@@ -152,6 +159,10 @@ class RewardConfig:
                 "Set it to null for no limit.",
             )
         require_one_of("reward.on_error", self.on_error, ["raise", "zero"])
+        most = self.max_failed_frac
+        require(0 < most <= 1, "reward.max_failed_frac", most, "must lie in (0, 1]")
+        if self.on_error == "raise":
+            refuse_unread(self, "reward", ["max_failed_frac"], "on_error=raise")
 
     @property
     def max_workers(self) -> int:
@@ -160,7 +171,8 @@ class RewardConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CustomRewardConfig:
-    """The `custom_reward_function` section: a user's own function, used for all data sources."""
+    """The `custom_reward_function` section: a user's own function, used for all data sources; of
+    one response or of a batch, see `custom.py`."""
 
     path: str | None = None
     """Python file that defines the function; None for the rewards named by the data."""

@@ -1,4 +1,11 @@
-"""A user's reward function, loaded from a Python file."""
+"""A user's reward function, loaded from a Python file, and what kind it is.
+
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None): ...
+    def compute_score(data_sources, solution_strs, ground_truths, extra_infos=None): ...
+
+The second is a batch function: it gets all responses at once, as lists, and returns a list. Either
+may be `async`. The file finds what lies beside it, as a program finds what lies beside its script.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +14,42 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mcore_rl.errors import UserError, closest_hint, require
-from mcore_rl.rewards.base import CustomRewardConfig, RewardFunction
+from mcore_rl.rewards.base import CustomRewardConfig
 
 _MODULE_NAME = "mcore_rl_custom_reward"
+_OF_ONE = ("data_source", "solution_str", "ground_truth", "extra_info")
+_OF_A_BATCH = tuple(f"{name}s" for name in _OF_ONE)
 
 
-def load_custom_reward(cfg: CustomRewardConfig) -> RewardFunction | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomReward:
+    """A function that `custom_reward_function` names."""
+
+    function: Callable[..., Any]
+    """`reward_kwargs` are bound."""
+    is_async: bool
+    """Whether calls can be awaited side by side."""
+    is_batch: bool
+    """Whether it takes lists, of the arguments of several responses, and returns one."""
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it does nothing but make a coroutine; also of an object with `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    call = getattr(function, "__call__", None)  # noqa: B004  looked at, not whether it is there
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def load_custom_reward(cfg: CustomRewardConfig) -> CustomReward | None:
     """Return the function that the section names, or None if it names no file.
-
-    `reward_kwargs` are already bound.
 
     Raises:
         UserError: if the file is missing or fails to import, or has no function of that name that
@@ -45,8 +73,9 @@ def load_custom_reward(cfg: CustomRewardConfig) -> RewardFunction | None:
             f"{closest_hint(cfg.name, functions)} Functions: {', '.join(functions) or 'none'}."
         )
     function = getattr(module, cfg.name)
-    _check_signature(function, cfg, path)
-    return functools.partial(function, **cfg.reward_kwargs)
+    is_batch = _is_batch(function, cfg, path)
+    bound = functools.partial(function, **cfg.reward_kwargs)
+    return CustomReward(function=bound, is_async=is_async(bound), is_batch=is_batch)
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -61,18 +90,23 @@ def _import_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE_NAME] = module  # dataclasses and pickle look their module up by name
+    sys.path.insert(0, str(path.resolve().parent))  # for good: functions import when called, too
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        fix = "Mend the file."
+        if isinstance(error, ModuleNotFoundError):
+            fix = "Install it, or put it beside the file."
         raise UserError(
-            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). Mend the file."
+            f"custom_reward_function.path={str(path)!r} fails to import ({reason}). {fix}"
         ) from error
     return module
 
 
-def _check_signature(function: object, cfg: CustomRewardConfig, path: Path) -> None:
-    expected = "def compute_score(data_source, solution_str, ground_truth, extra_info=None)"
+def _is_batch(function: object, cfg: CustomRewardConfig, path: Path) -> bool:
+    """Return whether it is a batch function, after a check of what it takes."""
+    expected = f"def {cfg.name}({', '.join(_OF_ONE)}=None)"
     require(
         callable(function),
         "custom_reward_function.name",
@@ -81,10 +115,10 @@ def _check_signature(function: object, cfg: CustomRewardConfig, path: Path) -> N
         f"Define it as `{expected}`.",
     )
     assert callable(function)
-    given: Mapping[str, Any] = dict.fromkeys(
-        ("data_source", "solution_str", "ground_truth", "extra_info")
-    )
-    taken = sorted(given.keys() & cfg.reward_kwargs.keys())
+    signature = inspect.signature(function)
+    is_batch = "solution_strs" in signature.parameters
+    names = _OF_A_BATCH if is_batch else _OF_ONE
+    taken = sorted(set(names) & cfg.reward_kwargs.keys())
     require(
         not taken,
         "custom_reward_function.reward_kwargs",
@@ -93,10 +127,12 @@ def _check_signature(function: object, cfg: CustomRewardConfig, path: Path) -> N
         "Leave them out.",
     )
     try:
-        inspect.signature(function).bind(**given, **cfg.reward_kwargs)
+        signature.bind(**dict.fromkeys(names), **cfg.reward_kwargs)
     except TypeError as error:
         raise UserError(
             f"custom_reward_function.name={cfg.name!r} in {path} does not take the arguments of a "
             f"reward and custom_reward_function.reward_kwargs={cfg.reward_kwargs!r} ({error}). "
-            f"Define it as `{expected}`, with a parameter for each of the further ones."
+            f"Define it as `{expected}`, with a parameter for each of the further ones; for all "
+            f"responses at once as `def {cfg.name}({', '.join(_OF_A_BATCH)}=None)`."
         ) from None
+    return is_batch

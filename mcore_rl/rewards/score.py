@@ -1,8 +1,8 @@
 """Groups to scored groups: finds the reward of each prompt, has it run, and reports.
 
 Invariants: no sample leaves without a finite reward; a reward that fails is never a silent zero
-(the run stops, or the failure is logged and counted); samples keep their order, whichever was
-scored first.
+(the run stops, or the failure is logged and counted, and the run stops all the same where too many
+fail); samples keep their order, whichever was scored first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -88,8 +89,30 @@ class RewardScorer:
         errors = [_failure(s, o.error) for s, o in zip(samples, outcomes, strict=True) if o.error]
         if errors:
             logger.warning("%d samples scored 0 because %s", len(errors), errors[0])
+        _warn_of_nan(samples, outcomes)
         scored = _regroup(groups, outcomes)
-        return scored, _reward_metrics(scored, num_errors=len(errors))
+        return scored, _reward_metrics(scored)
+
+    def check_failures(self, groups: Sequence[SampleGroup], what: str) -> None:
+        """Return unless more of the scored samples failed than `reward.max_failed_frac` allows.
+
+        Args:
+            groups: all that are scored together.
+            what: they are, for the message: "validation".
+
+        Raises:
+            UserError: if so; what the first one failed of has been logged.
+        """
+        statuses = [sample.reward_status for group in groups for sample in group.samples]
+        num_failed, most = len(statuses) - statuses.count("scored"), self._cfg.max_failed_frac
+        require(
+            num_failed <= most * len(statuses),
+            "reward.max_failed_frac",
+            most,
+            f"is exceeded: the reward failed on {num_failed} of {len(statuses)} responses of "
+            f"{what}, {statuses.count('timeout')} of them by taking too long",
+            "The log says why; mend the reward, or raise it to go on with zeros.",
+        )
 
     def close(self) -> None:
         """End the processes that score; without it they end with the program."""
@@ -152,10 +175,37 @@ def _regroup(groups: Sequence[SampleGroup], outcomes: Iterable[Outcome]) -> list
 
 
 def _scored(sample: Sample, outcome: Outcome) -> Sample:
-    return dataclasses.replace(sample, reward=outcome.score, reward_metrics=outcome.others)
+    status = "scored" if outcome.error is None else "timeout" if outcome.timed_out else "failed"
+    finite = {name: value for name, value in outcome.others.items() if math.isfinite(value)}
+    return dataclasses.replace(
+        sample, reward=outcome.score, reward_status=status, reward_metrics=finite
+    )
 
 
-def _reward_metrics(groups: Sequence[SampleGroup], num_errors: int) -> Metrics:
+def _warn_of_nan(samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
+    """Name the further numbers that are no numbers: the samples count as if they had none."""
+    without: dict[str, list[str]] = {}
+    for sample, outcome in zip(samples, outcomes, strict=True):
+        for name, value in outcome.others.items():
+            if not math.isfinite(value):
+                without.setdefault(name, []).append(f"{sample.prompt.uid} sample {sample.index}")
+    for name, where in without.items():
+        logger.warning(
+            "the reward's number %r is NaN or infinite for %d of %d samples, which are left out of"
+            " its mean: first %s", name, len(where), len(samples), where[0]
+        )  # fmt: skip
+
+
+def failure_metrics(sample: Sample) -> Metrics:
+    """Return whether the reward failed and whether it took too long, as shares to be merged."""
+    status = sample.reward_status
+    return {
+        "failed_frac": metrics.mean(float(status != "scored")),
+        "timeout_frac": metrics.mean(float(status == "timeout")),
+    }
+
+
+def _reward_metrics(groups: Sequence[SampleGroup]) -> Metrics:
     """Return mean and population std of the rewards, the mean of each further number over the
     samples that have it, and the failures."""
     samples = [sample for group in groups for sample in group.samples]
@@ -166,10 +216,12 @@ def _reward_metrics(groups: Sequence[SampleGroup], num_errors: int) -> Metrics:
         {f"reward/{name}/mean": metrics.mean(value) for name, value in s.reward_metrics.items()}
         for s in samples
     )
+    failures = metrics.merge(failure_metrics(sample) for sample in samples)
+    num_errors = sum(sample.reward_status != "scored" for sample in samples)
     return {
         "reward/mean": metrics.mean(statistics.fmean(rewards), len(rewards)),
-        "reward/std": metrics.mean(statistics.pstdev(rewards), len(rewards)),
+        "reward/std": metrics.deviation(rewards),
         "reward/num_errors": metrics.total(num_errors),
-        "reward/failed_frac": metrics.mean(num_errors / len(samples), len(samples)),
+        **{f"reward/{name}": metric for name, metric in failures.items()},
         **named,
     }

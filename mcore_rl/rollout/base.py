@@ -67,6 +67,9 @@ class RolloutConfig:
     """Only 1.0: the trainer cannot reproduce renormalised log-probabilities."""
     top_k: int = -1
     """Only -1, for the same reason."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a response, beside the end tokens, in validation too. The tokens that complete
+    the text are part of the response."""
     tensor_model_parallel_size: int = 1
     """Train workers that host an engine together, each with a part of every layer."""
     dtype: str | None = None
@@ -96,6 +99,10 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
+        for text in self.stop:
+            require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
+        rule = "is not read by an engine without texts"
+        require(not self.stop or self.name != "fake", "rollout.stop", self.stop, rule, "Remove it.")
         tp = self.tensor_model_parallel_size
         require(tp >= 1, "rollout.tensor_model_parallel_size", tp, "must be at least 1")
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")

@@ -71,7 +71,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.weight_version = -1
-        self._stop_token_ids = list(spec.stop_token_ids)
+        self._stop_token_ids, self._stop = list(spec.stop_token_ids), list(spec.config.stop)
         self._routing = spec.routing
         cfg = spec.config
         self._is_part = cfg.tensor_model_parallel_size > 1
@@ -80,7 +80,7 @@ class VllmEngine:
             "model": spec.model_path,
             "dtype": spec.dtype,
             "load_format": "dummy",
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": not cfg.stop,  # token ids come in and go out
             "max_model_len": spec.max_model_len,
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": cfg.tensor_model_parallel_size,
@@ -150,8 +150,9 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             stop_token_ids=self._stop_token_ids,
+            stop=self._stop,
             logprobs=0,  # the sampled token's own
-            detokenize=False,
+            detokenize=bool(self._stop),
         )
 
     def _routed_experts(self, outputs: Sequence[Any]) -> list[np.ndarray | None]:

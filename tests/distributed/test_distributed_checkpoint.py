@@ -167,7 +167,7 @@ def test_moments_are_the_checkpoint_s_and_rates_the_configuration_s(
     assert all(map(torch.equal, moments, old_moments))
     assert all(torch.equal(weights[key], old_weights[key]) for key in old_weights)
     # The fourth of the ten steps of a linear decay from 0.02.
-    assert loaded[-1][0]["actor/lr"] == pytest.approx(0.02 * (1 - 4 / 10), rel=1e-6)
+    assert loaded[-1][0]["actor/lr"] == pytest.approx(0.02 * (1 - 3 / 10), rel=1e-6)
 
 
 def test_a_rank_that_cannot_write_is_named_and_the_checkpoint_before_stays(
@@ -222,3 +222,25 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert reason in said
     assert "\n" not in said
     assert len(said) < 600
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("qwen3", "use_distributed_optimizer", False),
+        ("qwen3_moe", "moe_router_freeze", True),
+    ],
+)
+def test_an_optimizer_of_another_kind_is_one_line_that_names_the_option(
+    processes, tiny_checkpoint, tmp_path, name, option, value
+):
+    """Megatron answers with lists of the keys that it misses."""
+    script = [*steps(range(1)), ("begin_save", str(tmp_path)), ("end_save",)]
+    folder = tiny_checkpoint(name)
+    processes.run(actor_cases.run_script, 1, actor_spec(folder), script, CUT)
+    changed = actor_spec(folder, **{option: value})
+    [said] = processes.run(actor_cases.failure_to_load, 1, changed, tmp_path)
+    assert said == (
+        f"actor.megatron.{option}={value} is not what the checkpoint {tmp_path}/actor was saved "
+        f"with, {not value}. Use the same, or another run folder."
+    )

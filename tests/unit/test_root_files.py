@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import statistics
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from mcore_rl import cli, errors, metrics
 from mcore_rl.errors import RunError, UserError, closest_hint, require, require_one_of
 from mcore_rl.metrics import (
     Metric,
+    deviation,
     masked_max,
     masked_mean,
     masked_min,
@@ -155,6 +157,24 @@ def test_merged_metrics_do_not_depend_on_how_the_items_were_split(drawn):
         "x/min": min(items),
     }
     assert to_floats(merge(map(describe, parts))) == expected
+
+
+@given(split_items())
+@settings(deadline=None, max_examples=60)
+def test_a_deviation_is_that_of_all_items_however_they_were_split(drawn):
+    """Also through the copy to the host, and where parts are empty."""
+    items, parts = drawn
+    merged = merge(to_host({"x/std": deviation(part)}) for part in parts)
+    # Sums of squares of numbers of up to a million in float64.
+    assert to_floats(merged)["x/std"] == pytest.approx(statistics.pstdev(items), rel=1e-9, abs=1e-9)
+
+
+def test_parts_without_deviation_of_their_own_deviate_together():
+    """As batches that are all wrong and all right."""
+    assert to_floats(merge([{"k": deviation([0.0] * 4)}, {"k": deviation([1.0] * 4)}])) == {
+        "k": 0.5
+    }
+    assert to_floats({"k": deviation([])}) == {}
 
 
 @given(ITEMS, ITEMS, ITEMS)

@@ -232,7 +232,12 @@ RULES = {
     "validation_data_is_named_when_asked_for": (
         ["trainer.test_freq=5"],
         "trainer.test_freq=5 asks for validation without data.val_files.",
-        ["trainer.test_freq=5", "data.val_files=v"],
+        ["trainer.test_freq=5", "trainer.val_only=true", "data.val_files=v"],
+    ),
+    "responses_are_generated_not_read": (
+        ["data.messages_key=talk"],
+        "data.messages_key='talk' is read by mcore_rl.sft alone. Remove it.",
+        [],
     ),
 }
 NEED_NAMES = RULES.keys() - {"a_model_is_named", "training_data_is_named"}
@@ -254,6 +259,7 @@ NOT_OF_SFT = {
     "the_engine_holds_the_longest_sample",
     "engines_divide_the_workers",
     "validation_data_is_named_when_asked_for",
+    "responses_are_generated_not_read",
 }
 
 
@@ -349,6 +355,9 @@ def test_fine_tuning_refuses_what_a_rule_forbids(rule):
         "data.val_batch_size=8",
         "data.gen_batch_size=8",
         "data.reward_fn_key=source",
+        "data.val_max_samples=8",
+        "data.ground_truth_key=answer",
+        "trainer.val_only=true",
         "trainer.critic_warmup=3",
         "trainer.val_before_train=false",
         "trainer.test_freq=5",
@@ -359,6 +368,11 @@ def test_fine_tuning_refuses_what_it_would_not_read(override):
     key = re.escape(override.split("=")[0])
     with pytest.raises(UserError, match=f"^{key}=.* is not read by mcore_rl.sft, .* Remove it.$"):
         check_sft(compose([*NAMED, override], SftRunConfig))
+
+
+def test_a_validation_alone_needs_validation_data():
+    with pytest.raises(UserError, match=r"^trainer\.val_only=True asks for validation without"):
+        check_run(compose([*NAMED, "trainer.val_only=true"]))
 
 
 @pytest.mark.parametrize("section", ["actor", "critic"])

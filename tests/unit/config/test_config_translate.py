@@ -235,6 +235,7 @@ def test_the_published_dapo_recipe_is_read_whole():
         ("actor.megatron.router_replay.mode=R2", "actor.router_replay.mode=R2"),
         ("actor.optim.warmup_style=cosine", "actor.optim.lr_decay_style=cosine"),
         ("trainer.max_actor_ckpt_to_keep=3", "trainer.max_ckpt_to_keep=3"),
+        ("+data.multiturn.messages_key=talk", "data.messages_key=talk"),
         (
             "+actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config.mode=0",
             "rollout.engine_kwargs.compilation_config.mode=0",
@@ -247,6 +248,23 @@ def test_the_published_dapo_recipe_is_read_whole():
 )
 def test_an_option_becomes_that_of_this_package(option, same):
     assert overrides(option) == overrides(same)
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("data.train_max_samples=100", "train_max_samples", 100),
+        ("data.val_max_samples=-1", "val_max_samples", -1),
+        ("trainer.val_only=True", "val_only", True),
+        ("+actor_rollout_ref.rollout.stop=['</answer>','<end>']", "stop", ["</answer>", "<end>"]),
+    ],
+)
+def test_an_option_of_verl_bears_its_own_name(option, key, value):
+    line = parse_command_line("train", "", [option])
+    cfg = compose_config(RunConfig, line)
+    section = option.lstrip("+").removeprefix("actor_rollout_ref.").split(".")[0]
+    assert getattr(getattr(cfg, section), key) == value
+    assert not line.warning
 
 
 def test_two_names_of_one_key_must_agree():

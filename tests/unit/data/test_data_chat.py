@@ -1,12 +1,16 @@
 import copy
+import itertools
 import logging
 
 import pytest
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from mcore_rl.data.chat import (
+    ChatTemplateError,
     check_template_variables,
     decode_response,
+    encode_conversation,
     encode_prompt,
     encode_response,
     end_of_turn_id,
@@ -16,6 +20,28 @@ from mcore_rl.data.chat import (
 from mcore_rl.errors import UserError
 
 USER = {"role": "user", "content": "1+1="}
+ASSISTANT = {"role": "assistant", "content": "2"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+TOOL = {"role": "tool", "content": "2"}
+WITH_TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role[0] }}"
+    "{% if m.content is not none %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls %}({{ call.function.name }}{{ call.function.arguments | tojson }})"
+    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>a{% endif %}"
+)
+# As Qwen3's: what the assistant thought before the last user's turn is left out.
+FORGETFUL = (
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role[0] }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}[]{% endif %}{{ m.content }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>a{% endif %}"
+)
 
 
 def test_a_prompt_equals_what_the_tokenizer_itself_makes(tokenizer):
@@ -119,3 +145,120 @@ def test_a_variable_that_the_template_does_not_read_is_refused(tokenizer, monkey
             f"data.apply_chat_template_kwargs.{name}: the model's chat template reads no such "
             f"variable.{hint}"
         )
+
+
+def test_a_turn_of_the_assistant_that_ends_a_prompt_is_continued(tokenizer, plain_tokenizer):
+    ids = encode_prompt(tokenizer, [USER, ASSISTANT])
+    assert tokenizer.decode(ids) == "<|im_start|>u1+1=<|im_end|><|im_start|>a2"
+    assert plain_tokenizer.decode(encode_prompt(plain_tokenizer, [USER, ASSISTANT])) == "1+1=\n2"
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_not_part_of_a_prompt(plain_tokenizer):
+    """Nor of a prompt that has the token's text at its end already is one taken."""
+    adding = copy.deepcopy(plain_tokenizer)
+    ids = [(name, adding.convert_tokens_to_ids(name)) for name in ("<unk>", "<eos>")]
+    adding._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A <eos>", special_tokens=ids
+    )
+    assert adding.convert_ids_to_tokens(adding.encode("1+1"))[-1] == "<eos>"
+    tokens = adding.convert_ids_to_tokens(encode_prompt(adding, [USER]))
+    assert tokens == ["<unk>", "1", "+", "1", "="]
+    ended = encode_prompt(adding, [{"role": "user", "content": "1<eos>"}])
+    assert adding.convert_ids_to_tokens(ended) == ["<unk>", "1", "<eos>"]
+
+
+def test_tool_turns_are_written_as_the_template_writes_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    ids = encode_prompt(tokenizer, [{"role": "system", "content": ""}, USER, CALL, TOOL])
+    assert tokenizer.decode(ids) == (
+        '<|im_start|>s<|im_end|><|im_start|>u1+1=<|im_end|><|im_start|>a(add{"a": 1})<|im_end|>'
+        "<|im_start|>t2<|im_end|><|im_start|>a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "writes 'None' as content of message 1"),
+        ("", "leaves out the tool_calls of message 1"),
+    ],
+)
+def test_a_template_that_does_not_know_tools_refuses_their_calls(tokenizer, content, problem):
+    """It would lose them without a word."""
+    with pytest.raises(ChatTemplateError, match=problem):
+        encode_prompt(tokenizer, [USER, {**CALL, "content": content}, TOOL])
+    with pytest.raises(ChatTemplateError, match=problem):
+        encode_conversation(tokenizer, [USER, {**CALL, "content": content}, TOOL, ASSISTANT])
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "pieces"),
+    [
+        (
+            None,
+            [USER, ASSISTANT],
+            ["<|im_start|>u1+1=<|im_end|><|im_start|>a", "2<|im_end|>"],
+        ),
+        (
+            None,
+            [USER, ASSISTANT, USER, ASSISTANT],
+            ["<|im_start|>u1+1=<|im_end|><|im_start|>a", "2<|im_end|>"] * 2,
+        ),
+        (
+            WITH_TOOLS,
+            [USER, CALL, TOOL, ASSISTANT, USER],
+            [
+                "<|im_start|>u1+1=<|im_end|><|im_start|>a",
+                '(add{"a": 1})<|im_end|>',
+                "<|im_start|>t2<|im_end|><|im_start|>a",
+                "2<|im_end|>",  # and nothing of what follows, which could train nothing
+            ],
+        ),
+        (
+            FORGETFUL,
+            [USER, ASSISTANT, USER, ASSISTANT],
+            [
+                "<|im_start|>u1+1=<|im_end|><|im_start|>a",
+                "2<|im_end|>",
+                "<|im_start|>u1+1=<|im_end|><|im_start|>a",
+                "[]2<|im_end|>",
+            ],
+        ),
+    ],
+)
+def test_every_turn_of_the_assistant_in_a_conversation_trains(
+    tokenizer, monkeypatch, template, messages, pieces
+):
+    """What it says and the end of its turn, and nothing that the template or others write."""
+    if template is not None:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    ids, mask = encode_conversation(tokenizer, messages)
+    assert tokenizer.decode(ids) == "".join(pieces)
+    found = [
+        (trains, tokenizer.decode([token for _, token in part]))
+        for trains, part in itertools.groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0])
+    ]
+    assert found == [(number % 2 == 1, piece) for number, piece in enumerate(pieces)]
+
+
+def test_a_conversation_whose_template_writes_no_end_of_turn_ends_with_eos(tokenizer, monkeypatch):
+    bare = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", bare)
+    ids, mask = encode_conversation(tokenizer, [USER, ASSISTANT])
+    assert tokenizer.convert_ids_to_tokens(ids) == [*"1+1=\n2\n", "<eos>"]
+    assert mask == [False] * 5 + [True] * 3
+    with pytest.raises(ChatTemplateError, match="does not mark the end of message 1"):
+        encode_conversation(tokenizer, [USER, ASSISTANT, USER, ASSISTANT])
+
+
+def test_a_conversation_that_a_template_rewrites_is_refused(tokenizer, monkeypatch):
+    """The prompt of the first turn counts the messages, so it is not what stands in the whole."""
+    counting = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", counting)
+    with pytest.raises(ChatTemplateError, match="writes otherwise what stands before message 1"):
+        encode_conversation(tokenizer, [USER, ASSISTANT])
+
+
+def test_a_conversation_without_a_template_is_refused(plain_tokenizer):
+    with pytest.raises(UserError, match=r"data\.messages_key='messages' needs a chat template"):
+        encode_conversation(plain_tokenizer, [USER, ASSISTANT])

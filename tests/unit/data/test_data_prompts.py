@@ -1,3 +1,4 @@
+import json
 import math
 
 import pyarrow as pa
@@ -81,6 +82,18 @@ MALFORMED_ROWS = {
         "column 'prompt': message 0 is no obj",
     ),
     "role is null": ({"prompt": [{"role": None, "content": "a"}]}, "column 'prompt': .*Message 0"),
+    "content is null": (
+        {"prompt": [{"role": "system", "content": None}, {"role": "user", "content": "a"}]},
+        "column 'prompt': .*NoneType where a string.*Message 0",
+    ),
+    "a user who says nothing": (
+        {"prompt": [{"role": "user", "content": " "}]},
+        "column 'prompt': the text is empty.*Message 0",
+    ),
+    "the answer in the prompt": (
+        {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "2"}]},
+        "column 'prompt': ends with a turn of the assistant.*data.continue_final_message=true",
+    ),
     "what the template cannot use": (
         {"prompt": [{"role": "user", "content": "a", "name": 3}]},
         "column 'prompt': the chat template refuses .*int",
@@ -109,6 +122,132 @@ def test_a_malformed_row_is_one_line_that_names_it(tokenizer, write_jsonl, name)
     with pytest.raises(UserError, match=rf"rows\.jsonl row 1, {problem}") as caught:
         load_prompts(path, DataConfig(max_prompt_length=20), tokenizer)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_continued_when_asked(tokenizer, write_jsonl):
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "2+"}]
+    cfg = DataConfig(continue_final_message=True)
+    path = write_jsonl([{**ROW, "prompt": begun}, ROW])
+    continued, usual = load_prompts(path, cfg, tokenizer)
+    assert continued.text == "<|im_start|>ua<|im_end|><|im_start|>a2+"
+    assert usual.text == "<|im_start|>u1+1=<|im_end|><|im_start|>a"
+
+
+def test_nulls_that_parquet_puts_into_calls_of_tools_are_gone(tokenizer, tmp_path, monkeypatch):
+    """Calls of different tools have the arguments of all of them in one struct; a null content
+    stays what it is."""
+    template = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in ("f", "g")]
+    prompt = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "", "name": "f"},
+    ]
+    pq.write_table(pa.Table.from_pylist([{**ROW, "prompt": prompt}]), tmp_path / "a.parquet")
+    (loaded,) = load_prompts(str(tmp_path / "a.parquet"), DataConfig(), tokenizer)
+    found = [json.loads(text) for text in loaded.text.split("<|im_end|>")[:-1]]
+    assert found == prompt
+
+
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        ("answer", {"answer": "7"}),
+        ("extra_info.answer", {"extra_info": {"answer": "7"}}),
+        ("a.b", {"a.b": "7"}),
+        ("reward_model.ground_truth", {"reward_model": {"ground_truth": "7"}}),
+    ],
+)
+def test_the_ground_truth_is_read_where_the_key_says(tokenizer, write_jsonl, key, row):
+    path = write_jsonl([{**ROW, **row}])
+    (prompt,) = load_prompts(path, DataConfig(ground_truth_key=key), tokenizer)
+    assert prompt.ground_truth == "7"
+    with pytest.raises(UserError, match=f"row 0, column '{key}': there is no value"):
+        load_prompts(write_jsonl([ROW]), DataConfig(ground_truth_key=key), tokenizer)
+
+
+def test_at_most_so_many_rows_are_read(tokenizer, write_jsonl):
+    path = write_jsonl([{**ROW, "prompt": f"{i}"} for i in range(40)])
+    uids = lambda cfg, most: [p.uid for p in load_prompts(path, cfg, tokenizer, most)]  # noqa: E731
+    first, every = DataConfig(shuffle=False), DataConfig()
+    assert uids(first, 3) == ["rows.jsonl:0", "rows.jsonl:1", "rows.jsonl:2"]
+    drawn = uids(every, 10)
+    assert len(set(drawn)) == 10
+    assert drawn == uids(every, 10) != uids(DataConfig(seed=1), 10)
+    assert drawn == sorted(drawn, key=lambda uid: int(uid.split(":")[1]))
+    assert max(int(uid.split(":")[1]) for uid in drawn) > 10
+    assert len(uids(every, 50)) == len(uids(every, -1)) == 40
+
+
+def test_sft_reads_conversations_in_rows_without_a_response(tokenizer, write_jsonl):
+    """Beside a prompt, as in published data sets; rows with a response have that."""
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("system", ""), ("user", "1"), ("assistant", "2"), ("user", "3"))
+    ]
+    talk = [*turns, {"role": "assistant", "content": "4"}]
+    rows = [
+        {"messages": talk},
+        {"prompt": "1", "messages": talk},
+        {"prompt": "1", "messages": talk, "response": "5"},
+        {"talk": talk},
+    ]
+    first, second, third = load_sft_sequences(write_jsonl(rows[:3]), DataConfig(), tokenizer)
+    own = tokenizer.apply_chat_template(talk, return_dict=False)
+    assert first == second
+    assert list(first.token_ids) == own
+    trained = [t for t, m in zip(first.token_ids, first.loss_mask, strict=True) if m]
+    assert tokenizer.convert_ids_to_tokens(trained) == ["2", "<|im_end|>", "4", "<|im_end|>"]
+    assert tokenizer.decode(third.token_ids).endswith("<|im_start|>a5<|im_end|>")
+    (named,) = load_sft_sequences(write_jsonl(rows[3:]), DataConfig(messages_key="talk"), tokenizer)
+    assert named == first
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([{"role": "user", "content": "1"}], "the assistant says nothing that could train"),
+        (
+            [{"role": "user", "content": "1" * 30}, {"role": "assistant", "content": "2"}],
+            "37 tokens, more than data.max_prompt_length",
+        ),
+        ([{"role": "robot", "content": "1"}], "the chat template refuses"),
+        ("[]", "there is no value"),
+    ],
+)
+def test_a_conversation_that_cannot_train_names_its_row(tokenizer, write_jsonl, messages, problem):
+    row = {"messages": messages} if isinstance(messages, list) else {}
+    cfg = DataConfig(max_prompt_length=10, max_response_length=10)
+    with pytest.raises(UserError, match=rf"rows\.jsonl row 0, .*{problem}"):
+        load_sft_sequences(write_jsonl([row or {"other": 1}]), cfg, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "text"), [("right", "u1<|im_end|>"), ("left", "99<|im_end|>")]
+)
+def test_a_long_conversation_is_cut_with_its_mask_or_dropped(
+    tokenizer, write_jsonl, truncation, text
+):
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2" * 9 + "99"}]
+    short = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    path = write_jsonl([{"messages": talk}, {"messages": short}])
+    limits = {"max_prompt_length": 4, "max_response_length": 4}
+    cfg = DataConfig(**limits, truncation=truncation)
+    long, whole = load_sft_sequences(path, cfg, tokenizer)
+    assert len(long.token_ids) == len(long.loss_mask) == 8
+    assert text in tokenizer.decode(long.token_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(long.token_ids))
+    assert [t for t, m in zip(tokens, long.loss_mask, strict=True) if not m] == (
+        ["<|im_start|>", "u", "1", "<|im_end|>", "<|im_start|>", "a"]
+        if truncation == "right"
+        else []
+    )
+    (kept,) = load_sft_sequences(
+        path, DataConfig(**limits, filter_overlong_prompts=True), tokenizer
+    )
+    assert kept == whole
 
 
 @pytest.mark.parametrize(
@@ -176,6 +315,12 @@ def test_a_malformed_sft_response_names_its_row(tokenizer, write_jsonl, response
             {"apply_chat_template_kwargs": {"tokenize": True}},
             r"data\.apply_chat_template_kwargs\.tokenize=True is no variable",
         ),
+        (
+            {"apply_chat_template_kwargs": {"continue_final_message": True}},
+            r"continue_final_message=True is no variable .* Set data\.continue_final_message",
+        ),
+        ({"train_max_samples": 0}, r"data\.train_max_samples=0 must be -1 or at least 1"),
+        ({"val_max_samples": -2}, r"data\.val_max_samples=-2 must be -1 or at least 1"),
         ({"truncation": "lft"}, r"data\.truncation='lft' .*Did you mean 'left'"),
         ({"train_files": ""}, r"data\.train_files='' must be a path"),
         ({"train_files": ["a", ""]}, r"data\.train_files=\['a', ''\] must be a path"),

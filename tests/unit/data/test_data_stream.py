@@ -1,10 +1,13 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.errors import UserError
-from mcore_rl.types import Prompt
+from mcore_rl.types import Prompt, TokenSequence
 
 
 def _prompts(n):
@@ -84,8 +87,33 @@ def test_a_batch_larger_than_the_data_is_refused():
         (ItemStream(_prompts(4), seed=1), "num_items"),
         (ItemStream(_prompts(3), seed=2), "seed"),
         (ItemStream(_prompts(3), seed=1, shuffle=False), "shuffle"),
+        (ItemStream(_prompts(3)[::-1], seed=1), "digest"),
+        *(
+            (ItemStream([replace(_prompts(1)[0], **change), *_prompts(3)[1:]], seed=1), "digest")
+            for change in (
+                {"token_ids": [5]},
+                {"ground_truth": "2"},
+                {"extra_info": {"tests": 1}},
+                {"data_source": "other"},
+            )
+        ),
     ],
 )
 def test_a_state_of_other_data_is_refused(other, key):
     with pytest.raises(UserError, match=f"data {key}="):
         ItemStream(_prompts(3), seed=1).load_state_dict(other.state_dict())
+
+
+def test_the_digest_is_that_of_the_content_and_not_of_its_type():
+    """A checkpoint of before there was one is taken; arrays hold what lists hold."""
+    stream = ItemStream(_prompts(3), seed=1)
+    as_arrays = [replace(p, token_ids=np.array(p.token_ids, np.int32)) for p in _prompts(3)]
+    state = stream.state_dict()
+    ItemStream(as_arrays, seed=1).load_state_dict(state)
+    assert len(state["digest"]) == 32
+    sequences = [TokenSequence(token_ids=[1, 2], loss_mask=[False, True])]
+    other = [replace(sequences[0], loss_mask=[False, False])]
+    digests = {ItemStream(items).state_dict()["digest"] for items in (sequences, other)}
+    assert len(digests) == 2
+    del state["digest"]
+    stream.load_state_dict(state)

@@ -30,7 +30,7 @@ assert pickle.loads(pickle.dumps(resolve_objective(cfg.actor, 6))).policy_loss i
 workers = FakeWorkers()
 before = workers.actor.weights.clone()
 inputs = make_inputs(folder / "reward.py", cfg, 1, 0)
-train(cfg, inputs, make_cluster(workers, cfg), open_run_folder(cfg))
+train(cfg, inputs, make_cluster(workers, cfg), open_run_folder(cfg, inputs.total_steps))
 inputs.scorer.close()
 assert not workers.actor.weights.equal(before)
 """

@@ -67,7 +67,7 @@ class Run:
 
 
 def run_in(
-    root, *overrides, folder="run", steps=3, num_val=0, reward=REWARD, **workers_kwargs
+    root, *overrides, folder="run", steps=3, num_val=0, reward=REWARD, loop=train, **workers_kwargs
 ) -> Run:
     """Do a run with all its files below `root`.
 
@@ -78,10 +78,10 @@ def run_in(
     reward_file.write_text(reward)
     cfg = make_config(*overrides, f"trainer.default_local_dir={root / folder}")
     inputs = make_inputs(reward_file, cfg, steps, num_val)
-    run_dir = open_run_folder(cfg)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
     workers = FakeWorkers(temperature=cfg.rollout.temperature, **workers_kwargs)
     try:
-        train(cfg, inputs, make_cluster(workers, cfg), run_dir)
+        loop(cfg, inputs, make_cluster(workers, cfg), run_dir)
         assert workers.crash_at is None, "the crash never came"
     except CrashError:
         pass

@@ -6,11 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 
+import fake_workers
 import pytest
+from fake_workers import make_prompts
 from loop_runs import run_in
 
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.loop.checkpoints import POINTER
+from mcore_rl.loop.validate import validate
 
 STEPS = 4
 # Everything that a checkpoint keeps matters here: weights, schedule, place in the data (two and a
@@ -364,6 +367,61 @@ def test_a_run_begins_with_a_checkpoint_of_another_and_goes_on_from_its_own(run_
     assert branch.counts["actor.update"] == 2
     assert branch.metrics == whole.metrics[2:]
     assert branch.workers.actor.weights.equal(whole.workers.actor.weights)
+
+
+def test_other_data_of_as_many_rows_are_refused(run_loop, whole, monkeypatch):
+    """One answer was corrected since."""
+    stored = json.loads((whole.folder / "checkpoints/global_step_4/controller.json").read_text())
+    assert stored["prompts"]["num_items"] == 10
+
+    def with_another_answer(num, first, source):
+        prompts = make_prompts(num, first, source)
+        return [replace(prompts[0], ground_truth="w9"), *prompts[1:]]
+
+    monkeypatch.setattr(fake_workers, "make_prompts", with_another_answer)
+    with pytest.raises(UserError, match=r"data digest='\w+' differs from the resumed run's '\w+'"):
+        run_loop(*OVERRIDES, steps=STEPS + 1, num_val=3, folder="whole")
+
+
+def test_a_validation_alone_leaves_the_run_as_it_is(run_loop, whole):
+    """Of the latest checkpoint and of an earlier one; each gives what the run itself logged."""
+    files = ("metrics.jsonl", "samples.jsonl", f"checkpoints/{POINTER}")
+    before = [(whole.folder / name).read_bytes() for name in files]
+    only = [*OVERRIDES, "trainer.val_only=true"]
+    latest = run_loop(*only, steps=STEPS, num_val=3, folder="whole", loop=validate)
+    earlier = [
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={whole.folder}/checkpoints/global_step_2",
+    ]
+    run_loop(*only, *earlier, steps=STEPS, num_val=3, folder="whole", loop=validate)
+    assert latest.counts["actor.update"] == latest.counts["actor.begin_save"] == 0
+    assert [(whole.folder / name).read_bytes() for name in files] == before
+    for step in (4, 2):
+        folder = whole.folder / "validation" / f"global_step_{step}"
+        [line] = replace(whole, folder=folder).metrics
+        expected = {k: v for k, v in whole.metrics[step].items() if k.startswith(("eval/", "step"))}
+        assert line == expected
+        samples = replace(whole, folder=folder).lines("samples.jsonl")
+        assert samples == [
+            sample
+            for sample in whole.lines("samples.jsonl")
+            if (sample["step"], sample["split"]) == (step, "val")
+        ]
+
+
+def test_a_validation_alone_of_a_new_run_is_of_the_first_weights(run_loop):
+    only = ["trainer.val_only=true", "data.val_files=unread"]
+    run = run_loop(*only, steps=2, num_val=3, loop=validate)
+    assert run.calls == [
+        "place",
+        "sync to 0",
+        "generate with 0",
+        "actor.logprobs",
+        "generate with 0",
+    ]
+    assert (run.folder / "validation/global_step_0/metrics.jsonl").exists()
+    trained = run_loop("data.val_files=unread", steps=2, num_val=3)  # the folder is free
+    assert trained.counts["actor.update"] == 4
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(run_loop, whole):

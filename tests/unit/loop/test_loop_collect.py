@@ -40,8 +40,51 @@ def test_groups_that_never_differ_stop_the_run_after_the_batches_it_may_take(run
         run_loop(FILTER, limit, steps=1, reward=never)
     assert str(caught.value).startswith(
         "algorithm.filter_groups.max_num_gen_batches=5 batches of step 0 gave 0 of 4 groups whose "
-        "samples differ. Raise it,"
+        "samples differ; of the rewards, 20 groups only 0. Raise it,"
     )
+
+
+def test_groups_that_never_differ_stop_the_run_after_one_pass_over_the_data(run_loop):
+    """Ten prompts, four at a time; the reason is in the message."""
+    never = "def compute_score(ground_truth, **sample): return float(ground_truth == 'w1')"
+    with pytest.raises(UserError) as caught:
+        run_loop(FILTER, steps=1, reward=never)
+    text = str(caught.value)
+    assert text.startswith(
+        "algorithm.filter_groups.max_num_gen_batches=0 lets a step draw 1 pass over the 10 "
+        "prompts, and the 3 batches of step 0 gave 0 of 4 groups whose samples differ; of the "
+        "rewards, "
+    )
+    assert " groups only 0, " in text
+    assert " groups only 1. Mend the reward if it never differs; " in text
+
+
+def test_groups_that_seldom_differ_stop_the_run_after_three_passes(run_loop, tmp_path):
+    """The first group of all differs, and no other."""
+    reward = """
+import itertools
+CALLS = itertools.count()
+def compute_score(**sample): return float(next(CALLS) == 0)
+"""
+    with pytest.raises(UserError, match=r"lets a step draw 3 passes .* 8 batches .* 1 of 4 groups"):
+        run_loop(FILTER, steps=1, reward=reward)
+
+
+def test_the_deviation_of_rewards_is_that_of_all_batches_of_the_step(run_loop):
+    """Rewards are 0 in the first batch, 1 in the second, and differ in the third: the mean of the
+    deviations would be next to nothing."""
+    reward = """
+import itertools
+CALLS = itertools.count()
+def compute_score(**sample):
+    number = next(CALLS)
+    return float(number >= 12) if number < 24 else float(number % 2)
+"""
+    run = run_loop(FILTER, steps=1, reward=reward)
+    line = run.metrics[0]
+    assert line["rollout/num_gen_batches"] == 3
+    assert line["reward/mean"] == 0.5
+    assert line["reward/std"] == 0.5
 
 
 def test_batches_have_the_size_asked_for_and_a_prompt_that_comes_again_is_answered_anew(run_loop):

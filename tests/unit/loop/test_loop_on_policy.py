@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from fake_workers import VOCABULARY, UnigramEngine
 
-from mcore_rl.errors import WeightSyncError
+from mcore_rl.errors import UserError, WeightSyncError
+from mcore_rl.rewards.base import BUILT_IN_NUMBERS
 
 GMPO = "actor.policy_loss.loss_mode=geo_mean"
 GPG = ["algorithm.adv_estimator=gpg", "actor.policy_loss.loss_mode=gpg"]
@@ -259,6 +260,54 @@ def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_lo
     assert line["eval/val/best_at_4"] > line["eval/val/accuracy"]
 
 
+BUILT_IN = ("response_tokens/mean", "truncated_frac", "failed_frac", "timeout_frac")
+FAILS_ON_W1 = """
+import time
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if data_source == "val" and ground_truth == "w1":
+        raise ConnectionError("the judge is away")
+    return 1.0
+"""
+
+
+def test_validation_counts_the_rewards_that_failed_and_the_responses_cut_off(run_loop):
+    """Ground truths w1 to w4, so a quarter of the accuracy is lost to failures."""
+    options = ["data.val_files=unread", "reward.on_error=zero", "reward.max_failed_frac=0.25"]
+    run = run_loop(GMPO, *options, steps=1, num_val=4, reward=FAILS_ON_W1)
+    for line in run.lines("metrics.jsonl"):
+        assert line["eval/val/accuracy"] == 0.75
+        assert line["eval/val/failed_frac"] == 0.25
+        assert line["eval/val/timeout_frac"] == 0.0
+        # Greedy, the policy repeats one word to the limit, at first.
+        assert line["step"] > 0 or line["eval/val/truncated_frac"] == 1.0
+
+
+def test_a_validation_whose_rewards_fail_too_often_stops_the_run(run_loop):
+    """Counted over the whole of it, not by batches."""
+    options = ["data.val_files=unread", "reward.on_error=zero", "data.val_batch_size=1"]
+    with pytest.raises(UserError, match=r"max_failed_frac=0\.1 .* failed on 1 of 4 .* validation"):
+        run_loop(GMPO, *options, steps=1, num_val=4, reward=FAILS_ON_W1)
+    run_loop(GMPO, *options, "reward.max_failed_frac=0.3", steps=1, num_val=4, reward=FAILS_ON_W1)
+
+
+def test_no_metric_of_a_run_has_the_form_of_a_rewards_own_but_those_that_rewards_may_not_name(
+    run_loop,
+):
+    overrides = [
+        "algorithm.adv_estimator=remax",
+        "algorithm.use_kl_in_reward=true",
+        "reward.overlong_buffer.enable=true",
+        "reward.overlong_buffer.len=2",
+        "data.val_files=unread",
+    ]
+    run = run_loop(*overrides, steps=1, num_val=2)
+    keys = {key for line in run.lines("metrics.jsonl") for key in line}
+    parts = [key.split("/") for key in keys if key.startswith(("reward/", "eval/"))]
+    assert {part[-2] for part in parts if part[-1] == "mean" and len(part) > 2} == set(
+        BUILT_IN_NUMBERS
+    )
+
+
 def test_validation_reports_the_further_numbers_of_a_reward(run_loop):
     """Each as the mean over the samples that have it; the score alone is the accuracy."""
     reward = """
@@ -269,7 +318,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     run = run_loop(GMPO, "data.val_files=unread", steps=1, num_val=4, reward=reward)
     for line in run.lines("metrics.jsonl"):
         numbers = {k.removeprefix("eval/val/"): v for k, v in line.items() if "eval/" in k}
-        del numbers["response_tokens/mean"]
+        for name in BUILT_IN:
+            del numbers[name]
         # Ground truths 1, 2, 3, 4; a number may have any name.
         expected = {"accuracy": 2.5, "acc/mean": 25.0, "odd/mean": 2.0, "accuracy/mean": 3.0}
         assert numbers == expected

@@ -17,7 +17,7 @@ from mcore_rl.loop.resume import open_run_folder
 
 def open_with(tmp_path, *overrides):
     cfg = make_config(f"trainer.default_local_dir={tmp_path / 'run'}", *overrides)
-    return open_run_folder(cfg)
+    return open_run_folder(cfg, cfg.trainer.total_training_steps or 10)
 
 
 HOLDER = """
@@ -48,6 +48,9 @@ def begin(folder):
         "model.path=other",
         "reward.on_error=zero",
         "algorithm.kl_ctrl.kl_coef=0.5",
+        "actor.megatron.dtype=bfloat16",
+        "actor.megatron.moe_router_freeze=true",
+        "actor.megatron.use_distributed_optimizer=false",
     ],
 )
 def test_a_folder_of_a_run_that_computes_something_else_is_refused(tmp_path, override):
@@ -181,3 +184,90 @@ def test_another_commit_of_a_model_of_the_hub_is_refused_with_the_one_to_go_on_w
     assert str(caught.value).endswith(f"Go on with the commit that it began with: model.path={old}")
     with pytest.raises(UserError, match=r"Set trainer\.experiment_name"):
         open_with(tmp_path, f"model.path=org/other@{'a' * 40}")
+
+
+def write_checkpoint(run_dir, step):
+    """Leave what open_run_folder reads of a checkpoint, the latest of its run."""
+    folder = run_dir / "checkpoints" / f"global_step_{step}"
+    folder.mkdir(parents=True)
+    (folder / "controller.json").write_text(f'{{"step": {step}}}')
+    (folder.parent / POINTER).write_text(str(step))
+    return folder
+
+
+def from_path(folder):
+    return ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}"]
+
+
+@pytest.mark.parametrize("step", [10, 12])
+def test_another_runs_checkpoint_at_or_past_the_last_step_is_refused(tmp_path, step):
+    other = write_checkpoint(tmp_path / "other", step)
+    with pytest.raises(UserError) as caught:
+        open_with(tmp_path, *from_path(other), "trainer.total_training_steps=10")
+    assert str(caught.value).startswith(
+        f"{other} is of step {step}, and the run has 10 steps: nothing is left to train. Raise "
+    )
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    open_with(tmp_path, *from_path(other), "trainer.total_training_steps=13")
+
+
+def test_a_run_that_is_made_shorter_than_it_is_already_is_refused(tmp_path):
+    """It would log the last weights as those of an earlier step."""
+    write_checkpoint(open_with(tmp_path, "trainer.total_training_steps=10"), 10)
+    open_with(tmp_path, "trainer.total_training_steps=10")
+    with pytest.raises(UserError, match=r"global_step_10 is of step 10, and the run has 9 steps"):
+        open_with(tmp_path, "trainer.total_training_steps=9")
+
+
+def test_a_checkpoint_is_validated_whatever_its_step(tmp_path):
+    other = write_checkpoint(tmp_path / "other", 12)
+    validation = ["trainer.val_only=true", "data.val_files=unread"]
+    open_with(tmp_path, *from_path(other), *validation, "trainer.total_training_steps=10")
+
+
+@pytest.mark.parametrize(
+    "override", ["actor.megatron.moe_router_freeze=true", "actor.megatron.dtype=bfloat16"]
+)
+def test_a_checkpoint_of_another_run_with_other_numbers_in_it_is_refused(tmp_path, override):
+    other = write_checkpoint(open_with(tmp_path / "first"), 3)
+    key = override.split("=")[0]
+    with pytest.raises(
+        UserError, match=rf"^{key}=.* differs from .* of the run that wrote {other}"
+    ):
+        open_with(tmp_path / "second", override, *from_path(other))
+    open_with(tmp_path / "second", "actor.optim.lr=0.5", *from_path(other))
+
+
+LINEAR = "actor.optim.lr_decay_style=linear"
+
+
+@pytest.mark.parametrize("length", ["total_training_steps", "total_epochs"])
+def test_a_decaying_schedule_does_not_become_longer_without_a_word(tmp_path, length):
+    """Step 4 of 4 had a rate of 0; of 8 it has half the peak."""
+    begin(open_with(tmp_path, LINEAR, f"trainer.{length}=4"))
+    longer = [LINEAR, f"trainer.{length}=8"]
+    with pytest.raises(UserError) as caught:
+        open_with(tmp_path, *longer)
+    assert str(caught.value).startswith(
+        "actor.optim.lr_decay_steps=None makes the linear schedule as long as the run, and "
+        f"trainer.{length} was 4 in {tmp_path / 'run'}: the learning rate would jump."
+    )
+    open_with(tmp_path, *longer, "actor.optim.lr_decay_steps=8")
+    open_with(tmp_path, *longer)  # the word has been given
+
+
+def test_a_schedule_that_does_not_depend_on_the_length_lets_it_change(tmp_path):
+    begin(open_with(tmp_path, LINEAR, "actor.optim.lr_decay_steps=4"))
+    open_with(tmp_path, LINEAR, "actor.optim.lr_decay_steps=4", "trainer.total_epochs=8")
+    begin(open_with(tmp_path / "decided", LINEAR, "trainer.total_training_steps=4"))
+    decided = [LINEAR, "trainer.total_training_steps=4", "trainer.total_epochs=8"]
+    open_with(tmp_path / "decided", *decided)
+
+
+def test_a_branch_with_another_length_says_what_its_schedule_is(tmp_path):
+    first = open_with(tmp_path / "first", LINEAR, "trainer.total_training_steps=4")
+    other = write_checkpoint(first, 2)
+    longer = [LINEAR, "trainer.total_training_steps=8", *from_path(other)]
+    with pytest.raises(UserError, match=r"lr_decay_steps=None .* was 4 in .*first"):
+        open_with(tmp_path / "second", *longer)
+    open_with(tmp_path / "second", *longer, "actor.optim.lr_decay_steps=8")

@@ -30,7 +30,7 @@ def run(tmp_path, *overrides, steps=6, folder="run", crash_at=None):
     cfg = compose_config(SftRunConfig, parse_command_line("sft", "", argv))
     inputs = SftInputs(sequences=ItemStream(SEQUENCES), total_steps=steps)
     workers = FakeWorkers(crash_at=crash_at)
-    run_dir = open_run_folder(cfg)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
     if crash_at is None:
         train(cfg, inputs, make_cluster(workers, cfg), run_dir)
     else:

@@ -133,11 +133,17 @@ def test_a_run_whose_first_update_was_skipped_can_be_saved_and_goes_on(run, tmp_
         ({"lr_warmup_steps": 4}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
         (
             {"lr_decay_style": "linear", "lr_decay_steps": 5, "min_lr": 0.002},
-            [1 - 0.75 * n / 5 for n in (1, 2, 3, 4, 5, 5)],
+            [1 - 0.75 * n / 5 for n in (0, 1, 2, 3, 4, 5)],
         ),
         (
             {"lr_decay_style": "cosine", "lr_warmup_steps": 2, "min_lr": 0.0008},
-            [1 / 2, 1, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(1, 5))],
+            [1 / 2, 1, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 9)) for n in range(1, 5))],
+        ),
+        # The last step of a run still trains; only the one after it would have min_lr=0.
+        ({"lr_decay_style": "linear"}, [1 - n / 10 for n in range(10)]),
+        (
+            {"lr_decay_style": "linear", "lr_warmup_steps": 2},
+            [1 / 2, 1, *(1 - n / 9 for n in range(1, 9))],
         ),
     ],
 )

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from mcore_rl.errors import UserError
@@ -7,6 +9,12 @@ from mcore_rl.rewards.custom import load_custom_reward
 GOOD = (
     "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 2.5\n"
 )
+
+
+@pytest.fixture(autouse=True)
+def paths_are_put_back(monkeypatch):
+    """A reward file adds its folder to them, for good."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def _load(path, **options):
@@ -35,9 +43,10 @@ def test_no_path_means_no_custom_function():
 )
 def test_a_function_is_loaded_by_name(tmp_path, source, name):
     (tmp_path / "reward.py").write_text(source)
-    function = _load(tmp_path / "reward.py", name=name)
-    assert function is not None
-    result = function(data_source="", solution_str="", ground_truth="", extra_info=None)
+    custom = _load(tmp_path / "reward.py", name=name)
+    assert custom is not None
+    assert (custom.is_async, custom.is_batch) == (False, False)
+    result = custom.function(data_source="", solution_str="", ground_truth="", extra_info=None)
     assert result == 2.5
 
 
@@ -66,9 +75,10 @@ def test_further_arguments_are_passed_by_name(tmp_path):
         "def compute_score(solution_str, scale, offset=1, **others):\n"
         "    return scale * len(solution_str) + offset\n"
     )
-    function = _load(tmp_path / "reward.py", reward_kwargs={"scale": 10})
-    assert function is not None
-    assert function(data_source="", solution_str="abc", ground_truth="", extra_info=None) == 31
+    custom = _load(tmp_path / "reward.py", reward_kwargs={"scale": 10})
+    assert custom is not None
+    arguments = {"data_source": "", "solution_str": "abc", "ground_truth": "", "extra_info": None}
+    assert custom.function(**arguments) == 31
 
 
 @pytest.mark.parametrize(
@@ -99,3 +109,46 @@ def test_a_name_without_a_path_is_refused():
         CustomRewardConfig(name="mine")
     with pytest.raises(UserError, match=r"reward_kwargs={'scale': 2} has no effect"):
         CustomRewardConfig(reward_kwargs={"scale": 2})
+
+
+@pytest.mark.parametrize(
+    ("source", "is_async", "is_batch"),
+    [
+        ("async def compute_score(**one): ...\n", True, False),
+        ("def compute_score(data_sources, solution_strs, ground_truths, extra_infos): ...\n", 0, 1),
+        ("async def compute_score(solution_strs, **others): ...\n", True, True),
+        (
+            "class Judge:\n    async def __call__(self, **one): ...\ncompute_score = Judge()\n",
+            True,
+            False,
+        ),
+    ],
+)
+def test_what_kind_of_function_it_is_shows_in_its_signature(tmp_path, source, is_async, is_batch):
+    (tmp_path / "reward.py").write_text(source)
+    custom = _load(tmp_path / "reward.py", reward_kwargs={})
+    assert custom is not None
+    assert (custom.is_async, custom.is_batch) == (is_async, is_batch)
+
+
+def test_a_batch_function_that_lacks_an_argument_is_refused(tmp_path):
+    (tmp_path / "reward.py").write_text("def compute_score(solution_strs, ground_truths): ...\n")
+    problem = r"unexpected keyword argument 'data_sources'.*for all responses at once as `def comp"
+    with pytest.raises(UserError, match=problem):
+        _load(tmp_path / "reward.py")
+
+
+def test_a_file_imports_what_lies_beside_it_also_when_the_function_is_called(tmp_path):
+    (tmp_path / "beside_a_reward.py").write_text("BONUS = 2\n")
+    (tmp_path / "beside_it_too.py").write_text("BONUS = 3\n")
+    (tmp_path / "reward.py").write_text(
+        "import beside_a_reward\ndef compute_score(**one):\n    import beside_it_too\n"
+        "    return beside_a_reward.BONUS + beside_it_too.BONUS\n"
+    )
+    custom = _load(tmp_path / "reward.py")
+    assert custom is not None
+    sample = dict.fromkeys(("data_source", "solution_str", "ground_truth", "extra_info"))
+    assert custom.function(**sample) == 5
+    (tmp_path / "reward.py").write_text("import no_such_module\n")
+    with pytest.raises(UserError, match=r"Install it, or put it beside the file\.$"):
+        _load(tmp_path / "reward.py")

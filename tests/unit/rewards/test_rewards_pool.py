@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import mcore_rl.rewards.pool as pool_module
 from mcore_rl.errors import RunError, UserError
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.pool import RewardPool
@@ -121,7 +122,7 @@ def test_a_process_that_dies_while_another_answers_loses_no_call(make_pool, tmp_
     pool = make_pool(textwrap.dedent(body), num_workers=2)
     outcomes = pool.run([_call("dies"), _call("quick"), _call("quick")])
     assert next(outcomes)[1].score == 1
-    [dying] = [worker for worker in pool._workers if worker.position == 0]
+    [dying] = [worker for worker in pool._workers if 0 in worker.tasks]
     (tmp_path / "may die").touch()
     assert _wait_until_ended(dying.process.pid)
     rest = dict(outcomes)
@@ -224,3 +225,122 @@ def test_a_custom_function_that_cannot_be_loaded_is_named_before_the_first_call(
     pool = make_pool("return 1\n1 / 0 if")
     with pytest.raises(UserError, match=r"custom_reward_function\.path=.*SyntaxError"):
         pool.start()
+
+
+@pytest.fixture
+def make_async_pool(tmp_path):
+    """Return a function that makes a pool around an async function of the given body."""
+
+    def make(body, before="", **options):
+        path = tmp_path / "reward.py"
+        body = textwrap.indent(textwrap.dedent(body), "    ")
+        path.write_text(f"import asyncio, os, sys, time\n{before}\nasync {SIGNATURE}{body}\n")
+        return RewardPool(RewardConfig(**options), CustomRewardConfig(path=str(path)))
+
+    return make
+
+
+BARRIER = """
+WAITING = []
+async def meet(number):
+    WAITING.append(1)
+    while len(WAITING) < number:
+        await asyncio.sleep(0.01)
+"""
+
+
+def test_async_calls_run_side_by_side_in_one_process(make_async_pool):
+    """Each waits until all sixteen are there, so one after another would never end."""
+    pool = make_async_pool("await meet(16)\nreturn os.getpid()", BARRIER, num_workers=1)
+    assert len(set(_scores(pool, *"abcdefghijklmnop"))) == 1
+
+
+def test_no_more_async_calls_run_than_are_allowed(make_async_pool):
+    body = """
+        RUNNING.append(1)
+        most = len(RUNNING)
+        await asyncio.sleep(0.05)
+        RUNNING.pop()
+        return most
+    """
+    pool = make_async_pool(body, "RUNNING = []", num_workers=1, max_concurrency=3)
+    assert max(_scores(pool, *"abcdefghij")) == 3
+
+
+def test_a_process_has_one_event_loop_for_its_life(make_async_pool):
+    """What was made on it in the first call, a lock or a session, serves the later ones."""
+    body = """
+        loops.add(asyncio.get_running_loop())
+        return len(loops)
+    """
+    pool = make_async_pool(body, "loops = set()", num_workers=1)
+    assert [_scores(pool, response) for response in "abc"] == [[1], [1], [1]]
+
+
+def test_an_async_call_that_takes_too_long_is_cancelled_and_the_others_are_not(make_async_pool):
+    body = """
+        if solution_str == "hangs":
+            await asyncio.sleep(600)
+        if solution_str == "gives up by itself":
+            raise TimeoutError("the judge")
+        return os.getpid()
+    """
+    pool = make_async_pool(body, num_workers=1, timeout_s=3.0)
+    responses = ["a", "hangs", "gives up by itself", "b"]
+    outcomes = dict(pool.run([_call(response) for response in responses]))
+    assert (outcomes[1].error, outcomes[1].timed_out) == (
+        "TimeLimitExceeded: no result after 3 s",
+        True,
+    )
+    assert (outcomes[2].error, outcomes[2].timed_out) == ("TimeoutError: the judge", False)
+    [again] = _scores(pool, "c")
+    assert outcomes[0].score == outcomes[3].score == again  # the process is the same
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("os._exit(3)", r"the process ended (exit code 3)"),
+        ("time.sleep(600)", "TimeLimitExceeded: no result after 1 s"),
+    ],
+)
+def test_of_async_calls_in_a_process_that_ends_only_the_one_at_fault_fails(
+    make_async_pool, monkeypatch, fault, reason
+):
+    monkeypatch.setattr(pool_module, "_GRACE_S", 1.0)
+    body = f"""
+        await asyncio.sleep(0.1)
+        if solution_str == "bad":
+            {fault}
+        return 1
+    """
+    pool = make_async_pool(body, num_workers=1, timeout_s=1.0)
+    outcomes = dict(pool.run([_call(response) for response in ("a", "b", "bad", "c", "d")]))
+    assert [outcomes[i].score for i in range(5)] == [1, 1, 0, 1, 1]
+    assert [outcomes[i].error for i in range(5)] == [None, None, reason, None, None]
+
+
+def test_an_event_loop_that_takes_no_calls_does_not_stop_the_program(make_async_pool, monkeypatch):
+    """More is handed over than a connection holds while the function blocks its loop."""
+    monkeypatch.setattr(pool_module, "_SEND_LIMIT_S", 1)
+    monkeypatch.setattr(pool_module, "_GRACE_S", 0.0)
+    body = """
+        if solution_str == "blocks":
+            time.sleep(600)
+        return len(solution_str)
+    """
+    pool = make_async_pool(body, num_workers=1, timeout_s=5.0)
+    calls = [_call("blocks"), *[_call("x" * 200_000)] * 8]
+    outcomes = dict(pool.run(calls))
+    assert [outcomes[i].score for i in range(9)] == [0, *[200_000] * 8]
+    assert outcomes[0].timed_out
+
+
+def test_a_plain_function_may_run_an_event_loop_of_its_own(make_pool):
+    body = """
+        import asyncio
+        async def judge():
+            return len(solution_str)
+        return asyncio.run(judge())
+    """
+    assert _scores(make_pool(textwrap.dedent(body), num_workers=1), "a", "bb") == [1, 2]

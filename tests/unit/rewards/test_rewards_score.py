@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
-from mcore_rl.metrics import to_floats
+from mcore_rl.metrics import merge, to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Sample, SampleGroup
@@ -80,6 +80,7 @@ def test_each_data_source_is_scored_by_its_own_reward():
             "reward/std": math.sqrt(3 / 5 * 2 / 5),
             "reward/num_errors": 0,
             "reward/failed_frac": 0,
+            "reward/timeout_frac": 0,
         }
     )
 
@@ -148,12 +149,31 @@ def test_a_custom_function_scores_every_data_source_with_all_arguments(make_scor
 
 
 @pytest.mark.parametrize(
-    "value", ["0.5", "{'score': 0.5}", "np.float32(0.5)", "np.float64(0.5)", "{'score': 1} and 0.5"]
+    ("value", "score"),
+    [
+        ("0.5", 0.5),
+        ("{'score': 0.5}", 0.5),
+        ("np.float16(0.5)", 0.5),
+        ("np.float32(0.5)", 0.5),
+        ("np.float64(0.5)", 0.5),
+        ("np.array(0.5)", 0.5),
+        ("{'score': np.bool_(True)}", 1.0),
+        ("np.bool_(False)", 0.0),
+        ("np.int64(2)", 2.0),
+        ("decimal.Decimal('0.5')", 0.5),
+        ("fractions.Fraction(1, 2)", 0.5),
+    ],
 )
-def test_a_score_is_a_number_or_a_mapping_with_one(make_scorer, value):
-    scored, _ = make_scorer(f"return {value}").score([_group("a")])
-    assert _rewards(scored) == [0.5]
+def test_a_score_is_a_number_or_a_mapping_with_one(make_scorer, value, score):
+    """Also for the further numbers."""
+    body = f"import decimal, fractions\nreturn {value}"
+    scored, _ = make_scorer(body).score([_group("a")])
+    assert _rewards(scored) == [score]
     assert type(_rewards(scored)[0]) is float
+    if "score" not in value:
+        also = body.replace("return ", "return {'score': 0, 'acc': ") + "}"
+        scored, _ = make_scorer(also).score([_group("a")])
+        assert scored[0].samples[0].reward_metrics == {"acc": score}
 
 
 def test_an_async_function_is_awaited(make_scorer):
@@ -177,6 +197,88 @@ def test_further_numbers_are_logged_by_name_over_the_samples_that_have_them(make
     assert numbers["reward/right/mean"] == pytest.approx(2 / 3)
     assert numbers["reward/odd/mean"] == 2.0
     assert "reward/pred/mean" not in numbers
+
+
+def test_a_number_that_is_none_is_left_out_of_its_mean_and_named(make_scorer, caplog):
+    """It does not hide the others, of its own samples or of the rest."""
+    scorer = make_scorer(
+        "bad = {'nan': math.nan, 'inf': -math.inf}.get(solution_str)\n"
+        "return {'score': 1, 'acc': len(solution_str) if bad is None else bad, 'right': True}"
+    )
+    with caplog.at_level(logging.WARNING):
+        scored, metrics = scorer.score([_group("a", "nan", "bbb", "inf")])
+    assert to_floats(metrics)["reward/acc/mean"] == 2.0
+    assert to_floats(metrics)["reward/right/mean"] == 1.0
+    assert [sample.reward_metrics.get("acc") for sample in scored[0].samples] == [1, None, 3, None]
+    assert "number 'acc' is NaN or infinite for 2 of 4 samples" in caplog.text
+    assert "first train.parquet:3 sample 1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["baseline", "response_tokens"])
+def test_a_number_that_bears_the_name_of_a_metric_of_every_run_is_refused(make_scorer, name):
+    scorer = make_scorer(f"return {{'score': 1, {name!r}: 2}}")
+    with pytest.raises(UserError, match=f"the number '{name}', which names a metric of every run"):
+        scorer.score([_group("a")])
+
+
+def test_the_deviation_of_rewards_is_that_of_all_however_they_were_batched(make_scorer):
+    scorer = make_scorer("return len(solution_str)")
+    parts = [scorer.score([_group(*responses)])[1] for responses in (["a", "a"], ["bb"], [])]
+    whole = scorer.score([_group("a", "a", "bb")])[1]
+    assert to_floats(merge(parts))["reward/std"] == pytest.approx(math.sqrt(2 / 9), rel=1e-12)
+    assert to_floats(whole)["reward/std"] == pytest.approx(math.sqrt(2 / 9), rel=1e-12)
+
+
+def test_a_batch_function_gets_all_responses_at_once(make_scorer, tmp_path):
+    """Lists by verl's names, in order; a result for each."""
+    scorer = make_scorer("")
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_sources, solution_strs, ground_truths, extra_infos, scale=1):\n"
+        "    assert (data_sources[0], ground_truths[0]) == ('arithmetic', '5')\n"
+        "    assert extra_infos[0] == {'bonus': 10}\n"
+        "    total = sum(map(len, solution_strs))\n"
+        "    n = len(data_sources)\n"
+        "    return [{'score': len(text) / total, 'n': n} for text in solution_strs]\n"
+    )
+    scored, metrics = scorer.score([_group("a", "bb"), _group("c", "dddd")])
+    assert _rewards(scored) == [1 / 8, 2 / 8, 1 / 8, 4 / 8]
+    assert to_floats(metrics)["reward/n/mean"] == 4
+    scored, _ = scorer.score([_group("a")])
+    assert _rewards(scored) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        ("[1]", "ValueError: 1 scores for 2 responses"),
+        ("1", "TypeError: 'int' object is not iterable"),
+        ("{'score': [1, 2]}", "TypeError: a batch function returns a list"),
+        ("[1, None]", "TypeError: it returned None, not a number"),
+    ],
+)
+def test_a_batch_function_that_returns_something_else_is_named(
+    make_scorer, tmp_path, result, problem
+):
+    scorer = make_scorer("")
+    (tmp_path / "reward.py").write_text(f"def compute_score(solution_strs, **o): return {result}\n")
+    with pytest.raises(UserError, match=f"failed on train.parquet:3 sample . .{problem}"):
+        scorer.score([_group("a", "b")])
+
+
+@pytest.mark.parametrize(("most", "stops"), [(0.5, False), (0.49, True)])
+def test_too_many_failures_are_an_error_also_where_failures_score_zero(make_scorer, most, stops):
+    body = "return 1 / (len(solution_str) - 1)"
+    scorer = make_scorer(body, on_error="zero", max_failed_frac=most)
+    scored, _ = scorer.score([_group("a", "bb", "a", "cc")])
+    assert [sample.reward_status for sample in scored[0].samples] == ["failed", "scored"] * 2
+    if not stops:
+        return scorer.check_failures(scored, "validation")
+    with pytest.raises(UserError) as caught:
+        scorer.check_failures(scored, "validation")
+    assert str(caught.value).startswith(
+        "reward.max_failed_frac=0.49 is exceeded: the reward failed on 2 of 4 responses of "
+        "validation, 0 of them by taking too long."
+    )
 
 
 # What a function does with the response of that name, and what is said about it.
@@ -270,6 +372,8 @@ def assert_score_zero(custom, caplog, failing, good, limits):
     numbers = to_floats(metrics)
     assert numbers["reward/num_errors"] == len(failing)
     assert numbers["reward/failed_frac"] == pytest.approx(len(failing) / len(responses))
+    num_timeouts = len(failing) if failing is HANGING else 0
+    assert numbers["reward/timeout_frac"] == pytest.approx(num_timeouts / len(responses))
     assert f"{len(failing)} samples scored 0 because the reward of 'arithmetic'" in caplog.text
 
 
@@ -287,6 +391,12 @@ def test_hanging_rewards_score_zero_and_are_counted_when_asked(failing_reward, c
         ({"timeout_s": 0}, r"reward\.timeout_s=0 must be > 0"),
         ({"memory_gib": -1.0}, r"reward\.memory_gib=-1\.0 must be > 0"),
         ({"num_workers": 0}, r"reward\.num_workers=0 must be at least 1"),
+        ({"max_concurrency": 0}, r"reward\.max_concurrency=0 must be at least 1"),
+        (
+            {"max_failed_frac": 1.5, "on_error": "zero"},
+            r"reward\.max_failed_frac=1\.5 must lie in \(0, 1\]",
+        ),
+        ({"max_failed_frac": 0.3}, r"max_failed_frac=0\.3 is not read with reward\.on_error=raise"),
         ({"on_error": "zer"}, r"reward\.on_error='zer' .*Did you mean 'zero'"),
     ],
 )

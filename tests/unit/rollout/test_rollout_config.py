@@ -18,6 +18,7 @@ from mcore_rl.rollout.fake_engine import FakeEngine
         ("temperature", -1.0, "must be > 0"),
         ("top_p", 0.9, "log-probabilities differ"),
         ("top_k", 50, "log-probabilities differ"),
+        ("stop", ["a", ""], "holds an empty text"),
         ("dtype", "float16", "is not one of float32, bfloat16"),
         ("max_num_seqs", 0, "must be at least 1"),
         ("max_num_batched_tokens", 0, "must be at least 1"),
@@ -70,3 +71,9 @@ def test_an_engine_of_a_plugin_can_be_chosen():
         RolloutConfig(name="of_a_plugin")
     ENGINES.add("of_a_plugin", FakeEngine)
     assert RolloutConfig(name="of_a_plugin").name == "of_a_plugin"
+
+
+def test_an_engine_without_texts_refuses_texts_that_end_a_response():
+    with pytest.raises(UserError, match=r"^rollout\.stop=\['a'\] is not read by an engine without"):
+        RolloutConfig(name="fake", stop=["a"])
+    assert RolloutConfig(stop=["a"]).stop == ["a"]
