@@ -14,7 +14,7 @@ from actor_inputs import ONE_MICRO_BATCH
 
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
-from mcore_rl.errors import CheckpointError
+from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.launch.cluster import Cluster
 from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.metrics import to_floats
@@ -305,7 +305,7 @@ def failure_to_load(spec, folder):
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
         try:
             cluster.load(str(folder))
-        except CheckpointError as error:
+        except (CheckpointError, UserError) as error:
             return str(error)
 
 

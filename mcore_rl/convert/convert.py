@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from mcore_rl import __version__
+from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert.ahead import made_ahead
 from mcore_rl.convert.parts import Part, append
 from mcore_rl.convert.safetensors_stream import SafetensorsSource, TensorInfo, write_header
@@ -30,7 +31,6 @@ from mcore_rl.convert.staging import StagedFolder
 from mcore_rl.convert.stored import StoredParam, stored_params
 from mcore_rl.convert.torch_dist import (
     FORMAT_FILE,
-    METADATA_FILE,
     Location,
     Piece,
     TorchDistSource,

@@ -16,7 +16,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 
-ROOT_FILES = ("types", "registry", "errors", "metrics", "durable_files", "model_files")
+ROOT_FILES = (
+    "types",
+    "registry",
+    "errors",
+    "metrics",
+    "durable_files",
+    "model_files",
+    "checkpoint_metadata",
+)
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
 MAY_IMPORT = {
@@ -26,6 +34,7 @@ MAY_IMPORT = {
     "metrics": (),
     "durable_files": (),
     "model_files": (),
+    "checkpoint_metadata": (),
     "algorithms": (),
     "data": ("algorithms.segments",),
     "rewards": (),
