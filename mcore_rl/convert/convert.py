@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from mcore_rl import __version__
@@ -211,9 +212,15 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
         f"has neither {CONFIG_FILE} nor a run folder's {config_file.name} two levels above",
         fix,
     )
-    model_path = OmegaConf.select(OmegaConf.load(config_file), "model.path")
-    is_folder = model_path is not None and Path(model_path).is_dir()
-    require(is_folder, "model.path", model_path, f"of {config_file} is not a folder here", fix)
+    config = run_folder.read_config(config_file)
+    written = run_folder.value_of(config, "model.path")
+    try:
+        model_path = OmegaConf.select(OmegaConf.create(config), "model.path")
+    except OmegaConfBaseException:
+        model_path = None
+    is_folder = isinstance(model_path, str) and Path(model_path).is_dir()
+    # As written: what a reference to the environment stands for is nobody's business.
+    require(is_folder, "model.path", written, f"of {config_file} is not a folder here", fix)
     return folder, Path(str(model_path))
 
 

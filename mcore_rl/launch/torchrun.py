@@ -30,6 +30,7 @@ from torch.distributed import (
 )
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, CheckpointError, RunError, UserError
+from mcore_rl.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ def end_process(error: Exception) -> None:
         error, code = _located(error, "controller", None), 1
     line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
     # In one piece, since other ranks may be writing to the same file.
-    sys.stderr.write(f"{trace}error: {line}\n")
+    sys.stderr.write(printable(f"{trace}error: {line}\n"))
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)

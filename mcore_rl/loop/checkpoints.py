@@ -32,8 +32,9 @@ from typing import Any, Protocol
 from mcore_rl.config.run import TrainerConfig
 from mcore_rl.durable_files import rename_whole, sync, write_whole
 from mcore_rl.errors import CheckpointError, UserError, closest_hint
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.launch.cluster import Cluster
-from mcore_rl.observability.jsonl import read_records
+from mcore_rl.observability.jsonl import read_metrics
 from mcore_rl.observability.run_folder import METRICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder} is not whole: {problem}. {self._way_out(folder)}", role="controller"
             )
-        state = json.loads((folder / CONTROLLER_FILE).read_text())
+        state = parse_json((folder / CONTROLLER_FILE).read_bytes())
         for name in self._parts:
             if name not in state:
                 raise CheckpointError(
@@ -230,7 +231,7 @@ class Checkpoints:
         metric = self._trainer.best_ckpt_metric
         if metric is None:
             return None
-        lines = read_records(self._metrics)
+        lines = read_metrics(self._metrics)
         if not any(metric in line for line in lines):
             _refuse_unknown_metric(metric, lines)
         sign = 1 if self._trainer.best_ckpt_mode == "max" else -1
@@ -263,10 +264,10 @@ def _problem(folder: Path) -> str:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        sizes = json.loads((folder / CONTROLLER_FILE).read_text())["files"]
+        sizes = dict(parse_json((folder / CONTROLLER_FILE).read_bytes())["files"])
     except FileNotFoundError:
         return f"{CONTROLLER_FILE} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{CONTROLLER_FILE} cannot be read ({error})"
     found = _sizes(folder)
     for name, size in sizes.items():

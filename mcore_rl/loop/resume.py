@@ -17,10 +17,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mcore_rl.config.compose import to_yaml
-from mcore_rl.durable_files import write_whole
+from mcore_rl.durable_files import make_private, write_whole
 from mcore_rl.errors import UserError, require
 from mcore_rl.loop.checkpoints import CHECKPOINTS, CONTROLLER_FILE, POINTER
-from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
+from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def open_run_folder(cfg: Any) -> Path:
             "Name a folder global_step_<n> in the checkpoints of a run.",
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
     except OSError as error:
         rule = f"cannot be made a folder ({error.strerror})"
         require(False, "trainer.default_local_dir", str(folder), rule, "Name another.")
@@ -117,7 +117,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
-    old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
+    old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(new_yaml))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE):
             raise UserError(

@@ -222,8 +222,7 @@ def load_checkpoint(
             none; or if a file of it would have code run.
     """
     with _as_checkpoint_error(folder, "read"):
-        tensors, common_load = GuardedLoad(folder), GuardedCommonLoad()
-        common: Any = common_load.load_common(folder)
+        common: Any = GuardedCommonLoad().load_common(folder)
     saved = common.get("identity", _WITHOUT_ADAPTERS)
     for key, value in weights.identity.items():
         rule = f"is not what the checkpoint {folder} was saved with, {saved.get(key)!r}"
@@ -232,7 +231,11 @@ def load_checkpoint(
     settings = [_settings(group) for group in optimizer.inner.param_groups]
     with _as_checkpoint_error(folder, "read"):
         state: Any = dist_checkpointing.load(
-            wanted, str(folder), tensors, common_load, strict=StrictHandling.RAISE_ALL
+            wanted,
+            str(folder),
+            GuardedLoad(folder),
+            GuardedCommonLoad(),
+            strict=StrictHandling.RAISE_ALL,
         )
         weights.load(state)
         with torch.no_grad():  # float32 parameters are views into leaves

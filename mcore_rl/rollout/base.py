@@ -96,6 +96,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
+        trust = self.engine_kwargs.get("trust_remote_code")
+        rule = "would run the code of a model's folder"
+        require(not trust, "rollout.engine_kwargs.trust_remote_code", trust, rule, "Leave it out.")
         tp = self.tensor_model_parallel_size
         require(tp >= 1, "rollout.tensor_model_parallel_size", tp, "must be at least 1")
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")

@@ -24,6 +24,8 @@ ROOT_FILES = (
     "durable_files",
     "model_files",
     "checkpoint_metadata",
+    "printable",
+    "foreign_json",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -35,6 +37,8 @@ MAY_IMPORT = {
     "durable_files": (),
     "model_files": (),
     "checkpoint_metadata": (),
+    "printable": (),
+    "foreign_json": (),
     "algorithms": (),
     "data": ("algorithms.segments",),
     "rewards": (),
@@ -108,8 +112,8 @@ LIBRARY_OWNERS = {
     "vllm": ("rollout.vllm_",),
     "megatron": ("megatron.",),
     "hydra": ("config.",),
-    "yaml": ("config.",),
-    "omegaconf": ("config.", "convert.convert", "loop.resume", "observability.report"),
+    "yaml": ("config.", "observability.run_folder"),
+    "omegaconf": ("config.", "convert.convert", "loop.resume", "observability."),
     "transformers": (
         "data.chat",
         "data.prompts",

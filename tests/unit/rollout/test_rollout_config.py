@@ -70,3 +70,11 @@ def test_an_engine_of_a_plugin_can_be_chosen():
         RolloutConfig(name="of_a_plugin")
     ENGINES.add("of_a_plugin", FakeEngine)
     assert RolloutConfig(name="of_a_plugin").name == "of_a_plugin"
+
+
+def test_an_engine_that_would_run_a_model_s_code_is_refused():
+    RolloutConfig(engine_kwargs={"trust_remote_code": False})
+    with pytest.raises(
+        UserError, match=r"^rollout\.engine_kwargs\.trust_remote_code=True would run"
+    ):
+        RolloutConfig(engine_kwargs={"trust_remote_code": True})
