@@ -10,10 +10,23 @@ import os
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a crash leaves either the old or the new content."""
+def make_private(folder: Path) -> None:
+    """Make a folder that nobody but its owner may enter; one that is there stays as it is.
+
+    What is in it needs no modes of its own, and whoever opens the folder to others has opened all.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file so that a crash leaves either the old or the new content.
+
+    A link of that name is replaced, and what it points to is not touched.
+    """
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
     rename_whole(partial, file)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from mcore_rl.printable import printable
+
 RUN_ERROR_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 HANG_EXIT_CODE = 3
@@ -19,6 +21,9 @@ HANG_EXIT_CODE = 3
 
 class UserError(ValueError):
     """Something the user asked for that cannot be done: one line, exit code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RunError(RuntimeError):
@@ -44,7 +49,8 @@ class RunError(RuntimeError):
         where = [f"role {self.role}"] if self.role else []
         where += [f"rank {self.rank}"] if self.rank is not None else []
         where += [f"step {self.step}"] if self.step is not None else []
-        return f"[{', '.join(where)}] {self.message}" if where else self.message
+        message = f"[{', '.join(where)}] {self.message}" if where else self.message
+        return printable(message)
 
     def __reduce__(self):
         return _rebuild_run_error, (type(self), self.message, self.rank, self.role, self.step)

@@ -9,11 +9,11 @@ tokenizer that a run accepts is also in what the run writes.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from mcore_rl.errors import UserError
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.hub import NotThereError, fetch, is_hub_name, may_download
 
 CONFIG_FILE = "config.json"
@@ -115,7 +115,7 @@ def _check_whole(snapshot: Path, weights: bool) -> None:
     single files."""
     needed, index = {CONFIG_FILE}, snapshot / INDEX_FILE
     if weights and index.is_file() and not (snapshot / SINGLE_FILE).is_file():
-        needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        needed |= set(parse_json(index.read_bytes())["weight_map"].values())
     elif weights:
         needed.add(SINGLE_FILE)
     missing = sorted(name for name in needed if not (snapshot / name).is_file())

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mcore_rl.config.run import train_layout
+from mcore_rl.errors import UserError
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config, model_family
@@ -77,6 +78,20 @@ def names_loaded_wrongly(hf_folder, mcore_folder, megatron):
     wrong = [name for name, param in params.items() if not torch.equal(found[name], param)]
     parallel.shut_down()
     return wrong, len(found)
+
+
+def failure_to_load(hf_folder, mcore_folder):
+    """Return the error of `load_model`."""
+    from mcore_rl.megatron import parallel
+    from mcore_rl.megatron.checkpoint import load_model
+
+    chunks, groups = built(hf_folder, {})
+    try:
+        load_model(Path(mcore_folder), chunks, groups)
+    except UserError as error:
+        return str(error)
+    finally:
+        parallel.shut_down()
 
 
 def load_all_of_it(hf_folder, mcore_folder):

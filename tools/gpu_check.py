@@ -369,7 +369,7 @@ def check_update_on_cpu(sizes: Sizes, device: torch.device) -> Values:
                 timeout=300,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
             )
-            there: Any = torch.load(answer)
+            there: Any = torch.load(answer, weights_only=True)
             here = one_update(folder, sizes, device)
             for key in ("actor/pg_loss", "actor/grad_norm"):
                 difference = abs(here["metrics"][key] - there["metrics"][key])

@@ -29,6 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mcore_rl.config.assignments import Assignment, translate
+from mcore_rl.config.environment import (
+    ComposedConfig,
+    find_references,
+    put_references,
+    without_values,
+)
 from mcore_rl.config.translate import TABLE, VERL_BASES, WILDCARD, Refused
 from mcore_rl.errors import UserError, closest, closest_hint, require
 from mcore_rl.plugins import import_plugins
@@ -92,7 +98,7 @@ def parse_command_line(program: str, description: str, argv: Sequence[str]) -> C
 
 
 def compose_config(root: type[Config], line: CommandLine) -> Config:
-    """Return the configuration object of type `root`.
+    """Return the configuration object of type `root`, a subclass of `ComposedConfig`.
 
     Raises:
         UserError: one line for a missing recipe, an unknown key, a wrong type or a refused value.
@@ -106,6 +112,7 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     else:
         _check_recipe(line)
         search_path = initialize_config_dir(str(line.config_dir), version_base=None)
+    composed: Any = None
     try:
         with search_path:
             if OmegaConf.get_type(hydra_compose(line.config_name)) is not root:
@@ -120,9 +127,13 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
                 return OmegaConf.select(hydra_compose(line.config_name, more), option.key)
 
             _refuse_two_values(line.overrides, value)
-        config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _one_line(error, schema) from error
+        config: Any = OmegaConf.to_object(composed)
+        config.references = find_references(composed)
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        message = str(_one_line(error, schema))
+        if composed is not None:
+            message = without_values(message, composed)
+        raise UserError(message) from error
     except (YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config-name {line.config_name}: {reason}.") from error
@@ -167,9 +178,11 @@ def _check_finite(node: Any, key: str) -> None:
         _check_finite(value, f"{key}.{name}".lstrip("."))
 
 
-def to_yaml(config: Any) -> str:
-    """Return the resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+def to_yaml(config: ComposedConfig) -> str:
+    """Return the configuration as YAML, resolved but for what came from the environment."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    put_references(plain, config.references)
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def _check_recipe(line: CommandLine) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AlgorithmConfig
 from mcore_rl.algorithms.aggregate import AGG_MODES
 from mcore_rl.algorithms.objective import ObjectiveConfig
+from mcore_rl.config.environment import ComposedConfig
 from mcore_rl.data.packing import Cut, SequenceCount, TokenBudget
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require, require_one_of
@@ -336,7 +337,7 @@ class TrainerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(ComposedConfig):
     """Everything that `mcore_rl.train` is told."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -355,7 +356,7 @@ class RunConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class SftRunConfig:
+class SftRunConfig(ComposedConfig):
     """Everything that `mcore_rl.sft` is told; data.train_batch_size counts sequences."""
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from mcore_rl import __version__
+from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert.ahead import made_ahead
 from mcore_rl.convert.parts import Part, append
 from mcore_rl.convert.safetensors_stream import SafetensorsSource, TensorInfo, write_header
@@ -30,7 +32,6 @@ from mcore_rl.convert.staging import StagedFolder
 from mcore_rl.convert.stored import StoredParam, stored_params
 from mcore_rl.convert.torch_dist import (
     FORMAT_FILE,
-    METADATA_FILE,
     Location,
     Piece,
     TorchDistSource,
@@ -211,11 +212,18 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
         f"has neither {CONFIG_FILE} nor a run folder's {config_file.name} two levels above",
         fix,
     )
-    model_path = str(OmegaConf.select(OmegaConf.load(config_file), "model.path"))
-    model_folder = find_model(model_path, f"{config_file}: model.path", weights=False)
-    rule = f"of {config_file} is not a folder here"
-    require(model_folder.is_dir(), "model.path", model_path, rule, fix)
-    return folder, model_folder
+    config = run_folder.read_config(config_file)
+    written = run_folder.value_of(config, "model.path")
+    try:
+        model_path = OmegaConf.select(OmegaConf.create(config), "model.path")
+    except OmegaConfBaseException:
+        model_path = None
+    key = f"{config_file}: model.path"
+    found = find_model(model_path, key, weights=False) if isinstance(model_path, str) else None
+    is_folder = found is not None and found.is_dir()
+    # As written: what a reference to the environment stands for is nobody's business.
+    require(is_folder, "model.path", written, f"of {config_file} is not a folder here", fix)
+    return folder, Path(str(found))
 
 
 def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:

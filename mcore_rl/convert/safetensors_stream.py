@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mcore_rl.convert.parts import FileSpan, bytes_of
 from mcore_rl.errors import require
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.models.mappings import Range, Shape
 from mcore_rl.models.safetensors_io import CheckpointReader
 
@@ -97,7 +98,7 @@ class SafetensorsSource:
         if file not in self._headers:
             descriptor = os.open(file, os.O_RDONLY)
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-            header = json.loads(os.pread(descriptor, length, 8))
+            header = parse_json(os.pread(descriptor, length, 8))
             self._headers[file] = descriptor, header, 8 + length
         return self._headers[file]
 

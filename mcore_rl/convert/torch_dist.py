@@ -24,7 +24,7 @@ from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -34,11 +34,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata
 from mcore_rl.convert.parts import FileSpan, Part, append, bytes_of
 from mcore_rl.errors import UserError, require
 from mcore_rl.models.mappings import Range, Shape
 
-METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
 _CACHE_BYTES = 64 * 2**20
 _STORAGES = {
@@ -68,7 +68,7 @@ class TorchDistSource:
     Memory is that of the rectangles stored there: the last ones read stay, 64 MiB or one of them.
 
     Raises:
-        UserError: if the folder is not a whole checkpoint.
+        UserError: if the folder is not a whole checkpoint, or its `.metadata` would have code run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -76,10 +76,7 @@ class TorchDistSource:
         key, fix = "checkpoint", "Give a folder that training or hf-to-mcore wrote."
         for name in (FORMAT_FILE, METADATA_FILE):
             require((self.folder / name).is_file(), key, str(folder), f"has no {name}", fix)
-        try:
-            self._metadata = FileSystemReader(self.folder).read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise UserError(f"{self.folder / METADATA_FILE} is damaged: {error!r}.") from error
+        self._metadata = read_metadata(self.folder)
         self._check_files()
         self._streams: dict[str, BinaryIO] = {}
         self._sorted: dict[str, tuple[list[int], int, list[ChunkStorageMetadata]]] = {}

@@ -124,7 +124,7 @@ def _token_ids(hf: str | Path, config: PreTrainedConfig, prompts: Sequence[str])
         length = min(_PROMPT_TOKENS, config.max_position_embeddings)
         shape = _NUM_PROMPTS, length
         return torch.randint(config.vocab_size, shape, generator=generator).tolist()
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
     token_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for prompt, tokens in zip(prompts, token_ids, strict=True):
         require(len(tokens) > 1, "--prompt", prompt, "has fewer than two tokens")

@@ -7,7 +7,6 @@ is not decided here (`data/prompts.py` does).
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from mcore_rl.data.sources import find_files
 from mcore_rl.errors import UserError
+from mcore_rl.foreign_json import parse_json
 
 _PARQUET_ROWS = 1024
 """Read at a time."""
@@ -213,10 +213,10 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode(), object_pairs_hook=_with_different_keys)
+        return parse_json(content, object_pairs_hook=_with_different_keys)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: is not valid UTF-8 ({error}). Save it as UTF-8.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"{where}: is not valid JSON ({_one_line(error)}). "
             "A file holds one array of objects, or one object per line."

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError, WorkerLostError
 from mcore_rl.launch.group import ECHO_S, ChannelWorkers, GiveUp
+from mcore_rl.printable import printable
 
 
 def run_with_workers(
@@ -62,7 +63,7 @@ def end_process(error: BaseException, end_workers: Callable[[], None] = lambda: 
             error = RunError(f"{type(error).__name__}: {error}", role="controller")
         code = error.exit_code
     line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
-    sys.stderr.write(f"{trace}error: {line}\n")
+    sys.stderr.write(printable(f"{trace}error: {line}\n"))
     sys.stderr.flush()
     sys.stdout.flush()
     end_workers()

@@ -25,6 +25,7 @@ from mcore_rl.frames import Frame, decode, encode, num_bytes
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import Listener, Received
 from mcore_rl.launch.processes import Ended, Processes
+from mcore_rl.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -300,12 +301,11 @@ class ChannelWorkers:
         silent = [rank for rank, state in enumerate(self._ranks) if state.stacks is None]
         if silent and now < self._hang[0]:
             return
-        sys.stderr.write(
-            "".join(
-                f"--- rank {rank} ---\n{state.stacks or self._processes.state(rank)}\n"
-                for rank, state in enumerate(self._ranks)
-            )
+        stacks = "".join(
+            f"--- rank {rank} ---\n{state.stacks or self._processes.state(rank)}\n"
+            for rank, state in enumerate(self._ranks)
         )
+        sys.stderr.write(printable(stacks))
         named = "; ".join(
             f"rank {rank} does not answer ({self._processes.state(rank)})" for rank in silent
         )

@@ -33,7 +33,8 @@ from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import TrainerConfig
 from mcore_rl.durable_files import rename_whole, sync, write_whole
 from mcore_rl.errors import CheckpointError, UserError, closest_hint
-from mcore_rl.observability.jsonl import read_records
+from mcore_rl.foreign_json import parse_json
+from mcore_rl.observability.jsonl import read_metrics
 from mcore_rl.observability.run_folder import METRICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder} is not whole: {problem}. {self._way_out(folder)}", role="controller"
             )
-        state = json.loads((folder / CONTROLLER_FILE).read_text())
+        state = parse_json((folder / CONTROLLER_FILE).read_bytes())
         for name in self._parts:
             if name not in state:
                 raise CheckpointError(
@@ -159,7 +160,7 @@ class Checkpoints:
             return
         # While the critic alone trains, the actor has no metrics.
         begun = self._trainer.critic_warmup
-        lines = [line for line in read_records(self._metrics) if line["step"] >= begun]
+        lines = [line for line in read_metrics(self._metrics) if line["step"] >= begun]
         self._has_best_metric = any(metric in line for line in lines)
         if lines and not self._has_best_metric:
             _refuse_unknown_metric(metric, lines)
@@ -246,7 +247,7 @@ class Checkpoints:
         metric = self._trainer.best_ckpt_metric
         if metric is None:
             return None
-        lines = read_records(self._metrics)
+        lines = read_metrics(self._metrics)
         if not any(metric in line for line in lines):
             _refuse_unknown_metric(metric, lines)
         sign = 1 if self._trainer.best_ckpt_mode == "max" else -1
@@ -296,10 +297,10 @@ def _problem(folder: Path) -> str:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        sizes = json.loads((folder / CONTROLLER_FILE).read_text())["files"]
+        sizes = dict(parse_json((folder / CONTROLLER_FILE).read_bytes())["files"])
     except FileNotFoundError:
         return f"{CONTROLLER_FILE} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{CONTROLLER_FILE} cannot be read ({error})"
     found = _sizes(folder)
     for name, size in sizes.items():

@@ -229,7 +229,7 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
         return None
     try:
         return GenerationConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is refused by transformers: {reason}") from error
 

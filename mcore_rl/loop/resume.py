@@ -6,7 +6,6 @@ A resumed run may change where and how long it runs, not what it computes.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -18,8 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mcore_rl.config.compose import to_yaml
-from mcore_rl.durable_files import write_whole
+from mcore_rl.durable_files import make_private, write_whole
 from mcore_rl.errors import UserError, require
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.hub import is_same_repository
 from mcore_rl.loop.checkpoints import (
     CHECKPOINTS,
@@ -27,7 +27,7 @@ from mcore_rl.loop.checkpoints import (
     POINTER,
     checkpoint_to_resume,
 )
-from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE
+from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def open_run_folder(cfg: Any, total_steps: int) -> Path:
             "Name a folder global_step_<n> in the checkpoints of a run.",
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
     except OSError as error:
         rule = f"cannot be made a folder ({error.strerror})"
         require(False, "trainer.default_local_dir", str(folder), rule, "Name another.")
@@ -165,7 +165,7 @@ def _check_checkpoint(cfg: Any, folder: Path, total_steps: int) -> None:
         checkpoint = checkpoint_to_resume(cfg.trainer, folder)
         if checkpoint is None:
             return
-        step = int(json.loads((checkpoint / CONTROLLER_FILE).read_text())["step"])
+        step = int(parse_json((checkpoint / CONTROLLER_FILE).read_text())["step"])
     except (OSError, ValueError, KeyError):
         return
     is_own = checkpoint.parent.resolve() == (folder / CHECKPOINTS).resolve()
@@ -176,7 +176,7 @@ def _check_checkpoint(cfg: Any, folder: Path, total_steps: int) -> None:
         )
     other_config = checkpoint.parent.parent / CONFIG_FILE
     if not is_own and other_config.exists():
-        old, new = _flat(OmegaConf.load(other_config)), _flat(OmegaConf.create(to_yaml(cfg)))
+        old, new = _flat(read_config(other_config)), _flat(OmegaConf.create(to_yaml(cfg)))
         for key in _STAYS:
             rule = f"differs from {old.get(key)!r} of the run that wrote {checkpoint}"
             require(
@@ -186,7 +186,7 @@ def _check_checkpoint(cfg: Any, folder: Path, total_steps: int) -> None:
 
 
 def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
-    old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
+    old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(new_yaml))
     for key in sorted(old.keys() | new.keys()):
         may_change = key.startswith(_MAY_CHANGE) and key not in (*_STAYS, *_ROUTER_LOSSES)
         if old.get(key) != new.get(key) and not may_change:
@@ -201,7 +201,7 @@ def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
 def _refuse_another_schedule(config_file: Path, new_yaml: str, total_steps: int) -> None:
     """Raise a UserError if the run has another length than before and with it, unsaid, another
     learning rate in the coming step."""
-    old, new = _flat(OmegaConf.load(config_file)), _flat(OmegaConf.create(new_yaml))
+    old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(new_yaml))
     lengths = ("trainer.total_training_steps", "trainer.total_epochs")
     changed = [key for key in lengths if old.get(key) != new.get(key)]
     if new.get(lengths[0]) is not None and lengths[0] not in changed:

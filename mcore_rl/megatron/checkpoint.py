@@ -22,6 +22,7 @@ of samples) is derived from seed and step. What the controller knows is saved be
 from __future__ import annotations
 
 import contextlib
+import pickle
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,15 +32,13 @@ from typing import Any, Protocol
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mcore_rl.errors import CheckpointError, require
+from mcore_rl.errors import CheckpointError, UserError, require
+from mcore_rl.megatron.guarded_load import GuardedCommonLoad, GuardedLoad, refusal
 from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.types import WriteState
@@ -220,10 +219,10 @@ def load_checkpoint(
         CheckpointError: if it cannot be read, lacks something that this model and optimizer have,
             or has something that they lack.
         UserError: if it is of other adapters, of another base, with adapters where there are none,
-            or of an optimizer of another kind.
+            or of an optimizer of another kind; or if a file of it would have code run.
     """
     with _as_checkpoint_error(folder, "read"):
-        common: Any = dist_checkpointing.load_common_state_dict(str(folder))
+        common: Any = GuardedCommonLoad().load_common(folder)
     # Checkpoints from before an option was written down have the value of the run, or cannot be
     # read.
     saved = {**optimizer.identity, **common.get("identity", _WITHOUT_ADAPTERS)}
@@ -233,9 +232,12 @@ def load_checkpoint(
     wanted = _sharded_state(weights, optimizer, parallel, is_loading=True)
     settings = [_settings(group) for group in optimizer.inner.param_groups]
     with _as_checkpoint_error(folder, "read"):
-        strategy = get_default_load_sharded_strategy(str(folder))
         state: Any = dist_checkpointing.load(
-            wanted, str(folder), strategy, strict=StrictHandling.RAISE_ALL
+            wanted,
+            str(folder),
+            GuardedLoad(folder),
+            GuardedCommonLoad(),
+            strict=StrictHandling.RAISE_ALL,
         )
         weights.load(state)
         with torch.no_grad():  # float32 parameters are views into leaves
@@ -258,13 +260,17 @@ def _as_checkpoint_error(folder: Path, verb: str) -> Iterator[None]:
         yield
     # CheckpointException is no Exception.
     except (Exception, CheckpointException) as error:
+        reason = _reason(error)
+        if isinstance(reason, UserError):
+            raise reason from None
+        if isinstance(reason, pickle.UnpicklingError):
+            raise refusal(folder, reason) from error
         raise CheckpointError(_cannot_be(folder, verb, error)) from error
 
 
 def _cannot_be(folder: Path, verb: str, error: BaseException) -> str:
     """Return one line about the failure, without the tracebacks that torch makes part of it."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()), (error,))[0]
+    error = _reason(error)
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__  # torch.save covers it by an error of its own
@@ -275,6 +281,13 @@ def _cannot_be(folder: Path, verb: str, error: BaseException) -> str:
     return f"{folder} cannot be {verb}: {name}{reason}"
 
 
+def _reason(error: BaseException) -> BaseException:
+    """Return what a rank raised, where torch tells of it by an error of its own."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()), (error,))[0]
+    return error
+
+
 def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parallel) -> None:
     """Fill chunks that are not wrapped for training from a distributed checkpoint; collective.
 
@@ -283,10 +296,15 @@ def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parall
             the weights are read.
         chunks: of `build_chunks`, in any layout.
         parallel: process groups.
+
+    Raises:
+        CheckpointError, UserError: as `load_checkpoint`.
     """
     model = WholeModel(chunks, parallel)
-    strategy = get_default_load_sharded_strategy(str(folder))
-    state: Any = dist_checkpointing.load(model.sharded_state(), str(folder), strategy)
+    with _as_checkpoint_error(folder, "read"):
+        state: Any = dist_checkpointing.load(
+            model.sharded_state(), str(folder), GuardedLoad(folder), GuardedCommonLoad()
+        )
     model.load(state)
 
 

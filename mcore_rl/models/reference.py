@@ -31,7 +31,7 @@ def build_reference(folder: str | Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM  # seconds, so only when needed
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
     )
     for name, module in model.named_modules():
         if name.endswith(_LATENT_NORMS):

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mcore_rl.durable_files import sync
 from mcore_rl.errors import CheckpointError, UserError, closest_hint, require
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.model_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, model_files
 from mcore_rl.models.mappings import ParamEntry, Range, Shape, hf_shapes, take
 
@@ -108,8 +109,8 @@ class CheckpointReader:
             "Give a folder with weights in the safetensors format.",
         )
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            file_of = {name: self.folder / file for name, file in weight_map.items()}
+            weight_map = parse_json(index.read_bytes())["weight_map"]
+            file_of = {name: self.folder / _own_file(file) for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index of a checkpoint: {error!r}.") from error
         missing = sorted({file.name for file in file_of.values() if not file.is_file()})
@@ -368,10 +369,17 @@ def config_with_dtype(text: str, dtype: torch.dtype) -> str:
 
     The key is `dtype`, or that of older versions of transformers where the file has it.
     """
-    config = json.loads(text)
+    config = parse_json(text)
     keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}
     changed = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     return text if changed == config else json.dumps(changed, indent=2) + "\n"
+
+
+def _own_file(name: str) -> str:
+    """Return the name of a file of the folder itself."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    return name
 
 
 def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,6 @@ Nothing here chooses numerics, fusions or parallel sizes: those belong to whoeve
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from itertools import pairwise
@@ -25,6 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from mcore_rl.errors import UserError, require
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.model_files import CONFIG_FILE
 from mcore_rl.models.mappings import (
     HfTensor,
@@ -171,12 +171,12 @@ def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedCon
     file = folder / CONFIG_FILE
     require(file.is_file(), key, str(folder), f"has no {CONFIG_FILE}")
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+        model_type = parse_json(file.read_bytes())["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not the configuration of a model: {error!r}.") from error
     _family_called(model_type)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # KeyError: `rope_scaling` lacks a number of its type.
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.errors import RunError, UserError
+from mcore_rl.foreign_json import parse_json
+
+_STEPS = 2**53
+"""More than any run has; a float holds each of them."""
 
 
 class StepFile:
@@ -64,6 +68,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _finished_lines(path)]
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of which every value is a number.
+
+    Raises:
+        UserError: as `read_records`, or if a value is no number that a float holds.
+    """
+    records = read_records(path)
+    for record in records:
+        for key, value in record.items():
+            if not _is_float(value):
+                shown = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+                raise UserError(
+                    f"{path}: {key} of step {record['step']} is {shown[:80]}, which is no number "
+                    "that can be drawn. Remove it from the line."
+                )
+    return records
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < _STEPS
+
+
+def _is_float(value: object) -> bool:
+    try:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and bool([float(value)])
+        )
+    except OverflowError:
+        return False
+
+
 def _finished_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -74,10 +109,10 @@ def _finished_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or not _is_step(record.get("step")):
         raise UserError(f"{path}: line {number} is not a JSON object with a step. Remove the line.")
     return record
 

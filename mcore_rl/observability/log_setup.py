@@ -11,6 +11,8 @@ import logging
 import sys
 from typing import TextIO
 
+from mcore_rl.printable import printable
+
 QUIETED_LOGGERS = {
     "megatron.core": "prints whole configs, and every parameter of every gradient bucket, at INFO",
     "httpx": "one INFO line per request, so one per sample with a remote reward or engine",
@@ -30,6 +32,13 @@ class _StderrHandler(logging.StreamHandler):
         return sys.stderr
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Texts of models, data and rewards stand in log lines too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def setup_logging(rank: int, role: str) -> None:
     """Configure the root logger of this process; a second call replaces the first.
 
@@ -39,7 +48,7 @@ def setup_logging(rank: int, role: str) -> None:
     """
     handler = _StderrHandler()
     line = f"%(asctime)s %(levelname)s [{role} {rank}] %(name)s: %(message)s"
-    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
+    handler.setFormatter(_PrintableFormatter(line, datefmt="%H:%M:%S"))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name in QUIETED_LOGGERS:

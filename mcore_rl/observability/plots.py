@@ -19,11 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from mcore_rl.printable import printable
+
 LOGPROB_TOLERANCE = 1e-4
 """Largest |trainer - engine| logprob difference that float32 explains; natural log."""
 
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777")
 GREY = "#94a3b8"
+_LARGEST = 1e200
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -96,6 +99,7 @@ class Plot:
             figure = Figure(figsize=(6.4, 3.3), layout="constrained")
             axes = figure.subplots()
             keys = matching(columns, self.keys)
+            columns = {key: _drawable(columns[key]) for key in columns}
             self.draw(axes, columns, keys)
             axes.set_title(self.title)
             axes.set_xlabel("step")
@@ -111,17 +115,28 @@ class Plot:
         return png.getvalue()
 
 
+def _drawable(series: Series) -> Series:
+    """Return what matplotlib can place: it leaves infinity out, and fails near 1e308."""
+    values = [math.copysign(math.inf, v) if abs(v) > _LARGEST else v for v in series.values]
+    return Series(series.steps, values)
+
+
 def draw_lines(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
     """Draw each key as a line; a long noisy one pale, with its running mean on top."""
     for key, color in zip(keys, cycle(COLORS)):
         steps, values = columns[key]
-        label = key.partition("/")[2]
+        label = _label(key.partition("/")[2])
         smooth = _running_mean(values)
         if smooth is None:
             axes.plot(steps, values, color=color, label=label, marker=_marker(steps), markersize=3)
         else:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
             axes.plot(steps, smooth, color=color, label=label)
+
+
+def _label(name: str) -> str:
+    """Return a name as it is to be drawn: a dollar sign begins no formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def _marker(steps: Sequence[int]) -> str:
@@ -142,7 +157,7 @@ def draw_accuracy(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
     """Draw one marked line per validation set; from 0 to 1 unless a score lies outside."""
     for key, color in zip(keys, cycle(COLORS)):
         steps, values = columns[key]
-        label = key.split("/")[1]
+        label = _label(key.split("/")[1])
         axes.plot(steps, values, color=color, label=label, marker="o", markersize=4)
         axes.annotate(
             f"{values[-1]:.3f}",
@@ -164,7 +179,7 @@ def draw_ranges(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
     names = dict.fromkeys(key.rpartition("/")[0] for key in keys)
     for name, color in zip(names, cycle(COLORS)):
         lows, highs = columns.get(f"{name}/min"), columns.get(f"{name}/max")
-        label = name.partition("/")[2]
+        label = _label(name.partition("/")[2])
         if lows and highs and lows.steps == highs.steps:
             axes.fill_between(*lows, highs.values, color=color, alpha=0.15, linewidth=0)
         for series in (lows, highs):
@@ -227,7 +242,9 @@ def draw_times(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
     edges = [edge for step in steps for edge in (step - 0.5, step + 0.5)]
     columns_s = [[value for value in values for _ in range(2)] for values in seconds.values()]
     colors = [GREY if stage == "other" else color for stage, color in zip(seconds, cycle(COLORS))]
-    axes.stackplot(edges, columns_s, labels=[*seconds], colors=colors, alpha=0.85, linewidth=0)
+    axes.stackplot(
+        edges, columns_s, labels=[*map(_label, seconds)], colors=colors, alpha=0.85, linewidth=0
+    )
     axes.set_ylim(bottom=0)
     axes.set_ylabel("seconds")
     handles, labels = axes.get_legend_handles_labels()

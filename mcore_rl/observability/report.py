@@ -18,8 +18,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError
-from mcore_rl.observability.jsonl import read_records
+from mcore_rl.observability.jsonl import read_metrics, read_records
 from mcore_rl.observability.plots import (
     LOGPROB_TOLERANCE,
     PLOTS,
@@ -33,8 +34,11 @@ from mcore_rl.observability.run_folder import (
     METRICS_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
+    read_config,
+    value_of,
 )
 from mcore_rl.observability.timers import format_duration
+from mcore_rl.printable import printable
 
 SUMMARY = {
     "reward/mean": max,
@@ -103,18 +107,19 @@ def write_report(run_dir: Path) -> Path:
         UserError: if the folder has no step in its metrics file, or a line that is not JSON.
     """
     metrics_path = run_dir / METRICS_FILE
-    records = read_records(metrics_path) if metrics_path.exists() else []
+    records = read_metrics(metrics_path) if metrics_path.exists() else []
     if not records:
         raise UserError(
             f"{metrics_path}: there is no logged step. Give the folder of a run that has done one."
         )
     columns = to_columns(records)
-    config = _load_config(run_dir / CONFIG_FILE)
+    config_file = run_dir / CONFIG_FILE
+    config = read_config(config_file) if config_file.exists() else {}
     pngs = {plot.name: plot.to_png(columns) for plot in PLOTS if matching(columns, plot.keys)}
     (run_dir / "plots").mkdir(exist_ok=True)
     for name, png in pngs.items():
-        (run_dir / "plots" / f"{name}.png").write_bytes(png)
-    title = OmegaConf.select(config, "trainer.experiment_name") or run_dir.resolve().name
+        write_whole(run_dir / "plots" / f"{name}.png", png)
+    title = value_of(config, "trainer.experiment_name") or run_dir.resolve().name
     page = _PAGE.format(
         title=escape(str(title)),
         cards=_cards(columns),
@@ -124,7 +129,7 @@ def write_report(run_dir: Path) -> Path:
         config=_config(config),
     )
     path = run_dir / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, printable(page))
     return path
 
 
@@ -157,10 +162,6 @@ def training_times(columns: Columns) -> Series:
     steps, seconds = columns.get("time/step", ([], []))
     kept = [pair for pair in zip(steps, seconds, strict=True) if pair[0] in trained]
     return Series([step for step, _ in kept], [value for _, value in kept])
-
-
-def _load_config(path: Path) -> Any:
-    return OmegaConf.load(path) if path.exists() else OmegaConf.create({})
 
 
 def _cards(columns: Columns) -> str:
@@ -225,12 +226,12 @@ def _samples(path: Path) -> str:
     return f"<p>Of step {last_step}.</p>" + _table(keys, rows, css="texts")
 
 
-def _config(config: Any) -> str:
+def _config(config: dict[str, Any]) -> str:
     if not config:
         return f"<p>The run has no {CONFIG_FILE}.</p>"
-    values = ((key, OmegaConf.select(config, key)) for key in CONFIG_KEYS)
+    values = ((key, value_of(config, key)) for key in CONFIG_KEYS)
     rows = [(key, str(value)) for key, value in values if value is not None]
-    everything = escape(OmegaConf.to_yaml(config))
+    everything = escape(OmegaConf.to_yaml(OmegaConf.create(config)))
     return (
         _table(("setting", "value"), rows, css="texts")
         + f"<details><summary>The whole configuration</summary><pre>{everything}</pre></details>"

@@ -26,11 +26,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mcore_rl.durable_files import make_private
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import Metrics, to_floats
 from mcore_rl.observability.jsonl import StepFile, failed_write_ends_run
 from mcore_rl.observability.run_folder import METRICS_FILE
 from mcore_rl.observability.timers import StepTimers, format_duration
+from mcore_rl.printable import printable
 from mcore_rl.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ class RunLog:
         )
         factories = [TRACKERS.get(name) for name in dict.fromkeys(["jsonl", *loggers])]
         with failed_write_ends_run(run_dir, start_step):
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_private(run_dir)
             self._trackers = [factory(run) for factory in factories]
         self._run_dir = run_dir
         self._timers = StepTimers()
@@ -162,7 +164,7 @@ class TensorboardTracker(Tracker):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
+            self._writer.add_scalar(printable(key), value, step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -204,7 +206,7 @@ class WandbTracker(Tracker):
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({**metrics, "step": step})
+        self._run.log({**{printable(key): value for key, value in metrics.items()}, "step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -238,7 +240,7 @@ class TerminalTracker(Tracker):
             console=console,
         )
         self._task = self._progress.add_task(
-            escape(run.experiment),
+            _shown(run.experiment),
             total=run.total_steps,
             completed=run.start_step,
             stage="",
@@ -310,13 +312,17 @@ def step_table(step: int, metrics: Mapping[str, float]) -> Table:
     sections: dict[str, list[str]] = defaultdict(list)
     for key in sorted(metrics):
         section, _, name = key.partition("/")
-        sections[section].append(f"[dim]{escape(name)}[/dim] {_format(metrics[key])}")
+        sections[section].append(f"[dim]{_shown(name)}[/dim] {_format(metrics[key])}")
     table = Table(title=f"step {step}", title_justify="left", box=None, show_header=False)
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()
     for section, cells in sections.items():
-        table.add_row(escape(section), "   ".join(cells))
+        table.add_row(_shown(section), "   ".join(cells))
     return table
+
+
+def _shown(text: str) -> str:
+    return escape(printable(text))
 
 
 def _format(value: float) -> str:

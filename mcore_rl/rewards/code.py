@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.jail.plain_data import is_same
 from mcore_rl.rewards.assertions import SplitAssertions, split_assertions
 from mcore_rl.rewards.base import REWARDS, SandboxConfig
@@ -85,7 +86,7 @@ def read_tests(ground_truth: Any, sandbox: SandboxConfig) -> list[Test]:
         ValueError: if it has none of the forms above, or no tests, or assertions that only a
             program trusted not to deceive can be given.
     """
-    case = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    case = parse_json(ground_truth) if isinstance(ground_truth, str) else ground_truth
     if not isinstance(case, Mapping):
         raise ValueError(f"ground_truth {str(ground_truth)[:80]!r} is no mapping of tests")
     tests = list(_tests(case, sandbox))
@@ -204,7 +205,7 @@ def _call_test(function: str, given: Any, expected: Any) -> Test:
 
 
 def _values(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [parse_json(line) for line in text.splitlines() if line.strip()]
 
 
 def _json(outcome: Outcome) -> Any:

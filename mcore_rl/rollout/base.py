@@ -103,6 +103,9 @@ class RolloutConfig:
             require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
         rule = "is not read by an engine without texts"
         require(not self.stop or self.name != "fake", "rollout.stop", self.stop, rule, "Remove it.")
+        trust = self.engine_kwargs.get("trust_remote_code")
+        rule = "would run the code of a model's folder"
+        require(not trust, "rollout.engine_kwargs.trust_remote_code", trust, rule, "Leave it out.")
         tp = self.tensor_model_parallel_size
         require(tp >= 1, "rollout.tensor_model_parallel_size", tp, "must be at least 1")
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")

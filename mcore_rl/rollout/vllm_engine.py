@@ -80,6 +80,7 @@ class VllmEngine:
             "model": spec.model_path,
             "dtype": spec.dtype,
             "load_format": "dummy",
+            "trust_remote_code": False,
             "skip_tokenizer_init": not cfg.stop,  # token ids come in and go out
             "max_model_len": spec.max_model_len,
             "max_num_seqs": cfg.max_num_seqs,

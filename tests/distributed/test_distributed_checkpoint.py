@@ -1,6 +1,9 @@
 """Training goes on from a checkpoint as if it had not stopped, in the same or another layout."""
 
+import re
+
 import actor_cases
+import poison
 import pytest
 import torch
 from actor_inputs import (
@@ -17,6 +20,7 @@ from actor_inputs import (
     random_sequences,
 )
 
+from mcore_rl.checkpoint_metadata import read_metadata
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.megatron.config import OptimConfig
 
@@ -244,3 +248,44 @@ def test_an_optimizer_of_another_kind_is_one_line_that_names_the_option(
         f"actor.megatron.{option}={value} is not what the checkpoint {tmp_path}/actor was saved "
         f"with, {not value}. Use the same, or another run folder."
     )
+
+
+def put_in_front_of_the_metadata(folder, called):
+    file = folder / ".metadata"
+    file.write_bytes(poison.in_front_of(file.read_bytes(), called))
+    return r"/\.metadata is refused, and nothing in it was run: it asks for posix\.mkdir, "
+
+
+def put_in_place_of_the_common_state(folder, called):
+    torch.save(poison.MakesFolder(called), folder / "common.pt")
+    return r"/common\.pt is refused, and nothing in it was run: it asks for posix\.mkdir, "
+
+
+def put_in_place_of_a_tensor(folder, called):
+    """Its place in the file and its length stay."""
+    index = next(iter(read_metadata(folder).storage_data))
+    poison.put_in_place_of(folder, index, called)
+    return r" is refused, and nothing in it was run: it asks for posix\.mkdir, "
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        put_in_front_of_the_metadata,
+        put_in_place_of_the_common_state,
+        put_in_place_of_a_tensor,
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_poisoned_checkpoint_is_refused_in_one_line_and_nothing_is_run(
+    processes, tiny_checkpoint, tmp_path, world_size, put
+):
+    spec = actor_spec(tiny_checkpoint("qwen3"))
+    script = [("begin_save", str(tmp_path)), ("end_save",)]
+    processes.run(actor_cases.run_script, world_size, spec, script, CUT)
+    expected = put(tmp_path / "actor", tmp_path / "called")
+    for said in processes.run(actor_cases.failure_to_load, world_size, spec, tmp_path):
+        assert re.search(expected, said)
+        assert "\n" not in said
+        assert len(said) < 600
+    assert not (tmp_path / "called").exists()

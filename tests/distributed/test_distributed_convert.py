@@ -2,11 +2,13 @@
 
 import actor_cases
 import convert_cases
+import poison
 import pytest
 import torch
 from actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id, random_sequences
 from tiny_checkpoints import CHECKPOINTS
 
+from mcore_rl.checkpoint_metadata import read_metadata
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
 from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -43,6 +45,22 @@ def test_keys_shapes_and_dtypes_are_those_that_megatron_saves(
 def test_megatron_alone_loads_every_key(processes, tiny_checkpoint, converted):
     args = str(tiny_checkpoint("qwen3_moe_mixed")), str(converted("qwen3_moe_mixed"))
     assert processes.run(convert_cases.load_all_of_it, 1, *args) == [([], [])]
+
+
+def test_embeddings_that_the_metadata_calls_an_object_are_not_unpickled(
+    processes, tiny_checkpoint, tmp_path
+):
+    """Their shape may differ from the model's, so Megatron would not find the metadata strange, and
+    torch reads objects as they come."""
+    hf_to_mcore(tiny_checkpoint("qwen3"), tmp_path / "mcore")
+    key, called = "embedding.word_embeddings.weight", tmp_path / "called"
+    (index,) = (i for i in read_metadata(tmp_path / "mcore").storage_data if i.fqn == key)
+    poison.put_in_place_of(tmp_path / "mcore", index, called)
+    poison.call_object(tmp_path / "mcore", key)
+    args = str(tiny_checkpoint("qwen3")), str(tmp_path / "mcore")
+    (said,) = processes.run(convert_cases.failure_to_load, 1, *args)
+    assert not called.exists()
+    assert said == f"{key} is stored as an object, and not as a tensor."
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ done twice and once with a kill in between, which must not show in any number.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import commands
+import poison
 import pytest
 import torch
 from stage_marks import KILL_AT, MARKED
@@ -130,6 +133,29 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, tm
     assert samples[0] == samples[1]
     weights = [(f / "hf_model" / "model.safetensors").read_bytes() for f in (run_dir, first[0])]
     assert weights[0] == weights[1]
+
+
+def test_code_in_a_checkpoint_of_a_foreign_run_folder_is_refused_in_one_line_and_not_run(
+    first, files, tmp_path
+):
+    """Whoever made the folder has fitted the list of sizes to it."""
+    run_dir, called = tmp_path / "foreign", tmp_path / "called"
+    shutil.copytree(first[0], run_dir)
+    step = run_dir / "checkpoints" / "global_step_4"
+    metadata, controller = step / "actor" / ".metadata", step / "controller.json"
+    metadata.write_bytes(poison.in_front_of(metadata.read_bytes(), called))
+    state = json.loads(controller.read_text())
+    state["files"]["actor/.metadata"] = metadata.stat().st_size
+    controller.write_text(json.dumps(state))
+    done = commands.run(*files.argv(run_dir, "trainer.total_training_steps=5"))
+    assert not called.exists()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line == (
+        f"error: {metadata} is refused, and nothing in it was run: it asks for posix.mkdir, which "
+        "is no part of a checkpoint. Do not use files from this source."
+    )
 
 
 def test_two_processes_host_one_engine_and_train_actor_and_critic(files, tmp_path):

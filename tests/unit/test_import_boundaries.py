@@ -27,6 +27,9 @@ ROOT_FILES = (
     "plugins",
     "progress",
     "hub",
+    "checkpoint_metadata",
+    "printable",
+    "foreign_json",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -41,6 +44,9 @@ MAY_IMPORT = {
     "frames": (),
     "plugins": (),
     "progress": (),
+    "checkpoint_metadata": (),
+    "printable": (),
+    "foreign_json": (),
     "algorithms": (),
     "data": ("algorithms.segments",),
     "jail": (),
@@ -136,8 +142,8 @@ LIBRARY_OWNERS = {
     "vllm": ("rollout.vllm_",),
     "megatron": ("megatron.",),
     "hydra": ("config.",),
-    "yaml": ("config.",),
-    "omegaconf": ("config.", "convert.convert", "loop.resume", "observability.report"),
+    "yaml": ("config.", "observability.run_folder"),
+    "omegaconf": ("config.", "convert.convert", "loop.resume", "observability."),
     "transformers": (
         "data.chat",
         "data.prompts",

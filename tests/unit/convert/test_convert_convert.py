@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import poison
 import pytest
 import torch
 from file_limit import files_no_longer_than
@@ -18,6 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CHECKPOINTS
 
+from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert import __main__ as command
 from mcore_rl.convert import convert, verify
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
@@ -377,6 +379,7 @@ BROKEN_MCORE = {
     "unfinished": (lambda f: (f / "metadata.json").unlink(), "has no metadata.json"),
     "no metadata": (lambda f: (f / ".metadata").unlink(), "has no .metadata"),
     "metadata cut": (lambda f: cut(f / ".metadata"), "is damaged"),
+    "metadata of another format": (lambda f: (f / ".metadata").write_text("{}"), "is damaged"),
     "numbers damaged": (
         lambda f: (f / "__0_0.distcp").write_bytes(bytes((f / "__0_0.distcp").stat().st_size)),
         "is damaged at byte 0",
@@ -403,6 +406,21 @@ def test_a_broken_distributed_checkpoint_is_one_clear_line(
     hf_to_mcore(tiny_checkpoint("qwen3"), source)
     break_it(source)
     assert_refused(["mcore-to-hf", source, tmp_path / "out"], message, capsys)
+
+
+def test_code_in_the_metadata_is_refused_by_convert_and_verify_and_not_run(
+    tiny_checkpoint, tmp_path, capsys
+):
+    source, mcore, called = tiny_checkpoint("qwen3"), tmp_path / "mcore", tmp_path / "called"
+    hf_to_mcore(source, mcore)
+    good = (mcore / METADATA_FILE).read_bytes()
+    (mcore / METADATA_FILE).write_bytes(poison.in_front_of(good, called))
+    message = r"mcore/\.metadata is refused, and nothing in it was run: it asks for posix\.mkdir"
+    assert_refused(["mcore-to-hf", mcore, tmp_path / "out"], message, capsys)
+    for written in ("mcore", "hf"):
+        with pytest.raises(UserError, match=message):
+            verify.verify(mcore=mcore, hf=source, written=written, prompts=[])
+    assert not called.exists()
 
 
 def assert_refused(args, message, capsys):

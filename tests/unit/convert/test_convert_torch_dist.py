@@ -4,10 +4,11 @@ import io
 
 import pytest
 import torch
+from poison import MakesFolder
 
+from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert.torch_dist import (
     FORMAT_FILE,
-    METADATA_FILE,
     Location,
     Piece,
     TorchDistSource,
@@ -16,19 +17,6 @@ from mcore_rl.convert.torch_dist import (
     write_tensor,
 )
 from mcore_rl.errors import UserError
-
-
-class Calls:
-    """Makes a file when it is unpickled, and passes for a tensor when it is written."""
-
-    shape, dtype = (6, 8), torch.float32
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return self.file.touch, ()
-
 
 WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
 
@@ -91,7 +79,7 @@ def test_numbers_of_another_dtype_than_the_metadata_says_are_not_copied(stored):
 
 def test_code_in_a_checkpoint_is_not_run(stored, tmp_path):
     """A pickle that calls something else than a tensor is made of is damage."""
-    source = stored(((0, 0), Calls(tmp_path / "called")))
+    source = stored(((0, 0), MakesFolder(tmp_path / "called", shape=(6, 8), dtype=torch.float32)))
     with pytest.raises(UserError, match=r"0\.distcp is damaged at byte 0"):
         source.read("key", (0, 0), (6, 8))
     assert not (tmp_path / "called").exists()

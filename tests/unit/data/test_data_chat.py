@@ -1,5 +1,6 @@
 import copy
 import itertools
+import json
 import logging
 
 import pytest
@@ -100,6 +101,17 @@ def test_a_saved_tokenizer_loads_and_encodes_the_same(tokenizer, tmp_path):
     assert encode_prompt(loaded, [USER]) == encode_prompt(tokenizer, [USER])
 
 
+def test_code_that_a_tokenizer_brings_is_not_run(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    called, file = tmp_path / "called", tmp_path / "tokenizer_config.json"
+    (tmp_path / "mine.py").write_text(f"import os\nos.mkdir({str(called)!r})\nclass Mine: pass\n")
+    auto_map = {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | auto_map))
+    loaded = load_tokenizer(str(tmp_path))
+    assert encode_prompt(loaded, [USER]) == encode_prompt(tokenizer, [USER])
+    assert not called.exists()
+
+
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
@@ -112,6 +124,7 @@ def test_a_saved_tokenizer_loads_and_encodes_the_same(tokenizer, tmp_path):
         ({"qwen.tiktoken": "YQ== 0"}, "holds no tokenizer .* Convert its tokenizer to tokenizer.j"),
         ({"tokenizer.json": "{cut"}, "cannot be loaded"),
         ({"tokenizer.json": "{}"}, "cannot be loaded"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "[" * 10**5}, "cannot be loaded"),
     ],
 )
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, files, problem):

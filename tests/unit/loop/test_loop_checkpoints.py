@@ -281,6 +281,14 @@ def damage(run, step, name="controller.json"):
             "controller.json cannot be read (Unterminated string",
         ),
         (
+            lambda folder: (folder / "controller.json").write_text("[" * 10**5),
+            "controller.json cannot be read (it is nested more than 100 levels deep",
+        ),
+        (
+            lambda folder: (folder / "controller.json").write_text('{"files": 5}'),
+            "controller.json cannot be read (",
+        ),
+        (
             lambda folder: (folder / "actor" / "state.json").unlink(),
             "actor/state.json is missing",
         ),

@@ -14,6 +14,8 @@ from mcore_rl.loop import resume
 from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.loop.resume import open_run_folder
 
+CUSTOM = "custom_reward_function.path=r.py"
+
 
 def open_with(tmp_path, *overrides):
     cfg = make_config(f"trainer.default_local_dir={tmp_path / 'run'}", *overrides)
@@ -271,3 +273,32 @@ def test_a_branch_with_another_length_says_what_its_schedule_is(tmp_path):
     with pytest.raises(UserError, match=r"lr_decay_steps=None .* was 4 in .*first"):
         open_with(tmp_path / "second", *longer)
     open_with(tmp_path / "second", *longer, "actor.optim.lr_decay_steps=8")
+
+
+def test_a_run_folder_is_private_and_one_that_was_opened_to_others_stays_so(tmp_path):
+    folder = open_with(tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o750)
+    assert open_with(tmp_path).stat().st_mode & 0o777 == 0o750
+
+
+def test_a_reference_to_the_environment_is_what_is_kept_and_compared(tmp_path, monkeypatch):
+    """A key may be another one when the run goes on; a setting that refers to another may not."""
+    setting = "custom_reward_function.reward_kwargs.key"
+    monkeypatch.setenv("KEY", "sk-0123456789")
+    folder = begin(open_with(tmp_path, CUSTOM, f"{setting}=${{oc.env:KEY}}"))
+    assert "sk-0123456789" not in (folder / "config.yaml").read_text()
+    monkeypatch.setenv("KEY", "sk-other-key")
+    open_with(tmp_path, CUSTOM, f"{setting}=${{oc.env:KEY}}")
+    monkeypatch.setenv("OTHER", "sk-0123456789")
+    with pytest.raises(
+        UserError, match=r"key='\$\{oc.env:OTHER\}' differs from '\$\{oc.env:KEY\}'"
+    ):
+        open_with(tmp_path, CUSTOM, f"{setting}=${{oc.env:OTHER}}")
+
+
+def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
+    folder = begin(open_with(tmp_path))
+    (folder / "config.yaml").write_text("[" * 10**4)
+    with pytest.raises(UserError, match=r"config\.yaml is not the configuration of a run"):
+        open_with(tmp_path)

@@ -256,6 +256,9 @@ def test_a_folder_without_a_usable_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not the configuration of a model"):
         load_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(UserError, match=r"config\.json is not the configuration of a model.* deep"):
+        load_hf_config(tmp_path)
     write_config(tmp_path, hidden_size=8)
     with pytest.raises(UserError, match="is not the configuration of a model"):
         load_hf_config(tmp_path)

@@ -282,7 +282,15 @@ def test_a_truncated_file_is_named(tmp_path):
         CheckpointReader(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": 3}}'),
+        '{"weight_map": ' + '{"a":' * 10**5 + "1" + "}" * 10**5 + "}",
+        '{"weight_map": {"a": "../other/model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+    ],
+)
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(UserError, match="is not an index of a checkpoint"):

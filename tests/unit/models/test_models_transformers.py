@@ -1,5 +1,6 @@
 """Checkpoints that transformers writes are read, and ours are read by transformers."""
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from mcore_rl.convert.convert import hf_to_mcore
 from mcore_rl.errors import UserError
 from mcore_rl.models import spec
 from mcore_rl.models.mappings import hf_shapes, to_hf, to_megatron
+from mcore_rl.models.reference import build_reference
 from mcore_rl.models.safetensors_io import (
     SINGLE_FILE,
     CheckpointReader,
@@ -120,3 +122,22 @@ def test_a_tied_model_may_hold_its_embedding_twice(tied_with, monkeypatch):
     monkeypatch.setattr(spec, "_ROWS_AT_ONCE", 8)
     folder = tied_with(torch.clone)
     check_weights(folder, load_hf_config(folder))
+
+
+def test_code_that_a_model_brings_is_not_run(tiny_checkpoint, tmp_path):
+    """Its files ask for it as the hub's do; what transformers and Megatron have of the family is
+    taken instead, without a question at the terminal."""
+    folder, called = tmp_path / "model", tmp_path / "called"
+    shutil.copytree(tiny_checkpoint("qwen3"), folder)
+    called_by = f"from pathlib import Path\nPath({str(called)!r}).touch()\n"
+    for name, text in {"configuration": "Config", "modeling": "Model"}.items():
+        (folder / f"{name}.py").write_text(f"{called_by}class {text}: pass\n")
+    of_model = {
+        "AutoConfig": "configuration.Config",
+        "AutoModelForCausalLM": "modeling.Model",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": of_model}))
+    assert type(load_hf_config(folder)).__name__ == "Qwen3Config"
+    assert type(build_reference(folder, torch.float32)).__name__ == "Qwen3ForCausalLM"
+    assert not called.exists()

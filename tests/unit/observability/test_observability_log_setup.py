@@ -51,3 +51,15 @@ def test_noisy_libraries_stay_quiet_below_warning(name, capsys):
     text = capsys.readouterr().err
     assert "hidden" not in text
     assert "shown" in text
+
+
+def test_a_response_in_a_log_line_or_a_traceback_commands_no_terminal(capsys):
+    setup_logging(0, "controller")
+    try:
+        raise ValueError("of the reward: \x1b[2J")
+    except ValueError:
+        logging.getLogger("x").exception("the response %s", "\x1b[31mred\x9b")
+    err = capsys.readouterr().err
+    assert r"the response \x1b[31mred\x9b" in err
+    assert r"ValueError: of the reward: \x1b[2J" in err
+    assert "\x1b" not in err

@@ -209,3 +209,96 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, page):
 def test_a_folder_without_steps_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl: there is no logged step"):
         write_report(tmp_path)
+
+
+def test_a_stranger_s_folder_gives_away_nothing_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY", "sk-0123456789")
+    make_run_dir(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: '${oc.env:KEY}'}\ntrainer: {experiment_name: '${oc.env:KEY}'}\n"
+        "data: {train_files: ['${oc.env:KEY}', '${oc.decode:${oc.env:KEY}}']}\n"
+    )
+    page = write_report(tmp_path).read_text()
+    assert "sk-0123456789" not in page
+    assert page.count("${oc.env:KEY}") > 5  # title, table and whole configuration
+
+
+def test_what_stands_in_a_response_or_a_name_commands_no_terminal(tmp_path):
+    """Half of a pair of surrogates in a ground truth too: a JSON file may well hold one."""
+    make_run_dir(tmp_path)
+    sample = {"step": 4, "uid": "t:0", "response": "\x1b[2J\u202e", "ground_truth": "\ud83d"}
+    write_lines(tmp_path / "samples.jsonl", [sample])
+    (tmp_path / "config.yaml").write_text('trainer: {experiment_name: "\\e[31m"}')
+    page = write_report(tmp_path).read_bytes().decode()
+    assert not [c for c in page if c in "\x1b\u202e"]
+    assert r"\x1b[2J\u202e" in page
+    assert r"<td>\ud83d</td>" in page
+    assert r"<h1>\x1b[31m</h1>" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("10" * 200, "a int"), ('"high"', "'high'"), ("null", "a NoneType"), ("[1]", "a list")],
+)
+def test_a_metric_that_is_no_number_is_named(tmp_path, value, shown):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 3, "reward/mean": {value}}}\n')
+    with pytest.raises(UserError) as caught:
+        write_report(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/metrics.jsonl: reward/mean of step 3 is {shown}, which is no number that can "
+        "be drawn. Remove it from the line."
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 0, "a": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": 1' + "0" * 5000 + "}",
+        '{"step": -1}',
+    ],
+)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_line_that_no_run_writes_is_named(tmp_path, name, line):
+    make_run_dir(tmp_path)
+    (tmp_path / name).write_text(f"{line}\n")
+    with pytest.raises(UserError, match=rf"{name}: line 1 is not a JSON object with a step"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**4, "a: ${b", "- 1", "a: b: c", "\x00", "a: !!python/object/apply:os.abort []"],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path, text):
+    make_run_dir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"config\.yaml is not the configuration of a run: "
+    ) as said:
+        write_report(tmp_path)
+    assert "\n" not in str(said.value)
+
+
+def test_names_with_dollar_signs_and_huge_numbers_are_drawn(tmp_path):
+    """A dollar sign begins a formula for matplotlib, and this one is none."""
+    record = {"step": 0, "eval/$x_{/accuracy": 0.5, "eval/\ud83d\x1b/accuracy": 0.5}
+    record |= {"time/$y^": 1.0, "actor/ratio/$/mean": 1.0, "actor/grad_norm": 1e308}
+    write_lines(tmp_path / "metrics.jsonl", [record, record | {"step": 1}])
+    assert "eval/$x_{/accuracy" in write_report(tmp_path).read_text()
+
+
+def test_a_link_in_a_stranger_s_folder_is_not_written_through(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    make_run_dir(run_dir)
+    (run_dir / "plots").mkdir()
+    names = ["report.html", "report.html.partial", "plots/reward.png", "plots/reward.png.partial"]
+    for name in names:
+        (run_dir / name).symlink_to(mine)
+    write_report(run_dir)
+    assert mine.read_text() == "mine"
+    assert not (run_dir / "report.html").is_symlink()

@@ -206,3 +206,23 @@ def test_step_table_has_a_row_per_section_and_every_metric():
         ["actor", "lr", "1e-06", "ratio/max", "1.25"],
         ["reward", "[x]/mean", "0.5"],
     ]
+
+
+def test_a_metric_s_name_commands_no_terminal():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(step_table(0, {"eval/\x1b[2Jset/accuracy": 0.5, "\x1b[1m/x": 1.0}))
+    shown = console.file.getvalue()
+    assert "\x1b" not in shown
+    assert r"\x1b[2Jset/accuracy" in shown
+
+
+def test_a_metric_s_name_that_no_encoding_has_is_logged_everywhere(tmp_path):
+    log = open_log(tmp_path, "tensorboard")
+    log.log(0, {"eval/\ud83d/accuracy": mean(0.5)})
+    log.close()
+    assert '"eval/\\ud83d/accuracy": 0.5' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_run_folder_is_its_owner_s_alone(tmp_path):
+    open_log(tmp_path / "outputs" / "run").close()
+    assert (tmp_path / "outputs" / "run").stat().st_mode & 0o777 == 0o700

@@ -77,3 +77,11 @@ def test_an_engine_without_texts_refuses_texts_that_end_a_response():
     with pytest.raises(UserError, match=r"^rollout\.stop=\['a'\] is not read by an engine without"):
         RolloutConfig(name="fake", stop=["a"])
     assert RolloutConfig(stop=["a"]).stop == ["a"]
+
+
+def test_an_engine_that_would_run_a_model_s_code_is_refused():
+    RolloutConfig(engine_kwargs={"trust_remote_code": False})
+    with pytest.raises(
+        UserError, match=r"^rollout\.engine_kwargs\.trust_remote_code=True would run"
+    ):
+        RolloutConfig(engine_kwargs={"trust_remote_code": True})
