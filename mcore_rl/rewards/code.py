@@ -50,6 +50,22 @@ _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _LONGEST_NUMBER = 400
 
 
+def read_tests(ground_truth: Any, sandbox: SandboxConfig) -> list[Test]:
+    """Return the tests of a row.
+
+    Raises:
+        ValueError: if it has none of the forms above, or no tests, or assertions that only a
+            program trusted not to deceive can be given.
+    """
+    case = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    if not isinstance(case, Mapping):
+        raise ValueError(f"ground_truth {str(ground_truth)[:80]!r} is no mapping of tests")
+    tests = list(_tests(case, sandbox))
+    if not tests:
+        raise ValueError(f"ground_truth has no tests; its keys are {sorted(case)}")
+    return tests
+
+
 @REWARDS.register("code_generation")
 @REWARDS.register("code")
 def compute_score(
@@ -77,22 +93,6 @@ def compute_score(
             if left <= 0 or not test(box, judge, left):
                 return 0.0
     return 1.0
-
-
-def read_tests(ground_truth: Any, sandbox: SandboxConfig) -> list[Test]:
-    """Return the tests of a row.
-
-    Raises:
-        ValueError: if it has none of the forms above, or no tests, or assertions that only a
-            program trusted not to deceive can be given.
-    """
-    case = parse_json(ground_truth) if isinstance(ground_truth, str) else ground_truth
-    if not isinstance(case, Mapping):
-        raise ValueError(f"ground_truth {str(ground_truth)[:80]!r} is no mapping of tests")
-    tests = list(_tests(case, sandbox))
-    if not tests:
-        raise ValueError(f"ground_truth has no tests; its keys are {sorted(case)}")
-    return tests
 
 
 def _tests(case: Mapping[str, Any], sandbox: SandboxConfig) -> Iterator[Test]:
@@ -123,9 +123,8 @@ def _assertion_tests(texts: Sequence[str], sandbox: SandboxConfig) -> Iterator[T
             yield _shared_test(text)
         else:
             raise ValueError(
-                f"{parts}. Beside it, the program could read what is expected or replace the "
-                "comparison, and pass without work. Write `assert call == value`, or set "
-                "reward.sandbox.share_assertions=true to take the risk"
+                f"{parts}, and run beside the program it could be passed without work, which "
+                "reward.sandbox.share_assertions=true accepts"
             )
 
 
