@@ -8,9 +8,7 @@ from actor_inputs import ONE_MICRO_BATCH
 def place_and_parameters(spec):
     """Return (coordinates, elements of trained parameters, of all weights, numbers of layers)."""
     with running_cluster(spec, ONE_MICRO_BATCH) as (_, worker):
-        groups = worker.parallel
-        names = ("tp", "cp", "dp", "pp", "ep", "etp", "expert_dp")
-        place = {name: getattr(groups, name).rank() for name in names}
+        place = (worker.parallel.rank, *worker.parallel.coordinates)
         params = [p for chunk in worker.actor.chunks for p in chunk.parameters()]
         layers = {
             layer.layer_number - 1
@@ -22,7 +20,7 @@ def place_and_parameters(spec):
             tensors |= worker.actor.lora.params
         held = sum(tensor.numel() for tensor in tensors.values())
         trained = sum(param.numel() for param in params if param.requires_grad)
-        return {"rank": groups.rank, **place}, trained, held, sorted(layers)
+        return place, trained, held, sorted(layers)
 
 
 def bytes_of_a_step(spec, sequences, objective):

@@ -176,10 +176,12 @@ def test_two_updates_are_the_same_in_every_layout(
     for step in (2, 4):
         for key in ("critic/value_loss", "critic/grad_norm"):
             assert found[step][key] == pytest.approx(expected[step][key], rel=1e-5)
-    # Relative to the size of the values, as of the weights: the head's products cancel.
+    # Relative to the size of the values, as of the weights: the head's products cancel. Twice the
+    # weights' 1e-5, which the values inherit through two layers and the head: 1.02e-5 was seen with
+    # the kernels of one processor, less with others.
     scale = max(abs(value) for values in expected[-1] for value in values)
     for values, wanted in zip(found[-1], expected[-1], strict=True):
-        assert values == pytest.approx(wanted, abs=1e-5 * scale)
+        assert values == pytest.approx(wanted, abs=2e-5 * scale)
     assert weights.keys() == expected_weights.keys()
     for key, weight in weights.items():
         scale = expected_weights[key].abs().max()

@@ -202,11 +202,6 @@ CASES = {
         ("actor.megatron.tensor_model_parallel_size=2",),
         world_size=3,
     ),
-    "another number of processes than configured": Case(
-        r"trainer\.n_gpus_per_node \* trainer\.nnodes = 2, but 3 processes were launched\. .*",
-        ("trainer.n_gpus_per_node=2",),
-        world_size=3,
-    ),
     "run folder of another run": Case(
         r"rollout\.n=4 differs from 5 of the run in {dir}/run, which this command would "
         r"continue\. .*",
