@@ -30,7 +30,7 @@ def run(cfg: RunConfig, start_workers: StartWorkers) -> None:
         start_workers,
         total_steps=inputs.total_steps,
         temperature=cfg.rollout.temperature,
-        with_reference=cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward,
+        with_reference=cfg.needs_reference,
         engine=EngineSpec(
             model_path=str(cfg.model.path),
             dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,

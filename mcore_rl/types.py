@@ -204,6 +204,12 @@ class Layout:
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The micro-batches of a rank are a multiple of it: an interleaved pipeline asks for one of
+        its stages."""
+        return self.pp if self.vpp > 1 else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:

@@ -203,7 +203,7 @@ class Cluster:
         self._workers.close()
 
     def _plan(self, role: str, sequences: Sequence[TokenSequence]) -> MinibatchPlan:
-        multiple_of = self.layout.pp if self.layout.vpp > 1 else 1
+        multiple_of = self.layout.micro_batch_multiple
         cut = self._cuts[role]
         return plan_minibatch(sequences, self.layout.dp, cut, multiple_of=multiple_of)
 

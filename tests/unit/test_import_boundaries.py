@@ -7,6 +7,7 @@ a wall whenever it is crossed. Names loaded by string (plug-ins, wandb) are not 
 from __future__ import annotations
 
 import ast
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,25 +15,39 @@ from pathlib import Path
 
 import pytest
 
+from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
+from mcore_rl.algorithms.objectives import CriticObjective, PolicyObjective, SftObjective
+
 PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 
-ROOT_FILES = ("types", "registry", "errors", "metrics", "durable_files", "model_files")
+ROOT_FILES = (
+    "types",
+    "registry",
+    "options",
+    "errors",
+    "metrics",
+    "segments",
+    "durable_files",
+    "model_files",
+)
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
 MAY_IMPORT = {
     "types": (),
     "errors": (),
     "registry": (),
+    "options": (),
+    "segments": (),
     "metrics": (),
     "durable_files": (),
     "model_files": (),
     "algorithms": (),
-    "data": ("algorithms.segments",),
+    "data": (),
     "rewards": (),
     "observability": (),
     "models": (),
     "rollout": (),
-    "megatron": ("models", "data.batch", "algorithms.segments"),
+    "megatron": ("models", "data.batch"),
     "weight_sync": ("rollout.base",),
     # Only the sections that belong to components, and the types they are made of.
     "config": (
@@ -76,10 +91,10 @@ MAY_IMPORT = {
     # Imports of checks: they run as the commands do and read what these wrote.
     "verify": (
         "algorithms.objective",
+        "algorithms.objectives",
         "config",
         "data.chat",
         "launch",
-        "loop.objectives",
         "models.layout",
         "models.reference",
         "models.safetensors_io",
@@ -234,3 +249,23 @@ def test_a_configuration_composes_without_megatron_vllm_and_transformers():
     )
     assert "mcore_rl.config.run" in loaded
     assert not loaded & {"megatron.core", "vllm", "transformers", "pyarrow", "matplotlib", "rich"}
+
+
+def test_a_worker_reads_an_objective_without_the_loop(tmp_path):
+    """What travels to the workers brings along the mathematics and nothing of the controller."""
+    objectives = [
+        PolicyObjective(resolve_objective(ObjectiveConfig.of("geo_mean"), 16), log_entropy=True),
+        CriticObjective(0.5, "token-mean", 16.0),
+        SftObjective(),
+    ]
+    file = tmp_path / "objectives"
+    file.write_bytes(pickle.dumps(objectives))
+    loaded = loaded_modules(
+        "import pickle, pathlib\n"
+        f"objectives = pickle.loads(pathlib.Path({str(file)!r}).read_bytes())\n"
+        "assert objectives[0].spec.options.low == 0.4\n"
+    )
+    packages = {name.split(".")[1] for name in loaded if name.startswith("mcore_rl.")}
+    assert "algorithms" in packages
+    assert packages <= {"algorithms", *ROOT_FILES}
+    assert not loaded & {"hydra", "omegaconf", "transformers", "megatron.core", "vllm"}
