@@ -45,10 +45,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
+from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.batch import pack
 from mcore_rl.data.packing import SequenceCount, plan_minibatch
-from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.types import Denominators, MicroBatch, TokenSequence
 from mcore_rl.workers.spec import ActorSpec, WorkerSpec

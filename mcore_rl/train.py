@@ -33,7 +33,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         workers,
         total_steps=inputs.total_steps,
         temperature=cfg.rollout.temperature,
-        with_reference=cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward,
+        with_reference=cfg.needs_reference,
         engine=EngineSpec(
             model_path=cfg.model.folder,
             dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,

@@ -213,6 +213,12 @@ class Layout:
         parts = [f"{axis}{getattr(self, axis)}" for axis in axes if getattr(self, axis) > 1]
         return "".join([*parts, f"etp{self.etp}" if self.etp != self.tp else ""])
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The micro-batches of a rank are a multiple of it: an interleaved pipeline asks for one of
+        its stages."""
+        return self.pp if self.vpp > 1 else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteState:

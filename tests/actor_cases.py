@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from actor_inputs import ONE_MICRO_BATCH
 
+from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
 from mcore_rl.errors import CheckpointError, UserError
-from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import WriteState
 from mcore_rl.workers.spec import WorkerSpec

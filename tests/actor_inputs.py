@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
+from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.data.packing import SequenceCount
-from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.types import TokenSequence
 from mcore_rl.workers.spec import ActorSpec
@@ -140,5 +139,5 @@ def with_other_logprobs(sequences, logprobs, seed):
 
 def policy_objective(loss_mode, **options):
     """Return an objective as the loop makes it; options are those of the `actor` section."""
-    config = ObjectiveConfig(policy_loss=PolicyLossConfig(loss_mode=loss_mode), **options)
+    config = ObjectiveConfig.of(loss_mode, **options)
     return PolicyObjective(spec=resolve_objective(config, 16), log_entropy=True)

@@ -38,13 +38,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qw
 
 from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
+from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import Call, done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.errors import UserError
-from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import TokenSequence

@@ -38,9 +38,9 @@ from mcore_rl.algorithms.objective import (
     resolve_objective,
     sft_objective,
 )
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.metrics import merge, to_floats
 from mcore_rl.rewards.piecewise_continuity import Problem, compute_score, draw_problem
+from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators, Prompt, Sample, SampleGroup
 
 MAX_RESPONSE_LENGTH = 40

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import require_one_of
+from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
 
 SCALED_AGG_MODE = "seq-mean-token-sum-norm"

@@ -13,8 +13,9 @@ at one of the levels "token" (w of the token), "sequence" (the product over its 
 rollout_rs only, "geometric" (the product's root: exp of the mean of log w). What is rejected
 weighs 0 and stays in every denominator, so the objective does not depend on how it is cut.
 IcePop is both at the level of tokens with rollout_is_threshold = rollout_rs_threshold = 5 and
-rollout_rs_threshold_lower = 0.5. How a weight enters a loss is the loss's own; geo_mean takes the
-geometric mean, so one rejected token rejects its sequence.
+rollout_rs_threshold_lower = 0.5. The weights multiply the losses of tokens (`objective.py`), except
+for a loss that applies them itself: geo_mean takes their geometric mean, so one rejected token
+rejects its sequence.
 
 Source: truncation: TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you
 off-policy RL training"; token rejection: IcePop, Ling team 2025, arXiv:2510.18855.
@@ -31,9 +32,9 @@ from torch import Tensor
 
 from mcore_rl.algorithms.kl import kl_penalty
 from mcore_rl.algorithms.ratio import probability_ratio
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.metrics import Metrics, masked_max, masked_mean
+from mcore_rl.segments import Segments
 
 _LEVELS: dict[str, Callable[[Segments, Tensor], Tensor]] = {
     "token": lambda segments, x_T: x_T,

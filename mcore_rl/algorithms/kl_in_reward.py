@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algorithms.kl import kl_penalty
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.metrics import Metrics, mean
+from mcore_rl.segments import Segments
 from mcore_rl.types import Sample, SampleGroup
 
 _MAX_ADAPTIVE_ERROR = 0.2

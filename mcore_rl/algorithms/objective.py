@@ -1,10 +1,12 @@
 """The actor's objective of one micro-batch: policy loss, KL and entropy under one aggregation.
 
-    objective = sum_T w_T * (policy_loss_T + kl_loss_coef * kl_T - entropy_coeff * entropy_T)
+    objective = sum_T w_T * (r_T * policy_loss_T + kl_loss_coef * kl_T - entropy_coeff * entropy_T)
 
 `w_T` comes from `aggregate.token_weights`, so the objectives of all micro-batches and ranks of a
 minibatch add up to that of the minibatch, and so do their gradients. An empty micro-batch gives 0,
-still connected to the graph, so that every rank can run its backward pass.
+still connected to the graph, so that every rank can run its backward pass. `r_T` are the weights of
+the rollout correction (`corrections.py`); a loss that applies them itself says so where it is
+registered, so none can lose them by forgetting them.
 
 Here the untrained tokens are neutralized, once, before anything is computed from them.
 Multiplication by Megatron's factors happens in `megatron/forward_backward.py`, not here.
@@ -15,8 +17,8 @@ Shapes: T packed tokens on this rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,43 +27,32 @@ from mcore_rl.algorithms.aggregate import AGG_MODES, SCALED_AGG_MODE, token_weig
 from mcore_rl.algorithms.kl import KL_KINDS, kl_penalty
 from mcore_rl.algorithms.losses.base import (
     POLICY_LOSSES,
-    ClipBounds,
+    ClipConfig,
     PolicyLoss,
     PolicyLossConfig,
     PolicyLossInputs,
-    resolve_clip,
 )
 from mcore_rl.algorithms.losses.sft import sft
 from mcore_rl.algorithms.ratio import ratio_metrics
-from mcore_rl.algorithms.segments import Segments
-from mcore_rl.errors import refuse_unread, require, require_one_of
+from mcore_rl.errors import require, require_one_of
 from mcore_rl.metrics import Metrics, masked_mean, share
+from mcore_rl.options import ChoosingSection
+from mcore_rl.registry import Registry
+from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
 
 logger = logging.getLogger(__name__)
 
-LOSS_OPTIONS = ("tau_pos", "tau_neg")
-"""Fields of `ObjectiveConfig` that only some losses read, beside the clip options."""
-
 
 @dataclass(kw_only=True)
-class ObjectiveConfig:
-    """The part of the `actor` section that describes what is minimized."""
+class ObjectiveConfig(ChoosingSection):
+    """The part of the `actor` section that describes what is minimized; has the options of its
+    loss too."""
+
+    REGISTRY: ClassVar[Registry[PolicyLoss]] = POLICY_LOSSES
 
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     """Which loss."""
-    clip_ratio: float | None = None
-    """Clip bound for both sides; None: the loss's own default (vanilla 0.2, geo_mean 0.4)."""
-    clip_ratio_low: float | None = None
-    """Lower bound; None: `clip_ratio`."""
-    clip_ratio_high: float | None = None
-    """Upper bound; None: `clip_ratio`."""
-    clip_ratio_c: float | None = None
-    """Dual clip, vanilla only; None: 3.0."""
-    tau_pos: float = 1.0
-    """sapo: temperature of the gate where the advantage is positive."""
-    tau_neg: float = 1.05
-    """sapo: where it is not."""
     loss_agg_mode: str = "token-mean"
     """One of `aggregate.AGG_MODES`; a loss with an aggregation of its own does not read it."""
     loss_scale_factor: float | None = None
@@ -79,16 +70,20 @@ class ObjectiveConfig:
         require_one_of("actor.loss_agg_mode", self.loss_agg_mode, AGG_MODES)
         require_one_of("actor.kl_loss_type", self.kl_loss_type, KL_KINDS)
         require(self.kl_loss_coef >= 0, "actor.kl_loss_coef", self.kl_loss_coef, "must be >= 0")
-        for name in LOSS_OPTIONS:
-            require(getattr(self, name) > 0, f"actor.{name}", getattr(self, name), "must be > 0")
         factor = self.loss_scale_factor
         require(factor is None or factor > 0, "actor.loss_scale_factor", factor, "must be > 0")
         rule = f"is not read with the aggregation {self.agg_mode}"
         reads = factor is None or self.agg_mode == SCALED_AGG_MODE
         require(reads, "actor.loss_scale_factor", factor, rule, "Remove it.")
-        unread = [name for name in LOSS_OPTIONS if name not in self.loss.reads]
-        refuse_unread(self, "actor", unread, f"policy_loss.loss_mode={self.policy_loss.loss_mode}")
-        assert self.clip  # refuses clip options that make no sense or are not read
+        assert self.options is not None  # refuses what the loss's options refuse
+
+    @classmethod
+    def choose(cls, name: str) -> dict[str, Any]:
+        return {"policy_loss": PolicyLossConfig(loss_mode=name)}
+
+    @property
+    def choice(self) -> str:
+        return self.policy_loss.loss_mode
 
     @property
     def loss(self) -> PolicyLoss:
@@ -99,26 +94,15 @@ class ObjectiveConfig:
         """The aggregation in force: the loss's own if it has one."""
         return self.loss.agg_mode or self.loss_agg_mode
 
-    @property
-    def clip(self) -> ClipBounds:
-        return resolve_clip(
-            self.policy_loss.loss_mode,
-            self.clip_ratio,
-            self.clip_ratio_low,
-            self.clip_ratio_high,
-            self.clip_ratio_c,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorObjective:
     """What is minimized, every default resolved."""
 
     policy_loss: PolicyLoss
-    clip: ClipBounds
+    options: Any
+    """Of the loss: an object of `policy_loss.config`."""
     agg_mode: str
-    loss_options: Mapping[str, float] = field(default_factory=dict)
-    """Those that the loss reads."""
     loss_scale_factor: float | None = None
     """Set exactly when `agg_mode` reads it."""
     kl_loss_type: str | None = None
@@ -154,18 +138,18 @@ def resolve_objective(cfg: ObjectiveConfig, max_response_length: int) -> ActorOb
             cfg.policy_loss.loss_mode,
             agg_mode,
         )
-    if cfg.clip_ratio is not None and None not in (cfg.clip_ratio_low, cfg.clip_ratio_high):
+    options = cfg.options
+    if isinstance(options, ClipConfig) and options.clip_ratio_is_unread:
         logger.warning(
             "actor.clip_ratio=%s does not apply: actor.clip_ratio_low and clip_ratio_high are set",
-            cfg.clip_ratio,
+            options.clip_ratio,
         )
     if agg_mode == SCALED_AGG_MODE and factor is None:
         factor = float(max_response_length)
     return ActorObjective(
         policy_loss=cfg.loss,
-        clip=cfg.clip,
+        options=options,
         agg_mode=agg_mode,
-        loss_options={name: getattr(cfg, name) for name in cfg.loss.reads},
         loss_scale_factor=factor,
         kl_loss_type=cfg.kl_loss_type if cfg.use_kl_loss else None,
         kl_loss_coef=cfg.kl_loss_coef if cfg.use_kl_loss else 0.0,
@@ -176,6 +160,7 @@ def resolve_objective(cfg: ObjectiveConfig, max_response_length: int) -> ActorOb
 def actor_objective(
     inputs: PolicyLossInputs,
     *,
+    rollout_weights_T: Tensor | None = None,
     entropy_T: Tensor | None = None,
     ref_logprobs_T: Tensor | None = None,
     denominators: Denominators,
@@ -185,6 +170,7 @@ def actor_objective(
 
     Args:
         inputs: the micro-batch; values on untrained tokens do not matter, NaN included.
+        rollout_weights_T: [T] float >= 0, of the rollout correction; None: all 1.
         entropy_T: [T] float, differentiable, in nats; required if `spec.needs_entropy`, otherwise
             only logged.
         ref_logprobs_T: [T] float; required if `spec.needs_ref_logprobs`, otherwise not read.
@@ -198,9 +184,14 @@ def actor_objective(
     """
     mask_T = inputs.segments.mask_T
     w_T = token_weights(spec.agg_mode, inputs.segments, denominators, spec.loss_scale_factor)
+    if spec.policy_loss.applies_rollout_weights:
+        inputs = replace(inputs, rollout_weights_T=rollout_weights_T)
     inputs = inputs.trained_only()
-    policy = spec.policy_loss.compute(inputs, spec.clip, **spec.loss_options)
-    objective = pg_loss = (w_T * policy.loss_T).sum()
+    policy = spec.policy_loss.compute(inputs, spec.options)
+    loss_T = policy.loss_T
+    if rollout_weights_T is not None and not spec.policy_loss.applies_rollout_weights:
+        loss_T = loss_T * torch.where(mask_T, rollout_weights_T, 1.0)
+    objective = pg_loss = (w_T * loss_T).sum()
     metrics: Metrics = {"actor/pg_loss": share(pg_loss.detach()), **policy.metrics}
     if spec.needs_old_logprobs:
         metrics |= ratio_metrics(inputs.log_ratio_T, mask_T)

@@ -170,8 +170,7 @@ class Trainer:
 
     def _plan(self, sequences: Sequence[TokenSequence], cut: Cut) -> MinibatchPlan:
         layout = self._placement.layout
-        multiple_of = layout.pp if layout.vpp > 1 else 1
-        return plan_minibatch(sequences, layout.dp, cut, multiple_of=multiple_of)
+        return plan_minibatch(sequences, layout.dp, cut, multiple_of=layout.micro_batch_multiple)
 
     def _share_calls(
         self, plan: MinibatchPlan, make: Callable[[Share], Call[T]]

@@ -6,6 +6,10 @@ Keys are checked against the typed tree before anything is composed, so a misspe
 the closest key that exists. The prefix `actor_rollout_ref.` of verl's keys means nothing more than
 its absence, Hydra's signs `+` and `++` neither; `assignments.py` translates verl's other names.
 Plug-ins are imported first, so that what they register can be chosen.
+
+Options of a loss or an estimator are keys of the section in which it is chosen (`options.py`). The
+recipe and the command line are composed on a tree that has those of all, still untyped; then the
+ones of what is chosen get their types, and others are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize, initialize_config_dir
@@ -24,7 +28,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -37,6 +41,7 @@ from mcore_rl.config.environment import (
 )
 from mcore_rl.config.translate import TABLE, VERL_BASES, WILDCARD, Refused
 from mcore_rl.errors import UserError, closest, closest_hint, require
+from mcore_rl.options import ChoosingSection, option_names, options_read
 from mcore_rl.plugins import import_plugins
 
 Config = TypeVar("Config")
@@ -104,8 +109,8 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
         UserError: one line for a missing recipe, an unknown key, a wrong type or a refused value.
     """
     import_plugins()
-    schema = OmegaConf.structured(root)
-    ConfigStore.instance().store(name=BASE, node=root)
+    schema = _with_all_options(root)
+    ConfigStore.instance().store(name=BASE, node=schema)
     overrides = [_checked_override(option, schema) for option in line.overrides]
     if line.config_name == BASE:
         search_path = initialize(config_path=None, version_base=None)
@@ -127,8 +132,9 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
                 return OmegaConf.select(hydra_compose(line.config_name, more), option.key)
 
             _refuse_two_values(line.overrides, value)
-        config: Any = OmegaConf.to_object(composed)
-        config.references = find_references(composed)
+        chosen = _with_chosen_options(composed, root)
+        config: Any = OmegaConf.to_object(chosen)
+        config.references = find_references(chosen)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         message = str(_one_line(error, schema))
         if composed is not None:
@@ -161,6 +167,46 @@ def _refuse_two_values(
         if len(values) > 1:
             names = " and ".join(named)
             raise UserError(f"{names} set {key} to different values. Leave one of them.")
+
+
+def _sections(root: type) -> dict[str, type[ChoosingSection]]:
+    """Return the sections of `root` in which something with options is chosen."""
+    types = get_type_hints(root)
+    return {
+        field.name: types[field.name]
+        for field in fields(root)
+        if isinstance(types[field.name], type) and issubclass(types[field.name], ChoosingSection)
+    }
+
+
+def _with_all_options(root: type) -> DictConfig:
+    """Return the typed tree with the options of all that can be chosen, each of them unset."""
+    schema = OmegaConf.structured(root)
+    for name, section in _sections(root).items():
+        with open_dict(schema[name]):
+            for option in option_names(section.REGISTRY):
+                schema[name][option] = MISSING
+    return schema
+
+
+def _with_chosen_options(composed: DictConfig, root: type) -> DictConfig:
+    """Return the composed tree with the options, typed, of what is chosen in it.
+
+    Raises:
+        UserError: for an option that is set and not read.
+    """
+    values: Any = OmegaConf.to_container(composed)
+    sections: dict[str, ChoosingSection] = {}
+    for name, section in _sections(root).items():
+        registry, of_section = section.REGISTRY, values[name]
+        choice = OmegaConf.select(composed, registry.key)
+        options = {option: of_section.pop(option) for option in option_names(registry)}
+        given = {option: value for option, value in options.items() if value != MISSING}
+        of_section |= options_read(registry, choice, given)
+        sections[name] = section.of(choice)
+    typed = OmegaConf.structured(root(**sections))
+    typed.merge_with(values)
+    return typed
 
 
 def _check_finite(node: Any, key: str) -> None:
@@ -246,7 +292,7 @@ def _find(key: str, schema: DictConfig) -> Any:
     for part in key.split("."):
         if _is_untyped(node):
             break
-        if not isinstance(node, DictConfig) or part not in node:
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118  # unset too
             return None
         node = node._get_node(part)
     return node

@@ -354,6 +354,11 @@ class RunConfig(ComposedConfig):
     def has_critic(self) -> bool:
         return ADVANTAGES.get(self.algorithm.adv_estimator).needs_critic
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL against the initial policy is computed anywhere."""
+        return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
+
 
 @dataclass(kw_only=True, slots=True)
 class SftRunConfig(ComposedConfig):

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcore_rl.algorithms.segments import Segments
+from mcore_rl.segments import Segments
 from mcore_rl.types import MicroBatch, TokenSequence
 
 _OPTIONAL = (

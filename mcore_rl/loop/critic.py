@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mcore_rl.algorithms.objectives import CriticObjective
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.data.packing import split_minibatches
-from mcore_rl.loop.objectives import CriticObjective
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.observability.trackers import RunLog
 from mcore_rl.types import Sample, SampleGroup, TokenSequence, with_sample_fields

@@ -16,6 +16,7 @@ from pathlib import Path
 from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
 from mcore_rl.algorithms.objective import resolve_objective
+from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
@@ -27,7 +28,6 @@ from mcore_rl.loop.critic import update_critic, with_values
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.log import open_log
-from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.metrics import Metrics, mean, merge, total
 from mcore_rl.observability.samples import SampleLog
 from mcore_rl.types import SampleGroup, with_sample_fields

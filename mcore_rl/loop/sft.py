@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import SftRunConfig
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.log import open_log
-from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.loop.on_policy import is_due
 from mcore_rl.metrics import merge
 

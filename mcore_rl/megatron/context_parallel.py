@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
 
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.data.batch import PackedBatch
+from mcore_rl.segments import Segments
 
 
 @functools.lru_cache(maxsize=64)

@@ -87,8 +87,7 @@ def stage_memory(
     largest = cut.max_tokens if isinstance(cut, TokenBudget) else step.largest_micro_batch
     tokens = -(-largest // layout.cp)
     # Under LoRA the base is the first model.
-    needs_reference = cfg.actor.use_kl_loss or cfg.algorithm.use_kl_in_reward
-    with_reference = needs_reference and cfg.model.lora is None
+    with_reference = cfg.needs_reference and cfg.model.lora is None
     state = functools.partial(
         state_memory,
         layout=layout,

@@ -117,7 +117,7 @@ def _minibatch(
     pairs = [(length, responses[i * n + j]) for i, length in enumerate(prompts) for j in range(n)]
     # Lengths are all that packing reads, and a range takes no memory.
     sequences = [TokenSequence(token_ids=range(p + r), loss_mask=()) for p, r in pairs]
-    multiple_of = layout.pp if layout.vpp > 1 else 1  # as in cluster.trainer
+    multiple_of = layout.micro_batch_multiple
     return MinibatchPlan(
         micro_batches=plan_micro_batches(
             sequences, layout.dp, cfg.actor.cut, multiple_of=multiple_of

@@ -20,9 +20,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mcore_rl.algorithms.objective import resolve_objective
+from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.config.run import RunConfig
 from mcore_rl.launch.group import ChannelWorkers
-from mcore_rl.loop.objectives import PolicyObjective
 from mcore_rl.metrics import to_floats
 from mcore_rl.run.command import run_command
 from mcore_rl.run.specs import start_cluster

@@ -21,8 +21,8 @@ from actor_inputs import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from mcore_rl.algorithms.objectives import CriticObjective
 from mcore_rl.data.packing import SequenceCount
-from mcore_rl.loop.objectives import CriticObjective
 from mcore_rl.megatron.config import OptimConfig
 from mcore_rl.workers.spec import ModelSpec
 

@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.convert.convert import mcore_to_hf
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.errors import UserError
-from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.megatron.config import OptimConfig
 
 ETP2 = {"expert_tensor_parallel_size": 2}

@@ -23,8 +23,8 @@ from actor_inputs import (
     random_sequences,
 )
 
+from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
-from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.megatron.config import OptimConfig
 
 # As in test_distributed_invariance: an update is proportional to the gradient.

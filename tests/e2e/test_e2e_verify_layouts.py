@@ -15,15 +15,15 @@ pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 PLUGIN = """
     import torch.distributed as dist
 
-    from mcore_rl.algorithms.losses import POLICY_LOSSES, PolicyLoss, TokenLoss
+    from mcore_rl.algorithms.losses import POLICY_LOSSES, TokenLoss
+    from mcore_rl.options import NoOptions
 
-    def local_mean(inputs, clip):
+    @POLICY_LOSSES.register("local_mean", config=NoOptions, needs_old_logprobs=False)
+    def local_mean(inputs, cfg):
         if dist.get_world_size() == 2 and dist.get_rank() == 1:
             raise RuntimeError("no second process")
         num_tokens = inputs.segments.mask_T.sum().clamp(min=1)
         return TokenLoss(-100 * inputs.advantages_T * inputs.logprobs_T / num_tokens, {})
-
-    POLICY_LOSSES.add("local_mean", PolicyLoss(compute=local_mean, needs_old_logprobs=False))
 """
 
 

@@ -23,8 +23,8 @@ from actor_inputs import (
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
-from mcore_rl.loop.objectives import SftObjective
 
 FAMILIES = [
     "llama",

@@ -7,12 +7,16 @@ a wall whenever it is crossed. Names loaded by string (plug-ins, wandb) are not 
 from __future__ import annotations
 
 import ast
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
+from mcore_rl.algorithms.objectives import CriticObjective, PolicyObjective, SftObjective
 
 PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 
@@ -30,6 +34,8 @@ ROOT_FILES = (
     "checkpoint_metadata",
     "printable",
     "foreign_json",
+    "options",
+    "segments",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -37,6 +43,8 @@ MAY_IMPORT = {
     "types": (),
     "errors": (),
     "registry": (),
+    "options": (),
+    "segments": (),
     "metrics": (),
     "durable_files": (),
     "hub": (),
@@ -48,13 +56,13 @@ MAY_IMPORT = {
     "printable": (),
     "foreign_json": (),
     "algorithms": (),
-    "data": ("algorithms.segments",),
+    "data": (),
     "jail": (),
     "rewards": ("jail",),
     "observability": (),
     "models": (),
     "rollout": (),
-    "megatron": ("models", "data.batch", "algorithms.segments"),
+    "megatron": ("models", "data.batch"),
     "weight_sync": ("rollout.base",),
     # Only the sections that belong to components, and the types they are made of.
     "config": (
@@ -117,11 +125,11 @@ MAY_IMPORT = {
     # Imports of checks: they run as the commands do and read what these wrote.
     "verify": (
         "algorithms.objective",
+        "algorithms.objectives",
         "config",
         "cluster",
         "data.chat",
         "launch",
-        "loop.objectives",
         "models.layout",
         "models.reference",
         "models.safetensors_io",
@@ -278,3 +286,23 @@ def test_a_configuration_composes_without_megatron_vllm_and_transformers():
     )
     assert "mcore_rl.config.run" in loaded
     assert not loaded & {"megatron.core", "vllm", "transformers", "pyarrow", "matplotlib", "rich"}
+
+
+def test_a_worker_reads_an_objective_without_the_loop(tmp_path):
+    """What travels to the workers brings along the mathematics and nothing of the controller."""
+    objectives = [
+        PolicyObjective(resolve_objective(ObjectiveConfig.of("geo_mean"), 16), log_entropy=True),
+        CriticObjective(0.5, "token-mean", 16.0),
+        SftObjective(),
+    ]
+    file = tmp_path / "objectives"
+    file.write_bytes(pickle.dumps(objectives))
+    loaded = loaded_modules(
+        "import pickle, pathlib\n"
+        f"objectives = pickle.loads(pathlib.Path({str(file)!r}).read_bytes())\n"
+        "assert objectives[0].spec.options.low == 0.4\n"
+    )
+    packages = {name.split(".")[1] for name in loaded if name.startswith("mcore_rl.")}
+    assert "algorithms" in packages
+    assert packages <= {"algorithms", *ROOT_FILES}
+    assert not loaded & {"hydra", "omegaconf", "transformers", "megatron.core", "vllm"}

@@ -1,7 +1,8 @@
 """Advantage estimators, one file each, chosen by `algorithm.adv_estimator`.
 
-To add one: a file with a function of (`AdvantageInputs`, `AlgorithmConfig`) and `ADVANTAGES.add`,
-and a line below.
+To add one: a file with a dataclass of its options, a function of (`AdvantageInputs`, those options)
+under `@ADVANTAGES.register("<name>", config=<that dataclass>)`, and a line below. Its options are
+keys of the section `algorithm`.
 """
 
 from mcore_rl.algorithms.advantages import (

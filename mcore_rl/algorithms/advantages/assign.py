@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs, AlgorithmConfig
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.metrics import Metrics, masked_max, masked_mean, mean
+from mcore_rl.segments import Segments
 from mcore_rl.types import Sample, SampleGroup, with_sample_fields
 
 
@@ -46,13 +46,13 @@ def assign_advantages(
         baseline_N=_baselines(groups) if estimator.needs_greedy_baseline else None,
         values_T=_values(samples) if estimator.needs_critic else None,
     )
-    advantages_T = estimator.compute(inputs, cfg)
+    advantages_T = estimator.compute(inputs, cfg.options)
     lengths = [len(sample.loss_mask) for sample in samples]
     assigned = with_sample_fields(groups, advantages=_lists(advantages_T, lengths))
     mask_T, num_groups = inputs.segments.mask_T, len(groups)
     metrics: Metrics = {}
     if estimator.returns is not None:
-        returns_T = estimator.returns(inputs, cfg)
+        returns_T = estimator.returns(inputs, cfg.options)
         assigned = with_sample_fields(assigned, returns=_lists(returns_T, lengths))
         metrics = _value_metrics(inputs, returns_T)
     num_useless = inputs.has_equal_rewards_P.sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,52 +18,12 @@ from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
 from mcore_rl.algorithms.filter_groups import FilterGroupsConfig
 from mcore_rl.algorithms.kl import KL_VALUES
 from mcore_rl.algorithms.kl_in_reward import KlCtrlConfig
-from mcore_rl.algorithms.segments import Segments
-from mcore_rl.errors import refuse_unread, require, require_one_of
+from mcore_rl.errors import require_one_of
+from mcore_rl.options import ChoosingSection, check_options
 from mcore_rl.registry import Registry
+from mcore_rl.segments import Segments
 
-ESTIMATOR_OPTIONS = ("norm_adv_by_std_in_grpo", "gpg_alpha", "gpg_f_norm", "gamma", "lam")
-"""Fields of `AlgorithmConfig` that only some estimators read."""
-
-GPG_ALPHAS = ("valid_groups", "nonzero_reward", "none")
-
-
-@dataclass(kw_only=True, slots=True)
-class AlgorithmConfig:
-    """How rewards become advantages (`algorithm`)."""
-
-    adv_estimator: str = "grpo"
-    """A registered estimator: grpo, gpg, rloo, ..."""
-    norm_adv_by_std_in_grpo: bool = True
-    """grpo, grpo_passk: divide by the group's standard deviation; False is Dr.GRPO."""
-    gpg_alpha: str = "valid_groups"
-    """gpg: scale of the gradient, see `advantages/gpg.py`: valid_groups, nonzero_reward, none."""
-    gpg_f_norm: float = 1.0
-    """gpg: advantages are divided by it."""
-    gamma: float = 1.0
-    """gae, reinforce_plus_plus: discount per token."""
-    lam: float = 1.0
-    """gae: how far rewards reach back past the critic's values; 0: one token, 1: all the way."""
-    use_kl_in_reward: bool = False
-    """Take the KL against the reference off the reward; off, the two below are not read."""
-    kl_penalty: str = "kl"
-    """Estimator of that KL, one of `kl.KL_VALUES`."""
-    kl_ctrl: KlCtrlConfig = field(default_factory=KlCtrlConfig)
-    """Its coefficient."""
-    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
-    overlong_filtering: bool = False
-    """Truncated samples do not train."""
-    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
-
-    def __post_init__(self) -> None:
-        estimator = ADVANTAGES.get(self.adv_estimator)
-        require_one_of("algorithm.gpg_alpha", self.gpg_alpha, GPG_ALPHAS)
-        require(self.gpg_f_norm > 0, "algorithm.gpg_f_norm", self.gpg_f_norm, "must be > 0")
-        require(0 <= self.gamma <= 1, "algorithm.gamma", self.gamma, "must be in [0, 1]")
-        require(0 <= self.lam <= 1, "algorithm.lam", self.lam, "must be in [0, 1]")
-        require_one_of("algorithm.kl_penalty", self.kl_penalty, KL_VALUES)
-        unread = [name for name in ESTIMATOR_OPTIONS if name not in estimator.reads]
-        refuse_unread(self, "algorithm", unread, f"adv_estimator={self.adv_estimator}")
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,19 +90,19 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageEstimator:
-    """A registered estimator and which options it reads."""
+    """A registered estimator and what it asks of its surroundings."""
 
-    compute: Callable[[AdvantageInputs, AlgorithmConfig], Tensor]
-    """Returns advantages_T, [T] float64, 0 on untrained tokens."""
-    reads: tuple[str, ...] = ()
-    """Of `ESTIMATOR_OPTIONS`."""
-    min_group_size: int = 1
-    """Fewest samples per prompt with which it is what it says: one that compares the samples of a
-    prompt needs two, and would take the reward itself for the advantage of a lone one."""
-    needs_greedy_baseline: bool = False
+    compute: Callable[[AdvantageInputs, Any], Tensor]
+    """(inputs, options) -> advantages_T, [T] float64, 0 on untrained tokens."""
+    config: type
+    """Dataclass of its options."""
+    min_group_size: int
+    """Fewest samples per prompt with which it is defined."""
+    needs_greedy_baseline: bool
     """Whether the loop answers every prompt once more, greedily, for `baseline_N`."""
-    returns: Callable[[AdvantageInputs, AlgorithmConfig], Tensor] | None = None
-    """Returns what a critic learns, [T] float64, 0 on untrained tokens; None: it needs none."""
+    returns: Callable[[AdvantageInputs, Any], Tensor] | None
+    """(inputs, options) -> what a critic learns, [T] float64, 0 on untrained tokens; None: it needs
+    none."""
 
     @property
     def needs_critic(self) -> bool:
@@ -149,6 +110,78 @@ class AdvantageEstimator:
         return self.returns is not None
 
 
-ADVANTAGES: Registry[AdvantageEstimator] = Registry(
-    "advantage estimator", "algorithm.adv_estimator"
-)
+class AdvantageRegistry(Registry[AdvantageEstimator]):
+    """The estimators by name."""
+
+    def register(  # pyright: ignore[reportIncompatibleMethodOverride]  # decorates functions
+        self,
+        name: str,
+        *,
+        config: type[Options],
+        min_group_size: int = 1,
+        needs_greedy_baseline: bool = False,
+        returns: Callable[[AdvantageInputs, Options], Tensor] | None = None,
+    ) -> Callable[
+        [Callable[[AdvantageInputs, Options], Tensor]],
+        Callable[[AdvantageInputs, Options], Tensor],
+    ]:
+        """Return a decorator that registers a function as the estimator `name`.
+
+        Args:
+            name: what chooses it.
+            config: dataclass of its options, keys of the section `algorithm`; each has a default.
+            min_group_size: as in `AdvantageEstimator`.
+            needs_greedy_baseline: as in `AdvantageEstimator`.
+            returns: as in `AdvantageEstimator`.
+        """
+        check_options(name, config)
+
+        def register(
+            compute: Callable[[AdvantageInputs, Options], Tensor],
+        ) -> Callable[[AdvantageInputs, Options], Tensor]:
+            entry = AdvantageEstimator(
+                compute=compute,
+                config=config,
+                min_group_size=min_group_size,
+                needs_greedy_baseline=needs_greedy_baseline,
+                returns=returns,
+            )
+            self.add(name, entry)
+            return compute
+
+        return register
+
+
+ADVANTAGES = AdvantageRegistry("advantage estimator", "algorithm.adv_estimator")
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig(ChoosingSection):
+    """How rewards become advantages (`algorithm`); has the options of its estimator too."""
+
+    REGISTRY: ClassVar[Registry[AdvantageEstimator]] = ADVANTAGES
+
+    adv_estimator: str = "grpo"
+    """A registered estimator: grpo, gpg, rloo, ..."""
+    use_kl_in_reward: bool = False
+    """Take the KL against the reference off the reward; off, the two below are not read."""
+    kl_penalty: str = "kl"
+    """Estimator of that KL, one of `kl.KL_VALUES`."""
+    kl_ctrl: KlCtrlConfig = field(default_factory=KlCtrlConfig)
+    """Its coefficient."""
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    overlong_filtering: bool = False
+    """Truncated samples do not train."""
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+
+    def __post_init__(self) -> None:
+        require_one_of("algorithm.kl_penalty", self.kl_penalty, KL_VALUES)
+        assert self.options is not None  # refuses what the estimator's options refuse
+
+    @classmethod
+    def choose(cls, name: str) -> dict[str, Any]:
+        return {"adv_estimator": name}
+
+    @property
+    def choice(self) -> str:
+        return self.adv_estimator

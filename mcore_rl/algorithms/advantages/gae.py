@@ -11,31 +11,45 @@ Source: arXiv:1506.02438, arXiv:1707.06347. Shapes: N samples, T tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.whiten import whiten
+from mcore_rl.errors import require
 
 
-def gae(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
-    """Return the whitened advantage of each token, [T] float64."""
-    return whiten(raw_advantages(inputs, cfg), inputs.segments.mask_T)
+@dataclass(kw_only=True, slots=True)
+class GaeConfig:
+    """Options of gae."""
+
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 1.0
+    """How far rewards reach back past the critic's values; 0: one token, 1: all the way."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"algorithm.{name}", value, "must be in [0, 1]")
 
 
-def lambda_returns(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+def lambda_returns(inputs: AdvantageInputs, cfg: GaeConfig) -> Tensor:
     """Return what the critic should have given for each token, [T] float64."""
     assert inputs.values_T is not None, "gae needs the values of a critic"
     mask_T = inputs.segments.mask_T
     return torch.where(mask_T, raw_advantages(inputs, cfg) + inputs.values_T, 0.0)
 
 
-def raw_advantages(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@ADVANTAGES.register("gae", config=GaeConfig, returns=lambda_returns)
+def gae(inputs: AdvantageInputs, cfg: GaeConfig) -> Tensor:
+    """Return the whitened advantage of each token, [T] float64."""
+    return whiten(raw_advantages(inputs, cfg), inputs.segments.mask_T)
+
+
+def raw_advantages(inputs: AdvantageInputs, cfg: GaeConfig) -> Tensor:
     """Return the advantage of each token before whitening, [T] float64."""
     assert inputs.values_T is not None, "gae needs the values of a critic"
     mask_T = inputs.segments.mask_T
@@ -63,8 +77,3 @@ def raw_advantages(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
 def _rows(x_T: Tensor, lengths: list[int]) -> Tensor:
     """Return the pieces of `x_T` of these lengths as rows, padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(x_T.split(lengths)), batch_first=True)
-
-
-ADVANTAGES.add(
-    "gae", AdvantageEstimator(compute=gae, reads=("gamma", "lam"), returns=lambda_returns)
-)

@@ -13,19 +13,32 @@ it. Source: GPG, arXiv:2504.02546, eq. 7-8. Shapes: N samples, P groups, T token
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
+from mcore_rl.errors import require, require_one_of
 
 
-def gpg(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@dataclass(kw_only=True, slots=True)
+class GpgConfig:
+    """Options of gpg."""
+
+    gpg_alpha: str = "valid_groups"
+    """Scale of the gradient, see above: valid_groups, nonzero_reward, none."""
+    gpg_f_norm: float = 1.0
+    """Advantages are divided by it."""
+
+    def __post_init__(self) -> None:
+        require_one_of("algorithm.gpg_alpha", self.gpg_alpha, ALPHAS)
+        require(self.gpg_f_norm > 0, "algorithm.gpg_f_norm", self.gpg_f_norm, "must be > 0")
+
+
+@ADVANTAGES.register("gpg", config=GpgConfig, min_group_size=2)
+def gpg(inputs: AdvantageInputs, cfg: GpgConfig) -> Tensor:
     """Return the scaled, centered reward of each token's sample, [T] float64."""
-    alpha = _ALPHAS[cfg.gpg_alpha](inputs)
+    alpha = ALPHAS[cfg.gpg_alpha](inputs)
     return inputs.segments.expand(alpha * inputs.centered_rewards_N / cfg.gpg_f_norm)
 
 
@@ -43,9 +56,4 @@ def _none(inputs: AdvantageInputs) -> float:
     return 1.0
 
 
-_ALPHAS = {"valid_groups": _valid_groups, "nonzero_reward": _nonzero_reward, "none": _none}
-
-ADVANTAGES.add(
-    "gpg",
-    AdvantageEstimator(compute=gpg, reads=("gpg_alpha", "gpg_f_norm"), min_group_size=2),
-)
+ALPHAS = {"valid_groups": _valid_groups, "nonzero_reward": _nonzero_reward, "none": _none}

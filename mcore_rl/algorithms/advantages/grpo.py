@@ -9,27 +9,27 @@ Shapes: N samples, P groups, T tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 
 EPSILON = 1e-6
 
 
-def grpo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@dataclass(kw_only=True, slots=True)
+class GrpoConfig:
+    """Options of grpo and grpo_passk."""
+
+    norm_adv_by_std_in_grpo: bool = True
+    """Divide by the group's standard deviation; False is Dr.GRPO."""
+
+
+@ADVANTAGES.register("grpo", config=GrpoConfig, min_group_size=2)
+def grpo(inputs: AdvantageInputs, cfg: GrpoConfig) -> Tensor:
     """Return the group-relative advantage of each token's sample, [T] float64."""
     advantages_N = inputs.centered_rewards_N
     if cfg.norm_adv_by_std_in_grpo:
         advantages_N = advantages_N / (inputs.std_P + EPSILON)[inputs.group_N]
     return inputs.segments.expand(advantages_N)
-
-
-ADVANTAGES.add(
-    "grpo",
-    AdvantageEstimator(compute=grpo, reads=("norm_adv_by_std_in_grpo",), min_group_size=2),
-)

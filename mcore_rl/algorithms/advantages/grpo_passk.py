@@ -11,16 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
-from mcore_rl.algorithms.advantages.grpo import EPSILON
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
+from mcore_rl.algorithms.advantages.grpo import EPSILON, GrpoConfig
 
 
-def grpo_passk(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@ADVANTAGES.register("grpo_passk", config=GrpoConfig, min_group_size=2)
+def grpo_passk(inputs: AdvantageInputs, cfg: GrpoConfig) -> Tensor:
     """Return the advantage of each token's sample, [T] float64; groups have at least 2 samples."""
     advantages_N = torch.zeros_like(inputs.rewards_N)
     for group in range(len(inputs.group_size_P)):
@@ -30,9 +26,3 @@ def grpo_passk(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
     if cfg.norm_adv_by_std_in_grpo:
         advantages_N = advantages_N / (inputs.std_P + EPSILON)[inputs.group_N]
     return inputs.segments.expand(advantages_N)
-
-
-ADVANTAGES.add(
-    "grpo_passk",
-    AdvantageEstimator(compute=grpo_passk, reads=("norm_adv_by_std_in_grpo",), min_group_size=2),
-)

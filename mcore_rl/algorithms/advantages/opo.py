@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
+from mcore_rl.options import NoOptions
 
 
-def opo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@ADVANTAGES.register("opo", config=NoOptions, min_group_size=2)
+def opo(inputs: AdvantageInputs, cfg: NoOptions) -> Tensor:
     """Return the advantage of each token's sample, [T] float64."""
     length_N = inputs.num_response_tokens_N
     length_P = inputs.group_sum(length_N).clamp(min=1)
     baseline_P = inputs.group_sum(length_N * inputs.rewards_N) / length_P
     return inputs.segments.expand(inputs.relative_to(baseline_P))
-
-
-ADVANTAGES.add("opo", AdvantageEstimator(compute=opo, min_group_size=2))

@@ -10,22 +10,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.whiten import whiten
+from mcore_rl.options import NoOptions
 
 
-def reinforce_plus_plus_baseline(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@ADVANTAGES.register("reinforce_plus_plus_baseline", config=NoOptions, min_group_size=2)
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs, cfg: NoOptions) -> Tensor:
     """Return the whitened, centered reward of each token's sample, [T] float64."""
     segments = inputs.segments
     return whiten(segments.expand(inputs.centered_rewards_N), segments.mask_T)
-
-
-ADVANTAGES.add(
-    "reinforce_plus_plus_baseline",
-    AdvantageEstimator(compute=reinforce_plus_plus_baseline, min_group_size=2),
-)

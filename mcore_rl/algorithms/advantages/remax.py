@@ -10,18 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
+from mcore_rl.options import NoOptions
 
 
-def remax(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@ADVANTAGES.register("remax", config=NoOptions, needs_greedy_baseline=True)
+def remax(inputs: AdvantageInputs, cfg: NoOptions) -> Tensor:
     """Return the advantage over the greedy response of each token's sample, [T] float64."""
     assert inputs.baseline_N is not None, "remax needs the reward of a greedy response"
     return inputs.segments.expand(inputs.rewards_N - inputs.baseline_N)
-
-
-ADVANTAGES.add("remax", AdvantageEstimator(compute=remax, needs_greedy_baseline=True))

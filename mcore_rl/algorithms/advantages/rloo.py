@@ -10,18 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import (
-    ADVANTAGES,
-    AdvantageEstimator,
-    AdvantageInputs,
-    AlgorithmConfig,
-)
+from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
+from mcore_rl.options import NoOptions
 
 
-def rloo(inputs: AdvantageInputs, cfg: AlgorithmConfig) -> Tensor:
+@ADVANTAGES.register("rloo", config=NoOptions, min_group_size=2)
+def rloo(inputs: AdvantageInputs, cfg: NoOptions) -> Tensor:
     """Return the leave-one-out advantage of each token's sample, [T] float64."""
     size_N = inputs.group_size_P[inputs.group_N]
     return inputs.segments.expand(inputs.centered_rewards_N * size_N / (size_N - 1).clamp(min=1))
-
-
-ADVANTAGES.add("rloo", AdvantageEstimator(compute=rloo, min_group_size=2))

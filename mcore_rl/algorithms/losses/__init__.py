@@ -1,29 +1,29 @@
 """Policy losses, one file each, chosen by `actor.policy_loss.loss_mode`.
 
-To add one: a file with a function of (`PolicyLossInputs`, `ClipBounds`) and `POLICY_LOSSES.add`,
-and a line below. A loss returns one value per token; it does not mask, average, scale or read a
-process group (`aggregate.py`, `objective.py` and `segments.py` do).
+To add one: a file with a dataclass of its options, a function of (`PolicyLossInputs`, those
+options) under `@POLICY_LOSSES.register("<name>", config=<that dataclass>)`, and a line below. Its
+options are keys of the section `actor`. A loss returns one value per token; it does not mask,
+average, scale, weigh by the rollout correction or read a process group (`aggregate.py`,
+`objective.py` and `segments.py` do). `check.py` tests that it does not depend on micro-batches.
 """
 
 from mcore_rl.algorithms.losses import cispo, geo_mean, gpg, gspo, sapo, vanilla
 from mcore_rl.algorithms.losses.base import (
     POLICY_LOSSES,
-    ClipBounds,
+    ClipConfig,
     PolicyLoss,
     PolicyLossConfig,
     PolicyLossInputs,
     TokenLoss,
-    resolve_clip,
 )
 
 __all__ = [
     "POLICY_LOSSES",
-    "ClipBounds",
+    "ClipConfig",
     "PolicyLoss",
     "PolicyLossConfig",
     "PolicyLossInputs",
     "TokenLoss",
-    "resolve_clip",
     "cispo",
     "geo_mean",
     "gpg",

@@ -1,33 +1,24 @@
-"""What a policy loss takes and returns, its registry, and how clip options become bounds.
+"""What a policy loss takes and returns, its registry, and the options of losses that clip.
 
 Shapes: T packed tokens on this rank.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import require
 from mcore_rl.metrics import Metrics
+from mcore_rl.options import check_options
 from mcore_rl.registry import Registry
+from mcore_rl.segments import Segments
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipBounds:
-    """How far a token may move; what the numbers bound (ratio or log-ratio) is the loss's own."""
-
-    low: float = math.inf
-    """Downwards, >= 0; infinite for a loss without clipping."""
-    high: float = math.inf
-    """Upwards, >= 0."""
-    dual: float | None = None
-    """Bound on the loss where the advantage is negative, in units of -advantage; None: none."""
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +33,9 @@ class PolicyLossInputs:
     """Of the T tokens."""
     old_logprobs_T: Tensor | None = None
     """[T] float; None only for losses that do not need it."""
-    rollout_is_weights_T: Tensor | None = None
-    """[T] float >= 0, correction for the engine's distribution; None: all 1."""
+    rollout_weights_T: Tensor | None = None
+    """[T] float >= 0, correction for the engine's distribution, for losses that are registered with
+    `applies_rollout_weights`; None: all 1, and for all other losses."""
 
     def trained_only(self) -> PolicyLossInputs:
         """Return a copy with neutral values on untrained tokens: 0, and 1 for weights.
@@ -51,13 +43,13 @@ class PolicyLossInputs:
         So neither a value nor a gradient of an untrained token can be NaN, whatever came in.
         """
         mask_T = self.segments.mask_T
-        old_T, weights_T = self.old_logprobs_T, self.rollout_is_weights_T
+        old_T, weights_T = self.old_logprobs_T, self.rollout_weights_T
         return replace(
             self,
             logprobs_T=torch.where(mask_T, self.logprobs_T, 0.0),
             advantages_T=torch.where(mask_T, self.advantages_T, 0.0),
             old_logprobs_T=None if old_T is None else torch.where(mask_T, old_T, 0.0),
-            rollout_is_weights_T=None if weights_T is None else torch.where(mask_T, weights_T, 1.0),
+            rollout_weights_T=None if weights_T is None else torch.where(mask_T, weights_T, 1.0),
         )
 
     @property
@@ -65,11 +57,6 @@ class PolicyLossInputs:
         """[T], logprobs - old_logprobs."""
         assert self.old_logprobs_T is not None, "this loss needs old_logprobs"
         return self.logprobs_T - self.old_logprobs_T
-
-    def rollout_weighted(self, loss_T: Tensor) -> Tensor:
-        """Return `loss_T` [T] times the rollout weights, if there are any."""
-        weights_T = self.rollout_is_weights_T
-        return loss_T if weights_T is None else loss_T * weights_T
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +73,62 @@ class TokenLoss:
 class PolicyLoss:
     """A registered policy loss and what it asks of its surroundings."""
 
-    compute: Callable[..., TokenLoss]
-    """(inputs, clip: ClipBounds, **options) -> TokenLoss; the options are those of `reads`."""
-    reads: tuple[str, ...] = ()
-    """Of `objective.LOSS_OPTIONS`."""
-    default_clip: tuple[float, float] | None = None
-    """(low, high) unless the user sets them; None: the loss does not clip."""
-    default_dual_clip: float | None = None
-    """Dual clip unless the user sets it; None: the loss has none."""
-    agg_mode: str | None = None
+    compute: Callable[[PolicyLossInputs, Any], TokenLoss]
+    """(inputs, options) -> TokenLoss."""
+    config: type
+    """Dataclass of its options."""
+    agg_mode: str | None
     """The one aggregation that the loss is defined with; None: the user's choice."""
-    needs_old_logprobs: bool = True
+    needs_old_logprobs: bool
     """False saves the forward pass that computes them."""
+    applies_rollout_weights: bool
+    """True: the loss reads `inputs.rollout_weights_T`; False: its token losses are multiplied by
+    them (`objective.actor_objective`)."""
 
 
-POLICY_LOSSES: Registry[PolicyLoss] = Registry("policy loss", "actor.policy_loss.loss_mode")
+class PolicyLossRegistry(Registry[PolicyLoss]):
+    """The losses by name."""
+
+    def register(  # pyright: ignore[reportIncompatibleMethodOverride]  # decorates functions
+        self,
+        name: str,
+        *,
+        config: type[Options],
+        agg_mode: str | None = None,
+        needs_old_logprobs: bool = True,
+        applies_rollout_weights: bool = False,
+    ) -> Callable[
+        [Callable[[PolicyLossInputs, Options], TokenLoss]],
+        Callable[[PolicyLossInputs, Options], TokenLoss],
+    ]:
+        """Return a decorator that registers a function as the loss `name`.
+
+        Args:
+            name: what chooses it.
+            config: dataclass of its options, keys of the section `actor`; each has a default.
+            agg_mode: as in `PolicyLoss`.
+            needs_old_logprobs: as in `PolicyLoss`.
+            applies_rollout_weights: as in `PolicyLoss`.
+        """
+        check_options(name, config)
+
+        def register(
+            compute: Callable[[PolicyLossInputs, Options], TokenLoss],
+        ) -> Callable[[PolicyLossInputs, Options], TokenLoss]:
+            entry = PolicyLoss(
+                compute=compute,
+                config=config,
+                agg_mode=agg_mode,
+                needs_old_logprobs=needs_old_logprobs,
+                applies_rollout_weights=applies_rollout_weights,
+            )
+            self.add(name, entry)
+            return compute
+
+        return register
+
+
+POLICY_LOSSES = PolicyLossRegistry("policy loss", "actor.policy_loss.loss_mode")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,43 +142,41 @@ class PolicyLossConfig:
         POLICY_LOSSES.get(self.loss_mode)
 
 
-def resolve_clip(
-    loss_mode: str,
-    clip_ratio: float | None,
-    clip_ratio_low: float | None,
-    clip_ratio_high: float | None,
-    clip_ratio_c: float | None,
-) -> ClipBounds:
-    """Return the bounds of a loss from the `actor.clip_ratio*` options; None means not set.
+@dataclass(kw_only=True)
+class ClipConfig:
+    """Options of a loss that clips, under verl's names; what the bounds are of (ratio or log-ratio)
+    and what they are unless the user sets them is the loss's own."""
 
-    `clip_ratio_low` and `clip_ratio_high` fall back to `clip_ratio`, that to the loss's default.
+    LOW: ClassVar[float]
+    HIGH: ClassVar[float]
 
-    Raises:
-        UserError: for an option out of range, or one that the loss does not read.
-    """
-    loss = POLICY_LOSSES.get(loss_mode)
-    bounds = {
-        "clip_ratio": clip_ratio,
-        "clip_ratio_low": clip_ratio_low,
-        "clip_ratio_high": clip_ratio_high,
-    }
-    unread = f"is not read by actor.policy_loss.loss_mode={loss_mode}"
-    for name, value in bounds.items():
-        reads = value is None or loss.default_clip is not None
-        require(reads, f"actor.{name}", value, unread, "Remove it.")
-        require(value is None or value >= 0, f"actor.{name}", value, "must be >= 0")
-    reads = clip_ratio_c is None or loss.default_dual_clip is not None
-    require(reads, "actor.clip_ratio_c", clip_ratio_c, unread, "Remove it.")
-    in_range = clip_ratio_c is None or clip_ratio_c > 1
-    require(in_range, "actor.clip_ratio_c", clip_ratio_c, "must be > 1")
-    if loss.default_clip is None:
-        return ClipBounds()
-    default_low, default_high = loss.default_clip
-    return ClipBounds(
-        low=_first_set(clip_ratio_low, clip_ratio, default_low),
-        high=_first_set(clip_ratio_high, clip_ratio, default_high),
-        dual=clip_ratio_c if clip_ratio_c is not None else loss.default_dual_clip,
-    )
+    clip_ratio: float | None = None
+    """Bound for both sides; None: the loss's own two."""
+    clip_ratio_low: float | None = None
+    """How far a token may move downwards; None: `clip_ratio`."""
+    clip_ratio_high: float | None = None
+    """Upwards; None: `clip_ratio`."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"actor.{name}", value, "must be >= 0")
+
+    @property
+    def low(self) -> float:
+        """The bound downwards, >= 0."""
+        return _first_set(self.clip_ratio_low, self.clip_ratio, self.LOW)
+
+    @property
+    def high(self) -> float:
+        """The bound upwards, >= 0."""
+        return _first_set(self.clip_ratio_high, self.clip_ratio, self.HIGH)
+
+    @property
+    def clip_ratio_is_unread(self) -> bool:
+        """Whether it is set and both sides override it."""
+        sides = (self.clip_ratio_low, self.clip_ratio_high)
+        return self.clip_ratio is not None and None not in sides
 
 
 def _first_set(*values: float | None) -> float:

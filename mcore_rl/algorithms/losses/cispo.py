@@ -11,26 +11,29 @@ Source: MiniMax-M1, arXiv:2506.13585, eq. 4-5. Shapes: T packed tokens on this r
 
 from __future__ import annotations
 
-from mcore_rl.algorithms.losses.base import (
-    POLICY_LOSSES,
-    ClipBounds,
-    PolicyLoss,
-    PolicyLossInputs,
-    TokenLoss,
-)
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mcore_rl.algorithms.losses.base import POLICY_LOSSES, ClipConfig, PolicyLossInputs, TokenLoss
 from mcore_rl.algorithms.ratio import probability_ratio
 from mcore_rl.metrics import masked_mean
 
 
-def cispo(inputs: PolicyLossInputs, clip: ClipBounds) -> TokenLoss:
+@dataclass(kw_only=True)
+class CispoConfig(ClipConfig):
+    """Options of cispo: bounds on the distance of the weight from 1."""
+
+    LOW: ClassVar[float] = 1.0
+    HIGH: ClassVar[float] = 4.0
+
+
+@POLICY_LOSSES.register("cispo", config=CispoConfig)
+def cispo(inputs: PolicyLossInputs, cfg: CispoConfig) -> TokenLoss:
     """Return the weighted policy-gradient loss, [T], unreduced."""
     ratio_T = probability_ratio(inputs.log_ratio_T.detach())
-    weight_T = ratio_T.clamp(1 - clip.low, 1 + clip.high)
+    weight_T = ratio_T.clamp(1 - cfg.low, 1 + cfg.high)
     loss_T = -inputs.advantages_T * weight_T * inputs.logprobs_T
     return TokenLoss(
-        inputs.rollout_weighted(loss_T),
+        loss_T,
         {"actor/clip_frac": masked_mean(weight_T != ratio_T, inputs.segments.mask_T)},
     )
-
-
-POLICY_LOSSES.add("cispo", PolicyLoss(compute=cispo, default_clip=(1.0, 4.0)))

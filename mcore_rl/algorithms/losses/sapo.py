@@ -12,36 +12,33 @@ tokens. Shapes: T packed tokens on this rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from mcore_rl.algorithms.losses.base import (
-    POLICY_LOSSES,
-    ClipBounds,
-    PolicyLoss,
-    PolicyLossInputs,
-    TokenLoss,
-)
+from mcore_rl.algorithms.losses.base import POLICY_LOSSES, PolicyLossInputs, TokenLoss
 from mcore_rl.algorithms.ratio import probability_ratio
+from mcore_rl.errors import require
 
 
-def sapo(
-    inputs: PolicyLossInputs, clip: ClipBounds, *, tau_pos: float, tau_neg: float
-) -> TokenLoss:
-    """Return the gated loss, [T], unreduced; `clip` has no bounds.
+@dataclass(kw_only=True, slots=True)
+class SapoConfig:
+    """Options of sapo."""
 
-    Args:
-        inputs: the micro-batch.
-        clip: not read.
-        tau_pos: > 0, temperature of the gate where the advantage is positive.
-        tau_neg: > 0, where it is not.
-    """
+    tau_pos: float = 1.0
+    """Temperature of the gate where the advantage is positive."""
+    tau_neg: float = 1.05
+    """Where it is not."""
+
+    def __post_init__(self) -> None:
+        for name in ("tau_pos", "tau_neg"):
+            require(getattr(self, name) > 0, f"actor.{name}", getattr(self, name), "must be > 0")
+
+
+@POLICY_LOSSES.register("sapo", config=SapoConfig, agg_mode="seq-mean-token-mean")
+def sapo(inputs: PolicyLossInputs, cfg: SapoConfig) -> TokenLoss:
+    """Return the gated loss, [T], unreduced."""
     ratio_T, advantages_T = probability_ratio(inputs.log_ratio_T), inputs.advantages_T
-    tau_T = torch.full_like(advantages_T, tau_neg).masked_fill(advantages_T > 0, tau_pos)
+    tau_T = torch.full_like(advantages_T, cfg.tau_neg).masked_fill(advantages_T > 0, cfg.tau_pos)
     loss_T = -advantages_T * torch.sigmoid(tau_T * (ratio_T - 1)) * 4 / tau_T
-    return TokenLoss(inputs.rollout_weighted(loss_T), {})
-
-
-POLICY_LOSSES.add(
-    "sapo",
-    PolicyLoss(compute=sapo, reads=("tau_pos", "tau_neg"), agg_mode="seq-mean-token-mean"),
-)
+    return TokenLoss(loss_T, {})

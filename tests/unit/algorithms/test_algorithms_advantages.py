@@ -8,14 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig, assign_advantages
-from mcore_rl.algorithms.advantages.base import ESTIMATOR_OPTIONS, GPG_ALPHAS
+from mcore_rl.algorithms.advantages.gpg import ALPHAS as GPG_ALPHAS
 from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
+from mcore_rl.options import option_names
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
 PROMPT = Prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 MASK = [False, True, False, True]
+
+
+def algorithm(adv_estimator="grpo", **options):
+    return AlgorithmConfig.of(adv_estimator, **options)
 
 
 def make_groups(rewards):
@@ -44,7 +49,7 @@ def make_groups(rewards):
 
 def advantages_of(rewards, **options):
     """Return each sample's advantage, group by group; every trained token must agree."""
-    groups, _ = assign_advantages(make_groups(rewards), AlgorithmConfig(**options))
+    groups, _ = assign_advantages(make_groups(rewards), algorithm(**options))
     values = []
     for group in groups:
         rows = [list(sample.advantages) for sample in group.samples]
@@ -172,7 +177,7 @@ def make_truncated_group():
 
 
 def test_opo_weighs_the_mean_by_response_tokens():
-    (group,), _ = assign_advantages([make_truncated_group()], AlgorithmConfig(adv_estimator="opo"))
+    (group,), _ = assign_advantages([make_truncated_group()], algorithm(adv_estimator="opo"))
     # The baseline is (4 + 4) / 24. float64, one division and one difference.
     expected = [2 / 3, 2 / 3, -1 / 3, -1 / 3]
     for sample, advantage in zip(group.samples, expected, strict=True):
@@ -183,7 +188,7 @@ def test_opo_weighs_the_mean_by_response_tokens():
 @pytest.mark.parametrize("estimator", ["grpo", "gpg", "rloo", "opo"])
 def test_a_truncated_sample_that_does_not_train_counts_in_its_group(estimator):
     """The others have the advantages that they have without overlong filtering."""
-    cfg, group = AlgorithmConfig(adv_estimator=estimator), make_truncated_group()
+    cfg, group = algorithm(adv_estimator=estimator), make_truncated_group()
     (plain,), _ = assign_advantages([group], cfg)
     (filtered,), _ = assign_advantages(without_truncated([group]), cfg)
     trained = [list(sample.advantages) for sample in plain.samples[:2]]
@@ -196,7 +201,7 @@ def test_remax_compares_with_the_greedy_response_of_the_prompt():
         replace(group, baseline_reward=baseline)
         for group, baseline in zip(make_groups([[1.0, 0.5], [0.25]]), (0.5, 1.0), strict=True)
     ]
-    assigned, _ = assign_advantages(groups, AlgorithmConfig(adv_estimator="remax"))
+    assigned, _ = assign_advantages(groups, algorithm(adv_estimator="remax"))
     assert [[s.advantages[1] for s in g.samples] for g in assigned] == [[0.5, 0.0], [-0.75]]
 
 
@@ -212,7 +217,7 @@ def test_passk_trains_the_best_sample_by_its_lead_over_the_second():
 
 def test_reinforce_plus_plus_discounts_by_the_trained_tokens_that_follow():
     groups = make_groups([[1.0], [4.0]])
-    cfg = AlgorithmConfig(adv_estimator="reinforce_plus_plus", gamma=0.5)
+    cfg = algorithm(adv_estimator="reinforce_plus_plus", gamma=0.5)
     assigned, _ = assign_advantages(groups, cfg)
     # Returns: 0.5 and 1 of the first sample, 2 and 4 of the second; the untrained token between
     # two trained ones discounts nothing.
@@ -252,7 +257,7 @@ def test_a_batch_in_which_nothing_trains_has_no_advantages(estimator):
         )
         for group in make_groups([[1.0, 0.0], [0.0, 2.0]])
     ]
-    assigned, _ = assign_advantages(groups, AlgorithmConfig(adv_estimator=estimator))
+    assigned, _ = assign_advantages(groups, algorithm(adv_estimator=estimator))
     assert all(list(s.advantages) == [0.0] * 4 for g in assigned for s in g.samples)
 
 
@@ -264,7 +269,7 @@ def test_a_first_token_never_gets_an_advantage():
     ]
     (assigned,), _ = assign_advantages(
         [SampleGroup(prompt=PROMPT, samples=samples)],
-        AlgorithmConfig(norm_adv_by_std_in_grpo=False),
+        algorithm(norm_adv_by_std_in_grpo=False),
     )
     assert [list(s.advantages) for s in assigned.samples] == [
         [0.0, 0.5, 0.5, 0.5],
@@ -275,7 +280,7 @@ def test_a_first_token_never_gets_an_advantage():
 def test_metrics_are_over_trained_tokens_and_groups():
     _, metrics = assign_advantages(
         make_groups([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [3.0]]),
-        AlgorithmConfig(norm_adv_by_std_in_grpo=False),
+        algorithm(norm_adv_by_std_in_grpo=False),
     )
     assert to_floats(metrics) == pytest.approx(
         {
@@ -311,19 +316,24 @@ def test_no_groups_give_no_advantages():
             {"adv_estimator": "rloo", "gamma": 0.9},
             r"algorithm\.gamma=0\.9 is not read with .*=rloo",
         ),
-        ({"gamma": 1.5}, r"algorithm\.gamma=1\.5 must be in \[0, 1\]"),
+        ({"adv_estimator": "gae", "gamma": 1.5}, r"algorithm\.gamma=1\.5 must be in \[0, 1\]"),
         ({"kl_penalty": "k3+"}, r"algorithm\.kl_penalty='k3\+' is not one of"),
         ({"adv_estimator": "grp"}, "Did you mean 'grpo'"),
     ],
 )
 def test_options_that_are_wrong_or_unread_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        AlgorithmConfig(**options)
+        algorithm(**options)
 
 
 def test_options_at_their_default_are_never_refused():
-    defaults = AlgorithmConfig()
+    defaults = {
+        "norm_adv_by_std_in_grpo": True,
+        "gpg_alpha": "valid_groups",
+        "gpg_f_norm": 1.0,
+        "gamma": 1.0,
+        "lam": 1.0,
+    }
+    assert sorted(defaults) == option_names(ADVANTAGES)
     for estimator in ADVANTAGES:
-        AlgorithmConfig(
-            adv_estimator=estimator, **{name: getattr(defaults, name) for name in ESTIMATOR_OPTIONS}
-        )
+        assert algorithm(estimator, **defaults).options == ADVANTAGES.get(estimator).config()

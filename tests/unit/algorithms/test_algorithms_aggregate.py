@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.algorithms.aggregate import AGG_MODES, token_weights
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import UserError
+from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
 
 FACTOR = 5.0

@@ -10,9 +10,9 @@ from mcore_rl.algorithms.corrections import (
     mismatch_metrics,
     rollout_weights,
 )
-from mcore_rl.algorithms.segments import Segments
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
+from mcore_rl.segments import Segments
 
 
 def test_mismatch_metrics_are_worked_by_hand_over_the_masked_tokens():

@@ -48,7 +48,7 @@ def recursion(sample, gamma, lam):
 
 def assigned(batch, **options):
     groups = [SampleGroup(prompt=PROMPT, samples=[sample]) for sample in batch]
-    found, metrics = assign_advantages(groups, AlgorithmConfig(adv_estimator="gae", **options))
+    found, metrics = assign_advantages(groups, AlgorithmConfig.of("gae", **options))
     return [group.samples[0] for group in found], to_floats(metrics)
 
 

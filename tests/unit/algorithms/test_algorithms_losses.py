@@ -1,6 +1,7 @@
 """Policy losses: which side is clipped, what passes gradient, rollout weights, clip options."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,19 +10,21 @@ from hypothesis import strategies as st
 
 from mcore_rl.algorithms.losses import (
     POLICY_LOSSES,
-    ClipBounds,
     PolicyLossConfig,
     PolicyLossInputs,
-    resolve_clip,
+    TokenLoss,
 )
+from mcore_rl.algorithms.losses.check import objective_spec
 from mcore_rl.algorithms.losses.sft import sft
-from mcore_rl.algorithms.objective import ObjectiveConfig
-from mcore_rl.algorithms.segments import Segments
+from mcore_rl.algorithms.objective import ObjectiveConfig, actor_objective
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
+from mcore_rl.options import NoOptions
+from mcore_rl.segments import Segments
+from mcore_rl.types import Denominators
 
 
-def one_sequence(log_ratios, advantage, rollout_is_weights=None):
+def one_sequence(log_ratios, advantage, rollout_weights=None):
     """Return (inputs, logprobs_T leaf) of one sequence with these log-ratios, all trained."""
     n = len(log_ratios)
     old_T = torch.linspace(-3, -1, n, dtype=torch.float64)
@@ -30,7 +33,7 @@ def one_sequence(log_ratios, advantage, rollout_is_weights=None):
         logprobs_T=logprobs_T,
         old_logprobs_T=old_T,
         advantages_T=torch.full((n,), advantage, dtype=torch.float64),
-        rollout_is_weights_T=rollout_is_weights,
+        rollout_weights_T=rollout_weights,
         segments=Segments(
             sequence_T=torch.zeros(n, dtype=torch.int64),
             mask_T=torch.ones(n, dtype=torch.bool),
@@ -40,11 +43,10 @@ def one_sequence(log_ratios, advantage, rollout_is_weights=None):
     return inputs, logprobs_T
 
 
-def loss_and_gradient(loss_mode, clip, *args, options=None):
+def loss_and_gradient(loss_mode, options, *args):
     inputs, logprobs_T = one_sequence(*args)
     loss = POLICY_LOSSES.get(loss_mode)
-    options = options or {name: getattr(ObjectiveConfig(), name) for name in loss.reads}
-    token_loss = loss.compute(inputs, clip, **options)
+    token_loss = loss.compute(inputs, loss.config(**options))
     (gradient_T,) = torch.autograd.grad(token_loss.loss_T.sum(), logprobs_T)
     return token_loss.loss_T.detach(), gradient_T, to_floats(token_loss.metrics)
 
@@ -55,7 +57,7 @@ def close(actual, expected):
 
 
 def test_vanilla_clips_only_the_side_that_the_advantage_favours():
-    clip = ClipBounds(low=0.2, high=0.3, dual=3.0)
+    clip = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3, "clip_ratio_c": 3.0}
     up, down = math.log(1.5), math.log(0.5)
     loss_T, gradient_T, metrics = loss_and_gradient("vanilla", clip, [up, down, 0.0], 2.0)
     assert close(loss_T, [-2 * 1.3, -2 * 0.5, -2.0])
@@ -68,7 +70,7 @@ def test_vanilla_clips_only_the_side_that_the_advantage_favours():
 
 
 def test_vanilla_dual_clip_bounds_the_loss_of_a_negative_advantage_only():
-    clip = ClipBounds(low=0.2, high=0.2, dual=3.0)
+    clip = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
     loss_T, gradient_T, metrics = loss_and_gradient("vanilla", clip, [math.log(5.0), 0.0], -2.0)
     assert close(loss_T, [2 * 3.0, 2.0])
     assert close(gradient_T, [0.0, 2.0])
@@ -79,7 +81,7 @@ def test_vanilla_dual_clip_bounds_the_loss_of_a_negative_advantage_only():
 
 
 def test_vanilla_cuts_absurd_log_ratios_before_they_overflow():
-    clip = ClipBounds(low=0.2, high=0.2, dual=1e9)
+    clip = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 1e9}
     loss_T, gradient_T, _ = loss_and_gradient("vanilla", clip, [800.0], -1.0)
     assert close(loss_T, [math.exp(20.0)])
     assert gradient_T.tolist() == [0.0]
@@ -95,7 +97,7 @@ def test_geo_mean_is_its_formula_with_the_two_sided_cut_written_out(
     log_ratios, advantage, low, high
 ):
     loss_T, gradient_T, metrics = loss_and_gradient(
-        "geo_mean", ClipBounds(low=low, high=high), log_ratios, advantage
+        "geo_mean", {"clip_ratio_low": low, "clip_ratio_high": high}, log_ratios, advantage
     )
     # The ratio is formed as the loss forms it, so that a token at a bound falls on the same side.
     inputs, _ = one_sequence(log_ratios, advantage)
@@ -114,7 +116,7 @@ def test_geo_mean_is_its_formula_with_the_two_sided_cut_written_out(
 
 
 def test_geo_mean_cut_token_stays_in_the_exponent_and_in_the_count():
-    clip = ClipBounds(low=0.4, high=0.4)
+    clip = {"clip_ratio_low": 0.4, "clip_ratio_high": 0.4}
     loss_T, gradient_T, metrics = loss_and_gradient("geo_mean", clip, [1.0, -0.2], 1.0)
     ratio = math.exp((0.4 - 0.2) / 2)
     assert close(loss_T, [-ratio, -ratio])
@@ -124,14 +126,14 @@ def test_geo_mean_cut_token_stays_in_the_exponent_and_in_the_count():
 
 
 def test_geo_mean_cuts_only_low_ratios_when_the_advantage_is_negative():
-    clip = ClipBounds(low=0.3, high=0.4)
+    clip = {"clip_ratio_low": 0.3, "clip_ratio_high": 0.4}
     _, gradient_T, metrics = loss_and_gradient("geo_mean", clip, [1.0, -1.0], -1.0)
     assert close(gradient_T, [math.exp((1.0 - 0.3) / 2), 0.0])
     assert metrics["actor/clip_frac"] == metrics["actor/clip_frac_lower"] == pytest.approx(0.5)
 
 
 def test_geo_mean_bounds_of_0_4_are_ratios_of_0_670_and_1_492():
-    clip = resolve_clip("geo_mean", None, None, None, None)
+    clip = {}
     loss_T, _, _ = loss_and_gradient("geo_mean", clip, [5.0, 5.0], 1.0)
     assert -loss_T[0].item() == pytest.approx(1.492, abs=5e-4)
     loss_T, _, _ = loss_and_gradient("geo_mean", clip, [-5.0, -5.0], -1.0)
@@ -139,7 +141,7 @@ def test_geo_mean_bounds_of_0_4_are_ratios_of_0_670_and_1_492():
 
 
 def test_gspo_gives_each_token_the_ratio_of_the_sequence_and_its_own_gradient():
-    clip = ClipBounds(low=0.5, high=0.5)
+    clip = {"clip_ratio_low": 0.5, "clip_ratio_high": 0.5}
     loss_T, gradient_T, metrics = loss_and_gradient("gspo", clip, [0.3, -0.1], 2.0)
     ratio = math.exp(0.1)
     assert close(loss_T, [-2 * ratio] * 2)
@@ -148,7 +150,7 @@ def test_gspo_gives_each_token_the_ratio_of_the_sequence_and_its_own_gradient():
 
 
 def test_gspo_clips_whole_sequences_on_one_side():
-    clip = ClipBounds(low=0.05, high=0.05)
+    clip = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.05}
     loss_T, gradient_T, metrics = loss_and_gradient("gspo", clip, [0.3, -0.1], 2.0)
     assert close(loss_T, [-2 * 1.05] * 2)
     assert gradient_T.tolist() == [0.0, 0.0]
@@ -159,7 +161,7 @@ def test_gspo_clips_whole_sequences_on_one_side():
 
 
 def test_gspo_cuts_absurd_sequence_ratios_before_they_overflow():
-    clip = ClipBounds(low=0.05, high=0.05)
+    clip = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.05}
     loss_T, gradient_T, _ = loss_and_gradient("gspo", clip, [800.0, 900.0], -1.0)
     assert close(loss_T, [math.exp(10.0)] * 2)
     assert gradient_T.tolist() == [0.0, 0.0]
@@ -171,14 +173,14 @@ def test_gpg_is_the_plain_policy_gradient_without_old_logprobs():
         advantages_T=torch.tensor([3.0, -1.0], dtype=torch.float64),
         segments=one_sequence([0.0, 0.0], 1.0)[0].segments,
     )
-    loss_T = POLICY_LOSSES.get("gpg").compute(inputs, ClipBounds()).loss_T
+    loss_T = POLICY_LOSSES.get("gpg").compute(inputs, NoOptions()).loss_T
     assert loss_T.tolist() == [3.0, -2.0]
     (gradient_T,) = torch.autograd.grad(loss_T.sum(), inputs.logprobs_T)
     assert gradient_T.tolist() == [-3.0, 1.0]
 
 
 def test_cispo_bounds_the_weight_and_lets_every_token_train():
-    clip = ClipBounds(low=0.2, high=0.5)
+    clip = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.5}
     ratios = [3.0, 1.1, 0.1]
     loss_T, gradient_T, metrics = loss_and_gradient(
         "cispo", clip, [math.log(r) for r in ratios], -2.0
@@ -190,7 +192,7 @@ def test_cispo_bounds_the_weight_and_lets_every_token_train():
 
 
 def test_cispo_by_default_leaves_small_weights_as_they_are():
-    clip = resolve_clip("cispo", None, None, None, None)
+    clip = {}
     _, gradient_T, _ = loss_and_gradient("cispo", clip, [-5.0, 5.0], 1.0)
     assert close(gradient_T, [-math.exp(-5.0), -5.0])
 
@@ -199,7 +201,7 @@ def test_cispo_by_default_leaves_small_weights_as_they_are():
 def test_sapo_gates_the_ratio_with_the_temperature_of_the_sign(advantage, tau):
     log_ratios = [0.0, 0.7, -0.9]
     loss_T, gradient_T, _ = loss_and_gradient(
-        "sapo", ClipBounds(), log_ratios, advantage, options={"tau_pos": 1.3, "tau_neg": 3.0}
+        "sapo", {"tau_pos": 1.3, "tau_neg": 3.0}, log_ratios, advantage
     )
     gates = [1 / (1 + math.exp(-tau * (math.exp(d) - 1))) for d in log_ratios]
     assert close(loss_T, [-advantage * gate * 4 / tau for gate in gates])
@@ -211,24 +213,70 @@ def test_sapo_gates_the_ratio_with_the_temperature_of_the_sign(advantage, tau):
 
 @pytest.mark.parametrize("loss_mode", ["cispo", "sapo"])
 def test_absurd_log_ratios_do_not_overflow(loss_mode):
-    clip = resolve_clip(loss_mode, None, None, None, None)
+    clip = {}
     loss_T, gradient_T, _ = loss_and_gradient(loss_mode, clip, [800.0, -800.0], -1.0)
     assert loss_T.isfinite().all()
     assert gradient_T.isfinite().all()
 
 
-@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "gpg", "cispo", "sapo"])
-def test_rollout_weights_multiply_token_losses(loss_mode):
-    clip = resolve_clip(loss_mode, None, None, None, None)
+def objective_and_gradient(loss_mode, weights):
+    """Return the value of a sequence of two tokens, and its gradient, under rollout weights."""
+    inputs, logprobs_T = one_sequence([0.05, -0.1], -1.5)
+    objective, _ = actor_objective(
+        inputs,
+        rollout_weights_T=None if weights is None else torch.tensor(weights, dtype=torch.float64),
+        denominators=Denominators(num_tokens=2, num_sequences=1),
+        spec=objective_spec(loss_mode, "token-mean"),
+    )
+    (gradient_T,) = torch.autograd.grad(objective, logprobs_T)
+    return objective.item(), gradient_T
+
+
+@pytest.mark.parametrize("loss_mode", POLICY_LOSSES)
+def test_no_loss_can_lose_the_rollout_weights(loss_mode):
+    """They are applied outside of the loss, which neither sees nor can forget them."""
+    value, plain_T = objective_and_gradient(loss_mode, None)
+    halves, halved_T = objective_and_gradient(loss_mode, [0.5, 0.5])
+    assert halves == pytest.approx(value / 2, rel=1e-12)
+    assert close(halved_T, plain_T / 2)
+    none, nothing_T = objective_and_gradient(loss_mode, [0.0, 0.0])
+    assert none == 0
+    assert not nothing_T.any()
+    if loss_mode != "geo_mean":
+        _, weighted_T = objective_and_gradient(loss_mode, [0.5, 2.0])
+        assert close(weighted_T, torch.tensor([0.5, 2.0]) * plain_T)
+
+
+def test_a_loss_sees_the_rollout_weights_only_if_it_says_that_it_applies_them():
+    seen = {}
+
+    def spy(inputs, cfg):
+        seen["weights"] = inputs.rollout_weights_T
+        return TokenLoss(inputs.logprobs_T, {})
+
     weights_T = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    plain_T, plain_gradient_T, _ = loss_and_gradient(loss_mode, clip, [0.05, -0.1], -1.5)
-    loss_T, gradient_T, _ = loss_and_gradient(loss_mode, clip, [0.05, -0.1], -1.5, weights_T)
-    assert close(loss_T, weights_T * plain_T)
-    assert close(gradient_T, weights_T * plain_gradient_T)
+    for applies in (False, True):
+        spec = replace(
+            objective_spec("gpg", "token-mean"),
+            policy_loss=replace(
+                POLICY_LOSSES.get("gpg"), compute=spy, applies_rollout_weights=applies
+            ),
+        )
+        inputs, _ = one_sequence([0.05, -0.1], -1.5)
+        objective, _ = actor_objective(
+            inputs,
+            rollout_weights_T=weights_T,
+            denominators=Denominators(num_tokens=2, num_sequences=1),
+            spec=spec,
+        )
+        factor_T = torch.ones(2) if applies else weights_T
+        assert (seen["weights"] is not None) == applies
+        expected = (factor_T * inputs.logprobs_T.detach()).mean()
+        assert objective.item() == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_rollout_weights_enter_geo_mean_as_their_geometric_mean():
-    clip = resolve_clip("geo_mean", None, None, None, None)
+    clip = {}
     plain_T, _, _ = loss_and_gradient("geo_mean", clip, [0.1, -0.1], 1.0)
     for weights, factor in (([0.5, 4.5], 1.5), ([0.0, 3.0], 0.0)):
         weights_T = torch.tensor(weights, dtype=torch.float64)
@@ -244,48 +292,44 @@ def test_sft_is_the_negative_log_likelihood():
 @pytest.mark.parametrize(
     ("loss_mode", "options", "expected"),
     [
-        ("vanilla", {}, ClipBounds(low=0.2, high=0.2, dual=3.0)),
-        ("vanilla", {"clip_ratio_high": 0.28}, ClipBounds(low=0.2, high=0.28, dual=3.0)),
-        ("vanilla", {"clip_ratio": 0.4}, ClipBounds(low=0.4, high=0.4, dual=3.0)),
-        ("vanilla", {"clip_ratio_c": 10.0}, ClipBounds(low=0.2, high=0.2, dual=10.0)),
-        ("geo_mean", {}, ClipBounds(low=0.4, high=0.4)),
-        ("geo_mean", {"clip_ratio": 0.2}, ClipBounds(low=0.2, high=0.2)),
-        (
-            "geo_mean",
-            {"clip_ratio": 0.3, "clip_ratio_low": 0.0},
-            ClipBounds(low=0.0, high=0.3),
-        ),
-        ("gspo", {}, ClipBounds(low=3e-4, high=4e-4)),
-        ("gpg", {}, ClipBounds(low=math.inf, high=math.inf)),
-        ("cispo", {}, ClipBounds(low=1.0, high=4.0)),
-        ("sapo", {}, ClipBounds(low=math.inf, high=math.inf)),
+        ("vanilla", {}, (0.2, 0.2)),
+        ("vanilla", {"clip_ratio_high": 0.28}, (0.2, 0.28)),
+        ("vanilla", {"clip_ratio": 0.4}, (0.4, 0.4)),
+        ("geo_mean", {}, (0.4, 0.4)),
+        ("geo_mean", {"clip_ratio": 0.2}, (0.2, 0.2)),
+        ("geo_mean", {"clip_ratio": 0.3, "clip_ratio_low": 0.0}, (0.0, 0.3)),
+        ("gspo", {}, (3e-4, 4e-4)),
+        ("cispo", {}, (1.0, 4.0)),
     ],
 )
 def test_unset_clip_options_fall_back_to_clip_ratio_then_to_the_loss(loss_mode, options, expected):
-    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c")
-    assert resolve_clip(loss_mode, *(options.get(name) for name in names)) == expected
+    clip = ObjectiveConfig.of(loss_mode, **options).options
+    assert (clip.low, clip.high) == expected
+
+
+def test_the_dual_clip_is_3_unless_it_is_set():
+    assert ObjectiveConfig.of("vanilla").options.dual == 3.0
+    assert ObjectiveConfig.of("vanilla", clip_ratio_c=10.0).options.dual == 10.0
 
 
 @pytest.mark.parametrize(
-    ("loss_mode", "values", "message"),
+    ("loss_mode", "options", "message"),
     [
-        ("gpg", (0.2, None, None, None), r"actor\.clip_ratio=0\.2 is not read by .*gpg"),
-        ("gpg", (None, None, 0.2, None), r"actor\.clip_ratio_high=0\.2 is not read by .*gpg"),
-        (
-            "geo_mean",
-            (None, None, None, 3.0),
-            r"actor\.clip_ratio_c=3\.0 is not read by .*geo_mean",
-        ),
-        ("gspo", (None, None, None, 3.0), r"actor\.clip_ratio_c=3\.0 is not read by .*gspo"),
-        ("vanilla", (None, -0.1, None, None), r"actor\.clip_ratio_low=-0\.1 must be >= 0"),
-        ("vanilla", (None, None, None, 1.0), r"actor\.clip_ratio_c=1\.0 must be > 1"),
+        ("gpg", {"clip_ratio": 0.2}, r"actor\.clip_ratio=0\.2 is not read with .*=gpg"),
+        ("gpg", {"clip_ratio_high": 0.2}, r"actor\.clip_ratio_high=0\.2 is not read with .*=gpg"),
+        ("sapo", {"clip_ratio_low": 0.2}, r"actor\.clip_ratio_low=0\.2 is not read with .*=sapo"),
+        ("geo_mean", {"clip_ratio_c": 3.0}, r"actor\.clip_ratio_c=3\.0 is not read with .*=geo"),
+        ("gspo", {"clip_ratio_c": 3.0}, r"actor\.clip_ratio_c=3\.0 is not read with .*=gspo"),
+        ("vanilla", {"tau_pos": 1.3}, r"actor\.tau_pos=1\.3 is not read with .*=vanilla"),
+        ("vanilla", {"clip_ratio_low": -0.1}, r"actor\.clip_ratio_low=-0\.1 must be >= 0"),
+        ("vanilla", {"clip_ratio_c": 1.0}, r"actor\.clip_ratio_c=1\.0 must be > 1"),
+        ("sapo", {"tau_neg": 0.0}, r"actor\.tau_neg=0\.0 must be > 0"),
+        ("sapo", {"tau": 1.0}, r"actor\.tau: there is no such key\. Did you mean 'tau_"),
     ],
 )
-def test_clip_options_that_would_be_ignored_or_make_no_sense_are_refused(
-    loss_mode, values, message
-):
+def test_options_that_would_be_ignored_or_make_no_sense_are_refused(loss_mode, options, message):
     with pytest.raises(UserError, match=message):
-        resolve_clip(loss_mode, *values)
+        ObjectiveConfig.of(loss_mode, **options)
 
 
 def test_a_misspelt_loss_names_the_closest_one():

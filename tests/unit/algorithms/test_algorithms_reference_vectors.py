@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from mcore_rl.algorithms.advantages import ADVANTAGES, AdvantageInputs, AlgorithmConfig
 from mcore_rl.algorithms.aggregate import AGG_MODES, token_weights
 from mcore_rl.algorithms.kl import kl_penalty
-from mcore_rl.algorithms.losses import POLICY_LOSSES, ClipBounds, PolicyLossInputs
-from mcore_rl.algorithms.objective import ActorObjective, ObjectiveConfig, actor_objective
-from mcore_rl.algorithms.segments import Segments
+from mcore_rl.algorithms.losses import POLICY_LOSSES, ClipConfig, PolicyLossInputs
+from mcore_rl.algorithms.objective import ActorObjective, actor_objective
 from mcore_rl.metrics import to_floats
+from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
 
 VECTORS = load_file(Path(__file__).parents[2] / "data" / "reference_vectors.safetensors")
@@ -49,28 +49,28 @@ DENOMINATORS = Denominators(num_tokens=116, num_sequences=12)
 
 
 ESTIMATORS = {
-    "grpo": {"adv_estimator": "grpo"},
-    "grpo_nostd": {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False},
-    "gpg": {"adv_estimator": "gpg", "gpg_alpha": "nonzero_reward"},
-    "rloo": {"adv_estimator": "rloo"},
-    "opo": {"adv_estimator": "opo"},
-    "reinforce_plus_plus/gamma=1.0": {"adv_estimator": "reinforce_plus_plus"},
-    "reinforce_plus_plus/gamma=0.99": {"adv_estimator": "reinforce_plus_plus", "gamma": 0.99},
-    "reinforce_plus_plus_baseline": {"adv_estimator": "reinforce_plus_plus_baseline"},
+    "grpo": {"name": "grpo"},
+    "grpo_nostd": {"name": "grpo", "norm_adv_by_std_in_grpo": False},
+    "gpg": {"name": "gpg", "gpg_alpha": "nonzero_reward"},
+    "rloo": {"name": "rloo"},
+    "opo": {"name": "opo"},
+    "reinforce_plus_plus/gamma=1.0": {"name": "reinforce_plus_plus"},
+    "reinforce_plus_plus/gamma=0.99": {"name": "reinforce_plus_plus", "gamma": 0.99},
+    "reinforce_plus_plus_baseline": {"name": "reinforce_plus_plus_baseline"},
 }
 
 
 @pytest.mark.parametrize("rewards", ["binary", "real"])
 @pytest.mark.parametrize(("estimator", "options"), ESTIMATORS.items())
 def test_advantages_equal_the_reference(rewards, estimator, options):
-    cfg = AlgorithmConfig(**options)
+    cfg = AlgorithmConfig.of(**options)
     inputs = AdvantageInputs(
         rewards_N=VECTORS[f"inputs/rewards/{rewards}"],
         group_N=VECTORS["inputs/group"],
         segments=reference_segments(),
         num_response_tokens_N=VECTORS["inputs/num_tokens"].double(),
     )
-    advantages_T = ADVANTAGES.get(cfg.adv_estimator).compute(inputs, cfg)
+    advantages_T = ADVANTAGES.get(cfg.choice).compute(inputs, cfg.options)
     expected_T = VECTORS[f"adv/{rewards}/{estimator}"]
     assert torch.allclose(advantages_T, expected_T, rtol=0, atol=TOLERANCE)
 
@@ -79,12 +79,11 @@ def test_advantages_equal_the_reference(rewards, estimator, options):
 def test_loss_and_gradient_equal_the_reference(name):
     loss_mode, agg_mode, low, high = name.split("/")
     loss = POLICY_LOSSES.get(loss_mode)
-    defaults = ObjectiveConfig()
+    bounds = {"clip_ratio_low": float(low), "clip_ratio_high": float(high)}
     spec = ActorObjective(
         policy_loss=loss,
-        clip=ClipBounds(low=float(low), high=float(high), dual=3.0),
+        options=loss.config(**(bounds if issubclass(loss.config, ClipConfig) else {})),
         agg_mode=loss.agg_mode if loss_mode == "geo_mean" else agg_mode,
-        loss_options={name: getattr(defaults, name) for name in loss.reads},
         loss_scale_factor=PADDED_WIDTH,
     )
     logprobs_T = VECTORS["inputs/logprobs"].clone().requires_grad_()

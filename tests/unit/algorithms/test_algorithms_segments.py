@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.algorithms.segments import Segments
+from mcore_rl.segments import Segments
 
 MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), max_size=5)
 

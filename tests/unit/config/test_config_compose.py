@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from mcore_rl.algorithms.advantages import ADVANTAGES
+from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig
 from mcore_rl.algorithms.losses import POLICY_LOSSES
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
-from mcore_rl.config.run import RunConfig, SftRunConfig
+from mcore_rl.config.run import ActorConfig, RunConfig, SftRunConfig
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.config import LoraConfig
+from mcore_rl.options import with_options
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
@@ -90,7 +92,9 @@ def test_every_estimator_and_loss_is_chosen_by_its_key(key, name):
 
 def test_without_a_recipe_every_value_is_the_default_of_its_field():
     assert compose() == RunConfig(
-        trainer=type(RunConfig().trainer)(default_local_dir="outputs/mcore_rl/default")
+        actor=ActorConfig.of("vanilla"),
+        algorithm=AlgorithmConfig.of("grpo"),
+        trainer=type(RunConfig().trainer)(default_local_dir="outputs/mcore_rl/default"),
     )
     assert isinstance(compose(root=SftRunConfig), SftRunConfig)
 
@@ -295,12 +299,31 @@ def test_reinforcement_learning_keys_are_unknown_to_supervised_fine_tuning():
 
 
 PLUGIN = """
-from mcore_rl.algorithms.losses.base import POLICY_LOSSES, PolicyLoss, TokenLoss
+from dataclasses import dataclass, field
+from mcore_rl.algorithms.advantages import ADVANTAGES
+from mcore_rl.algorithms.losses import POLICY_LOSSES, TokenLoss
+from mcore_rl.errors import require
 
-def mine(inputs, clip):
-    return TokenLoss(-inputs.advantages_T * inputs.logprobs_T, {})
+@dataclass(kw_only=True)
+class MyConfig:
+    strength: float = 0.5
+    bounds: list[float] = field(default_factory=lambda: [1.0, 2.0])
 
-POLICY_LOSSES.add("my_own", PolicyLoss(compute=mine))
+    def __post_init__(self):
+        require(self.strength > 0, "actor.strength", self.strength, "must be > 0")
+
+@POLICY_LOSSES.register("my_own", config=MyConfig)
+def mine(inputs, cfg):
+    return TokenLoss(-cfg.strength * inputs.advantages_T * inputs.logprobs_T, {})
+
+@dataclass(kw_only=True)
+class MyEstimatorConfig:
+    gamma: float = 0.75
+    shift: int = 0
+
+@ADVANTAGES.register("my_estimator", config=MyEstimatorConfig)
+def my_estimator(inputs, cfg):
+    return inputs.segments.expand(inputs.rewards_N - cfg.shift)
 """
 
 
@@ -324,8 +347,103 @@ def test_a_plugin_s_loss_can_be_chosen_and_the_printed_configuration_composes_ag
     done = run_train(tmp_path, *argv, plugins="my_loss")
     assert done.returncode == 0, done.stderr
     assert "loss_mode: my_own" in done.stdout
-    printed = done.stdout.replace("my_own", "vanilla")  # registered in that process alone
-    assert compose(*recipe(ON_BASE + printed)) == compose("-cn", "grpo", "rollout.n=5")
+    printed = OmegaConf.create(done.stdout)
+    printed.actor.policy_loss.loss_mode = "vanilla"  # my_own is registered in that process alone
+    assert (printed.actor.pop("strength"), printed.actor.pop("bounds")) == (0.5, [1.0, 2.0])
+    text = OmegaConf.to_yaml(printed)
+    assert compose(*recipe(ON_BASE + text)) == compose("-cn", "grpo", "rollout.n=5")
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Register what PLUGIN does, for one test."""
+    for registry in (ADVANTAGES, POLICY_LOSSES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    exec(PLUGIN, {"__name__": __name__})
+
+
+OWN_LOSS = "actor.policy_loss.loss_mode=my_own"
+OWN_ESTIMATOR = "algorithm.adv_estimator=my_estimator"
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_plugin_has_options_on_the_command_line():
+    config = compose(OWN_LOSS, "actor.strength=2", "actor_rollout_ref.actor.bounds=[0,3]")
+    assert (config.actor.options.strength, config.actor.options.bounds) == (2.0, [0.0, 3.0])
+    printed = OmegaConf.create(to_yaml(config))
+    assert (printed.actor.strength, printed.actor.bounds) == (2.0, [0.0, 3.0])
+    assert "strength" not in to_yaml(compose())
+    # Two estimators may have an option of one name, each with its own default.
+    for argv, expected in (([], (0.75, 0)), (["algorithm.gamma=0.5"], (0.5, 0))):
+        options = compose(OWN_ESTIMATOR, *argv).algorithm.options
+        assert (options.gamma, options.shift) == expected
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            [OWN_LOSS, "actor.strenght=2"],
+            "actor.strenght: there is no such key. Did you mean 'actor.strength'?",
+        ),
+        ([OWN_LOSS, "actor.strength=abc"], "actor.strength: Value 'abc' of type 'str'"),
+        ([OWN_LOSS, "actor.strength=-1"], "actor.strength=-1.0 must be > 0."),
+        ([OWN_LOSS, "actor.bounds=[inf]"], "actor.bounds.0=inf is not finite."),
+        ([OWN_LOSS, "actor.tau_pos=2"], "actor.tau_pos=2 is not read with actor.policy_loss"),
+        (["actor.strength=2"], "actor.strength=2 is not read with actor.policy_loss.loss_mode=va"),
+        (["algorithm.shift=2"], "algorithm.shift=2 is not read with algorithm.adv_estimator=grpo."),
+        ([OWN_ESTIMATOR, "algorithm.shift=1.5"], "algorithm.shift: Value '1.5' of type 'float'"),
+    ],
+)
+def test_an_option_of_a_plugin_is_typed_and_refused_when_unread_or_misspelt(argv, expected):
+    assert refusal(*argv).startswith(expected)
+
+
+def test_an_option_with_the_name_of_a_key_of_the_section_is_refused():
+    @dataclass(kw_only=True)
+    class Greedy:
+        grad_clip: float = 2.0
+
+    with pytest.raises(
+        UserError, match=r"Greedy\.grad_clip has the name of something that every A"
+    ):
+        with_options(ActorConfig, Greedy)
+
+
+def test_an_option_without_a_default_is_refused_at_registration():
+    @dataclass(kw_only=True)
+    class Demanding:
+        strength: float
+
+    with pytest.raises(ValueError, match="the option 'strength' of 'mine' has no default"):
+        POLICY_LOSSES.register("mine", config=Demanding)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "actor:\n  tau_pos: 2\n",
+            "actor.tau_pos=2 is not read with actor.policy_loss",
+        ),
+        ("algorithm:\n  gama: 2\n", "algorithm.gama: Key 'gama' not in 'AlgorithmConfig'."),
+        (
+            "actor:\n  policy_loss: {loss_mode: sapo}\n  tau_pos: x\n",
+            "actor.tau_pos: Value 'x' of type 'str'",
+        ),
+    ],
+)
+def test_options_of_a_recipe_are_typed_and_refused_alike(recipe, text, expected):
+    assert refusal(*recipe(ON_BASE + text)).startswith(expected)
+
+
+def test_the_printed_configuration_has_the_options_of_what_is_chosen_alone():
+    printed = OmegaConf.create(to_yaml(compose("-cn", "gmpo", "actor.clip_ratio_high=0.5")))
+    assert (printed.actor.clip_ratio_low, printed.actor.clip_ratio_high) == (0.4, 0.5)
+    assert "norm_adv_by_std_in_grpo" in printed.algorithm
+    assert not {"tau_pos", "clip_ratio_c"} & printed.actor.keys()
+    assert not {"gamma", "gpg_alpha"} & printed.algorithm.keys()
 
 
 def test_a_missing_plugin_is_one_line_and_exit_code_2(tmp_path):

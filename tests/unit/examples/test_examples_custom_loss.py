@@ -24,9 +24,12 @@ from mcore_rl.loop.resume import open_run_folder
 folder = Path(sys.argv[2])
 (folder / "reward.py").write_text(REWARD)
 cfg = make_config(
-    "actor.policy_loss.loss_mode=smooth_ratio", f"trainer.default_local_dir={folder / 'run'}"
+    "actor.policy_loss.loss_mode=smooth_ratio",
+    "actor.penalty_strength=2",
+    f"trainer.default_local_dir={folder / 'run'}",
 )
-assert pickle.loads(pickle.dumps(resolve_objective(cfg.actor, 6))).policy_loss is not None
+objective = pickle.loads(pickle.dumps(resolve_objective(cfg.actor, 6)))
+assert objective.options.penalty_strength == 2.0
 workers = FakeWorkers()
 before = workers.actor.weights.clone()
 inputs = make_inputs(folder / "reward.py", cfg, 1, 0)
@@ -49,3 +52,15 @@ def test_the_loss_trains_a_step_and_logs_its_own_metric(tmp_path):
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     # Of two updates the second finds moved weights.
     assert json.loads(line)["actor/ratio_penalty"] > 0
+
+
+def test_the_example_s_own_test_passes():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."],
+        cwd=EXAMPLE,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mcore_rl.loop.objectives import SftObjective
+from mcore_rl.algorithms.objectives import SftObjective
 
 
 @dataclass(frozen=True)

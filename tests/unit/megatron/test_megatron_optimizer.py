@@ -9,8 +9,8 @@ import torch
 from actor_inputs import EP2, ONE_MICRO_BATCH, actor_spec, random_sequences
 from optimizer_cases import PoisonedObjective
 
+from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
-from mcore_rl.loop.objectives import SftObjective
 from mcore_rl.megatron.config import OptimConfig
 from mcore_rl.types import TokenSequence
 

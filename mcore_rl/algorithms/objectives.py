@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,30 @@ from mcore_rl.algorithms.corrections import (
 from mcore_rl.algorithms.losses.base import PolicyLossInputs
 from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
-from mcore_rl.data.batch import PackedBatch
 from mcore_rl.metrics import Metrics, masked_mean, share
+from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
+
+
+class PackedRow(Protocol):
+    """What an objective reads of a micro-batch; `data.batch.PackedBatch` has it."""
+
+    @property
+    def segments(self) -> Segments: ...
+    @property
+    def mask_T(self) -> Tensor: ...
+    @property
+    def advantages_T(self) -> Tensor | None: ...
+    @property
+    def old_logprobs_T(self) -> Tensor | None: ...
+    @property
+    def rollout_logprobs_T(self) -> Tensor | None: ...
+    @property
+    def ref_logprobs_T(self) -> Tensor | None: ...
+    @property
+    def values_T(self) -> Tensor | None: ...
+    @property
+    def returns_T(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +69,7 @@ class PolicyObjective:
         self,
         logprobs_T: Tensor,
         entropy_T: Tensor | None,
-        batch: PackedBatch,
+        batch: PackedRow,
         denominators: Denominators,
     ) -> tuple[Tensor, Metrics]:
         assert batch.advantages_T is not None, "policy losses need advantages"
@@ -66,8 +88,8 @@ class PolicyObjective:
                 advantages_T=batch.advantages_T,
                 segments=batch.segments,
                 old_logprobs_T=old_logprobs_T,
-                rollout_is_weights_T=weights_T,
             ),
+            rollout_weights_T=weights_T,
             entropy_T=entropy_T,
             ref_logprobs_T=batch.ref_logprobs_T,
             denominators=denominators,
@@ -92,7 +114,7 @@ class CriticObjective:
         self,
         values_T: Tensor,
         entropy_T: Tensor | None,
-        batch: PackedBatch,
+        batch: PackedRow,
         denominators: Denominators,
     ) -> tuple[Tensor, Metrics]:
         assert batch.values_T is not None and batch.returns_T is not None
@@ -122,7 +144,7 @@ class SftObjective:
         self,
         logprobs_T: Tensor,
         entropy_T: Tensor | None,
-        batch: PackedBatch,
+        batch: PackedRow,
         denominators: Denominators,
     ) -> tuple[Tensor, Metrics]:
         return sft_objective(logprobs_T, batch.segments, denominators)
