@@ -35,7 +35,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         temperature=cfg.rollout.temperature,
         with_reference=cfg.needs_reference,
         engine=EngineSpec(
-            model_path=cfg.model.folder,
+            model_path=str(cfg.model.path),
             dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,
             max_model_len=cfg.rollout.max_model_len or longest,
             stop_token_ids=inputs.stop_token_ids,

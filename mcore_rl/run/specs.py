@@ -42,7 +42,7 @@ def start_cluster(
     """
     megatron = cfg.actor.megatron
     actor = ActorSpec(
-        model_path=cfg.model.folder,
+        model_path=str(cfg.model.path),
         megatron=megatron,
         optim=cfg.actor.optim,
         grad_clip=cfg.actor.grad_clip,
@@ -52,7 +52,7 @@ def start_cluster(
         lora=cfg.model.lora,
     )
     critic_spec = critic and ModelSpec(
-        model_path=critic.model.folder or actor.model_path,
+        model_path=critic.model.path or actor.model_path,
         megatron=megatron,
         optim=critic.optim,
         grad_clip=critic.grad_clip,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.megatron.config import LoraConfig, MegatronConfig, OptimConfig
+from mcore_rl.model_files import find_model
 from mcore_rl.rollout.base import EngineSpec
 
 
@@ -14,6 +16,7 @@ class ModelSpec:
     """What every rank of a trained model is built from."""
 
     model_path: str
+    """Folder, or name on the hub with the commit."""
     megatron: MegatronConfig
     optim: OptimConfig
     grad_clip: float
@@ -44,3 +47,20 @@ class WorkerSpec:
     """None where nothing is generated (supervised fine-tuning)."""
     critic: ModelSpec | None = None
     """None where the advantages need no values."""
+
+    def on_this_machine(self) -> WorkerSpec:
+        """Return the same with the folders that the models have on this machine; of those of the
+        hub one process of a machine fetches what its cache lacks, if HF_HUB_OFFLINE=0 allows it.
+
+        Raises:
+            UserError: if a model is not there.
+        """
+
+        def found(spec: Any) -> Any:
+            if spec is None:
+                return None
+            return replace(spec, model_path=str(find_model(spec.model_path, download=True)))
+
+        return replace(
+            self, actor=found(self.actor), engine=found(self.engine), critic=found(self.critic)
+        )

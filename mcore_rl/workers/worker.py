@@ -29,6 +29,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, device: torch.device) -> None:
         cpu.install()
+        spec = spec.on_this_machine()
         self.parallel = parallel.initialize(spec.placement.layout, spec.actor.megatron.seed)
         self.place = spec.placement.places[self.parallel.rank]
         assert self.parallel.coordinates == self.place.coordinates, "Megatron numbers otherwise"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hub_cache import COMMIT, put_model
@@ -12,7 +14,10 @@ from huggingface_hub import constants
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig, with_fetched_models
 from mcore_rl.errors import UserError
+from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.model_files import fetch_model, find_model, published_name
+from mcore_rl.rollout.base import EngineSpec, RolloutConfig
+from mcore_rl.workers.spec import ActorSpec, ModelSpec, WorkerSpec
 
 OTHER = "f" * 40
 NAME = "Qwen/Qwen2.5-7B"
@@ -122,3 +127,33 @@ def test_a_folder_stays_as_it_was_named_and_a_critic_s_name_is_refused_by_its_ke
     cfg = compose(f"model.path={model}", "critic.model.path=org/critic")
     with pytest.raises(UserError, match=r"^critic\.model\.path='org/critic' is no folder here"):
         with_fetched_models(cfg)
+
+
+def test_a_worker_finds_the_commit_in_the_cache_of_its_own_machine(cache, model):
+    snapshot = put_model(cache, NAME, model)
+    shared = {
+        "model_path": f"{NAME}@{COMMIT}",
+        "megatron": MegatronConfig(),
+        "optim": OptimConfig(),
+        "grad_clip": 1.0,
+        "total_steps": 1,
+    }
+    actor = ActorSpec(temperature=1.0, with_reference=False, **shared)
+    engine = EngineSpec(
+        model_path=f"{NAME}@{COMMIT}",
+        dtype="float32",
+        max_model_len=8,
+        stop_token_ids=[],
+        config=RolloutConfig(),
+    )
+    placement: Any = None
+    spec = WorkerSpec(
+        placement=placement, actor=actor, engine=engine, critic=ModelSpec(**shared)
+    ).on_this_machine()
+    assert spec.critic is not None
+    assert spec.engine is not None
+    paths = {spec.actor.model_path, spec.engine.model_path, spec.critic.model_path}
+    assert paths == {str(snapshot)}
+    elsewhere = replace(spec, engine=None, critic=None, actor=replace(actor, model_path="a/b@c"))
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE=0"):
+        elsewhere.on_this_machine()
