@@ -23,8 +23,10 @@ from mcore_rl.rewards.base import (
     find_reward,
     further_numbers,
 )
+from mcore_rl.rewards.ground_truth import reader_of
 from mcore_rl.rewards.pool import Outcome, RewardPool
 from mcore_rl.rewards.sandbox import check_sandbox
+from mcore_rl.rewards.thoughts import after_thoughts
 from mcore_rl.rewards.worker import RewardCall
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
@@ -70,6 +72,7 @@ class RewardScorer:
             if numbers is not None and name not in numbers:
                 return data_source
         return None
+from mcore_rl.rewards.ground_truth import reader_of
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
         """Return the groups with `reward` and `reward_metrics` set, and the `reward/` metrics.
@@ -144,9 +147,12 @@ class RewardScorer:
     def _call(self, sample: Sample) -> RewardCall:
         prompt = sample.prompt
         function = self._function(prompt)
+        response, after_think = sample.response_text, self._cfg.after_think
+        if after_think or (after_think is None and not self._is_custom):
+            response = after_thoughts(prompt.text, response)
         arguments = {
             "data_source": prompt.data_source,
-            "solution_str": sample.response_text,
+            "solution_str": response,
             "ground_truth": prompt.ground_truth,
             "extra_info": prompt.extra_info,
         }
