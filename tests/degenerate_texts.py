@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 UNITS = (
     "1",
     "9,",
@@ -144,10 +146,9 @@ AFFIXES = (
 """What it says before and after, so that some reward reads all of it."""
 
 
-def texts(length: int) -> list[str]:
-    """Return every unit between every pair of affixes, repeated up to a number of characters."""
-    return [
-        f"{before}{unit * max(1, (length - len(before) - len(after)) // len(unit))}{after}"
-        for unit in UNITS
-        for before, after in AFFIXES
-    ]
+def repeated(length: int) -> Iterator[str]:
+    """Yield every unit between every pair of affixes, repeated up to a number of characters."""
+    for unit in UNITS:
+        for before, after in AFFIXES:
+            times = max(1, (length - len(before) - len(after)) // len(unit))
+            yield before + unit * times + after

@@ -20,15 +20,17 @@ from typing import Any
 from mcore_rl.rewards.ground_truth import any_of, text_of
 
 _ARTICLES = frozenset(("a", "an", "the"))
-_PUNCTUATION = re.compile(
-    rf"""
-      (?<=\w) (?: \+{{1,2}} | \# ) (?!\w)      # C++, C#, A+
-    | (?<![\w.)]) - (?= \.?[0-9] )             # -5
-    | (?<=[0-9]) [./] (?=[0-9])                # 3.14, 1/2
-    | (?P<dropped> [{re.escape(string.punctuation)}] )
+_OF_A_WORD = re.compile(
+    r"""
+      (?<=\w) (?: \+{1,2} | \# ) (?!\w)      # C++, C#, A+
+    | (?<![\w.)]) - (?= \.?[0-9] )           # -5
+    | (?<=[0-9]) [./] (?=[0-9])              # 3.14, 1/2
     """,
     re.VERBOSE,
 )
+_KEPT = {ord(sign): 0xE000 + n for n, sign in enumerate("+#-./")}
+"""Signs to code points for private use, while punctuation is dropped."""
+_DROPPED = {**dict.fromkeys(map(ord, string.punctuation)), **{n: chr(s) for s, n in _KEPT.items()}}
 _MOST_OF_A_WORD = 200
 """Characters of a word that is composed. Unicode's composition takes quadratic time in the number
 of marks on one letter; no word of a reference has as many characters as this."""
@@ -36,14 +38,14 @@ of marks on one letter; no word of a reference has as many characters as this.""
 Words = Sequence[str]
 
 
-def normalize(text: str) -> str:
-    """Return `text` in lower case, without ASCII punctuation and the articles a, an, the, its
-    words one space apart; composed (NFKC), so that an accent is one way only."""
+def normalize(text: str) -> Words:
+    """Return the words of `text`: in lower case, without ASCII punctuation and the articles a, an,
+    the, composed (NFKC), so that an accent is one way only."""
     if not text.isascii():
         text = " ".join(_composed(word) for word in text.replace("\u2212", "-").split())
-    text = _PUNCTUATION.sub(lambda sign: "" if sign["dropped"] else sign[0], text.lower())
-    words = text.split()
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
+    text = _OF_A_WORD.sub(lambda sign: sign[0].translate(_KEPT), text.lower())
+    words = text.translate(_DROPPED).split()
+    return [word for word in words if word not in _ARTICLES] or words
 
 
 def exact_match(answer: Words, reference: Words) -> float:
@@ -60,15 +62,16 @@ def f1(answer: Words, reference: Words) -> float:
     return 2 * num_common / (len(answer) + len(reference))
 
 
-def best(measure: Callable[[Words, Words], float], answer: str, references: Sequence[str]) -> float:
-    """Return the measure for the reference that `answer` fits best, both normalised."""
-    words = normalize(answer).split()
-    return max(measure(words, normalize(reference).split()) for reference in references)
+def best(
+    measure: Callable[[Words, Words], float], answer: Words, references: Sequence[Words]
+) -> float:
+    """Return the measure for the reference that `answer` fits best."""
+    return max(measure(answer, reference) for reference in references)
 
 
-def read_references(ground_truth: Any) -> list[str]:
-    """Return the acceptable answers of a row: a text, a list of texts, or a mapping that holds
-    either under "target". Those that hold nothing but punctuation are left out.
+def read_references(ground_truth: Any) -> list[Words]:
+    """Return the words of the acceptable answers of a row: of a text, a list of texts, or a mapping
+    that holds either under "target". Those that hold nothing but punctuation are left out.
 
     Raises:
         ValueError: if no answer is left.
@@ -76,7 +79,7 @@ def read_references(ground_truth: Any) -> list[str]:
     target = ground_truth.get("target") if isinstance(ground_truth, Mapping) else ground_truth
     if target is None:
         raise ValueError(f"ground_truth {ground_truth!r} names no acceptable answer")
-    references = [text for text in any_of(target, text_of) if normalize(text)]
+    references = [words for words in map(normalize, any_of(target, text_of)) if words]
     if not references:
         raise ValueError(f"ground_truth {ground_truth!r} names no acceptable answer")
     return references

@@ -1,7 +1,7 @@
 """Any text of any length has a score within [0, 1], and no text is read over and over.
 
 What the time grows with is measured by `benchmarks/rewards.py`; here a quadratic reading would take
-hours, and the bound on CPU time tells it from a linear one that takes some seconds.
+minutes to hours, and the bound on CPU time tells it from a linear one that takes some seconds.
 """
 
 import time
