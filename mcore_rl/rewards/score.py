@@ -72,7 +72,28 @@ class RewardScorer:
             if numbers is not None and name not in numbers:
                 return data_source
         return None
-from mcore_rl.rewards.ground_truth import reader_of
+
+    def check_ground_truths(self, prompts: Iterable[Prompt]) -> None:
+        """Return if every prompt has a reference answer that a response can match; a custom
+        function and rewards of plug-ins may not have said what they read.
+
+        Raises:
+            UserError: for the first prompt that has none, naming its row.
+        """
+        for prompt in prompts:
+            function = self._function(prompt)
+            read = None if function is None else reader_of(function)
+            if read is None:
+                continue
+            options = [self._cfg.sandbox] if _takes_sandbox(function) else []
+            try:
+                read(prompt.ground_truth, *options)
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{prompt.uid}: {reason}, so that no response of data_source="
+                    f"{prompt.data_source!r} can be right. Mend or remove the row."
+                ) from None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
         """Return the groups with `reward` and `reward_metrics` set, and the `reward/` metrics.
