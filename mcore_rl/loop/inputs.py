@@ -62,6 +62,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
             cfg.data.val_files, cfg.data, tokenizer, cfg.data.val_max_samples
         )
     scorer.check([*prompts, *val_prompts])
+    scorer.check_ground_truths([*prompts, *val_prompts])
     _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
     _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)

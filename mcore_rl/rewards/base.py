@@ -125,7 +125,7 @@ class RewardConfig:
     """The `reward` section: the processes that score, and what happens when a function fails."""
 
     num_workers: int | None = None
-    """Processes that score side by side; None: one per CPU of this process, at most 8."""
+    """Processes that score side by side; None: one per CPU of this process."""
     max_concurrency: int = 64
     """Calls of an `async` function that are awaited at one time, over all processes."""
     timeout_s: float | None = 30.0
@@ -142,6 +142,10 @@ class RewardConfig:
     max_failed_frac: float = 0.1
     """With on_error=zero, the largest share of the responses that are scored together, or of a
     validation, that may fail; beyond it the run stops. 1 for no limit."""
+    after_think: bool | None = None
+    """Rewards read only what follows `</think>`, nothing if `<think>` never closes; a chat template
+    that ends in `<think>` opens it, too. None: those of this package do, a custom function gets the
+    whole response."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
 
@@ -166,7 +170,7 @@ class RewardConfig:
 
     @property
     def max_workers(self) -> int:
-        return self.num_workers or min(8, len(os.sched_getaffinity(0)))
+        return self.num_workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -38,6 +38,7 @@ from mcore_rl.jail.plain_data import is_same
 from mcore_rl.rewards.assertions import SplitAssertions, split_assertions
 from mcore_rl.rewards.base import REWARDS, SandboxConfig
 from mcore_rl.rewards.code_block import last_program
+from mcore_rl.rewards.ground_truth import reads
 from mcore_rl.rewards.sandbox import Outcome, Sandbox
 
 Test = Callable[[Sandbox, Sandbox, float], bool]
@@ -68,6 +69,7 @@ def read_tests(ground_truth: Any, sandbox: SandboxConfig) -> list[Test]:
 
 @REWARDS.register("code_generation")
 @REWARDS.register("code")
+@reads(lambda ground_truth, sandbox: read_tests(ground_truth, sandbox))
 def compute_score(
     data_source: str,
     solution_str: str,

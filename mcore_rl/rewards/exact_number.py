@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from mcore_rl.rewards.base import REWARDS
-from mcore_rl.rewards.number_text import find_numbers, parse_number
+from mcore_rl.rewards.ground_truth import reads
+from mcore_rl.rewards.number_text import last_number, read_numbers
 
 
 @REWARDS.register("arithmetic")
 @REWARDS.register("exact_number")
+@reads(read_numbers)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> float:
     """Return 1.0 if the last number of `solution_str` equals `ground_truth`, otherwise 0.0.
 
     Raises:
-        ValueError: if `ground_truth` is not one number.
+        ValueError: if `ground_truth` is not one number, or a list of them.
     """
-    numbers = find_numbers(solution_str)
-    return float(bool(numbers) and numbers[-1] == parse_number(ground_truth))
+    return float(last_number(solution_str) in read_numbers(ground_truth))

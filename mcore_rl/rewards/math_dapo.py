@@ -14,6 +14,7 @@ from typing import Any, TypedDict, cast
 
 from mcore_rl.rewards import math
 from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.ground_truth import reads
 
 
 class DapoScore(TypedDict):
@@ -25,6 +26,7 @@ class DapoScore(TypedDict):
 @REWARDS.register("HuggingFaceH4/aime_2024")
 @REWARDS.register("math_dapo_reasoning")
 @REWARDS.register("math_dapo")
+@reads(math.read_answers)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> DapoScore:

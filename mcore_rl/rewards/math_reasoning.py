@@ -1,7 +1,7 @@
 """Reward for word problems: the number that the response arrives at equals the reference.
 
-Of a stated answer (see `answer_text`) the first number counts; where none is stated, the last
-number of the response. Numbers are compared as exact decimals, so 3.0 equals 3.
+A stated answer counts (see `answer_text`), the number that it consists of; where none is stated,
+the last number of the response. Numbers are compared exactly, so 3.0 equals 3.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any
 
 from mcore_rl.rewards.answer_text import stated_answer
 from mcore_rl.rewards.base import REWARDS
-from mcore_rl.rewards.number_text import find_numbers, parse_number
+from mcore_rl.rewards.ground_truth import reads
+from mcore_rl.rewards.number_text import last_number, read_numbers, stated_number
 
 
 @REWARDS.register("math_reasoning")
+@reads(read_numbers)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> float:
     """Return 1.0 if the number of `solution_str` equals `ground_truth`, otherwise 0.0.
 
     Raises:
-        ValueError: if `ground_truth` is not one number.
+        ValueError: if `ground_truth` is not one number, or a list of them.
     """
-    stated = stated_answer(solution_str)
-    found = find_numbers(solution_str)[-1:] if stated is None else find_numbers(stated)[:1]
-    return float(found == [parse_number(ground_truth)])
+    stated, expected = stated_answer(solution_str), read_numbers(ground_truth)
+    found = last_number(solution_str) if stated is None else stated_number(stated)
+    return float(found in expected)

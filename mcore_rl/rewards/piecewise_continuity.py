@@ -22,7 +22,8 @@ from typing import Any
 
 from mcore_rl.rewards.answer_text import stated_answer
 from mcore_rl.rewards.base import REWARDS, Score
-from mcore_rl.rewards.number_text import find_numbers
+from mcore_rl.rewards.ground_truth import reads
+from mcore_rl.rewards.number_text import stated_number
 
 CREDIT = {"break_points": 0.2, "equations": 0.3, "values": 0.3, "answer": 0.2}
 """What each step is worth; a whole solution scores 1."""
@@ -110,7 +111,20 @@ def draw_problem(rng: random.Random, largest: int = 5) -> Problem:
     )
 
 
+def read_problem(ground_truth: Any) -> Problem:
+    """Return the problem of a row.
+
+    Raises:
+        ValueError: if `ground_truth` is not the fields of a `Problem` with integer solutions.
+    """
+    try:
+        return Problem(**ground_truth)
+    except TypeError as error:
+        raise ValueError(f"ground_truth {ground_truth!r} is no problem: {error}") from None
+
+
 @REWARDS.register("piecewise_continuity")
+@reads(read_problem)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> Score:
@@ -119,10 +133,7 @@ def compute_score(
     Raises:
         ValueError: if `ground_truth` is not the fields of a `Problem` with integer solutions.
     """
-    try:
-        problem = Problem(**ground_truth)
-    except TypeError as error:
-        raise ValueError(f"ground_truth {ground_truth!r} is no problem: {error}") from None
+    problem = read_problem(ground_truth)
     equalities = list(_equalities(solution_str))
     shares = {
         "break_points": _break_points(equalities, problem),
@@ -166,8 +177,8 @@ def _answer(equalities: Equalities, response: str) -> int | None:
     stated = stated_answer(response)
     if stated is None:
         return _last(equalities, {"a": 1, "b": 1})
-    numbers = find_numbers(stated.rpartition("=")[2])
-    return int(numbers[0]) if len(numbers) == 1 and numbers[0] == int(numbers[0]) else None
+    number = stated_number(stated.rpartition("=")[2])
+    return int(number) if number is not None and number.denominator == 1 else None
 
 
 def _last(equalities: Equalities, expression: Linear) -> int | None:
@@ -190,17 +201,26 @@ _LEFT_SIDE = re.compile(rf"(?<![\w.]){_SIDE} *+\Z")
 _RIGHT_SIDE = re.compile(rf" *+{_SIDE}")
 _TERM = re.compile(rf"([-+]?) *+({_PRODUCT})")
 _ATOM = re.compile(r"-? *[0-9]+|[abx]")
+_MOST_EQUALITIES = 10_000
+"""The last ones of a response count; no solution has as many."""
 _LONGEST_SIDE = 80
-"""Characters before an equals sign in which the left side begins."""
+"""Characters before an equals sign in which the left side begins, and after it in which the right
+side ends; what is longer is not read, so that numbers stay small."""
 
 
 def _equalities(text: str) -> Iterator[tuple[Linear, Linear]]:
     """Yield both sides of every equals sign between linear expressions."""
-    for before, after in itertools.pairwise(text.replace("\u2212", "-").split("=")):
-        found = _LEFT_SIDE.search(before[-_LONGEST_SIDE:]), _RIGHT_SIDE.match(after)
+    parts = text.replace("\u2212", "-").split("=")[-_MOST_EQUALITIES - 1 :]
+    for before, after in itertools.pairwise(parts):
+        found = _LEFT_SIDE.search(before[-_LONGEST_SIDE:]), _right_side(after)
         left, right = (_parse(match[1]) if match else None for match in found)
         if left is not None and right is not None:
             yield left, right
+
+
+def _right_side(after: str) -> re.Match[str] | None:
+    found = _RIGHT_SIDE.match(after[: _LONGEST_SIDE + 1])
+    return None if found is not None and found.end() > _LONGEST_SIDE else found
 
 
 def _parse(side: str) -> Linear | None:

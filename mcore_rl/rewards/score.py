@@ -23,8 +23,10 @@ from mcore_rl.rewards.base import (
     find_reward,
     further_numbers,
 )
+from mcore_rl.rewards.ground_truth import reader_of
 from mcore_rl.rewards.pool import Outcome, RewardPool
 from mcore_rl.rewards.sandbox import check_sandbox
+from mcore_rl.rewards.thoughts import after_thoughts
 from mcore_rl.rewards.worker import RewardCall
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
@@ -70,6 +72,28 @@ class RewardScorer:
             if numbers is not None and name not in numbers:
                 return data_source
         return None
+
+    def check_ground_truths(self, prompts: Iterable[Prompt]) -> None:
+        """Return if every prompt has a reference answer that a response can match; a custom
+        function and rewards of plug-ins may not have said what they read.
+
+        Raises:
+            UserError: for the first prompt that has none, naming its row.
+        """
+        for prompt in prompts:
+            function = self._function(prompt)
+            read = None if function is None else reader_of(function)
+            if read is None:
+                continue
+            options = [self._cfg.sandbox] if _takes_sandbox(function) else []
+            try:
+                read(prompt.ground_truth, *options)
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{prompt.uid}: {reason}, so that no response of data_source="
+                    f"{prompt.data_source!r} can be right. Mend or remove the row."
+                ) from None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
         """Return the groups with `reward` and `reward_metrics` set, and the `reward/` metrics.
@@ -144,9 +168,12 @@ class RewardScorer:
     def _call(self, sample: Sample) -> RewardCall:
         prompt = sample.prompt
         function = self._function(prompt)
+        response, after_think = sample.response_text, self._cfg.after_think
+        if after_think or (after_think is None and not self._is_custom):
+            response = after_thoughts(prompt.text, response)
         arguments = {
             "data_source": prompt.data_source,
-            "solution_str": sample.response_text,
+            "solution_str": response,
             "ground_truth": prompt.ground_truth,
             "extra_info": prompt.extra_info,
         }

@@ -1,5 +1,9 @@
 """How close a short text is to reference texts: SQuAD's normalisation, exact match and F1.
 
+Two exceptions to that normalisation, where it makes another answer of one: signs that belong to a
+word or number stay (C++, C#, -5, 3.14, 1/2), and a text of nothing but articles keeps them. A text
+of which nothing is left matches nothing.
+
 Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; TriviaQA (arXiv:1705.03551) scores the
 same way, with several references.
 """
@@ -13,48 +17,73 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from mcore_rl.rewards.ground_truth import any_of, text_of
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_OF_A_WORD = re.compile(
+    r"""
+      (?<=\w) (?: \+{1,2} | \# ) (?!\w)      # C++, C#, A+
+    | (?<![\w.)]) - (?= \.?[0-9] )           # -5
+    | (?<=[0-9]) [./] (?=[0-9])              # 3.14, 1/2
+    """,
+    re.VERBOSE,
+)
+_KEPT = {ord(sign): 0xE000 + n for n, sign in enumerate("+#-./")}
+"""Signs to code points for private use, while punctuation is dropped."""
+_DROPPED = {**dict.fromkeys(map(ord, string.punctuation)), **{n: chr(s) for s, n in _KEPT.items()}}
+_MOST_OF_A_WORD = 200
+"""Characters of a word that is composed. Unicode's composition takes quadratic time in the number
+of marks on one letter; no word of a reference has as many characters as this."""
+
+Words = Sequence[str]
 
 
-def normalize(text: str) -> str:
-    """Return `text` in lower case, without ASCII punctuation and the articles a, an, the, its
-    words one space apart; composed (NFKC), so that an accent is one way only."""
-    text = unicodedata.normalize("NFKC", text).lower().translate(_NO_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", text).split())
+def normalize(text: str) -> Words:
+    """Return the words of `text`: in lower case, without ASCII punctuation and the articles a, an,
+    the, composed (NFKC), so that an accent is one way only."""
+    if not text.isascii():
+        text = " ".join(_composed(word) for word in text.replace("\u2212", "-").split())
+    text = _OF_A_WORD.sub(lambda sign: sign[0].translate(_KEPT), text.lower())
+    words = text.translate(_DROPPED).split()
+    return [word for word in words if word not in _ARTICLES] or words
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """Return 1.0 if both are equal after normalisation, otherwise 0.0."""
-    return float(normalize(answer) == normalize(reference))
+def exact_match(answer: Words, reference: Words) -> float:
+    """Return 1.0 if both are the same words and there are any, otherwise 0.0."""
+    return float(bool(answer) and answer == reference)
 
 
-def f1(answer: str, reference: str) -> float:
+def f1(answer: Words, reference: Words) -> float:
     """Return 2 p r / (p + r): p of the answer's words are in the reference, r the other way
-    round, each word as often as it stands in both. Two empty texts are equal."""
-    words, expected = normalize(answer).split(), normalize(reference).split()
-    if not words or not expected:
-        return float(words == expected)
-    num_common = (collections.Counter(words) & collections.Counter(expected)).total()
-    return 2 * num_common / (len(words) + len(expected))
+    round, each word as often as it stands in both."""
+    if not answer or not reference:
+        return 0.0
+    num_common = (collections.Counter(answer) & collections.Counter(reference)).total()
+    return 2 * num_common / (len(answer) + len(reference))
 
 
-def best(measure: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
+def best(
+    measure: Callable[[Words, Words], float], answer: Words, references: Sequence[Words]
+) -> float:
     """Return the measure for the reference that `answer` fits best."""
     return max(measure(answer, reference) for reference in references)
 
 
-def read_references(ground_truth: Any) -> list[str]:
-    """Return the acceptable answers of a row: a text, a list of texts, or a mapping that holds
-    either under "target".
+def read_references(ground_truth: Any) -> list[Words]:
+    """Return the words of the acceptable answers of a row: of a text, a list of texts, or a mapping
+    that holds either under "target". Those that hold nothing but punctuation are left out.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no answer is left.
     """
-    if isinstance(ground_truth, Mapping):
-        ground_truth = ground_truth.get("target")
-    if isinstance(ground_truth, str | int | float):
-        ground_truth = [ground_truth]
-    if not isinstance(ground_truth, Sequence) or not ground_truth:
+    target = ground_truth.get("target") if isinstance(ground_truth, Mapping) else ground_truth
+    if target is None:
         raise ValueError(f"ground_truth {ground_truth!r} names no acceptable answer")
-    return [str(reference) for reference in ground_truth]
+    references = [words for words in map(normalize, any_of(target, text_of)) if words]
+    if not references:
+        raise ValueError(f"ground_truth {ground_truth!r} names no acceptable answer")
+    return references
+
+
+def _composed(word: str) -> str:
+    return unicodedata.normalize("NFKC", word) if len(word) <= _MOST_OF_A_WORD else word

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from mcore_rl.rewards.answer_text import answer_or_last_line
+from mcore_rl.rewards.answer_text import answer_in_words
 from mcore_rl.rewards.base import REWARDS
-from mcore_rl.rewards.text_match import best, exact_match, f1, read_references
+from mcore_rl.rewards.ground_truth import reads
+from mcore_rl.rewards.text_match import best, exact_match, f1, normalize, read_references
 
 
 class TriviaScore(TypedDict):
@@ -20,6 +21,7 @@ class TriviaScore(TypedDict):
 
 
 @REWARDS.register("trivia")
+@reads(read_references)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> TriviaScore:
@@ -28,7 +30,8 @@ def compute_score(
     Raises:
         ValueError: if `ground_truth` names no answer.
     """
-    answer, references = answer_or_last_line(solution_str), read_references(ground_truth)
+    references = read_references(ground_truth)
+    answer = normalize(answer_in_words(solution_str))
     return {
         "score": best(exact_match, answer, references),
         "f1": best(f1, answer, references),

@@ -4,7 +4,8 @@ import pytest
 
 from mcore_rl.rewards import math as math_reward
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
-from mcore_rl.rewards.math import compute_score, is_equal
+from mcore_rl.rewards.math import compute_score
+from mcore_rl.rewards.math_equal import is_equal
 from mcore_rl.rewards.pool import RewardPool
 from mcore_rl.rewards.worker import RewardCall
 
@@ -94,3 +95,61 @@ def test_a_comparison_makes_do_with_less_memory_than_its_own_limit():
     [(_, outcome)] = pool.run([RewardCall(function=compute_score, arguments=arguments)])
     pool.close()
     assert (outcome.score, outcome.error) == (1.0, None)
+
+
+EQUAL = [
+    ("10", r"10\%"), (r"10\%", "10"), ("10%", "10"), ("10", "10%"), ("50 percent", "50"),
+    ("0.1", r"10\%"), (r"10\%", "0.1"), ("12.5\\%", "12.5"), (r"\frac{1}{2}\%", r"\frac{1}{2}"),
+    (r"\frac{1}{2}\%", r"\frac{1}{200}"), ("1 1/2", r"\frac{3}{2}"), (r"1\frac{1}{2}", "3/2"),
+    ("3/2", "1 1/2"), (r"x = 1 1/2", "3/2"), ("1,000", "1000"), (r"1\,000", "1000"),
+    ("1 000", "1000"), (r"x = 1\,000", "1000"), ("1{,}000", "1000"), (r"5\text{ cm}", "5"),
+    (r"5\ \text{cm}^2", "5"), ("2e5", "200000"), ("4.5e33", r"4.5 \times 10^{33}"),
+    ("2 million", "2000000"), ("0.333333", r"\frac{1}{3}"), ("1.41421356", r"\sqrt{2}"),
+    (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\frac{2006!}{2004!}", r"2006 \cdot 2005"),
+    (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"), ("12 or 13", "13, 12"),
+]  # fmt: skip
+APART = [
+    ("1/2006!", "1/2004!"), ("10^{-20}", "10^{-21}"), ("e^{-50}", "e^{-60}"),
+    (r"\frac{x}{2006!}", r"\frac{x}{2004!}"), (r"\{10^{-20}, 1\}", r"\{10^{-21}, 1\}"),
+    ("[10^{-20}, 1]", "[10^{-21}, 1]"), ("1.0e-20", "2.0e-20"), ("0.00000001", "0.00000002"),
+    ("1 1/2", "1"), ("1 1/2", "11/2"), ("1 000", "0"), ("3 4", "12"), (r"10\%", "1"),
+    (r"10\%", r"0.1\%"), ("2e5", "2"), ("2 million", "2"), ("12 or 13", "13"), ("1.0000001", "1"),
+    ("0.33", r"\frac{1}{3}"), ("100!", "100! + 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "reference"), EQUAL)
+def test_percent_mixed_numbers_thousands_units_and_powers_of_ten(answer, reference, monkeypatch):
+    monkeypatch.setattr(math_reward, "_LIMIT_S", 120.0)
+    assert _score(f"\\boxed{{{answer}}}", reference) == 1.0
+
+
+@pytest.mark.parametrize(("answer", "reference"), APART)
+def test_what_rounding_or_juxtaposition_made_equal_is_not(answer, reference, monkeypatch):
+    monkeypatch.setattr(math_reward, "_LIMIT_S", 120.0)
+    assert _score(f"\\boxed{{{answer}}}", reference) == 0.0
+
+
+def test_plain_numbers_and_equal_texts_need_no_parser_and_outcomes_are_remembered(monkeypatch):
+    calls = []
+
+    def count(function, *arguments, **limits):
+        calls.append(arguments)
+        return True
+
+    monkeypatch.setattr(math_reward, "call_forked", count)
+    for answer, reference in [
+        ("7", "8"),
+        ("7.0", "7"),
+        (r"7\%", "7"),
+        ("x+1", "x + 1"),
+        ("1/2", "0.5"),
+    ]:
+        _score(f"\\boxed{{{answer}}}", reference)
+    assert _score(r"\boxed{\dfrac{x}{2}}", r"\frac{x}{2}") == 1.0
+    assert calls == []
+    for _ in range(3):
+        assert _score(r"\boxed{y + 1}", "1 + y") == 1.0
+    assert calls == [("y + 1", "1 + y")]
+    assert _score("\\boxed{y" + " + 1" * 1_000 + "}", "1 + y") == 0.0  # too long to be parsed
+    assert len(calls) == 1
