@@ -8,6 +8,7 @@ numbers. Everything that the loop asks for is written down.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,14 @@ from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.data.batch import pack, unpack
+from mcore_rl.data.chat import decode_response
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.types import Layout, Prompt, WriteState
+from mcore_rl.types import Layout, Prompt, TokenNumbers, WriteState
 from mcore_rl.weight_sync.base import send_directly
 from mcore_rl.weight_sync.sync import sync_weights
 from mcore_rl.workers.roles import Actor, Critic, Rollout
@@ -55,7 +57,7 @@ class UnigramEngine:
         temperature = sampling.temperature or self.temperature
         logprobs = torch.log_softmax(self.weights / temperature, dim=0)
         probabilities = logprobs.exp().tolist()
-        source = random.Random(f"{sampling.seed}:{list(request.prompt_token_ids)}")
+        source = random.Random(f"{sampling.seed}:{request.prompt_token_ids.tolist()}")
         tokens: list[int] = []
         while len(tokens) < sampling.max_tokens and END not in tokens:
             if sampling.temperature == 0:
@@ -99,13 +101,14 @@ class UnigramActor:
     def log_softmax(self, weights: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(weights / self.temperature, dim=0)
 
-    def forward(self, micro_batches, weights) -> dict[int, list[float]]:
-        found: dict[int, list[float]] = {}
-        for micro_batch in micro_batches:
-            batch = pack(micro_batch, pad_token_id=END, device="cpu")
-            lists = unpack(self.output(weights, batch)[0], batch)
-            found |= dict(zip(micro_batch.indices, lists, strict=True))
-        return found
+    def forward(self, micro_batches, weights) -> TokenNumbers:
+        batches = [pack(mb, pad_token_id=END, device="cpu") for mb in micro_batches]
+        numbers = [unpack(self.output(weights, batch)[0], batch) for batch in batches]
+        return TokenNumbers(
+            indices=np.concatenate([mb.indices for mb in micro_batches]),
+            lengths=np.concatenate([mb.lengths for mb in micro_batches]),
+            numbers=np.concatenate(numbers),
+        )
 
     def update(self, shares) -> list:
         """Do one update on the micro-batches of all ranks; return the metrics of each rank."""
@@ -237,7 +240,7 @@ class FakeWorkers:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
             case Rollout.generate:
                 return [
-                    engine.generate(requests)
+                    [with_text(result) for result in engine.generate(requests)]
                     for engine, (requests,) in zip(self.engines, args_of_rank, strict=True)
                 ]
             case Rollout.sync_weights:
@@ -249,12 +252,10 @@ class FakeWorkers:
             case Actor.logprobs:
                 return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
             case Actor.record_logprobs:
+                logprobs = [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
                 return [
-                    {
-                        index: (logprobs, fake_routes(len(logprobs) - 1, step=self.step))
-                        for index, logprobs in self.actor.forward(mb, self.actor.weights).items()
-                    }
-                    for (mb,) in args_of_rank
+                    (of_rank, fake_routes(int((of_rank.lengths - 1).sum()), step=self.step))
+                    for of_rank in logprobs
                 ]
             case Actor.ref_logprobs:
                 return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]
@@ -299,6 +300,7 @@ def make_prompts(num: int, first: int, source: str) -> list[Prompt]:
     ]
 
 
+@functools.cache
 def make_tokenizer() -> Any:
     """Return a real tokenizer whose token i is the word w<i>; token 0 ends a response."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -308,6 +310,11 @@ def make_tokenizer() -> Any:
     tokens = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="w0")
+
+
+def with_text(result: GenerationResult) -> GenerationResult:
+    """Return the result as the host of an engine hands it out."""
+    return replace(result, text=decode_response(make_tokenizer(), result.token_ids.tolist()))
 
 
 def make_config(*overrides: str) -> RunConfig:
@@ -329,7 +336,6 @@ def make_config(*overrides: str) -> RunConfig:
 def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: int) -> RunInputs:
     custom = CustomRewardConfig(path=str(reward_file))
     return RunInputs(
-        tokenizer=make_tokenizer(),
         prompts=ItemStream(make_prompts(10, 0, "train"), seed=cfg.data.seed),
         val_prompts=make_prompts(num_val, 100, "val"),
         scorer=RewardScorer(cfg.reward, custom),
