@@ -77,8 +77,3 @@ def raw_advantages(inputs: AdvantageInputs, cfg: GaeConfig) -> Tensor:
     advantages_T = torch.zeros_like(inputs.values_T)
     advantages_T[mask_T] = advantages
     return advantages_T
-
-
-def _rows(x_T: Tensor, lengths: list[int]) -> Tensor:
-    """Return the pieces of `x_T` of these lengths as rows, padded with 0 on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(x_T.split(lengths)), batch_first=True)
