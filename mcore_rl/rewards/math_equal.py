@@ -81,7 +81,7 @@ def _are_apart(a: Any, b: Any) -> bool:
     if isinstance(a, sympy.Eq) or isinstance(b, sympy.Eq):
         a, b = (side.rhs if isinstance(side, sympy.Eq) else side for side in (a, b))
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
-        return a.shape == b.shape and any(map(_are_apart, a, b))
+        return a.shape == b.shape and any(map(_are_apart, a.flat(), b.flat()))
     if isinstance(a, sympy.Tuple) and isinstance(b, sympy.Tuple):
         return any(map(_are_apart, a, b))
     if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
@@ -93,7 +93,7 @@ def _are_apart(a: Any, b: Any) -> bool:
     ):
         return False
     symbols = sorted(a.free_symbols, key=str)
-    somewhere = {symbol: sympy.Rational(37 + n, 23) for n, symbol in enumerate(symbols)}
+    somewhere: Any = {s: sympy.Rational(37 + n, 23) for n, s in enumerate(symbols)}
     a, b = a.subs(somewhere), b.subs(somewhere)
     a, b = a.doit(), b.doit()
     # Not as Python's floats: sizes beyond them are the point.

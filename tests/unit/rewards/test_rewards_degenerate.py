@@ -65,7 +65,7 @@ def test_any_text_has_a_score(data_source, parts, affixes):
         "a = " + "9" * 1_000_000 + " = a",
         "The answer is " + "1" * 1_000_000,
         "\\boxed{" * 140_000,
-        "#### a" * 160_000,
+        "#### b" * 160_000,
         "x = (9)" + "(9)" * 330_000 + " = a",
     ],
     ids=["tags", "marks", "digits", "stated digits", "boxes", "hashes", "product"],
