@@ -99,6 +99,7 @@ def serve(end: WorkerEnd, make_store: Callable[[], Store], engine: str) -> NoRet
 
 
 def _import_libraries(engine: str) -> None:
+    import mcore_rl.workers.worker  # noqa: F401  Megatron: seconds
     from mcore_rl.rollout import import_engine
 
     if engine:

@@ -160,7 +160,6 @@ def _score(
     cfg: RunConfig, inputs: RunInputs, groups: Sequence[SampleGroup]
 ) -> tuple[list[SampleGroup], Metrics]:
     scored, metrics = inputs.scorer.score(groups)
-    inputs.scorer.check_failures(scored, "training")
     if not cfg.reward.overlong_buffer.enable:
         return scored, metrics
     penalized, penalty_metrics = penalize_overlong(

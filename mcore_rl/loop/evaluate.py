@@ -45,7 +45,7 @@ def evaluate(
         )
         groups += inputs.scorer.score(answered)[0]
     samples.log(step, "val", groups)
-    inputs.scorer.check_failures(groups, "validation")
+    inputs.scorer.check_failures(groups)
     return merge(_group_metrics(group) for group in groups)
 
 

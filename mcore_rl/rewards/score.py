@@ -117,12 +117,11 @@ class RewardScorer:
         scored = _regroup(groups, outcomes)
         return scored, _reward_metrics(scored)
 
-    def check_failures(self, groups: Sequence[SampleGroup], what: str) -> None:
-        """Return unless more of the scored samples failed than `reward.max_failed_frac` allows.
+    def check_failures(self, groups: Sequence[SampleGroup]) -> None:
+        """Return unless more samples of a validation failed than `reward.max_failed_frac` allows.
 
         Args:
-            groups: all that are scored together.
-            what: they are, for the message: "validation".
+            groups: all of the validation, scored.
 
         Raises:
             UserError: if so; what the first one failed of has been logged.
@@ -134,7 +133,7 @@ class RewardScorer:
             "reward.max_failed_frac",
             most,
             f"is exceeded: the reward failed on {num_failed} of {len(statuses)} responses of "
-            f"{what}, {statuses.count('timeout')} of them by taking too long",
+            f"validation, {statuses.count('timeout')} of them by taking too long",
             "The log says why; mend the reward, or raise it to go on with zeros.",
         )
 
