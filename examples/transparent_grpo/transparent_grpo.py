@@ -304,7 +304,7 @@ def train(model, tokenizer, args, rng: random.Random) -> None:
     """Train by GRPO: every step generates, rewards, assigns advantages and updates."""
     reference = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    algorithm = AlgorithmConfig(adv_estimator="grpo", norm_adv_by_std_in_grpo=not args.dr_grpo)
+    algorithm = AlgorithmConfig.of("grpo", norm_adv_by_std_in_grpo=not args.dr_grpo)
     objective = resolve_objective(ObjectiveConfig(), MAX_RESPONSE_LENGTH)
 
     for step in range(args.steps):

@@ -78,7 +78,7 @@ def check_cut(
     where = f"in {len(parts)} micro-batches ({spec.agg_mode})"
     # float64, some dozens of tokens of order 1: the order of additions differs.
     assert torch.allclose(total, whole, rtol=1e-12, atol=1e-13), (
-        f"the loss is {float(total)} {where}, {float(whole)} in one"
+        f"the loss is {total.item()} {where}, {whole.item()} in one"
     )
     for found, wanted in zip(gradients(total, sequences), gradients(whole, sequences), strict=True):
         difference = float((found - wanted).abs().max())
@@ -114,7 +114,7 @@ def check_untrained_tokens(sequences: Sequence[TensorSequence], spec: ActorObjec
     denominators = count(sequences)
     objective, metrics = objective_of(sequences, denominators, spec)
     found, found_metrics = objective_of(dirty, denominators, spec)
-    assert torch.equal(found, objective), f"untrained tokens make {float(found)} of the loss"
+    assert torch.equal(found, objective), f"untrained tokens make {found.item()} of the loss"
     assert to_floats(found_metrics) == to_floats(metrics), "untrained tokens change a metric"
     for s, actual, wanted in zip(
         [s for s in sequences for _ in range(2)],

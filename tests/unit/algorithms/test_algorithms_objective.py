@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from mcore_rl.algorithms.aggregate import AGG_MODES
 from mcore_rl.algorithms.kl import KL_KINDS
-from mcore_rl.algorithms.losses import POLICY_LOSSES, PolicyLossConfig
+from mcore_rl.algorithms.losses import POLICY_LOSSES, PolicyLossConfig, TokenLoss
 from mcore_rl.algorithms.losses.check import (
     check_cut,
     check_empty_micro_batches,
+    check_loss,
     check_untrained_tokens,
     count,
     gradients,
@@ -34,7 +35,8 @@ from mcore_rl.algorithms.objective import (
     sft_objective,
 )
 from mcore_rl.errors import UserError
-from mcore_rl.metrics import merge, to_floats
+from mcore_rl.metrics import masked_mean, maximum, merge, to_floats
+from mcore_rl.options import NoOptions
 
 LOSSES = POLICY_LOSSES.names()
 ALL_TERMS = {"kl_loss_type": "low_var_kl", "kl_loss_coef": 0.3, "entropy_coeff": 0.2}
@@ -248,3 +250,44 @@ def test_every_kl_kind_can_be_a_loss(kind):
     expected = to_floats(metrics)["actor/kl_loss"]
     assert (with_kl - without).item() == pytest.approx(expected, abs=1e-12)
     assert expected != 0
+
+
+def averaged_over_the_micro_batch(inputs, cfg):
+    num_tokens = inputs.segments.mask_T.sum().clamp(min=1)
+    return TokenLoss(-inputs.advantages_T * inputs.logprobs_T / num_tokens, {})
+
+
+def of_the_row_s_mean_advantage(inputs, cfg):
+    advantage = inputs.advantages_T.sum() / inputs.segments.num_tokens_S.sum().clamp(min=1)
+    return TokenLoss(-advantage * inputs.logprobs_T, {})
+
+
+def without_a_graph(inputs, cfg):
+    return TokenLoss(-inputs.advantages_T * inputs.logprobs_T.detach(), {})
+
+
+def with_a_metric_of_every_token(inputs, cfg):
+    everywhere_T = torch.ones_like(inputs.segments.mask_T)
+    value = masked_mean(inputs.logprobs_T, everywhere_T)
+    return TokenLoss(-inputs.advantages_T * inputs.logprobs_T, {"actor/x": maximum(value.value)})
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (averaged_over_the_micro_batch, r"the loss is .* in 2 micro-batches \(token-mean\)"),
+        (of_the_row_s_mean_advantage, r"the loss is .* in 2 micro-batches \(token-mean\)"),
+        (without_a_graph, r"does not require grad"),
+        (with_a_metric_of_every_token, r"actor/x is .* in 2 micro-batches \(token-mean\)"),
+    ],
+)
+def test_the_check_of_a_loss_finds_one_that_depends_on_micro_batches(monkeypatch, compute, message):
+    monkeypatch.setattr(POLICY_LOSSES, "_entries", dict(POLICY_LOSSES._entries))
+    POLICY_LOSSES.register("faulty", config=NoOptions, needs_old_logprobs=False)(compute)
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        check_loss("faulty")
+
+
+@pytest.mark.parametrize("loss_mode", LOSSES)
+def test_every_loss_of_the_package_passes_the_check_for_plugins(loss_mode):
+    check_loss(loss_mode, num_minibatches=1)
