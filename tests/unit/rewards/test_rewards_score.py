@@ -272,9 +272,9 @@ def test_too_many_failures_are_an_error_also_where_failures_score_zero(make_scor
     scored, _ = scorer.score([_group("a", "bb", "a", "cc")])
     assert [sample.reward_status for sample in scored[0].samples] == ["failed", "scored"] * 2
     if not stops:
-        return scorer.check_failures(scored, "validation")
+        return scorer.check_failures(scored)
     with pytest.raises(UserError) as caught:
-        scorer.check_failures(scored, "validation")
+        scorer.check_failures(scored)
     assert str(caught.value).startswith(
         "reward.max_failed_frac=0.49 is exceeded: the reward failed on 2 of 4 responses of "
         "validation, 0 of them by taking too long."
