@@ -140,8 +140,8 @@ class RewardConfig:
     "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in
     `reward/num_errors`."""
     max_failed_frac: float = 0.1
-    """With on_error=zero, the largest share of a validation's responses that may fail; beyond it the
-    run stops, since its accuracy means nothing. 1 for no limit."""
+    """With on_error=zero, the largest share of a validation's responses that may fail; beyond it
+    the run stops, since its accuracy means nothing. 1 for no limit."""
     after_think: bool | None = None
     """Rewards read only what follows `</think>`, nothing if `<think>` never closes; a chat template
     that ends in `<think>` opens it, too. None: those of this package do, a custom function gets the
