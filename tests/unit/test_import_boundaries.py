@@ -169,6 +169,7 @@ LIBRARY_OWNERS = {
     "jinja2": ("data.chat",),
     "matplotlib": ("observability.",),
     "math_verify": ("rewards.math",),
+    "sympy": ("rewards.math",),
     "rich": ("observability.", "convert."),
     "packaging": ("megatron.versions",),
     "zmq": ("launch.channel",),
