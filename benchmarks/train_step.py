@@ -50,7 +50,7 @@ from mcore_rl.config.run import train_layout
 from mcore_rl.data.batch import pack
 from mcore_rl.data.packing import SequenceCount, plan_minibatch
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
-from mcore_rl.types import Denominators, MicroBatch, TokenSequence
+from mcore_rl.types import Denominators, MicroBatch, Share, TokenSequence
 from mcore_rl.workers.spec import ActorSpec, WorkerSpec
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -154,7 +154,8 @@ def our_step(folder: Path, sequences: list[TokenSequence]):
 
     def step() -> float:
         plan = plan_minibatch(sequences, 1, SequenceCount(num_sequences=len(sequences)))
-        metrics = worker.actor.update(plan.micro_batches[0], plan.denominators, OBJECTIVE)
+        share = Share.of(sequences, plan.micro_batches[0])
+        metrics = worker.actor.update(share, plan.denominators, OBJECTIVE)
         return float(metrics["actor/loss"].value)
 
     try:
@@ -176,10 +177,8 @@ def their_step(model: Any, sequences: list[TokenSequence], num_sequences: int) -
     ]
 
     def part_loss(part: list[TokenSequence]) -> torch.Tensor:
-        packed = pack(
-            MicroBatch(sequences=part, indices=list(range(len(part)))), pad_token_id=0, device="cpu"
-        )
-        rows = [torch.tensor(sequence.token_ids[:-1]) for sequence in part]
+        packed = pack(MicroBatch.of(part), pad_token_id=0, device="cpu")
+        rows = [torch.tensor(sequence.token_ids[:-1]).long() for sequence in part]
         real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence(real, batch_first=True)

@@ -16,8 +16,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from mcore_rl.types import Numbers
+
+
+def end_to_end(numbers: Sequence[Numbers | None]) -> Tensor:
+    """Return the numbers of whole sequences laid end to end, [T] float64; all of them have some."""
+    carried = [of_sequence for of_sequence in numbers if of_sequence is not None]
+    assert len(carried) == len(numbers), "a sequence does not carry what is read"
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *carried]).astype(np.float64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +47,21 @@ class Segments:
     """[S] float, trained tokens of each whole sequence."""
 
     @classmethod
-    def from_loss_masks(cls, loss_masks: Sequence[Sequence[bool]]) -> Segments:
+    def from_loss_masks(cls, loss_masks: Sequence[npt.ArrayLike]) -> Segments:
         """Return the segments of whole sequences laid end to end, counts in float64.
 
         The first token of a sequence is never predicted and never trains, whatever its mask says.
         """
-        lengths = torch.tensor([len(mask) for mask in loss_masks], dtype=torch.int64)
-        mask_T = torch.tensor(
-            [trains and i > 0 for mask in loss_masks for i, trains in enumerate(mask)],
-            dtype=torch.bool,
+        masks = [np.asarray(mask, np.bool_) for mask in loss_masks]
+        lengths = torch.tensor([len(mask) for mask in masks], dtype=torch.int64)
+        mask = np.concatenate([np.zeros(0, np.bool_), *masks])
+        mask[(lengths.cumsum(0) - lengths)[lengths > 0].numpy()] = False
+        num_tokens = [np.count_nonzero(mask[1:]) for mask in masks]
+        return cls(
+            sequence_T=torch.arange(len(lengths)).repeat_interleave(lengths),
+            mask_T=torch.from_numpy(mask),
+            num_tokens_S=torch.tensor(num_tokens, dtype=torch.float64),
         )
-        sequence_T = torch.arange(len(lengths)).repeat_interleave(lengths)
-        num_tokens_S = torch.zeros(len(lengths), dtype=torch.float64)
-        num_tokens_S.index_add_(0, sequence_T, mask_T.double())
-        return cls(sequence_T=sequence_T, mask_T=mask_T, num_tokens_S=num_tokens_S)
 
     def sum(self, x_T: Tensor) -> Tensor:
         """Return the sum of `x_T` [T] over the trained tokens of each sequence, [S]."""

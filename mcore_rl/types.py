@@ -1,30 +1,66 @@
 """What flows through the system, in the order in which it is made.
 
-    Prompt -> Sample -> SampleGroup -> TokenSequence -> MicroBatch -> MinibatchPlan -> UpdateResult
+    Prompt -> Sample -> SampleGroup -> TokenSequence -> MinibatchPlan -> Share -> MicroBatch
 
-Carriers are frozen; a later stage returns a copy made with `dataclasses.replace`. Per-token lists
-all have the length of `token_ids`, and the value at `i` belongs to the token at `i` (the shift to
-next-token targets happens once, in `data/batch.py`). Values where `loss_mask` is False are 0.0.
+Carriers are frozen; a later stage returns a copy made with `dataclasses.replace`. What they hold
+per token are numpy arrays (int32 ids, bool masks, float32 numbers) of the length of `token_ids`;
+lists become arrays when a carrier is made. The value at `i` belongs to the token at `i` (the shift
+to next-token targets happens once, in `data/batch.py`). Values where `loss_mask` is False are 0.0.
+Numbers that a stage has not made, or that nobody asked for, are None.
+
+Carriers with arrays are equal only if they are the same object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias, overload
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+import numpy.typing as npt
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Numbers: TypeAlias = npt.NDArray[np.float32]
+
+NUMBERS = (
+    "rollout_logprobs",
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "returns",
+)
+"""Fields with a number per token that samples and sequences may carry."""
+
+_DTYPES = (
+    ("token_ids", np.dtype(np.int32)),
+    ("loss_mask", np.dtype(np.bool_)),
+    *((name, np.dtype(np.float32)) for name in NUMBERS),
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _hold_arrays(carrier: Sample | TokenSequence) -> None:
+    """Make arrays of what a carrier was given per token, each as long as `token_ids`."""
+    length = len(carrier.token_ids)
+    for name, dtype in _DTYPES:
+        given = getattr(carrier, name)
+        if given is None:
+            continue
+        if type(given) is not np.ndarray or given.dtype is not dtype:
+            object.__setattr__(carrier, name, np.asarray(given, dtype))
+        assert len(given) == length, f"{name} is not as long as token_ids"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
     """One task: what the model is given and what is needed to judge its answer."""
 
     uid: str
     """Names the row it came from, for messages, logs and seeds: "train.parquet:17"; where several
     files have that name "train.parquet#2:17", of the second of them."""
-    token_ids: Sequence[int]
+    token_ids: Ids
     """The chat template applied and tokenized: [3, 15, 9, 4]."""
     text: str
     """What `token_ids` decode to, for logs."""
@@ -35,19 +71,22 @@ class Prompt:
     extra_info: Mapping[str, Any] = field(default_factory=dict)
     """Anything else of the row that a reward may want."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
     """One prompt with one response and what became known about it."""
 
     prompt: Prompt
     index: int
     """Position in its group: 0 .. n-1."""
-    token_ids: Sequence[int]
-    """Prompt and response, one list."""
-    loss_mask: Sequence[bool]
+    token_ids: Ids
+    """Prompt and response, one array."""
+    loss_mask: Mask
     """True on tokens that train: the response's."""
-    rollout_logprobs: Sequence[float]
+    rollout_logprobs: Numbers
     """Returned by the engine while sampling; natural log, after temperature."""
     finish_reason: str
     """"stop" (end token), "length" (limit reached) or "abort"."""
@@ -62,21 +101,23 @@ class Sample:
     reward_metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers of the reward function, logged as `reward/<name>/mean`, or as
     `eval/<data source>/<name>/mean` in validation."""
-    advantages: Sequence[float] = ()
-    """Empty until advantages are assigned."""
-    old_logprobs: Sequence[float] = ()
-    """Recomputed by the trainer before the first update of the step; empty until then."""
-    ref_logprobs: Sequence[float] = ()
-    """Under the reference model; empty unless a KL term asks for it."""
-    values: Sequence[float] = ()
-    """The critic's, of the state in which each token was chosen; empty without a critic."""
-    returns: Sequence[float] = ()
-    """What these values should have been; empty without a critic."""
-    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    advantages: Numbers | None = None
+    """None until advantages are assigned."""
+    old_logprobs: Numbers | None = None
+    """Recomputed by the trainer before the first update of the step; None until then."""
+    ref_logprobs: Numbers | None = None
+    """Under the reference model; None unless a KL term asks for it."""
+    values: Numbers | None = None
+    """The critic's, of the state in which each token was chosen; None without a critic."""
+    returns: Numbers | None = None
+    """What these values should have been; None without a critic."""
+    routed_experts: np.ndarray | None = None
     """[len(token_ids) - 1, MoE layers, topk] unsigned integers: at i the experts of token i as an
     input, in the order of the layers; the last token is no input. None unless routes are replayed:
-    of the engine (R3) or of the pass that computed `old_logprobs` (R2). Not compared: arrays are
-    not equal or unequal as a whole."""
+    of the engine (R3) or of the pass that computed `old_logprobs` (R2)."""
+
+    def __post_init__(self) -> None:
+        _hold_arrays(self)
 
     @property
     def num_response_tokens(self) -> int:
@@ -95,7 +136,7 @@ class Sample:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SampleGroup:
     """The samples of one prompt."""
 
@@ -125,38 +166,32 @@ def with_sample_fields(groups: Sequence[SampleGroup], **fields: Iterable[Any]) -
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenSequence:
     """One sequence as the trainer sees it: tokens, mask and per-token inputs of the losses.
 
-    Optional lists are either empty (not needed by the chosen loss) or as long as `token_ids`.
+    Numbers are None where the chosen loss does not need them.
     """
 
-    token_ids: Sequence[int]
-    loss_mask: Sequence[bool]
+    token_ids: Ids
+    loss_mask: Mask
     """True on tokens whose prediction trains; the first token is never predicted."""
-    rollout_logprobs: Sequence[float] = ()
-    advantages: Sequence[float] = ()
-    old_logprobs: Sequence[float] = ()
-    ref_logprobs: Sequence[float] = ()
-    values: Sequence[float] = ()
-    returns: Sequence[float] = ()
-    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    rollout_logprobs: Numbers | None = None
+    advantages: Numbers | None = None
+    old_logprobs: Numbers | None = None
+    ref_logprobs: Numbers | None = None
+    values: Numbers | None = None
+    returns: Numbers | None = None
+    routed_experts: np.ndarray | None = None
     """See `Sample.routed_experts`; None: the router chooses."""
+
+    def __post_init__(self) -> None:
+        _hold_arrays(self)
 
     @property
     def num_trained_tokens(self) -> int:
         """Tokens that train; the first token has no prediction and does not count."""
-        return sum(self.loss_mask[1:])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """Sequences that one forward (and backward) takes as one packed row; may be empty."""
-
-    sequences: Sequence[TokenSequence]
-    indices: Sequence[int]
-    """Position of each sequence in the list that was planned; results return by it."""
+        return int(np.count_nonzero(self.loss_mask[1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,13 +204,153 @@ class Denominators:
     """Sequences with at least one trained token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MinibatchPlan:
     """How the sequences of one optimizer update (or one forward-only pass) are cut."""
 
-    micro_batches: Sequence[Sequence[MicroBatch]]
-    """Outer: one entry per data-parallel rank; inner: as many on every rank."""
+    lengths: Sequence[int]
+    """Tokens of each sequence that was planned."""
+    micro_batches: Sequence[Sequence[Sequence[int]]]
+    """Outer: one entry per data-parallel rank; inner: as many on every rank, each the positions of
+    its sequences in the list that was planned; may be empty."""
     denominators: Denominators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """Sequences that one forward (and backward) takes as one packed row; may be empty.
+
+    They lie end to end, N tokens of S sequences; see `TokenSequence` for what is not said here.
+    """
+
+    indices: Ids
+    """[S], position of each sequence in the list that was planned; results return by it."""
+    lengths: Ids
+    """[S], tokens of each."""
+    token_ids: Ids
+    """[N]; all that follows too."""
+    loss_mask: Mask
+    rollout_logprobs: Numbers | None = None
+    advantages: Numbers | None = None
+    old_logprobs: Numbers | None = None
+    ref_logprobs: Numbers | None = None
+    values: Numbers | None = None
+    returns: Numbers | None = None
+    routed_experts: np.ndarray | None = None
+    """[N - S, MoE layers, topk]: the last token of a sequence is no input."""
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequence[TokenSequence],
+        indices: Sequence[int] | None = None,
+        reads: Collection[str] = (*NUMBERS, "routed_experts"),
+    ) -> MicroBatch:
+        """Return the sequences laid end to end; either all carry an optional value or none does.
+
+        Args:
+            sequences: at least one token each.
+            indices: of the sequences; None: as they stand.
+            reads: optional values to take along where the sequences carry them.
+        """
+
+        def laid(name: str, dtype: npt.DTypeLike) -> np.ndarray:
+            parts = [getattr(sequence, name) for sequence in sequences]
+            return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        carried = [name for name in reads if _is_carried(sequences, name)]
+        return cls(
+            indices=np.asarray(range(len(sequences)) if indices is None else indices, np.int32),
+            lengths=np.asarray(lengths, np.int32),
+            token_ids=laid("token_ids", np.int32),
+            loss_mask=laid("loss_mask", np.bool_),
+            **{name: laid(name, np.float32) for name in carried},
+        )
+
+    def cut(self, first: int, last: int) -> MicroBatch:
+        """Return sequences `first` to `last` - 1, without copying."""
+        start, stop = int(self.lengths[:first].sum()), int(self.lengths[:last].sum())
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        routes = self.routed_experts
+        return MicroBatch(
+            indices=self.indices[first:last],
+            lengths=self.lengths[first:last],
+            token_ids=self.token_ids[start:stop],
+            loss_mask=self.loss_mask[start:stop],
+            **{name: None if x is None else x[start:stop] for name, x in numbers.items()},
+            routed_experts=None if routes is None else routes[start - first : stop - last],
+        )
+
+
+def _is_carried(sequences: Sequence[TokenSequence], name: str) -> bool:
+    carried = {getattr(sequence, name) is not None for sequence in sequences}
+    assert len(carried) <= 1, f"some sequences of a micro-batch carry {name} and some do not"
+    return True in carried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Share(Sequence[MicroBatch]):
+    """The micro-batches of one data-parallel rank in a pass, as they travel: a few arrays, however
+    many sequences there are."""
+
+    whole: MicroBatch
+    """All of them, end to end."""
+    ends: Ids
+    """[number of micro-batches], where each ends among the sequences."""
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequence[TokenSequence],
+        micro_batches: Sequence[Sequence[int]],
+        reads: Collection[str] = (*NUMBERS, "routed_experts"),
+    ) -> Share:
+        """Return the share of a rank.
+
+        Args:
+            sequences: all that were planned.
+            micro_batches: of the rank, the positions of the sequences in each.
+            reads: optional values that the pass reads, taken along where the sequences carry them.
+        """
+        indices = [index for micro_batch in micro_batches for index in micro_batch]
+        return cls(
+            whole=MicroBatch.of([sequences[index] for index in indices], indices, reads),
+            ends=np.cumsum([len(micro_batch) for micro_batch in micro_batches], dtype=np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> MicroBatch | Sequence[MicroBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        return self.whole.cut(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenNumbers:
+    """A number for every token of some sequences, as a rank returns them: logprobs, values."""
+
+    indices: Ids
+    """[S], position of each sequence in the list that was planned."""
+    lengths: Ids
+    """[S], tokens of each."""
+    numbers: Numbers
+    """[N], those of all sequences end to end; 0.0 at first tokens and where nothing trains."""
+
+    def by_index(self) -> Iterator[tuple[int, Numbers]]:
+        """Yield (position in the list that was planned, its numbers) of each sequence."""
+        stops = np.cumsum(self.lengths)
+        for index, stop, length in zip(
+            self.indices.tolist(), stops.tolist(), self.lengths.tolist(), strict=True
+        ):
+            yield index, self.numbers[stop - length : stop]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

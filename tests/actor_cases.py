@@ -20,7 +20,7 @@ from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import WriteState
+from mcore_rl.types import Share, WriteState
 from mcore_rl.workers.spec import WorkerSpec
 
 CPU = torch.device("cpu")
@@ -80,10 +80,21 @@ def exported(worker):
     return {name: tensor.clone() for bucket in worker.actor.exporter for name, tensor in bucket}
 
 
+def lists(numbers):
+    """Return the numbers of each sequence as lists, which compare with ==."""
+    return [of_sequence.tolist() for of_sequence in numbers]
+
+
+def recorded_lists(cluster, sequences):
+    """Return (logprobs, routes) of each sequence as recorded."""
+    recorded = cluster.trainer.record_logprobs(sequences)
+    return [(logprobs.tolist(), routes) for logprobs, routes in recorded]
+
+
 def logprobs(spec, sequences, cut):
     """Return logprobs of every token by sequence."""
     with running_cluster(spec, cut) as (cluster, _):
-        return cluster.trainer.logprobs(sequences)
+        return lists(cluster.trainer.logprobs(sequences))
 
 
 def layer_outputs(spec, sequences, cut):
@@ -103,18 +114,15 @@ def train(spec, minibatches, objective, cut):
         for sequences in minibatches:
             cluster.trainer.begin_step()
             metrics.append(to_floats(cluster.trainer.update(sequences, objective)))
-        return (
-            metrics,
-            exported(worker),
-            cluster.trainer.logprobs(minibatches[-1] if minibatches else []),
-        )
+        logprobs = cluster.trainer.logprobs(minibatches[-1] if minibatches else [])
+        return metrics, exported(worker), lists(logprobs)
 
 
 def record_and_train(spec, sequences, objective, cut):
     """Return (logprobs, routes) of each sequence as recorded, then what `train` returns for a step
     on the sequences with the routes that they carry."""
     with running_cluster(spec, cut) as (cluster, _):
-        recorded = cluster.trainer.record_logprobs(sequences)
+        recorded = recorded_lists(cluster, sequences)
     return recorded, *train(spec, [sequences], objective, cut)
 
 
@@ -168,7 +176,7 @@ def backward(worker, sequences, objective, cut):
     actor, layout = worker.actor, worker.parallel.layout
     plan = plan_minibatch(sequences, layout.dp, cut)
     actor.optimizer.zero_grad()
-    micro_batches = plan.micro_batches[worker.place.dp]
+    micro_batches = Share.of(sequences, plan.micro_batches[worker.place.dp])
     with actor.routers.replaying(micro_batches) as routes:
         metrics = forward_backward(
             actor.chunks,
@@ -203,11 +211,12 @@ def policy_and_reference_logprobs(spec, sequences, cut):
     """Return logprobs of the initial policy, of the reference after training and of the policy
     after training."""
     with running_cluster(spec, cut) as (cluster, _):
-        initial = cluster.trainer.logprobs(sequences)
+        initial = lists(cluster.trainer.logprobs(sequences))
         for _ in range(10):
             cluster.trainer.begin_step()
             cluster.trainer.update(sequences, SftObjective())
-        return initial, cluster.trainer.ref_logprobs(sequences), cluster.trainer.logprobs(sequences)
+        after = cluster.trainer.ref_logprobs(sequences), cluster.trainer.logprobs(sequences)
+        return initial, *map(lists, after)
 
 
 def policy_and_reference_with_routes(spec, sequences, other_sequences):
@@ -219,7 +228,7 @@ def policy_and_reference_with_routes(spec, sequences, other_sequences):
             cluster.trainer.ref_logprobs(sequences),
             cluster.trainer.ref_logprobs(other_sequences),
         ]
-        return [*found, cluster.trainer.record_logprobs(sequences)]
+        return [*map(lists, found), recorded_lists(cluster, sequences)]
 
 
 def round_trip(spec, folder, sequences):
@@ -229,7 +238,7 @@ def round_trip(spec, folder, sequences):
         names = [[name for name, _ in bucket] for bucket in worker.actor.exporter]
         tensors = exported(worker)
         cluster.trainer.export_hf(folder)
-        return names, tensors, cluster.trainer.logprobs(sequences)
+        return names, tensors, lists(cluster.trainer.logprobs(sequences))
 
 
 def optimizer_state(worker):

@@ -1,6 +1,6 @@
 """What the processes of `processes.py` do with a critic: one rank's part of each case."""
 
-from actor_cases import cluster_of, running_worker
+from actor_cases import cluster_of, lists, running_worker
 
 from mcore_rl.metrics import to_floats
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -24,7 +24,11 @@ def run_script(actor, critic, script, cut):
                 assert trainer.end_save(wait=True)
                 continue
             answer = getattr(trainer, method)(*args)
-            answers.append(to_floats(answer) if method == "update_critic" else answer)
+            if method == "update_critic":
+                answer = to_floats(answer)
+            elif method == "values":
+                answer = lists(answer)
+            answers.append(answer)
         reader = CheckpointReader(critic.model_path)
         entries = value_entries(load_hf_config(critic.model_path), reader)
         exporter = WeightExporter(worker.critic.params, entries, worker.parallel)

@@ -32,6 +32,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
@@ -241,9 +242,9 @@ def sequences_of(lengths: Sequence[int], vocab_size: int) -> list[TokenSequence]
     generator = torch.Generator().manual_seed(1)
     return [
         TokenSequence(
-            token_ids=torch.randint(vocab_size, (length,), generator=generator).tolist(),
-            loss_mask=[False] + [True] * (length - 1),
-            advantages=[float(torch.randn(1, generator=generator))] * length,
+            token_ids=torch.randint(vocab_size, (length,), generator=generator).int().numpy(),
+            loss_mask=np.arange(length) > 0,
+            advantages=torch.randn(1, generator=generator).repeat(length).numpy(),
         )
         for length in lengths
     ]
@@ -588,7 +589,7 @@ def hugging_face_logits(
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)
     logits = [
-        model(torch.tensor([list(s.token_ids)], device=device)).logits[0, :-1].float()
+        model(torch.tensor(s.token_ids, device=device).long().unsqueeze(0)).logits[0, :-1].float()
         for s in sequences
     ]
     del model

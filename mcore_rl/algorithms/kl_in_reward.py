@@ -14,13 +14,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from mcore_rl.algorithms.kl import kl_penalty
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.metrics import Metrics, mean
-from mcore_rl.segments import Segments
+from mcore_rl.segments import Segments, end_to_end
 from mcore_rl.types import Sample, SampleGroup
 
 _MAX_ADAPTIVE_ERROR = 0.2
@@ -70,8 +67,8 @@ def penalize_rewards(
     samples = [sample for group in groups for sample in group.samples]
     segments = Segments.from_loss_masks([sample.loss_mask for sample in samples])
     kl_T = kl_penalty(
-        _concatenate([sample.old_logprobs for sample in samples]),
-        _concatenate([sample.ref_logprobs for sample in samples]),
+        end_to_end([sample.old_logprobs for sample in samples]),
+        end_to_end([sample.ref_logprobs for sample in samples]),
         kind,
     )
     num_trained = max(int((segments.num_tokens_S > 0).sum()), 1)
@@ -115,10 +112,6 @@ class KlController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.kl_coef = state["kl_coef"]
-
-
-def _concatenate(per_token: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor([x for values in per_token for x in values], dtype=torch.float64)
 
 
 def _take_off(sample: Sample, penalties: Iterator[float]) -> Sample:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mcore_rl.types import Sample, SampleGroup
+import numpy as np
 
-_PER_TOKEN = ("rollout_logprobs", "old_logprobs", "ref_logprobs")
+from mcore_rl.types import NUMBERS, Sample, SampleGroup
 
 
 def without_truncated(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
@@ -21,5 +21,6 @@ def without_truncated(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
 def _untrained_if_truncated(sample: Sample) -> Sample:
     if sample.finish_reason != "length":
         return sample
-    zeros = {name: [0.0] * len(getattr(sample, name)) for name in _PER_TOKEN}
-    return replace(sample, loss_mask=[False] * len(sample.loss_mask), **zeros)
+    numbers = {name: getattr(sample, name) for name in NUMBERS}
+    zeros = {name: np.zeros_like(x) for name, x in numbers.items() if x is not None}
+    return replace(sample, loss_mask=np.zeros_like(sample.loss_mask), **zeros)

@@ -6,7 +6,7 @@ first of the ranks that work on it, and puts the results back in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,8 @@ from mcore_rl.cluster.placement import Placement
 from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
 from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import Metrics, merge, of_one_update
-from mcore_rl.types import MinibatchPlan, TokenSequence
-from mcore_rl.workers.roles import Actor, Critic, Share
+from mcore_rl.types import NUMBERS, MinibatchPlan, Numbers, Share, TokenNumbers, TokenSequence
+from mcore_rl.workers.roles import Actor, Critic
 
 T = TypeVar("T")
 
@@ -43,24 +43,34 @@ class Trainer:
         self._workers, self._placement = workers, placement
         self._cut, self._critic_cut = cut, critic_cut
 
-    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return logprobs of every trained token under the current weights, by sequence."""
-        return self._forward(Actor.logprobs, sequences, self._cut)
+        by_rank = self._forward(Actor.logprobs, sequences, self._cut, reads=("routed_experts",))
+        return _by_sequence(by_rank, len(sequences))
 
     def record_logprobs(
         self, sequences: Sequence[TokenSequence]
-    ) -> list[tuple[list[float], np.ndarray]]:
+    ) -> list[tuple[Numbers, np.ndarray]]:
         """Return logprobs as `logprobs` does, and the experts of every token, by sequence."""
-        return self._forward(Actor.record_logprobs, sequences, self._cut)
+        by_rank = self._forward(Actor.record_logprobs, sequences, self._cut)
+        logprobs = _by_sequence([numbers for numbers, _ in by_rank], len(sequences))
+        routes: list[np.ndarray] = [np.empty(0)] * len(sequences)
+        for numbers, of_rank in by_rank:
+            parts = np.split(of_rank, np.cumsum(numbers.lengths - 1)[:-1])
+            for index, part in zip(numbers.indices.tolist(), parts, strict=False):
+                routes[index] = part
+        return list(zip(logprobs, routes, strict=True))
 
-    def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+    def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return logprobs of every trained token under the reference weights, by sequence."""
-        return self._forward(Actor.ref_logprobs, sequences, self._cut)
+        by_rank = self._forward(Actor.ref_logprobs, sequences, self._cut)
+        return _by_sequence(by_rank, len(sequences))
 
-    def values(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+    def values(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return the critic's value of every trained token, by sequence."""
         assert self._critic_cut is not None, "there is no critic"
-        return self._forward(Critic.values, sequences, self._critic_cut)
+        by_rank = self._forward(Critic.values, sequences, self._critic_cut)
+        return _by_sequence(by_rank, len(sequences))
 
     def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
         """Return what comes out of embedding, layers and final norm for each sequence.
@@ -68,10 +78,8 @@ class Trainer:
         Returns:
             By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
         """
-        plan = self._plan(sequences, self._cut)
         found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
-        calls = self._share_calls(plan, lambda share: call(Actor.layer_outputs, share))
-        for outputs_of in results(self._workers.submit(calls)).values():
+        for outputs_of in self._forward(Actor.layer_outputs, sequences, self._cut):
             for index, outputs in outputs_of.items():  # each stage has layers of its own
                 found[index] |= outputs
         return found
@@ -88,7 +96,8 @@ class Trainer:
         """Do one optimizer update of the actor on a minibatch of sequences; return its metrics."""
         plan = self._plan(sequences, self._cut)
         counts = plan.denominators
-        calls = self._share_calls(plan, lambda share: call(Actor.update, share, counts, objective))
+        shares = _shares(sequences, plan)
+        calls = self._calls(shares, lambda share: call(Actor.update, share, counts, objective))
         return merge([self._update(calls), packing_metrics(plan, self._cut)])
 
     def update_critic(self, sequences: Sequence[TokenSequence], objective: Any) -> Metrics:
@@ -96,7 +105,8 @@ class Trainer:
         assert self._critic_cut is not None, "there is no critic"
         plan = self._plan(sequences, self._critic_cut)
         counts = plan.denominators
-        calls = self._share_calls(plan, lambda share: call(Critic.update, share, counts, objective))
+        shares = _shares(sequences, plan)
+        calls = self._calls(shares, lambda share: call(Critic.update, share, counts, objective))
         return self._update(calls)
 
     def begin_save(self, folder: str) -> None:
@@ -155,15 +165,15 @@ class Trainer:
 
     def _forward(
         self,
-        method: Callable[[Any, Share], dict[int, T]],
+        method: Callable[[Any, Share | None], T],
         sequences: Sequence[TokenSequence],
         cut: Cut,
+        reads: Collection[str] = (),
     ) -> list[T]:
-        calls = self._share_calls(self._plan(sequences, cut), lambda share: call(method, share))
-        found: dict[int, T] = {}
-        for of_rank in results(self._workers.submit(calls)).values():
-            found |= of_rank
-        return [found[index] for index in range(len(sequences))]
+        """Return what every rank has of a pass that reads tokens, masks and `reads`."""
+        shares = _shares(sequences, self._plan(sequences, cut), reads)
+        calls = self._calls(shares, lambda share: call(method, share))
+        return list(results(self._workers.submit(calls)).values())
 
     def _update(self, calls: Mapping[int, Call[Metrics]]) -> Metrics:
         return of_one_update(merge(results(self._workers.submit(calls)).values()))
@@ -172,12 +182,27 @@ class Trainer:
         layout = self._placement.layout
         return plan_minibatch(sequences, layout.dp, cut, multiple_of=layout.micro_batch_multiple)
 
-    def _share_calls(
-        self, plan: MinibatchPlan, make: Callable[[Share], Call[T]]
+    def _calls(
+        self, shares: Sequence[Share], make: Callable[[Share | None], Call[T]]
     ) -> dict[int, Call[T]]:
         """Return the call of every rank: the first of a share's is given it, the others None."""
         spread = make(None)
         calls = dict.fromkeys(range(self._placement.world_size), spread)
-        for ranks, share in zip(self._placement.share_ranks, plan.micro_batches, strict=True):
+        for ranks, share in zip(self._placement.share_ranks, shares, strict=True):
             calls[ranks[0]] = make(share)
         return calls
+
+
+def _shares(
+    sequences: Sequence[TokenSequence],
+    plan: MinibatchPlan,
+    reads: Collection[str] = (*NUMBERS, "routed_experts"),
+) -> list[Share]:
+    """Return the share of every data-parallel rank, with the numbers that the pass reads."""
+    return [Share.of(sequences, of_rank, reads) for of_rank in plan.micro_batches]
+
+
+def _by_sequence(by_rank: Iterable[TokenNumbers], num_sequences: int) -> list[Numbers]:
+    """Return the numbers of each sequence, whichever rank has them."""
+    found = {index: numbers for of_rank in by_rank for index, numbers in of_rank.by_index()}
+    return [found[index] for index in range(num_sequences)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,13 +24,12 @@ from mcore_rl.convert.parts import bytes_of
 from mcore_rl.convert.safetensors_stream import SafetensorsSource
 from mcore_rl.convert.stored import StoredParam, stored_params
 from mcore_rl.convert.torch_dist import TorchDistSource
-from mcore_rl.data.packing import SequenceCount, plan_micro_batches
 from mcore_rl.errors import require
 from mcore_rl.models.mappings import to_hf
 from mcore_rl.models.reference import build_reference
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
-from mcore_rl.types import Layout, TokenSequence
+from mcore_rl.types import Layout, MicroBatch, TokenSequence
 
 TOLERANCE = 1e-4
 """Of the largest logit, or of 1: float32 sums in another order."""
@@ -170,9 +170,10 @@ def _megatron_logits(
     tied = model.share_embeddings_and_output_weights
     weight: Any = model.shared_embedding_or_output_weight() if tied else layer.weight
     for tokens in token_ids:
-        sequence = TokenSequence(token_ids=tokens, loss_mask=[False] + [True] * (len(tokens) - 1))
-        (micro_batches,) = plan_micro_batches([sequence], 1, SequenceCount(num_sequences=1))
-        forward_tokens([model], micro_batches, groups, weight.device)
+        sequence = TokenSequence(
+            token_ids=np.array(tokens, np.int32), loss_mask=np.arange(len(tokens)) > 0
+        )
+        forward_tokens([model], [MicroBatch.of([sequence])], groups, weight.device)
     parallel.shut_down()
     dist.destroy_process_group()
     vocab = hf_config.vocab_size

@@ -27,26 +27,16 @@ It does not cut rows for context parallelism (`megatron/context_parallel.py` doe
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mcore_rl.segments import Segments
-from mcore_rl.types import MicroBatch, TokenSequence
-
-_OPTIONAL = (
-    "rollout_logprobs",
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "values",
-    "returns",
-)
+from mcore_rl.types import NUMBERS, MicroBatch, Numbers, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +75,14 @@ class PackedBatch:
         """[T] bool, True where the label trains."""
         return self.segments.mask_T
 
+    @property
+    def real_positions(self) -> np.ndarray:
+        """[positions without padding] int64, where they lie in the whole row, in order."""
+        num_positions_S = np.array(self.lengths, np.int64) - 1
+        starts_S = self.cu_seqlens_padded.cpu().numpy()[: len(self.lengths)]
+        shift_S = starts_S - (num_positions_S.cumsum() - num_positions_S)
+        return np.arange(num_positions_S.sum()) + shift_S.repeat(num_positions_S)
+
 
 def pack(
     micro_batch: MicroBatch,
@@ -97,59 +95,70 @@ def pack(
     """Return the micro-batch as one packed row.
 
     Args:
-        micro_batch: its sequences either all carry an optional value or none does.
+        micro_batch: may be empty.
         pad_token_id: any valid token.
         device: of the tensors.
         align_sequence: positions of a sequence are a multiple of it (2 * cp for context
             parallelism).
         align_total: T is a multiple of it (tp * cp for sequence parallelism).
     """
-    sequences = micro_batch.sequences or [_placeholder(pad_token_id)]
-    num_positions = [len(sequence.token_ids) - 1 for sequence in sequences]
-    assert min(num_positions) >= 0, "a sequence without tokens has no first token"
-    padded = [max(1, math.ceil(n / align_sequence)) * align_sequence for n in num_positions]
-    padded[-1] += -sum(padded) % math.lcm(align_sequence, align_total)
+    batch = micro_batch if len(micro_batch.lengths) else _placeholder(pad_token_id)
+    num_positions_S = batch.lengths.astype(np.int64) - 1
+    assert num_positions_S.min() >= 0, "a sequence without tokens has no first token"
+    padded_S = np.maximum(1, -(-num_positions_S // align_sequence)) * align_sequence
+    padded_S[-1] += -padded_S.sum() % math.lcm(align_sequence, align_total)
+    ends_S = padded_S.cumsum()
+    starts_S, num_rows = ends_S - padded_S, int(ends_S[-1])
+    position_T = np.arange(num_rows) - starts_S.repeat(padded_S)
+    is_real_T = position_T < num_positions_S.repeat(padded_S)
+    is_label_N = _is_label(batch.lengths)
+    is_input_N = np.append(is_label_N[1:], False)  # the last token of each sequence is none
 
-    def row(values: Callable[[TokenSequence], Sequence], fill: object, dtype: torch.dtype):
-        positions: list = []
-        for sequence, n, length in zip(sequences, num_positions, padded, strict=True):
-            items = values(sequence)
-            assert len(items) == n, "a per-token list is not as long as token_ids"
-            positions += [*items, *[fill] * (length - n)]
-        return torch.tensor(positions, dtype=dtype, device=device)
+    def row(
+        x_N: np.ndarray, is_taken_N: np.ndarray, fill: float, dtype: npt.DTypeLike
+    ) -> np.ndarray:
+        assert len(x_N) == len(is_taken_N), "what a sequence carries is not as long as token_ids"
+        x_T = np.full(num_rows, fill, dtype)
+        x_T[is_real_T] = x_N[is_taken_N]
+        return x_T
 
-    def per_position(counts: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    def boundaries(counts_S: np.ndarray) -> Tensor:
+        return tensor(np.append(0, counts_S.cumsum()).astype(np.int32))
 
     optional = {
-        f"{name}_T": row(lambda s, name=name: getattr(s, name)[1:], 0.0, torch.float32)
-        for name in _OPTIONAL
-        if _is_carried(sequences, name)
+        f"{name}_T": tensor(row(x_N, is_label_N, 0.0, np.float32))
+        for name in NUMBERS
+        if (x_N := getattr(batch, name)) is not None
     }
-    if any(sequence.routed_experts is not None for sequence in sequences):
-        optional["routed_experts_TLK"] = _routes(sequences, padded).to(device)
-    padded_S = torch.tensor(padded, device=device)
+    if batch.routed_experts is not None:
+        routes_TLK = np.full((num_rows, *batch.routed_experts.shape[1:]), -1, np.int16)
+        routes_TLK[is_real_T] = batch.routed_experts
+        optional["routed_experts_TLK"] = tensor(routes_TLK)
+    mask_T = row(batch.loss_mask, is_label_N, False, np.bool_)
+    num_tokens_S = np.add.reduceat(mask_T, starts_S, dtype=np.int64)
     return PackedBatch(
-        input_ids_T=row(lambda s: s.token_ids[:-1], pad_token_id, torch.int64),
-        labels_T=row(lambda s: s.token_ids[1:], pad_token_id, torch.int64),
-        position_ids_T=torch.cat([torch.arange(length, device=device) for length in padded]),
+        input_ids_T=tensor(row(batch.token_ids, is_input_N, pad_token_id, np.int64)),
+        labels_T=tensor(row(batch.token_ids, is_label_N, pad_token_id, np.int64)),
+        position_ids_T=tensor(position_T),
         segments=Segments(
-            sequence_T=torch.arange(len(padded), device=device).repeat_interleave(padded_S),
-            mask_T=row(lambda s: s.loss_mask[1:], False, torch.bool),
-            num_tokens_S=torch.tensor(
-                [s.num_trained_tokens for s in sequences], dtype=torch.float32, device=device
-            ),
+            sequence_T=tensor(np.arange(len(padded_S)).repeat(padded_S)),
+            mask_T=tensor(mask_T),
+            num_tokens_S=tensor(num_tokens_S.astype(np.float32)),
         ),
-        cu_seqlens=per_position(num_positions),
-        cu_seqlens_padded=per_position(padded),
-        max_seqlen=max(padded),
-        lengths=tuple(len(sequence.token_ids) for sequence in micro_batch.sequences),
+        cu_seqlens=boundaries(num_positions_S),
+        cu_seqlens_padded=boundaries(padded_S),
+        max_seqlen=int(padded_S.max()),
+        lengths=tuple(micro_batch.lengths.tolist()),
         **optional,
     )
 
 
-def unpack(values_T: Tensor, batch: PackedBatch) -> list[list[float]]:
-    """Return the values of each sequence, as long as its `token_ids`: the inverse shift.
+def unpack(values_T: Tensor, batch: PackedBatch) -> Numbers:
+    """Return the values of all sequences end to end, as long as their `token_ids`: the inverse
+    shift.
 
     The value of a prediction goes to the token it predicts. The first token, which nothing
     predicts, and tokens that do not train get 0.0; padding is dropped.
@@ -158,35 +167,25 @@ def unpack(values_T: Tensor, batch: PackedBatch) -> list[list[float]]:
         values_T: [T] of any float dtype, a value per position of `batch`.
         batch: the whole row that the values belong to.
     """
-    values = torch.where(batch.mask_T, values_T.detach(), 0.0).tolist()
-    starts = batch.cu_seqlens_padded.tolist()
-    return [
-        [0.0, *values[start : start + length - 1]]
-        for start, length in zip(starts, batch.lengths, strict=False)
-    ]
+    values = torch.where(batch.mask_T, values_T.detach(), 0.0).float().cpu().numpy()
+    is_label_N = _is_label(np.array(batch.lengths, np.int64))
+    numbers_N = np.zeros(len(is_label_N), np.float32)
+    numbers_N[is_label_N] = values[batch.real_positions]
+    return numbers_N
 
 
-def _routes(sequences: Sequence[TokenSequence], padded: Sequence[int]) -> Tensor:
-    """Return the routes of the row, [T, L, K] int16, with -1 as padding."""
-    rows = []
-    for sequence, length in zip(sequences, padded, strict=True):
-        routes = sequence.routed_experts
-        assert routes is not None, "some sequences of a micro-batch carry routes and some do not"
-        assert len(routes) == len(sequence.token_ids) - 1, "routes are not one per input"
-        padding = np.full((length - len(routes), *routes.shape[1:]), -1, np.int16)
-        rows += [routes.astype(np.int16), padding]
-    return torch.from_numpy(np.concatenate(rows))
+def _is_label(lengths_S: np.ndarray) -> np.ndarray:
+    """Return which tokens of sequences that lie end to end are predicted, [N] bool: all but the
+    first of each."""
+    is_label_N = np.ones(lengths_S.sum(), np.bool_)
+    is_label_N[lengths_S.cumsum() - lengths_S] = False
+    return is_label_N
 
 
-def _placeholder(pad_token_id: int) -> TokenSequence:
-    return TokenSequence(
-        token_ids=[pad_token_id] * 2,
-        loss_mask=[False] * 2,
-        **dict.fromkeys(_OPTIONAL, [0.0] * 2),
+def _placeholder(pad_token_id: int) -> MicroBatch:
+    sequence = TokenSequence(
+        token_ids=np.full(2, pad_token_id, np.int32),
+        loss_mask=np.zeros(2, np.bool_),
+        **dict.fromkeys(NUMBERS, np.zeros(2, np.float32)),
     )
-
-
-def _is_carried(sequences: Sequence[TokenSequence], name: str) -> bool:
-    carried = {len(getattr(sequence, name)) > 0 for sequence in sequences}
-    assert len(carried) == 1, f"some sequences of a micro-batch carry {name} and some do not"
-    return carried.pop()
+    return MicroBatch.of([sequence])

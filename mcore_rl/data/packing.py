@@ -5,7 +5,7 @@ data-parallel rank. Two cuts: a token budget (`TokenBudget`) or a number of sequ
 (`SequenceCount`).
 
 Invariants, for every input:
-1. every sequence is in exactly one micro-batch, and `MicroBatch.indices` says which it is;
+1. every sequence is in exactly one micro-batch, in the order of the list that is planned;
 2. every rank has the same number of micro-batches, a multiple of what was asked, at least one;
    micro-batches may be empty;
 3. no micro-batch exceeds the cut;
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from mcore_rl import metrics
 from mcore_rl.errors import UserError, require
 from mcore_rl.metrics import Metrics
-from mcore_rl.types import Denominators, MicroBatch, MinibatchPlan, SampleGroup, TokenSequence
+from mcore_rl.types import Denominators, MinibatchPlan, SampleGroup, TokenSequence
 
 _ATTENTION_TOKENS = 12 * 4096
 """Sequence length at which causal attention costs as much as the rest of a dense layer: 12 times
@@ -113,9 +113,11 @@ def plan_minibatch(
 
     Args and errors are those of `plan_micro_batches`.
     """
+    lengths = [len(sequence.token_ids) for sequence in sequences]
     trained = [sequence.num_trained_tokens for sequence in sequences]
     return MinibatchPlan(
-        micro_batches=plan_micro_batches(sequences, dp_size, cut, multiple_of=multiple_of),
+        lengths=lengths,
+        micro_batches=plan_micro_batches(lengths, dp_size, cut, multiple_of=multiple_of),
         denominators=Denominators(
             num_tokens=sum(trained), num_sequences=sum(count > 0 for count in trained)
         ),
@@ -123,13 +125,13 @@ def plan_minibatch(
 
 
 def plan_micro_batches(
-    sequences: Sequence[TokenSequence], dp_size: int, cut: Cut, *, multiple_of: int = 1
-) -> list[list[MicroBatch]]:
-    """Return the micro-batches of every data-parallel rank.
+    lengths: Sequence[int], dp_size: int, cut: Cut, *, multiple_of: int = 1
+) -> list[list[list[int]]]:
+    """Return the micro-batches of every data-parallel rank, each the positions of its sequences.
 
     Args:
-        sequences: of the minibatch, in any order; their tokens are counted without the padding
-            that alignment may add.
+        lengths: tokens of the sequences of the minibatch, in any order, without the padding that
+            alignment may add.
         dp_size: data-parallel ranks.
         cut: what a micro-batch may hold.
         multiple_of: the number of micro-batches per rank is a multiple of it; an interleaved
@@ -138,7 +140,6 @@ def plan_micro_batches(
     Raises:
         UserError: if a sequence is longer than the token budget.
     """
-    lengths = [len(sequence.token_ids) for sequence in sequences]
     sizes = [cut.size(length) for length in lengths]
     longest = max(sizes, default=0)
     if longest > cut.capacity:
@@ -154,13 +155,7 @@ def plan_micro_batches(
     bins = _even_fit(costs, sizes, cut.capacity, num_bins)
     if bins is None:
         bins = tight + [[] for _ in range(num_bins - len(tight))]
-    return [
-        [
-            MicroBatch(sequences=[sequences[i] for i in sorted(bin)], indices=sorted(bin))
-            for bin in rank
-        ]
-        for rank in _deal(bins, costs, dp_size)
-    ]
+    return [[sorted(bin) for bin in rank] for rank in _deal(bins, costs, dp_size)]
 
 
 def packing_metrics(plan: MinibatchPlan, cut: Cut) -> Metrics:
@@ -172,7 +167,7 @@ def packing_metrics(plan: MinibatchPlan, cut: Cut) -> Metrics:
     the average rank waits for the busiest: 1 - mean cost / max cost.
     """
     lengths = [
-        [[len(sequence.token_ids) for sequence in micro_batch.sequences] for micro_batch in rank]
+        [[plan.lengths[index] for index in micro_batch] for micro_batch in rank]
         for rank in plan.micro_batches
     ]
     tokens = [sum(micro_batch) for rank in lengths for micro_batch in rank]
@@ -200,7 +195,8 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     Source: Johnson et al. 1974, SIAM J. Comput. 3(4), best fit decreasing.
     """
     bins: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, bin), sorted
+    free: list[tuple[int, int]] = []  # (room left, bin), sorted, of bins in which an item may fit
+    smallest = min(sizes, default=0)
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         place = bisect.bisect_left(free, (sizes[item], -1))
         if place == len(free):
@@ -209,7 +205,8 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             room, number = free.pop(place)
             bins[number].append(item)
-        bisect.insort(free, (room - sizes[item], number))
+        if (left := room - sizes[item]) >= smallest:
+            bisect.insort(free, (left, number))
     return bins
 
 
@@ -224,19 +221,22 @@ def _even_fit(
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     free = [capacity] * num_bins
     cheapest = [(0, number) for number in range(num_bins)]  # heap of (cost, bin)
+    # Heap of (-room, cost, bin): bins without room for an item. The next item is no larger, so a
+    # bin is set aside at most once for each item that it holds.
+    aside: list[tuple[int, int, int]] = []
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        passed = []
-        while cheapest and free[cheapest[0][1]] < sizes[item]:
-            passed.append(heapq.heappop(cheapest))
+        size = sizes[item]
+        while aside and -aside[0][0] >= size:
+            heapq.heappush(cheapest, heapq.heappop(aside)[1:])
+        while cheapest and free[cheapest[0][1]] < size:
+            cost, number = heapq.heappop(cheapest)
+            heapq.heappush(aside, (-free[number], cost, number))
         if not cheapest:
             return None
         cost, number = cheapest[0]
         heapq.heapreplace(cheapest, (cost + costs[item], number))
         bins[number].append(item)
-        free[number] -= sizes[item]
-        for entry in passed:
-            if free[entry[1]]:  # a full bin never has room again
-                heapq.heappush(cheapest, entry)
+        free[number] -= size
     return bins
 
 

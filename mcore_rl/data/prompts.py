@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
 from mcore_rl.data.chat import (
     ChatTemplateError,
     Message,
@@ -167,7 +169,7 @@ def load_prompts(
     return [
         Prompt(
             uid=row.uid,
-            token_ids=token_ids,
+            token_ids=np.array(token_ids, np.int32),
             text=str(tokenizer.decode(token_ids)),
             data_source=row.text(cfg.reward_fn_key, "It names the reward, such as 'gsm8k'."),
             ground_truth=_ground_truth(row, cfg.ground_truth_key),
@@ -389,8 +391,8 @@ def _encode_sequence(
             "Raise the limit or remove the row.",
         )
     return TokenSequence(
-        token_ids=prompt_ids + response_ids,
-        loss_mask=[False] * len(prompt_ids) + [True] * len(response_ids),
+        token_ids=np.array(prompt_ids + response_ids, np.int32),
+        loss_mask=np.arange(len(prompt_ids) + len(response_ids)) >= len(prompt_ids),
     )
 
 
@@ -419,7 +421,9 @@ def _encode_messages(
         token_ids, loss_mask = cut(token_ids, limit), cut(loss_mask, limit)
     if not any(loss_mask[1:]):
         raise row.error(cfg.messages_key, "the assistant says nothing that could train")
-    return TokenSequence(token_ids=token_ids, loss_mask=loss_mask)
+    return TokenSequence(
+        token_ids=np.array(token_ids, np.int32), loss_mask=np.array(loss_mask, np.bool_)
+    )
 
 
 def _messages(row: Row, column: str) -> list[Message]:

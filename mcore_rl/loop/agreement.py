@@ -7,8 +7,9 @@ stale weights, another temperature or another tokenization, and every later upda
 from __future__ import annotations
 
 import logging
-import math
 import shlex
+
+import numpy as np
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig, train_layout
@@ -48,13 +49,9 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         check_routes(groups, inputs.routing, step)
     samples = [sample for group in groups for sample in group.samples]
     by_trainer = cluster.trainer.logprobs([sample.to_sequence() for sample in samples])
-    differences = [
-        abs(ours - theirs)
-        for sample, logprobs in zip(samples, by_trainer, strict=True)
-        for ours, theirs in zip(logprobs, sample.rollout_logprobs, strict=True)
-    ]
-    # `max` alone passes over a NaN that is not the first.
-    largest = max(differences, key=lambda difference: (math.isnan(difference), difference))
+    by_engine = np.concatenate([sample.rollout_logprobs for sample in samples])
+    differences = np.abs(np.concatenate(by_trainer).astype(np.float64) - by_engine)
+    largest = float(differences.max())  # NaN if one of them is
     tolerance = cfg.rollout.logprob_tolerance
     if tolerance is None:
         tolerance = TOLERANCE[cfg.actor.megatron.dtype]

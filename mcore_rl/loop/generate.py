@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.data.chat import decode_response
-from mcore_rl.metrics import Metrics, maximum, mean, merge, minimum
+from mcore_rl.metrics import Metric, Metrics, maximum, minimum
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
@@ -74,33 +77,33 @@ def _sample(
     prompt: Prompt, index: int, result: GenerationResult, tokenizer: PreTrainedTokenizerBase
 ) -> Sample:
     num_prompt = len(prompt.token_ids)
+    token_ids = np.concatenate([prompt.token_ids, result.token_ids])
     return Sample(
         prompt=prompt,
         index=index,
-        token_ids=[*prompt.token_ids, *result.token_ids],
-        loss_mask=[False] * num_prompt + [True] * len(result.token_ids),
-        rollout_logprobs=[0.0] * num_prompt + list(result.logprobs),
+        token_ids=token_ids,
+        loss_mask=np.arange(len(token_ids)) >= num_prompt,
+        rollout_logprobs=np.concatenate([np.zeros(num_prompt, np.float32), result.logprobs]),
         finish_reason=result.finish_reason,
         weight_version=result.weight_version,
         routed_experts=result.routed_experts,
-        response_text=decode_response(tokenizer, result.token_ids),
+        response_text=decode_response(tokenizer, result.token_ids.tolist()),
     )
 
 
 def rollout_metrics(groups: Sequence[SampleGroup], step: int) -> Metrics:
     """Return length, truncation and staleness of the samples, under `rollout/`."""
-    parts = []
-    for group in groups:
-        for sample in group.samples:
-            length, staleness = sample.num_response_tokens, step - sample.weight_version
-            parts.append(
-                {
-                    "rollout/response_tokens/mean": mean(length),
-                    "rollout/response_tokens/max": maximum(length),
-                    "rollout/response_tokens/min": minimum(length),
-                    "rollout/truncated_frac": mean(float(sample.finish_reason == "length")),
-                    "rollout/failed_frac": mean(float(sample.finish_reason == "abort")),
-                    "rollout/staleness/max": maximum(staleness),
-                }
-            )
-    return merge(parts)
+    samples = [sample for group in groups for sample in group.samples]
+    if not samples:
+        return {}
+    lengths = [sample.num_response_tokens for sample in samples]
+    reasons = Counter(sample.finish_reason for sample in samples)
+    num_samples = len(samples)
+    return {
+        "rollout/response_tokens/mean": Metric(sum(lengths), "mean", num_samples),
+        "rollout/response_tokens/max": maximum(max(lengths)),
+        "rollout/response_tokens/min": minimum(min(lengths)),
+        "rollout/truncated_frac": Metric(reasons["length"], "mean", num_samples),
+        "rollout/failed_frac": Metric(reasons["abort"], "mean", num_samples),
+        "rollout/staleness/max": maximum(step - min(sample.weight_version for sample in samples)),
+    }

@@ -125,9 +125,9 @@ def update(
     for _ in range(cfg.actor.ppo_epochs):
         for minibatch in split_minibatches(groups, cfg.actor.ppo_mini_batch_size):
             sequences = [sample.to_sequence() for group in minibatch for sample in group.samples]
-            if parts and not sequences[0].old_logprobs:
+            if parts and sequences[0].old_logprobs is None:
                 # The weights have moved: their distance from the engine's is no longer a mismatch.
-                sequences = [replace(sequence, rollout_logprobs=()) for sequence in sequences]
+                sequences = [replace(sequence, rollout_logprobs=None) for sequence in sequences]
             parts.append(cluster.trainer.update(sequences, objective))
     return merge(parts)
 

@@ -19,9 +19,13 @@ Example: sequences of 3 and 1 trained tokens, token-mean, on two ranks. Rank 0 r
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -33,7 +37,7 @@ from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import Routes, own_routes
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.progress import tick
-from mcore_rl.types import MicroBatch
+from mcore_rl.types import MicroBatch, Numbers, TokenNumbers
 
 Objective = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
 """(what the model gives [T], entropy_T, batch) -> (sum_T w_T * loss_T over this micro-batch,
@@ -48,7 +52,7 @@ def forward_tokens(
     parallel: Parallel,
     device: torch.device,
     routes: Routes = own_routes,
-) -> dict[int, list[float]]:
+) -> TokenNumbers:
     """Return what the model gives for every trained token of every sequence, without gradients:
     log-probabilities of a policy, values of a critic.
 
@@ -56,24 +60,36 @@ def forward_tokens(
     which experts the routers choose.
 
     Returns:
-        By planned index, a list as long as the sequence's token_ids (0.0 at the first token);
-        complete on ranks with `parallel.reports_sequences`, empty elsewhere.
+        The numbers of all sequences on ranks with `parallel.reports_sequences`, of none elsewhere.
     """
-    lists: list[list[float]] = []
-    rows = _packed_rows(micro_batches, parallel, device)
-    whole_rows = iter(rows)
+    numbers: list[Numbers] = []
+    whole_rows: deque[PackedBatch] = deque()
+
+    def rows() -> Iterator[PackedBatch]:
+        for row in _packed_rows(micro_batches, parallel, device):
+            if parallel.reports_tokens:
+                whole_rows.append(row)
+            yield cut_batch(row, parallel.cp)
 
     def objective(output_L: Tensor, entropy_L: Tensor | None, _: PackedBatch):
         if parallel.reports_tokens:
-            row = next(whole_rows)  # the schedule takes micro-batches in order
+            row = whole_rows.popleft()  # the schedule takes micro-batches in order
             boundaries = row.cu_seqlens_padded.tolist()
-            lists.extend(unpack(gather_positions(output_L, boundaries, parallel.cp), row))
+            numbers.append(unpack(gather_positions(output_L, boundaries, parallel.cp), row))
         return output_L.new_zeros(()), {}
 
     with torch.no_grad():
-        _run_schedule(chunks, rows, parallel, objective, 0, False, True, routes)
-    indices = [index for micro_batch in micro_batches for index in micro_batch.indices]
-    return dict(zip(indices, lists, strict=True)) if parallel.reports_sequences else {}
+        _run_schedule(chunks, rows(), len(micro_batches), objective, 0, False, True, routes)
+    reported = micro_batches if parallel.reports_sequences else []
+    return TokenNumbers(
+        indices=_joined([micro_batch.indices for micro_batch in reported], np.int32),
+        lengths=_joined([micro_batch.lengths for micro_batch in reported], np.int32),
+        numbers=_joined(numbers if reported else [], np.float32),
+    )
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: npt.DTypeLike) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])
 
 
 def forward_backward(
@@ -101,42 +117,46 @@ def forward_backward(
     Returns:
         Metrics of this rank's micro-batches; empty where `parallel.reports_tokens` is False.
     """
-    rows = _packed_rows(micro_batches, parallel, device)
+    rows = (cut_batch(row, parallel.cp) for row in _packed_rows(micro_batches, parallel, device))
     metrics = _run_schedule(
-        chunks, rows, parallel, objective, num_trained_tokens, with_entropy, False, routes
+        chunks,
+        rows,
+        len(micro_batches),
+        objective,
+        num_trained_tokens,
+        with_entropy,
+        False,
+        routes,
     )
     return merge(metrics) if parallel.reports_tokens else {}
 
 
 def _packed_rows(
     micro_batches: Sequence[MicroBatch], parallel: Parallel, device: torch.device
-) -> list[PackedBatch]:
-    """Return the whole rows, of lengths that context and sequence parallelism can cut."""
+) -> Iterator[PackedBatch]:
+    """Yield the whole rows, of lengths that context and sequence parallelism can cut; each is
+    packed when the schedule comes to it."""
     layout = parallel.layout
-    return [
-        pack(
+    for micro_batch in micro_batches:
+        yield pack(
             micro_batch,
             align_sequence=2 * layout.cp if layout.cp > 1 else 1,
             align_total=layout.tp * layout.cp,
             pad_token_id=PAD_TOKEN_ID,
             device=device,
         )
-        for micro_batch in micro_batches
-    ]
 
 
 def _run_schedule(
     chunks: Sequence[torch.nn.Module],
-    rows: Sequence[PackedBatch],
-    parallel: Parallel,
+    rows: Iterator[PackedBatch],
+    num_micro_batches: int,
     objective: Objective,
     num_trained_tokens: int,
     with_entropy: bool,
     forward_only: bool,
     routes: Routes,
 ) -> list[Metrics]:
-    batches = [cut_batch(row, parallel.cp) for row in rows]
-
     def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module):
         tick()
         batch = next(iterator)
@@ -160,13 +180,14 @@ def _run_schedule(
 
     for chunk in chunks:
         chunk.train(not forward_only)
-    iterators = [iter(batches) for _ in chunks]
     several = len(chunks) > 1
+    # Every chunk takes all rows, in its own time.
+    iterators = list(itertools.tee(rows, len(chunks)))
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=list(chunks) if several else chunks[0],
-        num_microbatches=len(batches),
+        num_microbatches=num_micro_batches,
         seq_length=1,  # read only for fixed shapes; stages exchange shapes (variable_seq_lengths)
         micro_batch_size=1,
         forward_only=forward_only,

@@ -64,7 +64,7 @@ class LayerRecording:
         found: dict[int, dict[str, np.ndarray]] = {}
         for recorded in self._of_chunk.values():
             for micro_batch, outputs in zip(micro_batches, recorded, strict=True):
-                for place, index in enumerate(micro_batch.indices):
+                for place, index in enumerate(micro_batch.indices.tolist()):
                     of_index = found.setdefault(index, {})
                     of_index |= {name: parts[place] for name, parts in outputs.items()}
         return dict(found)

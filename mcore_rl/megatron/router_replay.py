@@ -120,9 +120,9 @@ class ModelRouters:
     def replaying(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Routes]:
         """Yield the routes of a pass over `micro_batches`: those that they carry, if they do."""
         carried = {
-            sequence.routed_experts is not None
+            micro_batch.routed_experts is not None
             for micro_batch in micro_batches
-            for sequence in micro_batch.sequences
+            if len(micro_batch.lengths)
         }
         assert len(carried) <= 1, "some sequences of a pass carry routes and some do not"
         for replay in self._replays():
@@ -222,24 +222,24 @@ class Recording:
         chosen: Any = [replay.get_recorded_indices() for replay in replays]
         self._of_chunk[chunk].append((batch, chosen))
 
-    def by_sequence(self) -> list[np.ndarray]:
-        """Return the routes of every sequence, in the order of the pass.
+    def routes(self) -> np.ndarray:
+        """Return the routes of all sequences end to end, in the order of the pass.
 
         Collective over the ranks of a model; every one of them returns all.
 
         Returns:
-            [tokens - 1, L, K] uint8 each, or uint16 with more than 256 experts.
+            [sum of tokens - 1, L, K] uint8, or uint16 with more than 256 experts.
         """
         # One item per micro-batch, with what the chunks of this rank recorded of it.
         micro_batches = zip(*self._of_chunk.values(), strict=True)
-        return [routes for recorded in micro_batches for routes in self._cut(recorded)]
+        return np.concatenate([self._whole(recorded) for recorded in micro_batches])
 
-    def _cut(self, recorded: Sequence[tuple[PackedBatch, list[Tensor]]]) -> list[np.ndarray]:
-        """Return the routes of every sequence of one micro-batch."""
+    def _whole(self, recorded: Sequence[tuple[PackedBatch, list[Tensor]]]) -> np.ndarray:
+        """Return the routes of the sequences of one micro-batch."""
         batch, routing = recorded[0][0], self._routers.routing
         assert routing is not None, "there are no routers to record"
-        starts = batch.cu_seqlens_padded.tolist()
-        shape = starts[-1], len(routing.layers), routing.topk
+        num_positions = int(batch.cu_seqlens_padded[-1])
+        shape = num_positions, len(routing.layers), routing.topk
         # Every rank fills in its positions and layers; the rest is 0 and the sum is the whole.
         whole_TLK = torch.zeros(shape, dtype=torch.int32, device=batch.input_ids_T.device)
         positions_R = self._routers.positions(batch).to(whole_TLK.device)
@@ -248,8 +248,4 @@ class Recording:
                 whole_TLK[positions_R, index] = chosen_RK.int()
         self._routers.sum_over_parts(whole_TLK)
         dtype = np.uint8 if routing.num_experts <= 256 else np.uint16
-        whole = whole_TLK.cpu().numpy().astype(dtype)
-        return [
-            whole[start : start + length - 1]
-            for start, length in zip(starts, batch.lengths, strict=False)
-        ]
+        return whole_TLK.cpu().numpy().astype(dtype)[batch.real_positions]

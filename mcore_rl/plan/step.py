@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mcore_rl.config.run import RunConfig
 from mcore_rl.data.chat import load_tokenizer
 from mcore_rl.data.packing import packing_metrics, plan_micro_batches
@@ -19,7 +21,7 @@ from mcore_rl.metrics import Metrics, merge
 from mcore_rl.model_files import has_tokenizer
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
 from mcore_rl.rollout.fake_engine import response_length
-from mcore_rl.types import Denominators, Layout, MinibatchPlan, TokenSequence
+from mcore_rl.types import Denominators, Layout, MinibatchPlan
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def plan_step(cfg: RunConfig, layout: Layout) -> StepPlan:
         response_tokens=responses,
         micro_batches=[len(plan.micro_batches[0]) for plan in plans],
         largest_micro_batch=max(
-            sum(len(sequence.token_ids) for sequence in micro_batch.sequences)
+            sum(plan.lengths[index] for index in micro_batch)
             for plan in plans
             for rank in plan.micro_batches
             for micro_batch in rank
@@ -106,7 +108,7 @@ def _request(cfg: RunConfig, length: int, number: int, index: int) -> Generation
         max_tokens=cfg.data.max_response_length,
         seed=number * cfg.rollout.n + index,
     )
-    return GenerationRequest(prompt_token_ids=[length], sampling=sampling)
+    return GenerationRequest(prompt_token_ids=np.array([length], np.int32), sampling=sampling)
 
 
 def _minibatch(
@@ -115,12 +117,12 @@ def _minibatch(
     """Return the micro-batches of the samples of `prompts`, the first of `responses`."""
     n = cfg.rollout.n
     pairs = [(length, responses[i * n + j]) for i, length in enumerate(prompts) for j in range(n)]
-    # Lengths are all that packing reads, and a range takes no memory.
-    sequences = [TokenSequence(token_ids=range(p + r), loss_mask=()) for p, r in pairs]
+    lengths = [p + r for p, r in pairs]
     multiple_of = layout.micro_batch_multiple
     return MinibatchPlan(
+        lengths=lengths,
         micro_batches=plan_micro_batches(
-            sequences, layout.dp, cfg.actor.cut, multiple_of=multiple_of
+            lengths, layout.dp, cfg.actor.cut, multiple_of=multiple_of
         ),
         denominators=Denominators(num_tokens=sum(r for _, r in pairs), num_sequences=len(pairs)),
     )

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
-from mcore_rl.types import Routing
-
-if TYPE_CHECKING:
-    import numpy as np
+from mcore_rl.types import Ids, Numbers, Routing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,28 +163,36 @@ class SamplingParams:
     """Same weights, prompt and seed: same response, whatever runs beside it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationRequest:
     """One response wanted."""
 
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: Ids
     sampling: SamplingParams
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_token_ids", np.asarray(self.prompt_token_ids, np.int32))
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationResult:
     """One response."""
 
-    token_ids: Sequence[int]
+    token_ids: Ids
     """Response tokens, the end token included when it was produced."""
-    logprobs: Sequence[float]
+    logprobs: Numbers
     """Natural log-probability of each response token after temperature."""
     finish_reason: str
     """"stop", "length" or "abort"."""
     weight_version: int
     """Version of the weights that produced it."""
-    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    routed_experts: np.ndarray | None = None
     """See `Sample.routed_experts`; None unless `EngineSpec.routing` asks for it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
+        object.__setattr__(self, "logprobs", np.asarray(self.logprobs, np.float32))
+        assert self.logprobs.shape == self.token_ids.shape, "one log-probability for each token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ def response_length(request: GenerationRequest) -> int:
 
 
 def _source(request: GenerationRequest) -> random.Random:
-    return random.Random(f"{request.sampling.seed}:{list(request.prompt_token_ids)}")
+    return random.Random(f"{request.sampling.seed}:{request.prompt_token_ids.tolist()}")
 
 
 def _length(source: random.Random, max_tokens: int) -> int:
@@ -64,8 +64,8 @@ class FakeEngine:
             tokens[-1], finish_reason = self._stop_token_ids[0], "stop"
         num_inputs = len(request.prompt_token_ids) + len(tokens) - 1
         return GenerationResult(
-            token_ids=tokens,
-            logprobs=[-math.log(self.vocab_size)] * len(tokens),
+            token_ids=np.array(tokens, np.int32),
+            logprobs=np.full(len(tokens), -math.log(self.vocab_size), np.float32),
             finish_reason=finish_reason,
             weight_version=self.weight_version,
             routed_experts=self._draw_routes(source, num_inputs),

@@ -128,19 +128,20 @@ class VllmEngine:
             raise RolloutError("generate was called without complete weights", role="rollout")
         if not requests:
             return []
-        prompts: Any = [{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests]
+        prompts: Any = [{"prompt_token_ids": r.prompt_token_ids.tolist()} for r in requests]
         params = [self._sampling_params(request) for request in requests]
         with _process_state_kept():
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if len(outputs) != len(requests):
             raise RolloutError(f"{len(requests)} requests, {len(outputs)} results", role="rollout")
-        if self._is_part:
-            _check_lockstep([output.outputs[0].token_ids for output in outputs])
         routes = self._routed_experts(outputs)
-        return [
+        results = [
             self._result(output.outputs[0], experts)
             for output, experts in zip(outputs, routes, strict=True)
         ]
+        if self._is_part:
+            _check_lockstep(results)
+        return results
 
     def _sampling_params(self, request: GenerationRequest) -> vllm.SamplingParams:
         sampling = request.sampling
@@ -153,6 +154,7 @@ class VllmEngine:
             stop_token_ids=self._stop_token_ids,
             stop=self._stop,
             logprobs=0,  # the sampled token's own
+            flat_logprobs=True,  # one list of them, without an object per token
             detokenize=bool(self._stop),
         )
 
@@ -176,11 +178,9 @@ class VllmEngine:
         ]
 
     def _result(self, output: Any, routed_experts: np.ndarray | None) -> GenerationResult:
-        token_ids = list(output.token_ids)
-        logprobs = [at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True)]
         return GenerationResult(
-            token_ids=token_ids,
-            logprobs=logprobs,
+            token_ids=np.array(output.token_ids, np.int32),
+            logprobs=np.array(output.logprobs.logprobs, np.float32),
             finish_reason=output.finish_reason or "abort",
             weight_version=self.weight_version,
             routed_experts=routed_experts,
@@ -203,10 +203,13 @@ class VllmEngine:
         del self._llm
 
 
-def _check_lockstep(responses: Sequence[Sequence[int]]) -> None:
+def _check_lockstep(results: Sequence[GenerationResult]) -> None:
     """Raise a RolloutError unless all ranks of the engine drew the same tokens; collective."""
     group = get_tp_group()
-    own = hashlib.sha256(repr([list(tokens) for tokens in responses]).encode()).hexdigest()
+    drawn = hashlib.sha256(repr([len(result.token_ids) for result in results]).encode())
+    for result in results:
+        drawn.update(result.token_ids.tobytes())
+    own = drawn.hexdigest()
     found: list[Any] = [None] * group.world_size
     dist.all_gather_object(found, own, group=group.cpu_group)
     if len(set(found)) > 1:

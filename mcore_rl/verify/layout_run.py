@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.config.run import RunConfig
@@ -26,7 +28,7 @@ from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.metrics import to_floats
 from mcore_rl.run.command import run_command
 from mcore_rl.run.specs import start_cluster
-from mcore_rl.types import TokenSequence
+from mcore_rl.types import Numbers, TokenSequence
 from mcore_rl.verify.runs import check_sizes
 
 MODULE = "mcore_rl.verify.layout_run"
@@ -42,7 +44,11 @@ _OLD_LOGPROB_SPREAD = 0.3
 
 def write_minibatch(work: Path, sequences: Sequence[TokenSequence]) -> None:
     """Write the minibatch of all layouts."""
-    text = json.dumps([asdict(sequence) for sequence in sequences])
+    rows = [
+        {name: x.tolist() for name, x in asdict(sequence).items() if x is not None}
+        for sequence in sequences
+    ]
+    text = json.dumps(rows)
     (work / _MINIBATCH_FILE).write_text(text, encoding="utf-8")
 
 
@@ -64,7 +70,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         with_reference=False,
         engine=None,
     )
-    if not sequences[0].old_logprobs:
+    if sequences[0].old_logprobs is None:
         sequences = _with_old_logprobs(sequences, cluster.trainer.logprobs(sequences))
         write_minibatch(folder.parent, sequences)
     spec = resolve_objective(cfg.actor, cfg.data.max_response_length)
@@ -79,17 +85,22 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
 
 
 def _with_old_logprobs(
-    sequences: Sequence[TokenSequence], logprobs: Sequence[Sequence[float]]
+    sequences: Sequence[TokenSequence], logprobs: Sequence[Numbers]
 ) -> list[TokenSequence]:
     """Return the sequences with old logprobs near the given ones, the same in every call."""
     rng = random.Random(0)
     return [
         replace(
             sequence,
-            old_logprobs=[
-                value + rng.gauss(0, _OLD_LOGPROB_SPREAD) if trains else 0.0
-                for value, trains in zip(values, sequence.loss_mask, strict=True)
-            ],
+            old_logprobs=np.array(
+                [
+                    value + rng.gauss(0, _OLD_LOGPROB_SPREAD) if trains else 0.0
+                    for value, trains in zip(
+                        values.tolist(), sequence.loss_mask.tolist(), strict=True
+                    )
+                ],
+                np.float32,
+            ),
         )
         for sequence, values in zip(sequences, logprobs, strict=True)
     ]

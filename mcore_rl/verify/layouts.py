@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.model_files import find_model
@@ -199,13 +201,13 @@ def random_minibatch(args: argparse.Namespace, vocab_size: int) -> list[TokenSeq
     for number in range(args.sequences):
         length = args.max_length if number == 0 else rng.randint(1, args.max_length)
         prompt_length = rng.randint(1, max(1, length // 2))
-        loss_mask = [position >= prompt_length for position in range(length)]
+        loss_mask = np.arange(length) >= prompt_length
         advantage = rng.gauss(0, 1)
         sequences.append(
             TokenSequence(
-                token_ids=[rng.randrange(vocab_size) for _ in range(length)],
+                token_ids=np.array([rng.randrange(vocab_size) for _ in range(length)], np.int32),
                 loss_mask=loss_mask,
-                advantages=[advantage if trains else 0.0 for trains in loss_mask],
+                advantages=np.where(loss_mask, np.float32(advantage), np.float32(0)),
             )
         )
     return sequences

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mcore_rl.cluster.cluster import Cluster
@@ -103,8 +104,8 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         responses = _generate(cluster, prompts)
     sequences = [
         TokenSequence(
-            token_ids=[*prompt, *tokens],
-            loss_mask=[False] + [True] * (len(prompt) + len(tokens) - 1),
+            token_ids=np.array([*prompt, *tokens], np.int32),
+            loss_mask=np.arange(len(prompt) + len(tokens)) > 0,
         )
         for prompt, (tokens, _) in zip(prompts.token_ids, responses, strict=True)
     ]
@@ -112,7 +113,11 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     _write_layers(work / LAYERS_FOLDER, cluster, sequences)
     cluster.close()
     scored = [
-        Scored(token_ids=sequence.token_ids, megatron=values[1:], engine=by_engine)
+        Scored(
+            token_ids=sequence.token_ids.tolist(),
+            megatron=values[1:].tolist(),
+            engine=by_engine,
+        )
         for sequence, values, (_, by_engine) in zip(sequences, logprobs, responses, strict=True)
     ]
     text = json.dumps([asdict(row) for row in scored])
@@ -124,7 +129,7 @@ def _generate(cluster: Cluster, prompts: Prompts) -> list[Response]:
     cluster.engines.sync_weights(0)
     requests = [
         GenerationRequest(
-            prompt_token_ids=prompt,
+            prompt_token_ids=np.array(prompt, np.int32),
             sampling=SamplingParams(
                 temperature=1.0,
                 top_p=1.0,
@@ -135,7 +140,7 @@ def _generate(cluster: Cluster, prompts: Prompts) -> list[Response]:
         )
         for number, prompt in enumerate(prompts.token_ids)
     ]
-    return [(list(r.token_ids), list(r.logprobs)) for r in cluster.engines.generate(requests)]
+    return [(r.token_ids.tolist(), r.logprobs.tolist()) for r in cluster.engines.generate(requests)]
 
 
 def _write_layers(folder: Path, cluster: Cluster, sequences: Sequence[TokenSequence]) -> None:

@@ -42,10 +42,10 @@ from mcore_rl.models.safetensors_io import (
     write_shards,
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
-from mcore_rl.types import Denominators
+from mcore_rl.types import Denominators, Share, TokenNumbers
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
-from mcore_rl.workers.roles import Actor, Share
+from mcore_rl.workers.roles import Actor
 from mcore_rl.workers.spec import ActorSpec
 from mcore_rl.workers.spread import spread
 
@@ -93,26 +93,25 @@ class ActorWorker(ModelWorker, Actor):
         self.params = params
         self.exporter = WeightExporter(weights, self.entries, parallel)
 
-    def logprobs(self, share: Share) -> dict[int, list[float]]:
-        """Return logprobs of every token under the current weights, by planned index."""
+    def logprobs(self, share: Share | None) -> TokenNumbers:
+        """Return logprobs of every token under the current weights."""
         micro_batches = spread(share, self.parallel.share)
         with self.routers.replaying(micro_batches) as routes:
             return forward_tokens(self.chunks, micro_batches, self.parallel, self.device, routes)
 
-    def record_logprobs(self, share: Share) -> dict[int, tuple[list[float], np.ndarray]]:
-        """Return logprobs and, as `Sample.routed_experts`, the experts that the routers chose."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, np.ndarray]:
+        """Return logprobs and the experts that the routers chose: `Sample.routed_experts` of the
+        same sequences end to end."""
         micro_batches = spread(share, self.parallel.share)
         with self.routers.recording() as recording:
             logprobs = forward_tokens(
                 self.chunks, micro_batches, self.parallel, self.device, recording
             )
-        routes = recording.by_sequence()
-        indices = [index for micro_batch in micro_batches for index in micro_batch.indices]
-        of_index = dict(zip(indices, routes, strict=True))
-        return {index: (values, of_index[index]) for index, values in logprobs.items()}
+        routes = recording.routes()
+        return logprobs, routes if self.parallel.reports_sequences else routes[:0]
 
-    def ref_logprobs(self, share: Share) -> dict[int, list[float]]:
-        """Return logprobs of every token under the reference weights, by planned index.
+    def ref_logprobs(self, share: Share | None) -> TokenNumbers:
+        """Return logprobs of every token under the reference weights.
 
         The reference chooses its experts by itself, also where the sequences carry routes.
         """
@@ -123,7 +122,7 @@ class ActorWorker(ModelWorker, Actor):
         assert self.reference is not None, "built without a reference model"
         return forward_tokens(self.reference, micro_batches, self.parallel, self.device)
 
-    def layer_outputs(self, share: Share) -> dict[int, Mapping[str, np.ndarray]]:
+    def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
         """Return what comes out of this rank's layers under the current weights, by planned index
         and module; see `LayerRecording.by_index`."""
         micro_batches = spread(share, self.parallel.share)
@@ -134,7 +133,7 @@ class ActorWorker(ModelWorker, Actor):
 
     def update(
         self,
-        share: Share,
+        share: Share | None,
         denominators: Denominators,
         objective: TrainObjective,
     ) -> Metrics:

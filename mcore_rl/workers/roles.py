@@ -7,6 +7,8 @@ does so stands in `Worker.roles`.
 Every method of actor and critic is collective: all ranks are asked together. A *share* is what one
 data-parallel rank works on. It is sent to the first rank of those that work on it and spread among
 them, so the others are given None.
+
+Numbers come back from the ranks that report them; the others return those of no sequence.
 """
 
 from __future__ import annotations
@@ -15,33 +17,31 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_rl.metrics import Metrics
-from mcore_rl.types import Denominators, MicroBatch, WriteState
+from mcore_rl.types import Denominators, Share, TokenNumbers, WriteState
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 
-Share = Sequence[MicroBatch] | None
-"""The micro-batches of one data-parallel rank; None: another rank spreads them to this one."""
-
 
 class Actor(Protocol):
     """The policy that is trained, and its frozen reference."""
 
-    def logprobs(self, share: Share) -> dict[int, list[float]]:
-        """Return log-probabilities of every trained token, by planned index."""
+    def logprobs(self, share: Share | None) -> TokenNumbers:
+        """Return log-probabilities of every trained token."""
         ...
 
-    def record_logprobs(self, share: Share) -> dict[int, tuple[list[float], np.ndarray]]:
-        """Return them with the experts that the routers chose."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, np.ndarray]:
+        """Return them with the experts that the routers chose: `Sample.routed_experts` of the same
+        sequences end to end."""
         ...
 
-    def ref_logprobs(self, share: Share) -> dict[int, list[float]]:
+    def ref_logprobs(self, share: Share | None) -> TokenNumbers:
         """Return log-probabilities under the reference weights."""
         ...
 
-    def layer_outputs(self, share: Share) -> dict[int, Mapping[str, np.ndarray]]:
+    def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
         """Return what comes out of this rank's layers."""
         ...
 
@@ -49,7 +49,7 @@ class Actor(Protocol):
         """Move the learning-rate schedule to the coming step."""
         ...
 
-    def update(self, share: Share, denominators: Denominators, objective: Any) -> Metrics:
+    def update(self, share: Share | None, denominators: Denominators, objective: Any) -> Metrics:
         """Do one optimizer update and return its metrics."""
         ...
 
@@ -77,15 +77,15 @@ class Actor(Protocol):
 class Critic(Protocol):
     """The model that says how much reward is to be expected."""
 
-    def values(self, share: Share) -> dict[int, list[float]]:
-        """Return the value of every trained token, by planned index."""
+    def values(self, share: Share | None) -> TokenNumbers:
+        """Return the value of every trained token."""
         ...
 
     def begin_step(self) -> None:
         """Move the learning-rate schedule to the coming step."""
         ...
 
-    def update(self, share: Share, denominators: Denominators, objective: Any) -> Metrics:
+    def update(self, share: Share | None, denominators: Denominators, objective: Any) -> Metrics:
         """Do one optimizer update and return its metrics."""
         ...
 

@@ -6,21 +6,19 @@ and pipeline parallel together) it goes on over their own network, in two broadc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from mcore_rl.frames import decode, encode
-from mcore_rl.types import MicroBatch
+from mcore_rl.types import Share
 
 _ALIGNMENT = 64
 """Bytes; arrays that lie in the received buffer are aligned."""
 
 
-def spread(share: Sequence[MicroBatch] | None, group: ProcessGroup) -> Sequence[MicroBatch]:
+def spread(share: Share | None, group: ProcessGroup) -> Share:
     """Return the share that the group's first rank was given; collective.
 
     Args:

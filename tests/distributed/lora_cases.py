@@ -1,7 +1,7 @@
 """What the processes are asked to do in the tests of LoRA."""
 
 import torch
-from actor_cases import backward, exported_gradients, gathered, running_cluster
+from actor_cases import backward, exported_gradients, gathered, lists, running_cluster
 from actor_inputs import ONE_MICRO_BATCH
 
 from mcore_rl.errors import UserError
@@ -44,7 +44,7 @@ def train(spec, minibatches, objective, cut):
         for sequences in minibatches:
             cluster.trainer.begin_step()
             metrics.append(to_floats(cluster.trainer.update(sequences, objective)))
-        after, logprobs = adapters(worker), cluster.trainer.logprobs(minibatches[-1])
+        after, logprobs = adapters(worker), lists(cluster.trainer.logprobs(minibatches[-1]))
         return metrics, before, after, logprobs, is_unchanged(worker.actor.params, base)
 
 
@@ -54,12 +54,10 @@ def gradients_and_export(spec, sequences, objective, cut, folder):
         lora, params = worker.actor.lora, worker.actor.params
         assert lora is not None
         base = {name: param.clone() for name, param in params.items()}
-        initial_logprobs = cluster.trainer.logprobs(sequences)
+        initial_logprobs = lists(cluster.trainer.logprobs(sequences))
         fill_b(worker)
-        logprobs, ref_logprobs = (
-            cluster.trainer.logprobs(sequences),
-            cluster.trainer.ref_logprobs(sequences),
-        )
+        logprobs = lists(cluster.trainer.logprobs(sequences))
+        ref_logprobs = lists(cluster.trainer.ref_logprobs(sequences))
         metrics = backward(worker, sequences, objective, cut)
         gradients = exported_gradients(worker, lora.params, lora.entries)
         worker.actor.export_hf(folder)

@@ -92,7 +92,7 @@ def sequences_to_learn(seed):
     return [
         replace(
             sequence,
-            advantages=(),
+            advantages=None,
             values=torch.randn(len(sequence.token_ids), generator=generator).tolist(),
             returns=torch.randn(len(sequence.token_ids), generator=generator).tolist(),
         )
@@ -117,7 +117,7 @@ def hf_values(folder, sequences, differentiable=False):
     head = load_file(folder / "model.safetensors")["score.weight"].requires_grad_()
     found = []
     for sequence in sequences:
-        hidden = model(torch.tensor([sequence.token_ids[:-1]])).last_hidden_state[0]
+        hidden = model(torch.tensor(sequence.token_ids[None, :-1])).last_hidden_state[0]
         values = torch.cat([torch.zeros(1), (hidden @ head.t()).flatten()])
         found.append(torch.where(torch.tensor(sequence.loss_mask), values, 0.0))
     return found, [*model.parameters(), head]

@@ -250,7 +250,7 @@ def test_the_digest_of_the_base_does_not_depend_on_the_layout(processes, tiny_ch
 
 def token_logprobs(model, sequence):
     """Return [n]: log-probabilities of the tokens that train, zeros at the others."""
-    tokens = torch.tensor(sequence.token_ids)
+    tokens = torch.tensor(sequence.token_ids).long()
     logprobs_LV = model(tokens.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
     logprobs = logprobs_LV.gather(-1, tokens[1:].unsqueeze(-1)).squeeze(-1)
     logprobs = torch.cat([torch.zeros(1), logprobs])

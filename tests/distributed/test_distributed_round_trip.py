@@ -71,7 +71,7 @@ def expected_logprobs():
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
         found = []
         for sequence in SEQUENCES:
-            token_ids = torch.tensor([sequence.token_ids])
+            token_ids = torch.tensor(sequence.token_ids[None]).long()
             with torch.no_grad():
                 logprobs = model(token_ids).logits[:, :-1].log_softmax(-1)
             of_token = logprobs.gather(-1, token_ids[:, 1:, None])

@@ -93,8 +93,8 @@ def test_a_response_ends_with_a_stop_token_or_at_the_limit(results):
 def test_the_logprob_of_the_stop_token_is_that_of_drawing_it(results, models):
     for r, result in zip(REQUESTS, results, strict=True):
         if result.finish_reason == "stop":
-            response = list(result.token_ids)
-            expected = hf_logprobs(models[MODEL], list(r.prompt_token_ids), response, 1.0)
+            response = result.token_ids.tolist()
+            expected = hf_logprobs(models[MODEL], r.prompt_token_ids.tolist(), response, 1.0)
             # As in test_vllm_weight_sync.
             assert result.logprobs[-1] == pytest.approx(float(expected[-1, response[-1]]), abs=1e-4)
 

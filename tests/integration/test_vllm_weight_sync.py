@@ -73,7 +73,7 @@ def test_logprobs_after_every_sync_are_those_of_transformers(answers, models, na
     largest = 0.0
     for weights, results in zip(SYNCS, answers(name), strict=True):
         for request, result in zip(requests(temperature), results[temperature], strict=True):
-            prompt, response = list(request.prompt_token_ids), list(result.token_ids)
+            prompt, response = request.prompt_token_ids.tolist(), result.token_ids.tolist()
             assert len(response) == NUM_RESPONSE_TOKENS
             expected = hf_logprobs(models[name, weights], prompt, response, temperature)
             for position, (token, logprob) in enumerate(
@@ -90,7 +90,7 @@ def test_greedy_tokens_are_the_argmax_of_transformers(answers, models, name):
     """Teacher-forced, so that one close call would not change all tokens after it."""
     for weights, results in zip(SYNCS, answers(name), strict=True):
         for request, result in zip(requests(0.0), results[0.0], strict=True):
-            prompt, response = list(request.prompt_token_ids), list(result.token_ids)
+            prompt, response = request.prompt_token_ids.tolist(), result.token_ids.tolist()
             expected = hf_logprobs(models[name, weights], prompt, response, 1.0)
             # Where two tokens are within rounding of each other, either is right.
             best = expected.max(dim=-1).values

@@ -62,7 +62,7 @@ def transformers_model(tiny_checkpoint):
 
 def transformers_logits(model, sequence):
     """Return [n - 1, V], the predictions of all tokens but the first."""
-    return model(torch.tensor([list(sequence.token_ids)])).logits[0, :-1]
+    return model(torch.tensor(sequence.token_ids[None])).logits[0, :-1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

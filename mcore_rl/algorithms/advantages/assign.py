@@ -13,10 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs, AlgorithmConfig
+from mcore_rl.algorithms.advantages.base import (
+    ADVANTAGES,
+    AdvantageEstimator,
+    AdvantageInputs,
+    AlgorithmConfig,
+)
 from mcore_rl.metrics import Metrics, masked_max, masked_mean, mean
-from mcore_rl.segments import Segments
-from mcore_rl.types import Sample, SampleGroup, with_sample_fields
+from mcore_rl.segments import Segments, end_to_end
+from mcore_rl.types import Numbers, SampleGroup, with_sample_fields
 
 
 def assign_advantages(
@@ -24,8 +29,8 @@ def assign_advantages(
 ) -> tuple[list[SampleGroup], Metrics]:
     """Return copies of the groups whose samples have `advantages`, and metrics.
 
-    Advantages, and returns where a critic learns, are as long as `token_ids`, 0.0 where `loss_mask`
-    is False and on first tokens.
+    Advantages, and returns where a critic learns, are 0.0 where `loss_mask` is False and on first
+    tokens. They are computed in float64 and kept in float32.
     `advantage/*` are over trained tokens; `reward/zero_std_group_frac` is the share of groups whose
     rewards are all equal, which train nothing.
 
@@ -34,26 +39,15 @@ def assign_advantages(
         cfg: the estimator and its options.
     """
     estimator = ADVANTAGES.get(cfg.adv_estimator)
-    samples = [sample for group in groups for sample in group.samples]
-    group_N = [number for number, group in enumerate(groups) for _ in group.samples]
-    inputs = AdvantageInputs(
-        rewards_N=torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
-        group_N=torch.tensor(group_N, dtype=torch.int64),
-        segments=Segments.from_loss_masks([sample.loss_mask for sample in samples]),
-        num_response_tokens_N=torch.tensor(
-            [sample.num_response_tokens for sample in samples], dtype=torch.float64
-        ),
-        baseline_N=_baselines(groups) if estimator.needs_greedy_baseline else None,
-        values_T=_values(samples) if estimator.needs_critic else None,
-    )
+    inputs = advantage_inputs(groups, estimator)
     advantages_T = estimator.compute(inputs, cfg.options)
-    lengths = [len(sample.loss_mask) for sample in samples]
-    assigned = with_sample_fields(groups, advantages=_lists(advantages_T, lengths))
+    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    assigned = with_sample_fields(groups, advantages=_arrays(advantages_T, lengths))
     mask_T, num_groups = inputs.segments.mask_T, len(groups)
     metrics: Metrics = {}
     if estimator.returns is not None:
         returns_T = estimator.returns(inputs, cfg.options)
-        assigned = with_sample_fields(assigned, returns=_lists(returns_T, lengths))
+        assigned = with_sample_fields(assigned, returns=_arrays(returns_T, lengths))
         metrics = _value_metrics(inputs, returns_T)
     num_useless = inputs.has_equal_rewards_P.sum()
     return assigned, metrics | {
@@ -64,14 +58,27 @@ def assign_advantages(
     }
 
 
-def _lists(x_T: Tensor, lengths: Sequence[int]) -> list[list[float]]:
+def advantage_inputs(
+    groups: Sequence[SampleGroup], estimator: AdvantageEstimator
+) -> AdvantageInputs:
+    """Return what `estimator` reads of the samples of the groups."""
+    samples = [sample for group in groups for sample in group.samples]
+    group_N = [number for number, group in enumerate(groups) for _ in group.samples]
+    return AdvantageInputs(
+        rewards_N=torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
+        group_N=torch.tensor(group_N, dtype=torch.int64),
+        segments=Segments.from_loss_masks([sample.loss_mask for sample in samples]),
+        num_response_tokens_N=torch.tensor(
+            [sample.num_response_tokens for sample in samples], dtype=torch.float64
+        ),
+        baseline_N=_baselines(groups) if estimator.needs_greedy_baseline else None,
+        values_T=end_to_end([s.values for s in samples]) if estimator.needs_critic else None,
+    )
+
+
+def _arrays(x_T: Tensor, lengths: Sequence[int]) -> list[Numbers]:
     """Return the values of each sample."""
-    return [piece.tolist() for piece in x_T.split(lengths)]
-
-
-def _values(samples: Sequence[Sample]) -> Tensor:
-    """Return the critic's values of all tokens, [T] float64."""
-    return torch.tensor([v for sample in samples for v in sample.values], dtype=torch.float64)
+    return [piece.numpy() for piece in x_T.float().split(lengths)]
 
 
 def _value_metrics(inputs: AdvantageInputs, returns_T: Tensor) -> Metrics:

@@ -3,11 +3,14 @@
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig, assign_advantages
+from mcore_rl.algorithms.advantages.assign import advantage_inputs
 from mcore_rl.algorithms.advantages.gpg import ALPHAS as GPG_ALPHAS
 from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.errors import UserError
@@ -47,15 +50,40 @@ def make_groups(rewards):
     ]
 
 
+def computed(groups, cfg):
+    """Return the advantages of each sample's tokens as the estimator computes them, in float64."""
+    estimator = ADVANTAGES.get(cfg.adv_estimator)
+    advantages_T = estimator.compute(advantage_inputs(groups, estimator), cfg.options)
+    assert advantages_T.dtype == torch.float64
+    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    return [piece.tolist() for piece in advantages_T.split(lengths)]
+
+
 def advantages_of(rewards, **options):
     """Return each sample's advantage, group by group; every trained token must agree."""
-    groups, _ = assign_advantages(make_groups(rewards), algorithm(**options))
+    rows = iter(computed(make_groups(rewards), algorithm(**options)))
     values = []
-    for group in groups:
-        rows = [list(sample.advantages) for sample in group.samples]
-        assert all(row == [0.0, row[1], 0.0, row[1]] for row in rows)
-        values.append([row[1] for row in rows])
+    for group in rewards:
+        of_group = [next(rows) for _ in group]
+        assert all(row == [0.0, row[1], 0.0, row[1]] for row in of_group)
+        values.append([row[1] for row in of_group])
     return values
+
+
+@pytest.mark.parametrize("estimator", sorted({*ADVANTAGES.names()} - {"remax"}))
+def test_samples_get_what_the_estimator_computes_rounded_to_float32(estimator):
+    groups, cfg = (
+        make_groups([[0.1, 0.7, 0.3], [0.2, 0.9]]),
+        algorithm(estimator),
+    )
+    assigned, _ = assign_advantages(groups, cfg)
+    found = [sample.advantages for group in assigned for sample in group.samples]
+    assert {advantages.dtype for advantages in found} == {np.dtype(np.float32)}
+    expected = [
+        np.array(row, np.float64).astype(np.float32).tolist() for row in computed(groups, cfg)
+    ]
+    assert [advantages.tolist() for advantages in found] == expected
+    assert any(any(row) for row in expected)
 
 
 REWARDS = st.lists(
@@ -170,6 +198,7 @@ def make_truncated_group():
                 token_ids=tokens,
                 loss_mask=[False] + [True] * length,
                 rollout_logprobs=zeros,
+                values=zeros,
                 finish_reason="length" if length == 8 else "stop",
             )
         )
@@ -177,12 +206,13 @@ def make_truncated_group():
 
 
 def test_opo_weighs_the_mean_by_response_tokens():
-    (group,), _ = assign_advantages([make_truncated_group()], algorithm(adv_estimator="opo"))
+    group = make_truncated_group()
+    found = computed([group], algorithm(adv_estimator="opo"))
     # The baseline is (4 + 4) / 24. float64, one division and one difference.
     expected = [2 / 3, 2 / 3, -1 / 3, -1 / 3]
-    for sample, advantage in zip(group.samples, expected, strict=True):
+    for sample, row, advantage in zip(group.samples, found, expected, strict=True):
         length = sample.num_response_tokens
-        assert list(sample.advantages) == [0.0, *[pytest.approx(advantage, rel=1e-12)] * length]
+        assert row == [0.0, *[pytest.approx(advantage, rel=1e-12)] * length]
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gpg", "rloo", "opo"])
@@ -218,12 +248,11 @@ def test_passk_trains_the_best_sample_by_its_lead_over_the_second():
 def test_reinforce_plus_plus_discounts_by_the_trained_tokens_that_follow():
     groups = make_groups([[1.0], [4.0]])
     cfg = algorithm(adv_estimator="reinforce_plus_plus", gamma=0.5)
-    assigned, _ = assign_advantages(groups, cfg)
     # Returns: 0.5 and 1 of the first sample, 2 and 4 of the second; the untrained token between
     # two trained ones discounts nothing.
     returns = [0.5, 1.0, 2.0, 4.0]
     mean, std = statistics.fmean(returns), statistics.stdev(returns)
-    found = [list(sample.advantages) for group in assigned for sample in group.samples]
+    found = computed(groups, cfg)
     assert [row[::2] for row in found] == [[0.0, 0.0]] * 2
     expected = [(x - mean) / std for x in returns]
     # The formula adds 1e-8 to the variance of 2.4.

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.algorithms.advantages import AlgorithmConfig, assign_advantages
+from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig, assign_advantages
+from mcore_rl.algorithms.advantages.assign import advantage_inputs
 from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import Prompt, Sample, SampleGroup
@@ -37,13 +39,25 @@ def samples(draw):
 def recursion(sample, gamma, lam):
     """Return {position: raw advantage} of the trained tokens."""
     positions = [i for i, trains in enumerate(sample.loss_mask) if trains]
+    values = sample.values.tolist()
     advantages, carried, next_value = {}, 0.0, 0.0
     for i in reversed(positions):
         reward = sample.reward if i == positions[-1] else 0.0
-        delta = reward + gamma * next_value - sample.values[i]
+        delta = reward + gamma * next_value - values[i]
         carried = delta + gamma * lam * carried
-        advantages[i], next_value = carried, sample.values[i]
+        advantages[i], next_value = carried, values[i]
     return advantages
+
+
+def computed(batch, **options):
+    """Return (advantages, returns) of the tokens of each sample, in float64."""
+    cfg, estimator = AlgorithmConfig.of("gae", **options), ADVANTAGES.get("gae")
+    groups = [SampleGroup(prompt=PROMPT, samples=[sample]) for sample in batch]
+    inputs, lengths = advantage_inputs(groups, estimator), [len(s.token_ids) for s in batch]
+    of_tokens = [
+        how(inputs, cfg.options).split(lengths) for how in (estimator.compute, estimator.returns)
+    ]
+    return [[part.tolist() for part in parts] for parts in zip(*of_tokens, strict=True)]
 
 
 def assigned(batch, **options):
@@ -59,26 +73,47 @@ def assigned(batch, **options):
 )
 def test_returns_are_the_recursion_and_advantages_its_standard_scores(batch, gamma, lam):
     expected = [recursion(sample, gamma, lam) for sample in batch]
-    found, _ = assigned(batch, gamma=gamma, lam=lam)
+    found = computed(batch, gamma=gamma, lam=lam)
     raw = torch.tensor([a for by_token in expected for a in by_token.values()], dtype=torch.float64)
     spread = float(raw.max() - raw.min()) if len(raw) else 0.0
-    for sample, of_sample in zip(found, expected, strict=True):
-        assert len(sample.returns) == len(sample.advantages) == len(sample.token_ids)
+    for sample, (advantages, returns), of_sample in zip(batch, found, expected, strict=True):
         for i, trains in enumerate(sample.loss_mask):
-            wanted = of_sample[i] + sample.values[i] if trains else 0.0
-            assert sample.returns[i] == pytest.approx(wanted, abs=1e-12)
+            wanted = of_sample[i] + float(sample.values[i]) if trains else 0.0
+            assert returns[i] == pytest.approx(wanted, abs=1e-12)
             if not trains:
-                assert sample.advantages[i] == 0.0
+                assert advantages[i] == 0.0
             elif spread > 1e-3:
                 score = (of_sample[i] - raw.mean()) / (raw.var() + 1e-8).sqrt()
                 # float64; scores divide by a deviation that may be as small as 1e-3.
-                assert sample.advantages[i] == pytest.approx(float(score), abs=1e-6)
+                assert advantages[i] == pytest.approx(float(score), abs=1e-6)
+
+
+def test_samples_get_advantages_and_returns_rounded_to_float32():
+    batch = [
+        Sample(
+            prompt=PROMPT,
+            index=0,
+            token_ids=[1, 2, 3],
+            loss_mask=[False, True, True],
+            rollout_logprobs=[0.0] * 3,
+            finish_reason="stop",
+            weight_version=0,
+            reward=reward,
+            values=[0.0, 0.3, 0.1],
+        )
+        for reward in (0.1, 0.7)
+    ]
+    found, _ = assigned(batch, gamma=0.9, lam=0.9)
+    for sample, expected in zip(found, computed(batch, gamma=0.9, lam=0.9), strict=True):
+        for array, numbers in zip((sample.advantages, sample.returns), expected, strict=True):
+            assert array.dtype == np.float32
+            assert array.tolist() == np.array(numbers, np.float32).tolist()
 
 
 @given(sample=samples().filter(lambda sample: any(sample.loss_mask)))
 def test_with_gamma_and_lambda_1_every_return_is_the_reward(sample):
-    (found,), _ = assigned([sample])
-    returns = [r for r, trains in zip(found.returns, found.loss_mask, strict=True) if trains]
+    ((_, of_tokens),) = computed([sample])
+    returns = [r for r, trains in zip(of_tokens, sample.loss_mask, strict=True) if trains]
     assert returns == pytest.approx([sample.reward] * len(returns), abs=1e-12)
 
 

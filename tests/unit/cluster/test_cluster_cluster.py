@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from sequences import sequences_of
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import done
@@ -13,7 +15,7 @@ from mcore_rl.data.packing import SequenceCount, TokenBudget
 from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import maximum, mean, to_floats
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
-from mcore_rl.types import Layout, TokenSequence, WriteState
+from mcore_rl.types import Layout, MicroBatch, TokenNumbers, TokenSequence, WriteState
 from mcore_rl.workers.roles import Actor, Rollout
 
 
@@ -52,7 +54,7 @@ class EchoWorkers:
         return [
             GenerationResult(
                 token_ids=[rank, *request.prompt_token_ids],
-                logprobs=[],
+                logprobs=[-1.0] * (1 + len(request.prompt_token_ids)),
                 finish_reason="stop",
                 weight_version=0,
             )
@@ -63,16 +65,15 @@ class EchoWorkers:
         return {"weight_sync/bytes": maximum(100 + rank)}
 
     def logprobs(self, rank, _):
-        return {
-            index: [float(token) for token in sequence.token_ids]
-            for micro_batch in self.share_of(rank) or ()
-            for index, sequence in zip(micro_batch.indices, micro_batch.sequences, strict=True)
-        }
+        share = self.share_of(rank)
+        whole = MicroBatch.of([]) if share is None else share.whole
+        numbers = whole.token_ids.astype(np.float32)
+        return TokenNumbers(indices=whole.indices, lengths=whole.lengths, numbers=numbers)
 
     def update(self, rank, *_):
         if (share := self.share_of(rank)) is None:
             return {}
-        tokens = [s.num_trained_tokens for mb in share for s in mb.sequences]
+        tokens = [s.num_trained_tokens for mb in share for s in sequences_of(mb)]
         return {"actor/entropy": mean(float(rank), sum(tokens))}
 
     def save_state(self, rank, wait):
@@ -102,7 +103,9 @@ def sequences(num):
 def test_requests_are_dealt_one_by_one_and_results_come_back_in_order(num):
     cluster, workers = make_cluster(dp=3)
     results = cluster.engines.generate(requests(num))
-    assert [result.token_ids for result in results] == [[i % 3, 100 + i] for i in range(num)]
+    assert [result.token_ids.tolist() for result in results] == [
+        [i % 3, 100 + i] for i in range(num)
+    ]
     method, shares = workers.calls[-1]
     assert method == Rollout.generate
     assert len(shares) == 3  # every rank is asked, if only for nothing
@@ -115,7 +118,7 @@ def test_only_ranks_with_an_engine_get_requests():
     cluster = Cluster.of(EchoWorkers(placement), placement, TokenBudget(max_tokens=64))
     assert cluster.engines.num_engines == 2
     results = cluster.engines.generate(requests(5))
-    assert [result.token_ids for result in results] == [
+    assert [result.token_ids.tolist() for result in results] == [
         [1, 100],
         [3, 101],
         [1, 102],
@@ -128,11 +131,11 @@ def test_all_ranks_of_an_engine_get_its_requests_and_the_first_one_answers():
     cluster, workers = make_cluster(dp=4, engine_size=2)
     assert cluster.engines.num_engines == 2
     results = cluster.engines.generate(requests(3))
-    assert [result.token_ids for result in results] == [[0, 100], [2, 101], [0, 102]]
+    assert [result.token_ids.tolist() for result in results] == [[0, 100], [2, 101], [0, 102]]
     [(first,), (same,), (second,), (also,)] = workers.calls[-1][1].values()
-    assert [request.prompt_token_ids for request in first] == [[100], [102]]
+    assert [request.prompt_token_ids.tolist() for request in first] == [[100], [102]]
     assert first == same
-    assert [request.prompt_token_ids for request in second] == [[101]]
+    assert [request.prompt_token_ids.tolist() for request in second] == [[101]]
     assert second == also
 
 
@@ -144,7 +147,8 @@ def test_logprobs_come_back_by_sequence_whoever_computed_them(method, model_rank
     cluster, workers = make_cluster(TokenBudget(max_tokens=12), tp=model_ranks)
     wanted = sequences(num)
     found = getattr(cluster.trainer, method)(wanted)
-    assert found == [[float(token) for token in sequence.token_ids] for sequence in wanted]
+    assert {logprobs.dtype for logprobs in found} == {np.dtype(np.float32)}
+    assert [logprobs.tolist() for logprobs in found] == [s.token_ids.tolist() for s in wanted]
     assert workers.calls[-1][0] == getattr(Actor, method)
 
 
@@ -171,7 +175,8 @@ def test_an_update_carries_the_counts_of_the_whole_minibatch_to_every_rank():
         assert objective == "objective"
     assert metrics["batch/tokens"] == sum(len(s.token_ids) for s in batch)
     by_rank = [
-        sum(s.num_trained_tokens for mb in share for s in mb.sequences) for share, *_ in arguments
+        sum(s.num_trained_tokens for mb in share for s in sequences_of(mb))
+        for share, *_ in arguments
     ]
     # One rounding of a division.
     assert metrics["actor/entropy"] == pytest.approx(by_rank[1] / num_tokens, rel=1e-12)
@@ -181,7 +186,7 @@ def test_the_cut_that_was_given_is_kept():
     cluster, workers = make_cluster(SequenceCount(num_sequences=2))
     cluster.trainer.update(sequences(7), None)
     micro_batches = [mb for share, *_ in workers.calls[-1][1].values() for mb in share]
-    assert max(len(mb.sequences) for mb in micro_batches) == 2
+    assert max(len(mb.lengths) for mb in micro_batches) == 2
     assert len(micro_batches) == 4
 
 

@@ -1,3 +1,4 @@
+import heapq
 import itertools
 import random
 
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcore_rl.data import packing
 from mcore_rl.data.packing import (
     SequenceCount,
     TokenBudget,
@@ -26,8 +28,8 @@ def _sequence(length, num_trained=None):
     )
 
 
-def _lengths(rank):
-    return [[len(s.token_ids) for s in micro_batch.sequences] for micro_batch in rank]
+def _lengths(rank, lengths):
+    return [[lengths[index] for index in micro_batch] for micro_batch in rank]
 
 
 lengths = st.lists(st.integers(1, 40), max_size=30)
@@ -41,21 +43,16 @@ multiples = st.integers(1, 4)
 
 @given(lengths, dp_sizes, cuts, multiples)
 def test_every_sequence_is_in_exactly_one_micro_batch(lengths, dp_size, cut, multiple_of):
-    sequences = [_sequence(n) for n in lengths]
-    ranks = plan_micro_batches(sequences, dp_size, cut, multiple_of=multiple_of)
+    ranks = plan_micro_batches(lengths, dp_size, cut, multiple_of=multiple_of)
     micro_batches = [micro_batch for rank in ranks for micro_batch in rank]
-    indices = [i for micro_batch in micro_batches for i in micro_batch.indices]
-    assert sorted(indices) == list(range(len(sequences)))
-    for micro_batch in micro_batches:
-        assert len(micro_batch.sequences) == len(micro_batch.indices)
-        for i, sequence in zip(micro_batch.indices, micro_batch.sequences, strict=True):
-            assert sequence is sequences[i]
+    indices = [i for micro_batch in micro_batches for i in micro_batch]
+    assert sorted(indices) == list(range(len(lengths)))
+    assert all(micro_batch == sorted(micro_batch) for micro_batch in micro_batches)
 
 
 @given(lengths, dp_sizes, cuts, multiples)
 def test_every_rank_has_the_same_multiple_of_micro_batches(lengths, dp_size, cut, multiple_of):
-    sequences = [_sequence(n) for n in lengths]
-    ranks = plan_micro_batches(sequences, dp_size, cut, multiple_of=multiple_of)
+    ranks = plan_micro_batches(lengths, dp_size, cut, multiple_of=multiple_of)
     assert len(ranks) == dp_size
     (count,) = {len(rank) for rank in ranks}
     assert count >= 1
@@ -64,25 +61,25 @@ def test_every_rank_has_the_same_multiple_of_micro_batches(lengths, dp_size, cut
 
 @given(lengths, dp_sizes, st.integers(40, 120))
 def test_no_micro_batch_exceeds_the_token_budget(lengths, dp_size, budget):
-    ranks = plan_micro_batches(
-        [_sequence(n) for n in lengths], dp_size, TokenBudget(max_tokens=budget)
+    ranks = plan_micro_batches(lengths, dp_size, TokenBudget(max_tokens=budget))
+    assert all(
+        sum(micro_batch) <= budget for rank in ranks for micro_batch in _lengths(rank, lengths)
     )
-    assert all(sum(micro_batch) <= budget for rank in ranks for micro_batch in _lengths(rank))
 
 
 @given(lengths, dp_sizes, st.integers(1, 6))
 def test_a_sequence_count_is_kept_with_the_fewest_micro_batches(lengths, dp_size, count):
     cut = SequenceCount(num_sequences=count)
-    ranks = plan_micro_batches([_sequence(n) for n in lengths], dp_size, cut)
-    assert all(len(micro_batch) <= count for rank in ranks for micro_batch in _lengths(rank))
+    ranks = plan_micro_batches(lengths, dp_size, cut)
+    assert all(
+        len(micro_batch) <= count for rank in ranks for micro_batch in _lengths(rank, lengths)
+    )
     assert len(ranks[0]) == max(1, -(-len(lengths) // (count * dp_size)))
 
 
 @given(lengths, dp_sizes, st.integers(40, 120))
 def test_a_token_budget_needs_less_than_twice_the_fewest_micro_batches(lengths, dp_size, budget):
-    ranks = plan_micro_batches(
-        [_sequence(n) for n in lengths], dp_size, TokenBudget(max_tokens=budget)
-    )
+    ranks = plan_micro_batches(lengths, dp_size, TokenBudget(max_tokens=budget))
     # Two bins of a best-fit packing that are each at most half full cannot both exist.
     num_packed = 2 * sum(lengths) / budget + 1
     assert len(ranks[0]) <= max(1, -(-num_packed // dp_size))
@@ -90,10 +87,7 @@ def test_a_token_budget_needs_less_than_twice_the_fewest_micro_batches(lengths, 
 
 @given(lengths, dp_sizes, cuts)
 def test_the_same_input_gives_the_same_plan(lengths, dp_size, cut):
-    sequences = [_sequence(n) for n in lengths]
-    assert plan_micro_batches(sequences, dp_size, cut) == plan_micro_batches(
-        sequences, dp_size, cut
-    )
+    assert plan_micro_batches(lengths, dp_size, cut) == plan_micro_batches(lengths, dp_size, cut)
 
 
 @given(
@@ -111,17 +105,17 @@ def test_denominators_count_the_whole_minibatch_whatever_the_cut(shapes, dp_size
 
 
 def test_the_worked_example_of_the_module():
-    sequences = [_sequence(n) for n in (6, 5, 4, 3, 2)]
-    ranks = plan_micro_batches(sequences, 2, TokenBudget(max_tokens=8))
-    assert [_lengths(rank) for rank in ranks] == [[[6], [4]], [[5], [3, 2]]]
-    assert [[list(m.indices) for m in rank] for rank in ranks] == [[[0], [2]], [[1], [3, 4]]]
+    lengths = [6, 5, 4, 3, 2]
+    ranks = plan_micro_batches(lengths, 2, TokenBudget(max_tokens=8))
+    assert [_lengths(rank, lengths) for rank in ranks] == [[[6], [4]], [[5], [3, 2]]]
+    assert ranks == [[[0], [2]], [[1], [3, 4]]]
 
 
 def test_ranks_are_balanced_by_cost_not_by_position():
     # Cut in order, the first rank would get all the long ones.
-    sequences = [_sequence(n) for n in [4000] * 8 + [500] * 56]
-    ranks = plan_micro_batches(sequences, 8, TokenBudget(max_tokens=8192))
-    flat = [sorted(itertools.chain(*_lengths(rank))) for rank in ranks]
+    lengths = [4000] * 8 + [500] * 56
+    ranks = plan_micro_batches(lengths, 8, TokenBudget(max_tokens=8192))
+    flat = [sorted(itertools.chain(*_lengths(rank, lengths))) for rank in ranks]
     assert flat == [[*[500] * 7, 4000]] * 8
 
 
@@ -137,20 +131,20 @@ def test_ranks_of_a_skewed_minibatch_wait_for_less_than_one_percent():
 
 
 def test_attention_makes_one_long_sequence_cost_more_than_as_many_tokens_in_short_ones():
-    sequences = [_sequence(n) for n in [8192, *[1024] * 9]]
-    ranks = plan_micro_batches(sequences, 2, TokenBudget(max_tokens=10_000))
-    assert sorted(sum(map(sum, _lengths(rank))) for rank in ranks) == [8192, 9216]
+    lengths = [8192, *[1024] * 9]
+    ranks = plan_micro_batches(lengths, 2, TokenBudget(max_tokens=10_000))
+    assert sorted(sum(map(sum, _lengths(rank, lengths))) for rank in ranks) == [8192, 9216]
 
 
 def test_micro_batches_that_run_together_cost_about_the_same():
-    sequences = [_sequence(n) for n in (900, 800, 200, 100)]
-    ranks = plan_micro_batches(sequences, 2, SequenceCount(num_sequences=1))
-    assert [_lengths(rank) for rank in ranks] == [[[900], [100]], [[800], [200]]]
+    lengths = [900, 800, 200, 100]
+    ranks = plan_micro_batches(lengths, 2, SequenceCount(num_sequences=1))
+    assert [_lengths(rank, lengths) for rank in ranks] == [[[900], [100]], [[800], [200]]]
 
 
 def test_a_sequence_longer_than_the_budget_is_refused():
     with pytest.raises(UserError, match=r"actor\.ppo_max_token_len_per_gpu=8 .* 9 tokens"):
-        plan_micro_batches([_sequence(9)], 1, TokenBudget(max_tokens=8))
+        plan_micro_batches([9], 1, TokenBudget(max_tokens=8))
 
 
 @pytest.mark.parametrize(
@@ -214,3 +208,43 @@ def test_metrics_of_an_empty_minibatch_leave_out_the_undefined():
         "batch/tokens": 0,
         "batch/dp_imbalance_frac": 0,
     }
+
+
+@given(lengths, st.integers(1, 8), st.integers(40, 120))
+def test_bins_are_filled_as_if_the_cheapest_with_room_were_sought_among_all(
+    lengths, num_bins, budget
+):
+    costs = [packing._cost(n) for n in lengths]
+    bins, is_placed = [[] for _ in range(num_bins)], True
+    for item in sorted(range(len(lengths)), key=lambda i: -costs[i]):
+        with_room = [b for b in bins if sum(lengths[i] for i in b) + lengths[item] <= budget]
+        is_placed &= bool(with_room)
+        if with_room:
+            min(with_room, key=lambda b: sum(costs[i] for i in b)).append(item)
+    assert packing._even_fit(costs, lengths, budget, num_bins) == (bins if is_placed else None)
+
+
+def test_the_work_of_planning_grows_with_the_sequences_and_not_with_their_square(monkeypatch):
+    """Long sequences leave room in costly bins, short ones fill cheap bins to the brim: every item
+    would pass over all of these."""
+    num_moves = 0
+
+    def counted(move):
+        def wrapped(*args):
+            nonlocal num_moves
+            num_moves += 1
+            return move(*args)
+
+        return wrapped
+
+    for name in ("heappush", "heappop", "heapreplace"):
+        monkeypatch.setattr(packing.heapq, name, counted(getattr(heapq, name)))
+    random_ = random.Random(0)
+    num_sequences = 4000
+    lengths = [
+        (60_000 if random_.random() < 0.15 else 2000) + random_.randint(0, 100)
+        for _ in range(num_sequences)
+    ]
+    plan_micro_batches(lengths, 8, TokenBudget(max_tokens=65_536))
+    # One to place an item; a bin is set aside and taken back at most once for each that it holds.
+    assert num_moves <= 5 * num_sequences

@@ -15,7 +15,7 @@ ROW = {"prompt": "1+1=", "ground_truth": "2", "data_source": "arithmetic"}
 def test_a_plain_string_becomes_one_user_message(tokenizer, write_jsonl):
     (prompt,) = load_prompts(write_jsonl([ROW]), DataConfig(), tokenizer)
     assert prompt.text == "<|im_start|>u1+1=<|im_end|><|im_start|>a"
-    assert prompt.token_ids == tokenizer.convert_tokens_to_ids(
+    assert prompt.token_ids.tolist() == tokenizer.convert_tokens_to_ids(
         ["<|im_start|>", "u", "1", "+", "1", "=", "<|im_end|>", "<|im_start|>", "a"]
     )
     assert (prompt.uid, prompt.data_source, prompt.ground_truth) == (
@@ -292,7 +292,7 @@ def test_sft_trains_the_response_and_the_end_of_its_turn(tokenizer, write_jsonl)
     assert tokenizer.decode(sequence.token_ids) == text
     trained = [t for t, m in zip(sequence.token_ids, sequence.loss_mask, strict=True) if m]
     assert tokenizer.convert_ids_to_tokens(trained) == ["2", "<|im_end|>"]
-    assert sequence.loss_mask[-2:] == [True, True]
+    assert sequence.loss_mask[-2:].tolist() == [True, True]
 
 
 @pytest.mark.parametrize(

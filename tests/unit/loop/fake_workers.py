@@ -30,7 +30,7 @@ from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.types import Layout, Prompt, WriteState
+from mcore_rl.types import Layout, Prompt, TokenNumbers, WriteState
 from mcore_rl.weight_sync.base import send_directly
 from mcore_rl.weight_sync.sync import sync_weights
 from mcore_rl.workers.roles import Actor, Critic, Rollout
@@ -55,7 +55,7 @@ class UnigramEngine:
         temperature = sampling.temperature or self.temperature
         logprobs = torch.log_softmax(self.weights / temperature, dim=0)
         probabilities = logprobs.exp().tolist()
-        source = random.Random(f"{sampling.seed}:{list(request.prompt_token_ids)}")
+        source = random.Random(f"{sampling.seed}:{request.prompt_token_ids.tolist()}")
         tokens: list[int] = []
         while len(tokens) < sampling.max_tokens and END not in tokens:
             if sampling.temperature == 0:
@@ -99,13 +99,14 @@ class UnigramActor:
     def log_softmax(self, weights: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(weights / self.temperature, dim=0)
 
-    def forward(self, micro_batches, weights) -> dict[int, list[float]]:
-        found: dict[int, list[float]] = {}
-        for micro_batch in micro_batches:
-            batch = pack(micro_batch, pad_token_id=END, device="cpu")
-            lists = unpack(self.output(weights, batch)[0], batch)
-            found |= dict(zip(micro_batch.indices, lists, strict=True))
-        return found
+    def forward(self, micro_batches, weights) -> TokenNumbers:
+        batches = [pack(mb, pad_token_id=END, device="cpu") for mb in micro_batches]
+        numbers = [unpack(self.output(weights, batch)[0], batch) for batch in batches]
+        return TokenNumbers(
+            indices=np.concatenate([mb.indices for mb in micro_batches]),
+            lengths=np.concatenate([mb.lengths for mb in micro_batches]),
+            numbers=np.concatenate(numbers),
+        )
 
     def update(self, shares) -> list:
         """Do one update on the micro-batches of all ranks; return the metrics of each rank."""
@@ -249,12 +250,10 @@ class FakeWorkers:
             case Actor.logprobs:
                 return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
             case Actor.record_logprobs:
+                logprobs = [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
                 return [
-                    {
-                        index: (logprobs, fake_routes(len(logprobs) - 1, step=self.step))
-                        for index, logprobs in self.actor.forward(mb, self.actor.weights).items()
-                    }
-                    for (mb,) in args_of_rank
+                    (of_rank, fake_routes(int((of_rank.lengths - 1).sum()), step=self.step))
+                    for of_rank in logprobs
                 ]
             case Actor.ref_logprobs:
                 return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]

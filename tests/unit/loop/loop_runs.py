@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_config, make_inputs
+from sequences import sequences_of
 
 from mcore_rl.loop.on_policy import train
 from mcore_rl.loop.resume import open_run_folder
@@ -46,7 +47,7 @@ class Run:
     def updates(self) -> list[list[Any]]:
         """The sequences of every update, over both ranks."""
         return [
-            [s for micro_batches, *_ in args for mb in micro_batches for s in mb.sequences]
+            [s for micro_batches, *_ in args for mb in micro_batches for s in sequences_of(mb)]
             for args in self.arguments("actor.update")
         ]
 

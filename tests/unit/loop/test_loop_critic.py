@@ -1,6 +1,7 @@
 """The loop with a critic: what it asks for, warm-up, and a resume to the same numbers."""
 
 import pytest
+from sequences import sequences_of
 
 GAE = "algorithm.adv_estimator=gae"
 
@@ -30,10 +31,11 @@ def test_values_come_before_the_advantages_and_the_critic_trains_first(run_loop)
 def test_the_critic_gets_values_and_returns_and_the_actor_does_not(run_loop):
     run = run_loop(GAE, steps=1)
     [(micro_batches, *_), *_] = run.arguments("critic.update")[0]
-    of_critic = [s for mb in micro_batches for s in mb.sequences]
+    of_critic = [s for mb in micro_batches for s in sequences_of(mb)]
     assert all(len(s.values) == len(s.returns) == len(s.token_ids) for s in of_critic)
-    assert not any(s.advantages or s.rollout_logprobs for s in of_critic)
-    assert not any(s.values or s.returns for update in run.updates for s in update)
+    assert {s.advantages for s in of_critic} == {s.rollout_logprobs for s in of_critic} == {None}
+    of_actor = [s for update in run.updates for s in update]
+    assert {s.values for s in of_actor} == {s.returns for s in of_actor} == {None}
 
 
 def test_the_actor_waits_for_the_warm_up_of_the_critic(run_loop):

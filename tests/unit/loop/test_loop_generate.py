@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts, make_tokenizer
 
@@ -35,7 +36,7 @@ def setting():
     return SimpleNamespace(answer=answer, workers=workers)
 
 
-def test_a_sample_holds_prompt_and_response_in_lists_of_one_length(setting):
+def test_a_sample_holds_prompt_and_response_in_arrays_of_one_length(setting):
     prompts = make_prompts(4, 0, "s")
     groups = setting.answer("0:0", prompts)
     assert [group.prompt for group in groups] == prompts
@@ -43,12 +44,14 @@ def test_a_sample_holds_prompt_and_response_in_lists_of_one_length(setting):
         assert [sample.index for sample in group.samples] == [0, 1, 2]
         for sample in group.samples:
             num_prompt = len(group.prompt.token_ids)
-            response = sample.token_ids[num_prompt:]
+            response = sample.token_ids[num_prompt:].tolist()
             assert sample.prompt is group.prompt
-            assert sample.token_ids[:num_prompt] == group.prompt.token_ids
-            assert sample.loss_mask == [False] * num_prompt + [True] * len(response)
+            assert sample.token_ids.dtype == np.int32
+            assert sample.token_ids[:num_prompt].tolist() == group.prompt.token_ids.tolist()
+            assert sample.loss_mask.tolist() == [False] * num_prompt + [True] * len(response)
+            assert sample.rollout_logprobs.dtype == np.float32
             assert len(sample.rollout_logprobs) == len(sample.token_ids)
-            assert sample.rollout_logprobs[:num_prompt] == [0.0] * num_prompt
+            assert sample.rollout_logprobs[:num_prompt].tolist() == [0.0] * num_prompt
             assert all(logprob < 0 for logprob in sample.rollout_logprobs[num_prompt:])
             assert sample.weight_version == 7
             # The end token is special: it is trained on and not judged.
@@ -61,14 +64,14 @@ def test_a_sample_holds_prompt_and_response_in_lists_of_one_length(setting):
 def test_what_is_drawn_depends_on_seed_prompt_and_index_and_not_on_its_neighbours(setting):
     prompts = make_prompts(4, 0, "s")
     tokens = {
-        (g.prompt.uid, s.index): s.token_ids
+        (g.prompt.uid, s.index): s.token_ids.tolist()
         for g in setting.answer("0:0", prompts)
         for s in g.samples
     }
     reordered = setting.answer("0:0", [prompts[2], prompts[0]], n=2)
     for group in reordered:
         for sample in group.samples:
-            assert sample.token_ids == tokens[group.prompt.uid, sample.index]
+            assert sample.token_ids.tolist() == tokens[group.prompt.uid, sample.index]
 
 
 def test_seeds_differ_between_steps_prompts_and_samples(setting):
@@ -95,8 +98,8 @@ def test_rollout_metrics_describe_lengths_ends_and_staleness():
             prompt=prompt,
             index=0,
             token_ids=[*prompt.token_ids, *range(length)],
-            loss_mask=[],
-            rollout_logprobs=[],
+            loss_mask=[False] * (len(prompt.token_ids) + length),
+            rollout_logprobs=[0.0] * (len(prompt.token_ids) + length),
             finish_reason=finish_reason,
             weight_version=version,
         )

@@ -54,7 +54,7 @@ def test_a_step_is_one_update_on_the_next_sequences_and_asks_for_no_engine(tmp_p
     assert [line["step"] for line in metrics] == [0, 1, 2]
     for method, args in workers.calls:
         if method == "actor.update":
-            assert sum(len(mb.sequences) for mbs, *_ in args for mb in mbs) == 3
+            assert sum(len(mb.lengths) for mbs, *_ in args for mb in mbs) == 3
 
 
 def test_the_loss_falls_to_what_the_data_allows(tmp_path):

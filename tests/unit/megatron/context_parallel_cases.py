@@ -9,8 +9,7 @@ from mcore_rl.types import MicroBatch
 
 
 def row(sequences, size):
-    micro_batch = MicroBatch(sequences=sequences, indices=range(len(sequences)))
-    return pack(micro_batch, pad_token_id=0, device="cpu", align_sequence=2 * size)
+    return pack(MicroBatch.of(sequences), pad_token_id=0, device="cpu", align_sequence=2 * size)
 
 
 def sequence_quantities(sequences, values_T, factors_S):

@@ -85,7 +85,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
 ):
     """Also where one rank alone has it: all ranks skip the update, count it, and the next one is
     that of a run in which the bad minibatch never came."""
-    others = [replace(sequence, advantages=()) for sequence in SEQUENCES[:3]]
+    others = [replace(sequence, advantages=None) for sequence in SEQUENCES[:3]]
     assert all(60 not in sequence.token_ids for sequence in others)
     bad = TokenSequence(token_ids=[60, 1, 2], loss_mask=[False, True, True])
     spoilt = ("update", [bad, *others], PoisonedObjective(token_id=60, factor=factor))
