@@ -41,6 +41,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
             stop_token_ids=inputs.stop_token_ids,
             config=cfg.rollout,
             routing=inputs.routing,
+            with_text=True,
         ),
         critic=cfg.critic if cfg.has_critic else None,
     )

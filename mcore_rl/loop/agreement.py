@@ -43,7 +43,6 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         top_k=cfg.rollout.top_k,
         max_tokens=min(MAX_TOKENS, cfg.data.max_response_length),
         seed=f"{cfg.data.seed}:agreement",
-        tokenizer=inputs.tokenizer,
     )
     if inputs.routing is not None:
         check_routes(groups, inputs.routing, step)

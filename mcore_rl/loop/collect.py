@@ -104,7 +104,6 @@ def generate(
         top_k=cfg.rollout.top_k,
         max_tokens=cfg.data.max_response_length,
         seed=f"{cfg.data.seed}:{step}" + f":{draw}" * (draw > 0),
-        tokenizer=inputs.tokenizer,
     )
     versions = {sample.weight_version for group in groups for sample in group.samples}
     assert versions == {step}, f"weights of versions {versions} answered in step {step}"

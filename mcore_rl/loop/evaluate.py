@@ -42,7 +42,6 @@ def evaluate(
             top_k=val.top_k if val.do_sample else -1,
             max_tokens=cfg.data.max_response_length,
             seed=f"{cfg.data.seed}:val",
-            tokenizer=inputs.tokenizer,
         )
         groups += inputs.scorer.score(answered)[0]
     samples.log(step, "val", groups)

@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mcore_rl.cluster.cluster import Cluster
-from mcore_rl.data.chat import decode_response
 from mcore_rl.metrics import Metric, Metrics, maximum, minimum
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
 from mcore_rl.types import Prompt, Sample, SampleGroup
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def generate_groups(
@@ -29,7 +24,6 @@ def generate_groups(
     top_k: int,
     max_tokens: int,
     seed: str,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> list[SampleGroup]:
     """Return `n` samples of every prompt.
 
@@ -43,7 +37,6 @@ def generate_groups(
         max_tokens: of a response.
         seed: with a prompt's uid and a sample's index it fixes what is drawn, whichever engine
             draws it.
-        tokenizer: decodes responses.
     """
     requests = [
         GenerationRequest(
@@ -63,7 +56,7 @@ def generate_groups(
     return [
         SampleGroup(
             prompt=prompt,
-            samples=[_sample(prompt, index, next(results), tokenizer) for index in range(n)],
+            samples=[_sample(prompt, index, next(results)) for index in range(n)],
         )
         for prompt in prompts
     ]
@@ -73,9 +66,7 @@ def _request_seed(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
-def _sample(
-    prompt: Prompt, index: int, result: GenerationResult, tokenizer: PreTrainedTokenizerBase
-) -> Sample:
+def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
     num_prompt = len(prompt.token_ids)
     token_ids = np.concatenate([prompt.token_ids, result.token_ids])
     return Sample(
@@ -87,7 +78,7 @@ def _sample(
         finish_reason=result.finish_reason,
         weight_version=result.weight_version,
         routed_experts=result.routed_experts,
-        response_text=decode_response(tokenizer, result.token_ids.tolist()),
+        response_text=result.text,
     )
 
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 class RunInputs:
     """Inputs of a reinforcement-learning run."""
 
-    tokenizer: PreTrainedTokenizerBase
     prompts: ItemStream[Prompt]
     val_prompts: Sequence[Prompt]
     scorer: RewardScorer
@@ -67,7 +66,6 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)
     stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     return RunInputs(
-        tokenizer=tokenizer,
         prompts=stream,
         val_prompts=val_prompts,
         scorer=scorer,

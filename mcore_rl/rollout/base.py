@@ -186,6 +186,9 @@ class GenerationResult:
     """"stop", "length" or "abort"."""
     weight_version: int
     """Version of the weights that produced it."""
+    text: str = ""
+    """`token_ids` decoded without special tokens, by the engine's host where
+    `EngineSpec.with_text` asks for it."""
     routed_experts: np.ndarray | None = None
     """See `Sample.routed_experts`; None unless `EngineSpec.routing` asks for it."""
 
@@ -200,7 +203,7 @@ class EngineSpec:
     """What an engine needs to start; its weights arrive by the first sync."""
 
     model_path: str
-    """Hugging Face folder; only its config is read."""
+    """Hugging Face folder; only its config is read, and its tokenizer for texts."""
     dtype: str
     max_model_len: int
     stop_token_ids: Sequence[int]
@@ -208,6 +211,8 @@ class EngineSpec:
     config: RolloutConfig
     routing: Routing | None = None
     """The model's experts, to have results carry those of every token; None: they do not."""
+    with_text: bool = False
+    """Whether results carry their text."""
 
 
 class RolloutEngine(Protocol):

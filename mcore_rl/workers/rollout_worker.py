@@ -1,10 +1,13 @@
-"""The host of a rollout engine in a worker process."""
+"""The host of a rollout engine in a worker process; it decodes what the engine answers, so that
+the controller need not decode the answers of all engines one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mcore_rl.cluster.placement import Place
+from mcore_rl.data.chat import decode_response, load_tokenizer
 from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
@@ -28,6 +31,7 @@ class RolloutWorker(Rollout):
         self._exporter = exporter
         self.transport = TRANSPORTS.get(spec.config.weight_transport)
         self.engine = load_engine(spec)
+        self._tokenizer = load_tokenizer(spec.model_path) if spec.with_text else None
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one result per request, in order; nothing on ranks but the engine's first.
@@ -35,7 +39,12 @@ class RolloutWorker(Rollout):
         Every rank of the engine must be given the same requests.
         """
         results = self.engine.generate(requests)
-        return results if self._is_first else []
+        return [self._with_text(result) for result in results] if self._is_first else []
+
+    def _with_text(self, result: GenerationResult) -> GenerationResult:
+        if self._tokenizer is None:
+            return result
+        return replace(result, text=decode_response(self._tokenizer, result.token_ids.tolist()))
 
     def sync_weights(self, version: int) -> Metrics:
         """Give this process's engine the actor's weights as `version`; collective."""

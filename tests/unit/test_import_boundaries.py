@@ -81,6 +81,7 @@ MAY_IMPORT = {
         "megatron",
         "models",
         "data.batch",
+        "data.chat",
         "rollout",
         "weight_sync",
     ),

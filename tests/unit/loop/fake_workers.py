@@ -8,6 +8,7 @@ numbers. Everything that the loop asks for is written down.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.data.batch import pack, unpack
+from mcore_rl.data.chat import decode_response
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import maximum, merge, to_host
@@ -238,7 +240,7 @@ class FakeWorkers:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
             case Rollout.generate:
                 return [
-                    engine.generate(requests)
+                    [with_text(result) for result in engine.generate(requests)]
                     for engine, (requests,) in zip(self.engines, args_of_rank, strict=True)
                 ]
             case Rollout.sync_weights:
@@ -298,6 +300,7 @@ def make_prompts(num: int, first: int, source: str) -> list[Prompt]:
     ]
 
 
+@functools.cache
 def make_tokenizer() -> Any:
     """Return a real tokenizer whose token i is the word w<i>; token 0 ends a response."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -307,6 +310,11 @@ def make_tokenizer() -> Any:
     tokens = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="w0")
+
+
+def with_text(result: GenerationResult) -> GenerationResult:
+    """Return the result as the host of an engine hands it out."""
+    return replace(result, text=decode_response(make_tokenizer(), result.token_ids.tolist()))
 
 
 def make_config(*overrides: str) -> RunConfig:
@@ -328,7 +336,6 @@ def make_config(*overrides: str) -> RunConfig:
 def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: int) -> RunInputs:
     custom = CustomRewardConfig(path=str(reward_file))
     return RunInputs(
-        tokenizer=make_tokenizer(),
         prompts=ItemStream(make_prompts(10, 0, "train"), seed=cfg.data.seed),
         val_prompts=make_prompts(num_val, 100, "val"),
         scorer=RewardScorer(cfg.reward, custom),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts, make_tokenizer
+from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
 
 from mcore_rl.loop.generate import generate_groups, rollout_metrics
 from mcore_rl.metrics import to_floats
@@ -30,7 +30,6 @@ def setting():
             top_k=-1,
             max_tokens=6,
             seed=seed,
-            tokenizer=make_tokenizer(),
         )
 
     return SimpleNamespace(answer=answer, workers=workers)
