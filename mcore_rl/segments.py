@@ -53,12 +53,12 @@ class Segments:
         The first token of a sequence is never predicted and never trains, whatever its mask says.
         """
         masks = [np.asarray(mask, np.bool_) for mask in loss_masks]
-        lengths = torch.tensor([len(mask) for mask in masks], dtype=torch.int64)
+        lengths = np.array([len(mask) for mask in masks], np.int64)
         mask = np.concatenate([np.zeros(0, np.bool_), *masks])
-        mask[(lengths.cumsum(0) - lengths)[lengths > 0].numpy()] = False
+        mask[(lengths.cumsum() - lengths)[lengths > 0]] = False
         num_tokens = [np.count_nonzero(mask[1:]) for mask in masks]
         return cls(
-            sequence_T=torch.arange(len(lengths)).repeat_interleave(lengths),
+            sequence_T=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
             mask_T=torch.from_numpy(mask),
             num_tokens_S=torch.tensor(num_tokens, dtype=torch.float64),
         )

@@ -40,17 +40,17 @@ def assign_advantages(
     """
     estimator = ADVANTAGES.get(cfg.adv_estimator)
     inputs = advantage_inputs(groups, estimator)
-    advantages_T = estimator.compute(inputs, cfg.options)
+    advantages_T = estimator.compute(inputs, cfg.options).float()
     lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
-    assigned = with_sample_fields(groups, advantages=_arrays(advantages_T, lengths))
+    fields = {"advantages": _arrays(advantages_T, lengths)}
     mask_T, num_groups = inputs.segments.mask_T, len(groups)
     metrics: Metrics = {}
     if estimator.returns is not None:
         returns_T = estimator.returns(inputs, cfg.options)
-        assigned = with_sample_fields(assigned, returns=_arrays(returns_T, lengths))
+        fields["returns"] = _arrays(returns_T.float(), lengths)
         metrics = _value_metrics(inputs, returns_T)
     num_useless = inputs.has_equal_rewards_P.sum()
-    return assigned, metrics | {
+    return with_sample_fields(groups, **fields), metrics | {
         "advantage/mean": masked_mean(advantages_T, mask_T),
         "advantage/abs_mean": masked_mean(advantages_T.abs(), mask_T),
         "advantage/max": masked_max(advantages_T, mask_T),
@@ -78,7 +78,7 @@ def advantage_inputs(
 
 def _arrays(x_T: Tensor, lengths: Sequence[int]) -> list[Numbers]:
     """Return the values of each sample."""
-    return [piece.numpy() for piece in x_T.float().split(lengths)]
+    return [piece.numpy() for piece in x_T.split(lengths)]
 
 
 def _value_metrics(inputs: AdvantageInputs, returns_T: Tensor) -> Metrics:

@@ -53,27 +53,27 @@ def raw_advantages(inputs: AdvantageInputs, cfg: GaeConfig) -> Tensor:
     """Return the advantage of each token before whitening, [T] float64."""
     assert inputs.values_T is not None, "gae needs the values of a critic"
     mask_T = inputs.segments.mask_T
-    lengths = inputs.segments.num_tokens_S.long().tolist()
-    # One row per sample, its trained tokens flush left: columns are walked from the last to the
-    # first, and what lies behind a row's end stays 0.
-    values_NL = _rows(inputs.values_T[mask_T], lengths)
-    rewards_NL = torch.zeros_like(values_NL)
-    has_tokens_N = inputs.segments.num_tokens_S > 0
-    last_N = inputs.segments.num_tokens_S.long() - 1
-    rewards_NL[has_tokens_N, last_N[has_tokens_N]] = inputs.rewards_N[has_tokens_N]
-    next_values_NL = torch.cat([values_NL[:, 1:], values_NL.new_zeros(len(lengths), 1)], dim=1)
-    delta_NL = rewards_NL + cfg.gamma * next_values_NL - values_NL
-    advantages_NL = torch.zeros_like(delta_NL)
-    carried_N = delta_NL.new_zeros(len(lengths))
-    for t in range(delta_NL.shape[1] - 1, -1, -1):
-        carried_N = delta_NL[:, t] + cfg.gamma * cfg.lam * carried_N
-        advantages_NL[:, t] = carried_N
+    # From here on a sample is its trained tokens, at `last_N` the last of them.
+    values = inputs.values_T[mask_T]
+    length_N = inputs.segments.num_tokens_S.long()
+    has_tokens_N = length_N > 0
+    last_N = (length_N.cumsum(0) - 1)[has_tokens_N]
+    rewards = torch.zeros_like(values)
+    rewards[last_N] = inputs.rewards_N[has_tokens_N]
+    next_values = torch.cat([values[1:], values.new_zeros(1)])
+    next_values[last_N] = 0.0
+    delta = rewards + cfg.gamma * next_values - values
+    # All samples are walked at once from their last token to their first. Longest first, so that
+    # those that go on are at the front.
+    length_N, order_N = length_N[has_tokens_N].sort(descending=True)
+    token_N, carried_N = last_N[order_N], delta.new_zeros(len(order_N))
+    num_longer = len(length_N) - length_N.bincount().cumsum(0)  # than 0, 1, .. tokens
+    advantages = torch.zeros_like(delta)
+    for num_left in num_longer[:-1].tolist():
+        token_N, carried_N = token_N[:num_left], carried_N[:num_left]
+        carried_N = delta[token_N] + cfg.gamma * cfg.lam * carried_N
+        advantages[token_N] = carried_N
+        token_N = token_N - 1
     advantages_T = torch.zeros_like(inputs.values_T)
-    is_token_NL = torch.arange(delta_NL.shape[1]) < inputs.segments.num_tokens_S.unsqueeze(1)
-    advantages_T[mask_T] = advantages_NL[is_token_NL]
+    advantages_T[mask_T] = advantages
     return advantages_T
-
-
-def _rows(x_T: Tensor, lengths: list[int]) -> Tensor:
-    """Return the pieces of `x_T` of these lengths as rows, padded with 0 on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(x_T.split(lengths)), batch_first=True)
