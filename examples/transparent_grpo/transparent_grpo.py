@@ -23,6 +23,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -115,7 +116,7 @@ def logprobs(model: LlamaForCausalLM, token_ids: Sequence[Sequence[int]]) -> Ten
     """
     lengths = torch.tensor([len(ids) for ids in token_ids])
     inputs_BL = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(ids) for ids in token_ids], batch_first=True
+        [torch.tensor(ids, dtype=torch.int64) for ids in token_ids], batch_first=True
     )
     # Padding stands on the right, so causal attention never looks at it.
     logits_BLV = model(input_ids=inputs_BL).logits
@@ -267,7 +268,7 @@ def with_ref_logprobs(
         replace(
             group,
             samples=[
-                replace(s, old_logprobs=s.rollout_logprobs, ref_logprobs=next(of_sample).tolist())
+                replace(s, old_logprobs=s.rollout_logprobs, ref_logprobs=next(of_sample).numpy())
                 for s in group.samples
             ],
         )
@@ -284,8 +285,8 @@ def update(model, optimizer, minibatch: Sequence[SampleGroup], objective) -> dic
     segments = Segments.from_loss_masks([sample.loss_mask for sample in samples])
     inputs = PolicyLossInputs(
         logprobs_T=logprobs(model, [sample.token_ids for sample in samples]),
-        old_logprobs_T=torch.tensor([x for sample in samples for x in sample.old_logprobs]),
-        advantages_T=torch.tensor([x for sample in samples for x in sample.advantages]),
+        old_logprobs_T=torch.tensor(np.concatenate([sample.old_logprobs for sample in samples])),
+        advantages_T=torch.tensor(np.concatenate([sample.advantages for sample in samples])),
         segments=segments,
     )
     loss, metrics = actor_objective(inputs, denominators=denominators(segments), spec=objective)
