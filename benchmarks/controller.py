@@ -8,9 +8,9 @@ planned and the share of every data-parallel rank is pickled: two passes of log-
 the updates of a step, for a layout of TP4 PP2 DP8 on 64 devices. Nothing is sent. With `--against`
 the same is done by another state of the package (its folder), in processes of its own.
 
-`ns` are nanoseconds of CPU time a token of a step (prompt and response), `MiB` is the growth of the
-resident set; the samples themselves, made before, do not count. `wire` is what a pass has for
-all data-parallel ranks together, in bytes a token, each share once.
+Columns are nanoseconds of CPU time a token of a step (prompt and response). `peak B` is the growth
+of the resident set in bytes a token, beside the samples, which are made before. `wire B` is what
+all ranks are sent, in bytes a token: each share once, or before, once for every rank of a model.
 """
 
 from __future__ import annotations
