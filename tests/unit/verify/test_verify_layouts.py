@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 
 import pytest
+from sequences import lists_of
 
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
@@ -80,14 +80,6 @@ def test_a_mistake_is_one_line_before_anything_starts(tiny_checkpoint, capsys, a
     assert err.count("\n") == 1
 
 
-def contents(sequences):
-    """Return what sequences hold, as lists."""
-    return [
-        {name: x.tolist() for name, x in dataclasses.asdict(sequence).items() if x is not None}
-        for sequence in sequences
-    ]
-
-
 def test_the_minibatch_is_ragged_and_hangs_on_the_seed_alone(tmp_path):
     args = parse("--model", "m", "--sequences", "40", "--max-length", "12", "--seed", "3")
     sequences = random_minibatch(args, 7)
@@ -102,12 +94,12 @@ def test_the_minibatch_is_ragged_and_hangs_on_the_seed_alone(tmp_path):
         trained = {a for a, m in zip(sequence.advantages, sequence.loss_mask, strict=True) if m}
         assert len(trained) <= 1
         assert all(a == 0 for a in set(sequence.advantages) - trained)
-    numbers = contents(sequences)
-    assert contents(random_minibatch(args, 7)) == numbers
+    numbers = [lists_of(s) for s in sequences]
+    assert [lists_of(s) for s in random_minibatch(args, 7)] == numbers
     args.seed = 4
-    assert contents(random_minibatch(args, 7)) != numbers
+    assert [lists_of(s) for s in random_minibatch(args, 7)] != numbers
     write_minibatch(tmp_path, sequences)
-    assert contents(read_minibatch(tmp_path)) == numbers
+    assert [lists_of(s) for s in read_minibatch(tmp_path)] == numbers
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "it's", "a,b=c", "[x]{y}", 'say "so"', "100$"])
