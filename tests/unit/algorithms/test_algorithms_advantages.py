@@ -74,7 +74,7 @@ def advantages_of(rewards, **options):
 def test_samples_get_what_the_estimator_computes_rounded_to_float32(estimator):
     groups, cfg = (
         make_groups([[0.1, 0.7, 0.3], [0.2, 0.9]]),
-        algorithm(adv_estimator=estimator),
+        algorithm(estimator),
     )
     assigned, _ = assign_advantages(groups, cfg)
     found = [sample.advantages for group in assigned for sample in group.samples]

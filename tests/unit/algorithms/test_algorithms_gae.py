@@ -51,10 +51,12 @@ def recursion(sample, gamma, lam):
 
 def computed(batch, **options):
     """Return (advantages, returns) of the tokens of each sample, in float64."""
-    cfg, estimator = AlgorithmConfig(adv_estimator="gae", **options), ADVANTAGES.get("gae")
+    cfg, estimator = AlgorithmConfig.of("gae", **options), ADVANTAGES.get("gae")
     groups = [SampleGroup(prompt=PROMPT, samples=[sample]) for sample in batch]
     inputs, lengths = advantage_inputs(groups, estimator), [len(s.token_ids) for s in batch]
-    of_tokens = [how(inputs, cfg).split(lengths) for how in (estimator.compute, estimator.returns)]
+    of_tokens = [
+        how(inputs, cfg.options).split(lengths) for how in (estimator.compute, estimator.returns)
+    ]
     return [[part.tolist() for part in parts] for parts in zip(*of_tokens, strict=True)]
 
 

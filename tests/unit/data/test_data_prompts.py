@@ -203,7 +203,7 @@ def test_sft_reads_conversations_in_rows_without_a_response(tokenizer, write_jso
     assert tokenizer.convert_ids_to_tokens(trained) == ["2", "<|im_end|>", "4", "<|im_end|>"]
     assert tokenizer.decode(third.token_ids).endswith("<|im_start|>a5<|im_end|>")
     (named,) = load_sft_sequences(write_jsonl(rows[3:]), DataConfig(messages_key="talk"), tokenizer)
-    assert named == first
+    assert lists_of(named) == lists_of(first)
 
 
 @pytest.mark.parametrize(
