@@ -8,7 +8,7 @@ vLLM's own lifecycle. Engines sample; they neither tokenize nor judge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -201,6 +201,8 @@ class EngineSpec:
     config: RolloutConfig
     routing: Routing | None = None
     """The model's experts, to have results carry those of every token; None: they do not."""
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that the engine is to read otherwise; see `ModelFamily`."""
 
 
 class RolloutEngine(Protocol):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from tiny_checkpoints import CHECKPOINTS
 from transformers import GPT2Config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -404,3 +405,20 @@ def test_experts_under_tensor_parallelism_need_sequence_parallelism(make_config)
         check_layout(make_config("qwen3_moe"), layout, sequence_parallel=False)
     check_layout(make_config("qwen3_moe"), layout, sequence_parallel=True)
     check_layout(make_config("qwen3"), Layout(tp=2), sequence_parallel=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("deepseek_v3", {}, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("deepseek_v2", {"topk_method": "greedy"}, {"n_group": 1, "topk_group": 1}),
+        ("deepseek_v2", {}, {}),
+        ("qwen3_moe", {}, {}),
+    ],
+)
+def test_an_engine_is_told_what_it_would_not_take_from_the_configuration(name, changes, told):
+    """vLLM gives a router a softmax and no biases unless fields say otherwise that transformers
+    does not write, and groups whatever topk_method says."""
+    config_class, sizes = CHECKPOINTS[name]
+    config = config_class(**sizes | changes)
+    assert model_family(config).engine_overrides(config) == told
