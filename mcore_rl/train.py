@@ -42,7 +42,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
             stop_token_ids=inputs.stop_token_ids,
             config=cfg.rollout,
             routing=inputs.routing,
-            config_overrides=engine_overrides(str(cfg.model.path)),
+            config_overrides=engine_overrides(cfg.model.folder),
         ),
         critic=cfg.critic if cfg.has_critic else None,
     )
