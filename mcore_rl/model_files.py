@@ -42,6 +42,7 @@ _COPIED = (
     "chat_template*",
     "vocab.*",
     "merges.txt",
+    "additional_chat_templates/*",
 )
 
 
@@ -82,7 +83,7 @@ def find_model(
     folder, (repository, _, revision) = Path(name).expanduser(), str(name).partition("@")
     if os.path.isdir(folder) or not is_hub_name(repository):
         return folder
-    patterns = [*_COPIED, "additional_chat_templates/*", *(_WEIGHTS if weights else ())]
+    patterns = [*_COPIED, *(_WEIGHTS if weights else ())]
     try:
         folder = fetch(
             repository, patterns, kind="model", revision=revision or None, download=download

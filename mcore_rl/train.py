@@ -24,6 +24,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     from mcore_rl.loop.on_policy import train
     from mcore_rl.loop.resume import open_run_folder
     from mcore_rl.loop.validate import validate
+    from mcore_rl.models.spec import engine_overrides
 
     inputs = load_run_inputs(cfg)
     run_dir = open_run_folder(cfg, inputs.total_steps)
@@ -42,6 +43,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
             config=cfg.rollout,
             routing=inputs.routing,
             with_text=True,
+            config_overrides=engine_overrides(cfg.model.folder),
         ),
         critic=cfg.critic if cfg.has_critic else None,
     )

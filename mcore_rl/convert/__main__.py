@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Hugging Face folder, or name of the hub, to take config and tokenizer from; default: "
         "the input, or model.path in the config.yaml of its run",
     )
+    to_hf.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a checkpoint of a run with LoRA write the adapters alone, as PEFT reads them; "
+        "default: its base with the adapters in it",
+    )
     to_hf.set_defaults(run=_mcore_to_hf)
 
     for direction in (to_mcore, to_hf):
@@ -95,10 +101,17 @@ def _mcore_to_hf(args: argparse.Namespace) -> None:
     _check_prompts(args)
     if args.config_from is not None:
         args.config_from = find_model(
-            args.config_from, "--config-from", weights=False, download=True
+            args.config_from, "--config-from", weights=args.adapter, download=True
         )
-    from mcore_rl.convert.convert import find_checkpoint, mcore_to_hf
+    from mcore_rl.convert.convert import adapter_to_peft, find_checkpoint, mcore_to_hf
 
+    if args.adapter:
+        for key in ("dtype", "verify"):
+            value = getattr(args, key)
+            require(not value, f"--{key}", value, "has no effect with --adapter", "Leave it out.")
+        adapter_to_peft(args.input, args.output, config_from=args.config_from)
+        sys.stdout.write(f"{args.output}\n")
+        return
     _convert(args, partial(mcore_to_hf, config_from=args.config_from))
     if args.verify:
         mcore, _ = find_checkpoint(args.input, args.config_from)

@@ -11,6 +11,7 @@ of the input's shapes, so a conversion that goes on writes what is missing, byte
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -22,15 +23,18 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mcore_rl import __version__
 from mcore_rl.checkpoint_metadata import METADATA_FILE
+from mcore_rl.convert.adapters import AdaptedModel, holds_adapters
 from mcore_rl.convert.ahead import made_ahead
 from mcore_rl.convert.parts import Part, append
 from mcore_rl.convert.safetensors_stream import SafetensorsSource, TensorInfo, write_header
 from mcore_rl.convert.staging import StagedFolder
 from mcore_rl.convert.stored import StoredParam, stored_params
 from mcore_rl.convert.torch_dist import (
+    COMMON_FILE,
     FORMAT_FILE,
     Location,
     Piece,
@@ -41,9 +45,10 @@ from mcore_rl.convert.torch_dist import (
     saved_tensor_length,
     write_tensor,
 )
+from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import require
-from mcore_rl.model_files import CONFIG_FILE, find_model, model_files
-from mcore_rl.models.lora import is_adapter
+from mcore_rl.model_code import copied_files, without_missing_code
+from mcore_rl.model_files import CONFIG_FILE, find_model
 from mcore_rl.models.mappings import Range, Shape, Vocab, rows_of
 from mcore_rl.models.safetensors_io import (
     INDEX_FILE,
@@ -62,7 +67,6 @@ FILE_BYTES = 2**30
 """Size at which a file is closed; what is lost at most when a conversion is killed."""
 
 OBJECTS_FILE = "__0_objects.distcp"
-COMMON_FILE = "common.pt"
 
 Progress = Callable[[int, int], None]
 """(bytes written so far, bytes in all)"""
@@ -92,6 +96,7 @@ def hf_to_mcore(
     _require_folder(source)
     config = load_hf_config(source)
     check_weights(source, config)
+    check_tokenizer(source, config.vocab_size)
     hf = SafetensorsSource(CheckpointReader(source))
     params = stored_params(config)
     planned = [piece for param in params for piece in _pieces(param, hf, dtype)]
@@ -138,12 +143,14 @@ def mcore_to_hf(
 ) -> None:
     """Write the model of a distributed checkpoint as a Hugging Face folder.
 
+    A checkpoint of a run with LoRA gives the base with the adapters in it.
+
     Args:
         source: what `hf_to_mcore` wrote, or a training checkpoint `.../checkpoints/global_step_N`.
         out: made; must not exist.
-        config_from: Hugging Face folder with config and tokenizer; None takes `source` itself or
-            the model of the run that the checkpoint belongs to.
-        dtype: of the weights written; None keeps each as it is.
+        config_from: Hugging Face folder with config and tokenizer, and with the base of adapters;
+            None takes `source` itself or the model of the run that the checkpoint belongs to.
+        dtype: of the weights written; None keeps each as it is, of adapters as in their base.
         file_bytes: size at which a shard is closed.
         progress: told after every piece.
 
@@ -153,15 +160,12 @@ def mcore_to_hf(
     """
     folder, model_folder = find_checkpoint(source, config_from)
     config = load_hf_config(model_folder)
+    check_tokenizer(model_folder, config.vocab_size)
     mcore = TorchDistSource(folder)
-    params = stored_params(config)
-    check_torch_dist(mcore, params)
-    param_of = {hf.name: param for param in params for hf in param.entry.mapping.sources}
-    tensors = {
-        hf.name: TensorInfo(hf.name, param.dtype(mcore.dtype(param.key), dtype), hf.shape)
-        for param in params
-        for hf in param.entry.mapping.sources
-    }
+    if holds_adapters(mcore):
+        tensors, parts_of = _adapted(mcore, model_folder, config, dtype)
+    else:
+        tensors, parts_of = _stored(mcore, config, dtype)
     shards = plan_shards(((info.name, info.on_meta()) for info in tensors.values()), file_bytes)
     counter = _Counter(sum(shard.num_bytes for shard in shards), progress)
     task = _task("mcore-to-hf", [folder, model_folder], dtype, file_bytes)
@@ -176,9 +180,7 @@ def mcore_to_hf(
             infos.sort(key=lambda info: -info.dtype.itemsize)
             with staged.writing(shard.file_name) as stream:
                 write_header(stream, infos)
-                parts = (
-                    part for info in infos for part in _hf_parts(mcore, param_of[info.name], info)
-                )
+                parts = (part for info in infos for part in parts_of(info))
                 for part in made_ahead(parts):
                     counter.add(append(stream, part))
         _write_model_files(staged, model_folder, next(iter(tensors.values())).dtype)
@@ -188,6 +190,72 @@ def mcore_to_hf(
     finally:
         staged.close()
         mcore.close()
+
+
+def adapter_to_peft(
+    source: str | Path, out: str | Path, *, config_from: str | Path | None = None
+) -> None:
+    """Write the adapters of a training checkpoint with LoRA as a folder of PEFT.
+
+    Args:
+        source: as in `mcore_to_hf`.
+        out: made; must not exist.
+        config_from: as in `mcore_to_hf`.
+
+    Raises:
+        UserError: if the checkpoint holds no adapters, or `out` exists.
+    """
+    folder, model_folder = find_checkpoint(source, config_from)
+    out = Path(out)
+    require(not out.exists(), "output", str(out), "exists", "Choose another, or remove it.")
+    mcore = TorchDistSource(folder)
+    fix = "Leave out --adapter."
+    require(holds_adapters(mcore), "--adapter", str(source), "holds no adapters", fix)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    AdaptedModel(mcore, model_folder, load_hf_config(model_folder)).write_adapter(partial)
+    mcore.close()
+    partial.rename(out)
+
+
+PartsOf = Callable[[TensorInfo], Iterable[Part]]
+
+
+def _stored(
+    mcore: TorchDistSource, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> tuple[dict[str, TensorInfo], PartsOf]:
+    """Return the tensors of a whole model by name, and what gives their parts."""
+    params = stored_params(config)
+    check_torch_dist(mcore, params)
+    param_of = {hf.name: param for param in params for hf in param.entry.mapping.sources}
+    tensors = {
+        hf.name: TensorInfo(hf.name, param.dtype(mcore.dtype(param.key), dtype), hf.shape)
+        for param in params
+        for hf in param.entry.mapping.sources
+    }
+    return tensors, lambda info: _hf_parts(mcore, param_of[info.name], info)
+
+
+def _adapted(
+    mcore: TorchDistSource, base: Path, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> tuple[dict[str, TensorInfo], PartsOf]:
+    """Return the tensors of a base with adapters by name, and what gives their parts."""
+    model = AdaptedModel(mcore, base, config)
+    biases = {
+        hf.name
+        for param in stored_params(config)
+        if param.key.endswith(".expert_bias")
+        for hf in param.entry.mapping.sources
+    }
+    tensors = {
+        hf.name: TensorInfo(
+            hf.name,
+            model.dtype(hf.name) if dtype is None or hf.name in biases else dtype,
+            hf.shape,
+        )
+        for hf in model.tensors
+    }
+    return tensors, lambda info: model.parts(info.name, info.dtype)
 
 
 def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple[Path, Path]:
@@ -228,13 +296,6 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
 
 def check_torch_dist(mcore: TorchDistSource, params: Sequence[StoredParam]) -> None:
     """Raise a UserError unless the checkpoint holds the parameters of the model and no others."""
-    require(
-        not any(map(is_adapter, mcore.tensor_keys())),
-        "checkpoint",
-        str(mcore.folder),
-        "holds the adapters of LoRA and not the weights they adapt",
-        "The run writes both as one model, hf_model, after its last step.",
-    )
     for param in params:
         found, wanted = mcore.shape(param.key), param.stacked_shape
         if isinstance(param.entry.mapping, Vocab):  # padded for the layout it was trained in
@@ -341,11 +402,13 @@ def _hf_parts(mcore: TorchDistSource, param: StoredParam, info: TensorInfo) -> I
 
 def _write_model_files(staged: StagedFolder, source: Path, dtype: torch.dtype | None) -> None:
     """Copy configuration and tokenizer; the configuration's dtype is made that of the weights."""
-    for file in model_files(source):
+    for file in copied_files(source):
         content = file.read_bytes()
+        if file.suffix == ".json":
+            content = without_missing_code(file, content.decode()).encode()
         if file.name == CONFIG_FILE and dtype is not None:
             content = config_with_dtype(content.decode(), dtype).encode()
-        staged.write(file.name, content)
+        staged.write(str(file.relative_to(source)), content)
 
 
 def _by_file(pieces: Sequence[_PlannedPiece], file_bytes: int) -> Iterator[list[_PlannedPiece]]:

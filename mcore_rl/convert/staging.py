@@ -69,6 +69,7 @@ class StagedFolder:
             OSError: also if the file before this one could not be flushed.
         """
         with contextlib.ExitStack() as unless_written:
+            (self.path / name).parent.mkdir(exist_ok=True)
             stream = (self.path / f"{name}{_TMP}").open("wb")
             unless_written.callback(stream.close)
             yield stream
@@ -99,6 +100,8 @@ class StagedFolder:
             stream.flush()
             os.fsync(stream.fileno())
         Path(stream.name).rename(self.path / name)
+        if (self.path / name).parent != self.path:
+            sync((self.path / name).parent)
 
     def _begin(self, task: str) -> None:
         """Remove what there is, unless it is of this task."""

@@ -40,6 +40,7 @@ from mcore_rl.errors import UserError, require
 from mcore_rl.models.mappings import Range, Shape
 
 FORMAT_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
 _CACHE_BYTES = 64 * 2**20
 _STORAGES = {
     "FloatStorage": torch.float32,

@@ -11,8 +11,10 @@ from mcore_rl.algorithms.filter_groups import KNOWN_METRICS, FilterGroupsConfig
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
 from mcore_rl.data.chat import end_token_ids, load_tokenizer
 from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft_sequences
+from mcore_rl.data.vocabulary import check_vocabulary
 from mcore_rl.errors import UserError, closest_hint, require
-from mcore_rl.models.layout import check_layout
+from mcore_rl.models.layout import check_engine_layout, check_layout, check_pipeline_splits
+from mcore_rl.models.rope import check_length, max_positions
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
 from mcore_rl.observability.trackers import TRACKERS
@@ -124,13 +126,8 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
     assert cfg.model.path is not None
     hf_config = load_hf_config(cfg.model.folder)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
-    require(
-        longest <= hf_config.max_position_embeddings,
-        "data.max_prompt_length + data.max_response_length",
-        longest,
-        f"is more than max_position_embeddings={hf_config.max_position_embeddings} of the model",
-        "Lower one of them.",
-    )
+    key = "data.max_prompt_length + data.max_response_length"
+    check_length(hf_config, longest, key, "Lower one of them.")
     megatron = cfg.actor.megatron
     check_layout(
         hf_config,
@@ -138,6 +135,12 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         sequence_parallel=megatron.uses_sequence_parallel,
     )
     _check_overrides(hf_config, megatron.override_transformer_config)
+    check_pipeline_splits(
+        megatron.override_transformer_config, train_layout(megatron, cfg.trainer.world_size)
+    )
+    if isinstance(cfg, RunConfig) and cfg.rollout.name == "vllm":
+        key = "rollout.tensor_model_parallel_size"
+        check_engine_layout(hf_config, cfg.rollout.tensor_model_parallel_size, key)
     require(
         not megatron.moe_router_freeze or routing(hf_config) is not None,
         "actor.megatron.moe_router_freeze",
@@ -165,8 +168,11 @@ def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
     assert cfg.model.path is not None
     for name in cfg.trainer.logger:
         TRACKERS.get(name)
-    check_weights(cfg.model.folder, check_model(cfg))
-    return load_tokenizer(cfg.model.folder)
+    hf_config = check_model(cfg)
+    check_weights(cfg.model.folder, hf_config)
+    tokenizer = load_tokenizer(cfg.model.folder)
+    check_vocabulary(tokenizer, hf_config.vocab_size)
+    return tokenizer
 
 
 def _check_critic(cfg: RunConfig) -> None:
@@ -183,11 +189,10 @@ def _check_critic(cfg: RunConfig) -> None:
         "Take a critic with the tokenizer of the model.",
     )
     require(
-        hf_config.max_position_embeddings
-        >= cfg.data.max_prompt_length + cfg.data.max_response_length,
+        max_positions(hf_config) >= cfg.data.max_prompt_length + cfg.data.max_response_length,
         key,
         path,
-        f"has max_position_embeddings={hf_config.max_position_embeddings}, fewer than "
+        f"has {max_positions(hf_config)} positions, fewer than "
         "data.max_prompt_length + data.max_response_length",
         "Lower one of them.",
     )

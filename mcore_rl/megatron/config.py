@@ -91,6 +91,11 @@ class LoraConfig:
     """Last parts of Hugging Face's names of layers, or ALL_LINEAR alone."""
 
     @property
+    def names(self) -> tuple[str, ...] | None:
+        """The names in `target_modules`; None: every linear layer."""
+        return None if self.target_modules == (ALL_LINEAR,) else self.target_modules
+
+    @property
     def scale(self) -> float:
         """What the product of the two halves of an adapter is multiplied by."""
         return self.alpha / self.rank

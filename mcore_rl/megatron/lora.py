@@ -17,7 +17,6 @@ It does not train biases, norms, routers or embeddings, and knows no dropout.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,10 +40,17 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
 from mcore_rl.errors import require
-from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig
+from mcore_rl.megatron.config import LoraConfig
 from mcore_rl.megatron.model import PolicyModel, canonical_name, shard_group
 from mcore_rl.megatron.parallel import Parallel
-from mcore_rl.models.lora import Adapter, adapter_of, chosen_weights, linear_weights
+from mcore_rl.models.lora import (
+    Adapter,
+    adapted_rows,
+    adapters_of,
+    digest_of,
+    linear_weights,
+    number_of,
+)
 from mcore_rl.models.mappings import GateUp, ParamEntry, Row, take, to_megatron
 
 logger = logging.getLogger(__name__)
@@ -107,12 +113,22 @@ class LowRank(torch.nn.Module):
         lora_B: [out, r] or its rows.
         scale: alpha / r.
         collectives: of the layer.
+        rows: [out, 1], 0 for rows of B that count as 0, so that what is fused with an adapted layer
+            stays as it is; None where all count.
     """
 
+    rows: Tensor | None
+
     def __init__(
-        self, lora_A: Tensor, lora_B: Tensor, scale: float, collectives: Collectives
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        collectives: Collectives,
+        rows: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("rows", rows, persistent=False)
         self.lora_A, self.lora_B = torch.nn.Parameter(lora_A), torch.nn.Parameter(lora_B)
         self.scale, self.collectives = scale, collectives
         self.is_enabled = True
@@ -120,7 +136,10 @@ class LowRank(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return alpha / r * B (A x), laid out as the layer's output is."""
         low = linear(x, self.collectives.of_a(self.lora_A)) * self.scale
-        return linear(self.collectives.through(low), self.collectives.of_b(self.lora_B))
+        return linear(self.collectives.through(low), self.collectives.of_b(self._b()))
+
+    def _b(self) -> Tensor:
+        return self.lora_B if self.rows is None else self.lora_B * self.rows
 
     def add_to(self, _: Any, inputs: tuple[Tensor], output: tuple[Tensor, Any]) -> Any:
         """Forward hook of the layer, which returns (output, bias)."""
@@ -130,7 +149,7 @@ class LowRank(torch.nn.Module):
 
     def merged_into(self, weight: Tensor) -> Tensor:
         """Return W + alpha / r * B A of this rank's part: float32 inside, in the dtype of W."""
-        product = self.lora_B.float() @ self.lora_A.float()
+        product = self._b().float() @ self.lora_A.float()
         return (weight.float() + self.scale * product).to(weight.dtype)
 
 
@@ -160,10 +179,7 @@ class LoraAdapters:
     ) -> None:
         self.config, self._parallel = config, parallel
         weights = linear_weights(entries)
-        chosen = weights
-        if config.target_modules != (ALL_LINEAR,):
-            chosen = chosen_weights(weights, config.target_modules)
-        self.adapters = [adapter_of(weight, config.rank) for weight in chosen]
+        self.adapters = adapters_of(weights, config.rank, config.names)
         layers = _linear_layers(chunks, parallel)
         self._bound: dict[str, LowRank] = {}
         """By the canonical name of the weight."""
@@ -300,11 +316,13 @@ def _bind(
         group.size(),
         lambda name, rows, cols: take(_initial_a(name, full_a.shape, seed), rows, cols),
     )
+    rows = adapted_rows(adapter, group.rank(), group.size())
     bound = LowRank(
         values_a.to(weight),
         weight.new_zeros(weight.shape[0], config.rank),
         config.scale,
         _collectives(entry, group, is_local=is_local, sequence_parallel=sequence_parallel),
+        None if rows is None else rows.to(weight),
     )
     for half, param in ((adapter.a, bound.lora_A), (adapter.b, bound.lora_B)):
         _mark(half, param, group, sequence_parallel=sequence_parallel)
@@ -316,13 +334,8 @@ def _bind(
 def _initial_a(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Return all of an A: uniform within 1 / sqrt(in), as PEFT draws it, float32."""
     bound = shape[1] ** -0.5
-    generator = torch.Generator().manual_seed(_number_of(f"{seed} {name}"))
+    generator = torch.Generator().manual_seed(number_of(f"{seed} {name}"))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _number_of(text: str) -> int:
-    """Return a number of 63 bits that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _mark(half: ParamEntry, param: Any, group: ProcessGroup, *, sequence_parallel: bool) -> None:
@@ -368,9 +381,8 @@ def _digest(params: Mapping[str, Tensor], entries: Sequence[ParamEntry], paralle
             continue
         if name == "embedding.word_embeddings.weight" and not parallel.is_first_stage:
             continue  # the copy of a tied output layer
-        bits = param.detach().view({2: torch.int16, 4: torch.int32}[param.element_size()])
         of_kind = experts if entry.is_expert else dense
-        of_kind += bits.sum(dtype=torch.int64) * (_number_of(name) | 1)  # wraps
+        of_kind += digest_of(name, param)
     dist.all_reduce(dense, group=parallel.tp)
     dist.all_reduce(experts, group=parallel.tp_ep)
     total = dense + experts

@@ -34,7 +34,7 @@ from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, t
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
 from mcore_rl.megatron.parallel import Parallel
-from mcore_rl.models.layout import layers_of_stages
+from mcore_rl.models.layout import PIPELINE_SPLITS, layers_of_stages
 from mcore_rl.models.mappings import ParamEntry, hf_shapes, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
@@ -42,15 +42,6 @@ from mcore_rl.models.spec import model_family
 Model = TypeVar("Model", bound=GPTModel)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-PIPELINE_SPLITS = {
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-}
-"""Fields of TransformerConfig by which a user divides the layers over the pipeline."""
 
 
 @dataclass
@@ -360,6 +351,26 @@ def shard_group(entry: ParamEntry, parallel: Parallel) -> torch.distributed.Proc
     return parallel.etp if entry.is_expert else parallel.tp
 
 
+def _check_all_are_held(params: Mapping[str, Tensor], entries: Sequence[ParamEntry]) -> None:
+    """Raise a UserError unless every parameter of the model is held by some process: layers that a
+    pipeline leaves out would be neither trained nor saved."""
+    device = next(iter(params.values())).device
+    held = torch.tensor([entry.megatron_name in params for entry in entries], device=device).int()
+    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+    lost = [
+        entry.megatron_name
+        for entry, is_held in zip(entries, held.tolist(), strict=True)
+        if not is_held
+    ]
+    require(
+        not lost,
+        "actor.megatron.override_transformer_config",
+        "...",
+        f"leaves {len(lost)} parameters of the model to no process, first {lost[:1]}",
+        "Remove what divides the layers.",
+    )
+
+
 @torch.no_grad()
 def load_weights(
     params: Mapping[str, Tensor],
@@ -367,12 +378,15 @@ def load_weights(
     reader: CheckpointReader,
     parallel: Parallel,
 ) -> None:
-    """Fill the local parameters from a Hugging Face checkpoint, reading only their own slices.
+    """Fill the local parameters from a Hugging Face checkpoint, reading only their own slices;
+    collective over all processes.
 
     Raises:
         AssertionError: if a local parameter has no entry or another shape than its entry makes.
-        UserError: if the checkpoint lacks a tensor or holds one that is not finite.
+        UserError: if the checkpoint lacks a tensor or holds one that is not finite, or no process
+            holds a parameter of the model.
     """
+    _check_all_are_held(params, entries)
     missing = dict(params)
     for entry in entries:
         param = missing.pop(entry.megatron_name, None)

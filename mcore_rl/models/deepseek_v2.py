@@ -42,5 +42,10 @@ class DeepseekV2(LatentAttentionFamily):
             **(group_limit(config) if grouped else {}),
         }
 
+    def engine_overrides(self, config: PreTrainedConfig) -> dict[str, Any]:
+        # vLLM chooses groups first wherever there are some, whatever topk_method says.
+        greedy = config.topk_method == "greedy"
+        return {"n_group": 1, "topk_group": 1} if greedy else {}
+
 
 MODEL_FAMILIES.add("deepseek_v2", DeepseekV2())

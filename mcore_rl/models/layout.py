@@ -6,6 +6,10 @@ Rules that hold for every model (world size, sequence length) are not here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from mcore_rl.errors import require
@@ -31,31 +35,8 @@ def check_layout(
     arch = model_family(config).transformer_kwargs(config)
     moe_layers = arch.get("moe_layer_freq", [0] * arch["num_layers"])
 
-    def require_divides(axis: str, size: int, field: str, count: int) -> None:
-        require(
-            count % size == 0,
-            f"{key}.{axis}",
-            size,
-            f"does not divide {field}={count} of the model",
-            f"Nearest that does: {_nearest_divisors(count, size)}.",
-        )
-
     tp = "tensor_model_parallel_size"
-    num_groups = arch["num_query_groups"]
-    require_divides(tp, layout.tp, "num_attention_heads", arch["num_attention_heads"])
-    if layout.tp > num_groups:  # Megatron then gives several ranks the same key and value head
-        require(
-            layout.tp % num_groups == 0,
-            f"{key}.{tp}",
-            layout.tp,
-            f"is neither a divisor nor a multiple of num_key_value_heads={num_groups} of the model",
-        )
-        qkv_heads = arch["num_attention_heads"] + 2 * num_groups
-        require_divides(tp, layout.tp, "rows in linear_qkv", qkv_heads * arch["kv_channels"])
-    else:
-        require_divides(tp, layout.tp, "num_key_value_heads", num_groups)
-    if not all(moe_layers):
-        require_divides(tp, layout.tp, "intermediate_size", arch["ffn_hidden_size"])
+    _require_fits(f"{key}.{tp}", layout.tp, partial(_problem_of_tp, arch), arch)
 
     ep, etp = "expert_model_parallel_size", "expert_tensor_parallel_size"
     if any(moe_layers):
@@ -66,10 +47,11 @@ def check_layout(
             f"cannot train experts with {tp}={layout.tp}",
             "Leave it out.",
         )
-        require_divides(ep, layout.ep, "num_experts", arch["num_moe_experts"])
-        require_divides(etp, layout.etp, "moe_intermediate_size", arch["moe_ffn_hidden_size"])
-        shared_size = arch.get("moe_shared_expert_intermediate_size", 0)
-        require_divides(tp, layout.tp, "hidden units of the shared experts", shared_size)
+        for axis, size, field, count in (
+            (ep, layout.ep, "num_experts", arch["num_moe_experts"]),
+            (etp, layout.etp, "moe_intermediate_size", arch["moe_ffn_hidden_size"]),
+        ):
+            _require_fits(f"{key}.{axis}", size, partial(_problem_of_divisor, field, count), arch)
     else:
         rule = "has no effect: the model has no experts"
         require(layout.ep == 1, f"{key}.{ep}", layout.ep, rule, "Use 1.")
@@ -86,6 +68,29 @@ def check_layout(
     )
 
 
+PIPELINE_SPLITS = {
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+}
+"""Fields of TransformerConfig by which a user divides the layers over the pipeline."""
+
+
+def check_pipeline_splits(overrides: Mapping[str, Any], layout: Layout) -> None:
+    """Raise a UserError if layers are divided where there is one stage: Megatron would build those
+    of one stage alone, and the rest of the model would be neither trained nor saved."""
+    for field in sorted(PIPELINE_SPLITS & overrides.keys()):
+        require(
+            layout.pp * layout.vpp > 1 or not overrides[field],
+            f"actor.megatron.override_transformer_config.{field}",
+            overrides[field],
+            "divides the layers over the stages of a pipeline, and there is one",
+            "Remove it, or raise actor.megatron.pipeline_model_parallel_size.",
+        )
+
+
 def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
     """Return how many layers each pipeline stage has, in the order in which a token passes them.
 
@@ -96,8 +101,69 @@ def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
     return [fewer + (stage < num_larger) for stage in range(num_stages)]
 
 
-def _nearest_divisors(count: int, size: int) -> str:
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    below = max((n for n in divisors if n < size), default=1)
-    above = min((n for n in divisors if n > size), default=below)
-    return str(below) if above == below else f"{below} or {above}"
+def check_engine_layout(config: PreTrainedConfig, num_ranks: int, key: str) -> None:
+    """Raise a UserError naming `key` if an engine of so many ranks cannot divide the model.
+
+    vLLM cuts heads, and units of MLPs and experts, over all its ranks; of key and value heads fewer
+    than ranks each has copies.
+    """
+    arch = model_family(config).transformer_kwargs(config)
+    _require_fits(key, num_ranks, partial(_problem_of_engine, arch), arch)
+
+
+def _require_fits(
+    key: str, size: int, problem_of: Callable[[int], str], arch: Mapping[str, Any]
+) -> None:
+    """Raise a UserError naming the nearest sizes that fit unless `problem_of(size)` is empty."""
+    problem = problem_of(size)
+    if not problem:
+        return
+    most = max(arch["num_attention_heads"], arch.get("num_moe_experts") or 1)
+    fitting = [n for n in range(1, most + 1) if not problem_of(n)]
+    below = [n for n in fitting if n < size][-1:]
+    above = [n for n in fitting if n > size][:1]
+    nearest = " or ".join(map(str, [*below, *above]))
+    require(False, key, size, f"{problem} of the model", f"Nearest that does: {nearest}.")
+
+
+def _problem_of_divisor(field: str, count: int, size: int) -> str:
+    return "" if count % size == 0 else f"does not divide {field}={count}"
+
+
+def _problem_of_tp(arch: Mapping[str, Any], size: int) -> str:
+    """Return why tensor parallelism of that size does not divide the model; "" if it does."""
+    heads, num_groups = arch["num_attention_heads"], arch["num_query_groups"]
+    parts = [("num_attention_heads", heads)]
+    if size > num_groups:  # Megatron then gives several ranks the same key and value head
+        if size % num_groups and heads % size == 0:
+            return f"is neither a divisor nor a multiple of num_key_value_heads={num_groups}"
+        rows = (heads + 2 * num_groups) * arch["kv_channels"]
+        parts.append(("rows in linear_qkv", rows))
+    else:
+        parts.append(("num_key_value_heads", num_groups))
+    return _first_problem([*parts, *_mlp_parts(arch)], size)
+
+
+def _problem_of_engine(arch: Mapping[str, Any], size: int) -> str:
+    heads, num_groups = arch["num_attention_heads"], arch["num_query_groups"]
+    if heads % size == 0 and num_groups % size and size % num_groups:
+        return f"is neither a divisor nor a multiple of num_key_value_heads={num_groups}"
+    parts = [("num_attention_heads", heads), *_mlp_parts(arch)]
+    if arch.get("num_moe_experts"):
+        parts.append(("moe_intermediate_size", arch["moe_ffn_hidden_size"]))
+    return _first_problem(parts, size)
+
+
+def _mlp_parts(arch: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return what every tensor-parallel rank has a part of beside attention, by name."""
+    parts = []
+    if not all(arch.get("moe_layer_freq", [0])):
+        parts.append(("intermediate_size", arch["ffn_hidden_size"]))
+    if shared_size := arch.get("moe_shared_expert_intermediate_size"):
+        parts.append(("hidden units of the shared experts", shared_size))
+    return parts
+
+
+def _first_problem(parts: Iterable[tuple[str, int]], size: int) -> str:
+    problems = (_problem_of_divisor(field, count, size) for field, count in parts)
+    return next(filter(None, problems), "")

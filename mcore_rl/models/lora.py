@@ -6,7 +6,8 @@ A layer with weight W [out, in] gets A [r, in] and B [out, r] and computes
 
 Adapters have entries like any parameter, made from those of W: B is cut and put together as W's
 rows are, A as W's columns. So what Megatron fuses (query, key and value; gate and up) shares one A,
-while each Hugging Face layer has rows of B of its own. Routers, embeddings, the output layer and
+while each Hugging Face layer has rows of B of its own; of fused layers some may be left
+as they are. Routers, embeddings, the output layer and
 norms are not adapted.
 
 A folder of adapters has PEFT's format; its layers are those of checkpoint files, so an expert's are
@@ -15,17 +16,29 @@ A folder of adapters has PEFT's format; its layers are those of checkpoint files
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mcore_rl.durable_files import sync
-from mcore_rl.errors import require, require_one_of
-from mcore_rl.models.mappings import HfTensor, ParamEntry, ParamMapping, Replicated, Row
+from mcore_rl.errors import require_one_of
+from mcore_rl.models.mappings import (
+    HfTensor,
+    ParamEntry,
+    ParamMapping,
+    Range,
+    Replicated,
+    Row,
+    hf_shapes,
+    take,
+    to_megatron,
+)
 from mcore_rl.models.safetensors_io import write_tensors
 
 _LINEAR_WEIGHT = re.compile(r"\.linear_\w+\.weight$")
@@ -39,6 +52,8 @@ class Adapter:
     """W; its name is the adapter's identity."""
     a: ParamEntry
     b: ParamEntry
+    adapted: tuple[HfTensor, ...]
+    """Hugging Face's layers in W that are adapted; rows of B of the others count as 0."""
 
 
 def linear_weights(entries: Iterable[ParamEntry]) -> list[ParamEntry]:
@@ -54,34 +69,62 @@ def is_adapter(megatron_name: str) -> bool:
 def chosen_weights(
     weights: Sequence[ParamEntry], target_modules: Sequence[str]
 ) -> list[ParamEntry]:
-    """Return those of the `linear_weights` whose layers go by the given names.
+    """Return those of the `linear_weights` of which a layer goes by one of the given names.
 
     Args:
         weights: of the whole model.
-        target_modules: last parts of Hugging Face's names: "q_proj".
+        target_modules: last parts of Hugging Face's names, as PEFT takes them: "q_proj". They may
+            be a part of what Megatron fuses; `adapter_of` has the rest stay as it is.
 
     Raises:
-        UserError: for a name that the model has not, or a part of what Megatron fuses.
+        UserError: for a name that the model has not.
     """
     chosen = set(target_modules)
     known = sorted({name for weight in weights for name in _layer_names(weight)})
     for name in target_modules:
         require_one_of("model.target_modules", name, known)
-    found = [weight for weight in weights if not chosen.isdisjoint(_layer_names(weight))]
-    for weight in found:
-        fused = _layer_names(weight)
-        require(
-            fused <= chosen,
-            "model.target_modules",
-            list(target_modules),
-            f"leaves out a part of {', '.join(sorted(fused))}, which Megatron computes as one",
-            "Name all of them.",
-        )
-    return found
+    return [weight for weight in weights if not chosen.isdisjoint(_layer_names(weight))]
 
 
-def adapter_of(weight: ParamEntry, rank: int) -> Adapter:
-    """Return the adapter of a linear layer; its halves are cut where the weight is."""
+def adapters_of(
+    weights: Sequence[ParamEntry], rank: int, target_modules: Sequence[str] | None
+) -> list[Adapter]:
+    """Return the adapters of those of the `linear_weights` that go by the given names.
+
+    Args:
+        weights: of the whole model.
+        rank: r.
+        target_modules: as in `chosen_weights`; None: all.
+    """
+    if target_modules is None:
+        return [adapter_of(weight, rank) for weight in weights]
+    chosen = chosen_weights(weights, target_modules)
+    return [adapter_of(weight, rank, target_modules) for weight in chosen]
+
+
+def number_of(text: str) -> int:
+    """Return a number of 63 bits that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def digest_of(name: str, tensor: Tensor) -> Tensor:
+    """Return the part of a parameter, or of a shard of it, in the digest of a base: the sum of the
+    bits of its numbers, weighted by its name, [] int64. Sums of parts wrap; padding adds 0."""
+    bits = tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return bits.sum(dtype=torch.int64) * (number_of(name) | 1)
+
+
+def adapter_of(
+    weight: ParamEntry, rank: int, target_modules: Sequence[str] | None = None
+) -> Adapter:
+    """Return the adapter of a linear layer; its halves are cut where the weight is.
+
+    Args:
+        weight: one of `linear_weights`.
+        rank: r.
+        target_modules: the names of the layers that are adapted, as in `chosen_weights`; None: all
+            that the weight is made of.
+    """
     mapping = weight.mapping
     first = mapping.sources[0]
     whole_a = HfTensor(f"{_layer(first)}.lora_A.weight", (rank, first.shape[1]))
@@ -94,7 +137,26 @@ def adapter_of(weight: ParamEntry, rank: int) -> Adapter:
         weight=weight,
         a=replace(weight, megatron_name=f"{module}adapter.lora_A", mapping=a),
         b=replace(weight, megatron_name=f"{module}adapter.lora_B", mapping=b),
+        adapted=tuple(
+            hf
+            for hf in mapping.sources
+            if target_modules is None or _layer_name(hf) in target_modules
+        ),
     )
+
+
+def adapted_rows(adapter: Adapter, tp_rank: int, tp_size: int) -> Tensor | None:
+    """Return 1 for each row of a shard of B that is of an adapted layer and 0 for the others,
+    [rows, 1] float32; None where all are."""
+    if adapter.adapted == adapter.weight.mapping.sources:
+        return None
+    names = {_tensor_of_b(hf, 0).name for hf in adapter.adapted}
+    shapes = hf_shapes(adapter.b)
+
+    def read(name: str, rows: Range, cols: Range | None) -> Tensor:
+        return take(torch.full(shapes[name], float(name in names)), rows, cols)[:, :1]
+
+    return to_megatron(adapter.b, tp_rank, tp_size, read)
 
 
 def peft_tensors(adapters: Iterable[Adapter], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +169,7 @@ def peft_tensors(adapters: Iterable[Adapter], found: Mapping[str, Tensor]) -> di
     tensors = {}
     for adapter in adapters:
         (a,) = adapter.a.mapping.sources
-        for hf in adapter.weight.mapping.sources:
+        for hf in adapter.adapted:
             layer = f"base_model.model.{_layer(hf)}"
             tensors[f"{layer}.lora_A.weight"] = found[a.name].clone()  # no two may share memory
             tensors[f"{layer}.lora_B.weight"] = found[_tensor_of_b(hf, 0).name]
@@ -141,7 +203,7 @@ def write_peft_adapter(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted({name for one in adapters for name in _layer_names(one.weight)}),
+        "target_modules": sorted({_layer_name(hf) for one in adapters for hf in one.adapted}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -171,7 +233,11 @@ def _tensor_of_b(hf: HfTensor, rank: int) -> HfTensor:
 
 def _layer_names(weight: ParamEntry) -> set[str]:
     """Return the last parts of the layers' names: {"gate_proj", "up_proj"}."""
-    return {_layer(hf).rpartition(".")[2] for hf in weight.mapping.sources}
+    return {_layer_name(hf) for hf in weight.mapping.sources}
+
+
+def _layer_name(hf: HfTensor) -> str:
+    return _layer(hf).rpartition(".")[2]
 
 
 def _layer(hf: HfTensor) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mcore_rl.errors import require
 from mcore_rl.models.spec import require_field
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -53,6 +54,28 @@ def check_yarn(config: PreTrainedConfig) -> None:
     require_field(
         bool(mscale) or not of_all, "mscale", mscale, f"has to come with mscale_all_dim={of_all}"
     )
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """Return the longest sequence that the model has positions for.
+
+    YaRN scales positions from the original length on; where it is switched on as Qwen describes it,
+    max_position_embeddings stays at that length.
+    """
+    rope = config.rope_parameters
+    longest = config.max_position_embeddings
+    if rope["rope_type"] == "yarn":
+        scaled = int(rope["factor"] * rope["original_max_position_embeddings"])
+        return max(longest, scaled)
+    return longest
+
+
+def check_length(config: PreTrainedConfig, length: int, key: str, fix: str = "") -> None:
+    """Raise a UserError naming `key` if the model has no positions for sequences of `length`."""
+    limit, name = max_positions(config), "max_position_embeddings"
+    if limit > config.max_position_embeddings:
+        name = "factor * original_max_position_embeddings"
+    require(length <= limit, key, length, f"is more than {name}={limit} of the model", fix)
 
 
 def rotary_fraction(config: PreTrainedConfig) -> float:

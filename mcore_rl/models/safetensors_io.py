@@ -33,7 +33,8 @@ from torch import Tensor
 from mcore_rl.durable_files import sync
 from mcore_rl.errors import CheckpointError, UserError, closest_hint, require
 from mcore_rl.foreign_json import parse_json
-from mcore_rl.model_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, model_files
+from mcore_rl.model_code import copied_files, without_missing_code
+from mcore_rl.model_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from mcore_rl.models.mappings import ParamEntry, Range, Shape, hf_shapes, take
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -330,7 +331,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def copy_model_files(
     source: str | Path, target: str | Path, *, overwrite: bool = False
 ) -> list[str]:
-    """Copy configuration and tokenizer files, neither weights nor code, and return their names.
+    """Copy what goes with a model beside its weights (`copied_files`) and return the names.
 
     Args:
         source: model folder.
@@ -349,11 +350,19 @@ def copy_model_files(
         "is not empty",
         "Choose another, or ask to overwrite.",
     )
-    files = model_files(source)
-    for file in files:
-        shutil.copy2(file, target / file.name)
-        sync(target / file.name)
-    return [file.name for file in files]
+    files = copied_files(source)
+    names = [str(file.relative_to(source)) for file in files]
+    for file, name in zip(files, names, strict=True):
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, copy)
+        if file.suffix == ".json":
+            text = file.read_text(encoding="utf-8")
+            kept = without_missing_code(file, text)
+            if kept != text:
+                copy.write_text(kept, encoding="utf-8")
+        sync(copy)
+    return names
 
 
 def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:

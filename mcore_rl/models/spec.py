@@ -73,6 +73,11 @@ class ModelFamily(ABC):
             "share_embeddings_and_output_weights": config.tie_word_embeddings,
         }
 
+    def engine_overrides(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the fields that vLLM has to be told although they are not in every config.json,
+        since it does not take for them what the family does."""
+        return {}
+
     def unused_prefixes(self, config: PreTrainedConfig) -> tuple[str, ...]:
         """Return how the names of tensors begin that a checkpoint may hold and no parameter is
         made of: layers for multi-token prediction. Exports do not have them."""
@@ -181,8 +186,26 @@ def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedCon
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is refused by transformers: {reason}") from error
+    if _has_own_original_length(config):
+        # transformers reads the field when it builds the model, and fills the numbers of the
+        # scaling without it when it reads the file.
+        config.standardize_rope_params()
     model_family(config)
     return config
+
+
+def engine_overrides(folder: str | Path) -> dict[str, Any]:
+    """Return what an engine has to be told of the model in `folder` beside its config.json."""
+    config = load_hf_config(folder)
+    overrides = model_family(config).engine_overrides(config)
+    if _has_own_original_length(config):  # which vLLM does not look for
+        overrides["rope_parameters"] = dict(config.rope_parameters)
+    return overrides
+
+
+def _has_own_original_length(config: PreTrainedConfig) -> bool:
+    """Whether `original_max_position_embeddings` stands beside the numbers of the scaling."""
+    return hasattr(config, "original_max_position_embeddings")
 
 
 def check_weights(folder: str | Path, config: PreTrainedConfig) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig
+from mcore_rl.megatron.config import LoraConfig
 from mcore_rl.models.layout import layers_of_stages
-from mcore_rl.models.lora import adapter_of, chosen_weights, linear_weights
+from mcore_rl.models.lora import adapters_of, linear_weights
 from mcore_rl.models.mappings import ParamEntry
 from mcore_rl.models.spec import model_family
 from mcore_rl.types import Layout
@@ -97,10 +97,7 @@ def stage_layers(num_layers: int, layout: Layout) -> list[tuple[int, ...]]:
 
 
 def _adapters(entries: Sequence[ParamEntry], lora: LoraConfig) -> list[ParamEntry]:
-    weights = linear_weights(entries)
-    if lora.target_modules != (ALL_LINEAR,):
-        weights = chosen_weights(weights, lora.target_modules)
-    adapters = [adapter_of(weight, lora.rank) for weight in weights]
+    adapters = adapters_of(linear_weights(entries), lora.rank, lora.names)
     return [entry for adapter in adapters for entry in (adapter.a, adapter.b)]
 
 

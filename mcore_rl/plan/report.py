@@ -12,9 +12,11 @@ from transformers import PreTrainedConfig
 from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.packing import TokenBudget
+from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import require
 from mcore_rl.loop.inputs import check_model
 from mcore_rl.metrics import to_floats
+from mcore_rl.models.layout import PIPELINE_SPLITS
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import (
     BYTES,
@@ -41,6 +43,7 @@ def write_plan(cfg: RunConfig) -> None:
         UserError: for whatever the run would refuse before it starts, weights and rewards aside.
     """
     hf_config = check_model(cfg)
+    check_tokenizer(cfg.model.folder, hf_config.vocab_size)
     layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
     refuse_own_pipeline_splits(cfg)
     step = plan_step(cfg, layout)
@@ -64,7 +67,7 @@ def write_plan(cfg: RunConfig) -> None:
 def refuse_own_pipeline_splits(cfg: RunConfig) -> None:
     for name in cfg.actor.megatron.override_transformer_config:
         require(
-            not name.startswith(("num_layers_in_", "account_for_", "pipeline_model_parallel_lay")),
+            name not in PIPELINE_SPLITS,
             f"actor.megatron.override_transformer_config.{name}",
             cfg.actor.megatron.override_transformer_config[name],
             "divides the layers in a way that trainer.dry_run=true does not know",

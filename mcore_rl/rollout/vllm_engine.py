@@ -29,6 +29,12 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    # The compressed form of latent attention takes one size of heads and no float32 where the CPU
+    # has AMX (v1/attention/backends/mla/amx_mla.py), and has no cache of prefixes on any.
+    os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+
 import vllm
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.parallel_state import get_tp_group
@@ -92,6 +98,7 @@ class VllmEngine:
             "weight_transfer_config": WeightTransferConfig(backend="direct"),  # pyright: ignore
             "worker_extension_cls": "mcore_rl.rollout.vllm_worker.WorkerExtension",
             "generation_config": "vllm",  # sampling comes from the request alone
+            "hf_overrides": dict(spec.config_overrides),
             "enable_return_routed_experts": spec.routing is not None and not on_cpu,
             "disable_log_stats": True,
             "seed": 0,

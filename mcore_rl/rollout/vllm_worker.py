@@ -1,15 +1,19 @@
-"""Inside vLLM's worker: weight-update backends of this project, routes, and two CPU repairs.
+"""Inside vLLM's worker: weight-update backends of this project, routes, and three CPU repairs.
 
 vLLM imports this module in every worker process, because `worker_extension_cls` names
 `WorkerExtension`; importing it registers the backends.
 
-Repairs, both for vLLM 0.32.0 on CPU, where weights are packed when they are loaded:
+Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are loaded:
 
 * A reload of a mixture of experts skips the packing, since the kernel exists already
   (unquantized_fused_moe_method.py, _setup_kernel): raw weights land in packed buffers and
   log-probabilities are wrong by whole units. The kernels are reset before a reload.
 * A tied output layer receives no weights of its own, so its packed copy stays at the old weights
   (layers/utils.py, dispatch_cpu_unquantized_gemm). It is packed again after a reload.
+* The kernel for rotary positions takes the second last stride of the queries for that of a token.
+  Of queries [tokens, heads, size], which latent attention (DeepSeek) has, that is the stride of a
+  head: all but one head of a few tokens are rotated wrongly, from whatever weights. Such queries go
+  through vLLM's native form (layers/rotary_embedding/base.py, RotaryEmbedding.forward_native).
 
 `tests/integration/test_vllm_weight_sync.py` fails without them; drop each when it passes without.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +34,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -57,7 +63,8 @@ class DirectWeightTransfer(WeightTransferEngine[DirectInit, DirectUpdate]):
     update_info_cls = DirectUpdate
 
     def init_transfer_engine(self, init_info: DirectInit) -> None:
-        pass
+        if self.device.type == "cpu":
+            _rotate_every_head(self.model)
 
     def start_weight_update(self) -> None:
         if self.device.type == "cpu":
@@ -74,6 +81,22 @@ class DirectWeightTransfer(WeightTransferEngine[DirectInit, DirectUpdate]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _rotate_every_head(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module._forward_method = partial(_rotate, module, module._forward_method)
+
+
+def _rotate(
+    rotary: RotaryEmbedding,
+    forward: Any,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (rotary.forward_native if query.dim() == 3 else forward)(positions, query, key)
 
 
 def _reset_packed_moe_kernels(model: torch.nn.Module) -> None:

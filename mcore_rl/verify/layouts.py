@@ -30,9 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.model_files import find_model
+from mcore_rl.models.rope import check_length
 from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.types import TokenSequence
 from mcore_rl.verify.compare import GRAD_NORM, LOSS, Difference, compare_metrics, compare_weights
@@ -119,9 +121,8 @@ def run(args: argparse.Namespace) -> int:
     args.model = find_model(args.model, "--model", download=True)
     hf_config = load_hf_config(args.model, "--model")
     check_weights(args.model, hf_config)
-    limit = hf_config.max_position_embeddings
-    rule = f"is more than max_position_embeddings={limit} of the model"
-    require(args.max_length <= limit, "--max-length", args.max_length, rule)
+    check_tokenizer(args.model, hf_config.vocab_size)
+    check_length(hf_config, args.max_length, "--max-length")
     layouts = chosen_layouts(args, hf_config)
     tolerance = args.tolerance or TOLERANCES[args.dtype]  # the dtype is checked by now
     with tempfile.TemporaryDirectory(prefix="verify-layouts-", ignore_cleanup_errors=True) as work:

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.data.chat import encode_prompt, load_tokenizer
+from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.model_files import find_model
+from mcore_rl.models.rope import check_length
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.verify.layout_names import NamedLayout, parse_layout
@@ -90,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = find_model(args.model, "--model", download=True)
     hf_config = load_hf_config(args.model, "--model")
     check_weights(args.model, hf_config)
+    check_tokenizer(args.model, hf_config.vocab_size)
     check_fits(MODULE, overrides(args, layout), hf_config, args.max_processes)
     against = find_model(args.against or args.model, "--against", download=True)
     check_against(against, hf_config)
@@ -99,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     longest = max(map(len, prompts.token_ids)) + prompts.max_tokens
-    limit = hf_config.max_position_embeddings
-    rule = f"is more than max_position_embeddings={limit} of the model"
-    require(longest <= limit, "longest prompt + --max-tokens", longest, rule)
+    check_length(hf_config, longest, "longest prompt + --max-tokens")
 
     with tempfile.TemporaryDirectory(prefix="verify-model-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)

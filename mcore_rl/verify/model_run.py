@@ -23,6 +23,7 @@ from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.models.safetensors_io import plan_shards, write_checkpoint
+from mcore_rl.models.spec import engine_overrides
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, SamplingParams
 from mcore_rl.run.command import run_command
 from mcore_rl.run.specs import start_cluster
@@ -89,6 +90,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         max_model_len=max(map(len, prompts.token_ids)) + prompts.max_tokens,
         stop_token_ids=[],
         config=cfg.rollout,
+        config_overrides=engine_overrides(cfg.model.folder),
     )
     cluster = start_cluster(
         cfg,

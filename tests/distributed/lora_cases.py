@@ -82,6 +82,20 @@ def identity(spec):
         return worker.actor.lora.identity
 
 
+def save_and_export(spec, minibatch, objective, cut, folder, out):
+    """Do one update from filled halves, save a checkpoint into `folder`, export into `out`; return
+    (full halves, whether the base is what it was)."""
+    with running_cluster(spec, cut) as (cluster, worker):
+        base = {name: param.clone() for name, param in worker.actor.params.items()}
+        fill_b(worker)
+        cluster.begin_step()
+        cluster.update(minibatch, objective)
+        cluster.begin_save(folder)
+        cluster.end_save(wait=True)
+        worker.actor.export_hf(out)
+        return adapters(worker), is_unchanged(worker.actor.params, base)
+
+
 def save_and_load(spec, others, folder):
     """Save a checkpoint of `spec`; return what loading it says in the workers of each other spec,
     None where it is loaded."""

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lora_cases
@@ -31,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from mcore_rl.algorithms.objectives import SftObjective
-from mcore_rl.convert.convert import mcore_to_hf
+from mcore_rl.convert.convert import adapter_to_peft, mcore_to_hf
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.config import OptimConfig
@@ -229,8 +230,51 @@ def test_a_checkpoint_of_other_adapters_or_of_another_base_is_refused(
         assert answer.startswith(start)
         assert rule in answer
     assert answers[5] is None
-    with pytest.raises(UserError, match="holds the adapters of LoRA and not the weights"):
-        mcore_to_hf(folder, tmp_path / "out", config_from=base)
+    with pytest.raises(UserError, match="has not the weights that the adapters were trained on"):
+        mcore_to_hf(folder, tmp_path / "out", config_from=changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "megatron", "modules"),
+    [
+        ("qwen3_moe", 2, TP2 | EP2 | ETP1, ("all-linear",)),
+        ("qwen2_tied", 2, TP2, ("q_proj", "v_proj")),
+        ("qwen3", 1, {}, ("v_proj", "up_proj", "o_proj")),
+    ],
+    ids=["all", "q_and_v", "v_and_up"],
+)
+def test_a_checkpoint_in_the_middle_is_converted_to_what_the_run_exports(
+    processes, tiny_checkpoint, tmp_path, name, world_size, megatron, modules
+):
+    """Merged and as an adapter, bit by bit; of fused layers those that are not named stay, though
+    the other rows of the shared B are not 0."""
+    base, folder, out = tiny_checkpoint(name), tmp_path / "saved", tmp_path / "exported"
+    folder.mkdir()
+    lora = replace(LORA, target_modules=modules)
+    spec = actor_spec(base, optim=OPTIM, lora=lora, **megatron)
+    args = spec, MINIBATCHES[0], OBJECTIVE, ONE_MICRO_BATCH, str(folder), str(out)
+    for _, base_is_the_same in processes.run(lora_cases.save_and_export, world_size, *args):
+        assert base_is_the_same
+
+    mcore_to_hf(folder, tmp_path / "merged", config_from=base)
+    exported, merged, before = (
+        load_file(path / "model.safetensors") for path in (out, tmp_path / "merged", Path(base))
+    )
+    assert merged.keys() == exported.keys()
+    assert all(torch.equal(merged[key], exported[key]) for key in exported)
+    kept = [key for key in merged if torch.equal(merged[key], before[key])]
+    adapted = {key.split(".")[-2] for key in merged.keys() - kept}
+    if modules != ("all-linear",):
+        assert adapted == set(modules)
+
+    adapter_to_peft(folder, tmp_path / "peft", config_from=base)
+    expected = load_file(out / "adapter" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert set(written["target_modules"]) == adapted
+    assert len(kept) + len(found) // 2 == len(merged)
 
 
 def test_the_digest_of_the_base_does_not_depend_on_the_layout(processes, tiny_checkpoint):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.safetensors_io import CheckpointReader
-from mcore_rl.models.spec import load_hf_config, model_family, routing
+from mcore_rl.models.spec import engine_overrides, load_hf_config, model_family, routing
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, RolloutEngine
 from mcore_rl.weight_sync.base import TRANSPORTS
@@ -42,6 +42,7 @@ def start(folder: str, stop_token_ids=(), with_routes=False, **rollout) -> None:
             max_model_len=256,
             stop_token_ids=list(stop_token_ids),
             routing=routing(load_hf_config(folder)) if with_routes else None,
+            config_overrides=engine_overrides(folder),
             config=RolloutConfig(**{"kv_cache_memory_bytes": 32 << 20, **rollout}),
         )
     )

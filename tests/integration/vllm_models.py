@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Glm4MoeConfig,
     MixtralConfig,
     Qwen2Config,
@@ -33,6 +35,23 @@ MOE = QWEN3 | {
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
 }
+# Queries of several heads, which vLLM's rotary kernel misreads on CPU. Without scoring_func and
+# topk_method in the configuration of V3, as transformers writes it.
+LATENT = SIZES | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 1.5,
+}
 MODELS = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**QWEN3),
@@ -56,6 +75,35 @@ MODELS = {
             "routed_scaling_factor": 1.5,
             "moe_intermediate_size": 48,
             "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        }
+    ),
+    "deepseek_v2": DeepseekV2Config(
+        **LATENT
+        | {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 4,
+            "q_lora_rank": None,
+        }
+    ),
+    # Groups that greedy choice is to pass over.
+    "deepseek_v2_greedy": DeepseekV2Config(
+        **LATENT | {"topk_method": "greedy", "n_group": 4, "topk_group": 2}
+    ),
+    "deepseek_v3": DeepseekV3Config(**LATENT | {"n_group": 4, "topk_group": 2}),
+    "deepseek_v3_yarn": DeepseekV3Config(
+        **LATENT
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 0.8,
+                "mscale_all_dim": 1.2,
+            },
         }
     ),
 }

@@ -5,12 +5,18 @@ import json
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
-from transformers import GPT2Config
+from tiny_checkpoints import CHECKPOINTS
+from transformers import GPT2Config, Qwen2Config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.model import config_class
-from mcore_rl.models.layout import check_layout, layers_of_stages
+from mcore_rl.models.layout import (
+    check_engine_layout,
+    check_layout,
+    check_pipeline_splits,
+    layers_of_stages,
+)
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.types import Layout
 
@@ -404,3 +410,55 @@ def test_experts_under_tensor_parallelism_need_sequence_parallelism(make_config)
         check_layout(make_config("qwen3_moe"), layout, sequence_parallel=False)
     check_layout(make_config("qwen3_moe"), layout, sequence_parallel=True)
     check_layout(make_config("qwen3"), Layout(tp=2), sequence_parallel=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("deepseek_v3", {}, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("deepseek_v2", {"topk_method": "greedy"}, {"n_group": 1, "topk_group": 1}),
+        ("deepseek_v2", {}, {}),
+        ("qwen3_moe", {}, {}),
+    ],
+)
+def test_an_engine_is_told_what_it_would_not_take_from_the_configuration(name, changes, told):
+    """vLLM gives a router a softmax and no biases unless fields say otherwise that transformers
+    does not write, and groups whatever topk_method says."""
+    config_class, sizes = CHECKPOINTS[name]
+    config = config_class(**sizes | changes)
+    assert model_family(config).engine_overrides(config) == told
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "nearest"),
+    [
+        # 6 and 12 divide the heads, and not what Megatron fuses of them with keys and values.
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, 5, "4"),
+        # 4 divides the heads and not the MLP.
+        ({"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 18}, 3, "2"),
+    ],
+)
+def test_a_suggested_tensor_parallel_size_divides_all_of_the_model(sizes, tp, nearest):
+    config = Qwen2Config(**CHECKPOINTS["qwen2"][1] | sizes)
+    with pytest.raises(UserError, match=f"Nearest that does: {nearest}\\.$"):
+        check_layout(config, Layout(tp=tp))
+    for size in nearest.split(" or "):
+        check_layout(config, Layout(tp=int(size)))
+
+
+def test_an_engine_whose_ranks_do_not_divide_the_heads_is_refused():
+    config = Qwen2Config(**CHECKPOINTS["qwen2"][1])  # 4 query heads, 2 of keys and values
+    for size in (1, 2, 4):
+        check_engine_layout(config, size, "rollout.tensor_model_parallel_size")
+    with pytest.raises(
+        UserError, match=r"rollout\.tensor.*=3 does not divide num_attention_heads=4 .*: 2 or 4\."
+    ):
+        check_engine_layout(config, 3, "rollout.tensor_model_parallel_size")
+
+
+def test_layers_are_divided_only_where_there_are_stages():
+    for field in ("pipeline_model_parallel_layout", "num_layers_in_last_pipeline_stage"):
+        with pytest.raises(UserError, match=rf"{field}=2 divides the layers .*there is one"):
+            check_pipeline_splits({field: 2}, Layout())
+        check_pipeline_splits({field: 2}, Layout(pp=2))
+    check_pipeline_splits({"moe_router_dtype": "fp32"}, Layout())

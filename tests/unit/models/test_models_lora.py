@@ -1,13 +1,21 @@
 """Which layers LoRA adapts, and how their adapters are put together from PEFT's tensors."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mcore_rl.errors import UserError
-from mcore_rl.models.lora import adapter_of, chosen_weights, linear_weights, write_peft_adapter
+from mcore_rl.models.lora import (
+    adapted_rows,
+    adapter_of,
+    adapters_of,
+    chosen_weights,
+    linear_weights,
+    write_peft_adapter,
+)
 from mcore_rl.models.mappings import hf_shapes, take, to_hf, to_megatron
 from mcore_rl.models.spec import model_family
 
@@ -79,7 +87,6 @@ def test_layers_are_chosen_by_hugging_face_names(make_config):
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        (["q_proj", "v_proj"], "leaves out a part of k_proj, q_proj, v_proj, which Megatron"),
         (["o_prj"], "'o_prj' is not one of down_proj, gate_proj, .* Did you mean 'o_proj'?"),
         (["lm_head"], "'lm_head' is not one of"),
     ],
@@ -90,6 +97,38 @@ def test_names_that_cannot_be_adapted_are_refused(make_config, modules, message)
     with pytest.raises(UserError, match=message) as error:
         chosen_weights(weights, modules)
     assert str(error.value).startswith("model.target_modules=")
+
+
+def test_a_part_of_what_is_fused_is_adapted_alone(make_config, tmp_path):
+    """The most common choice; key rows of the fused B count as 0 on every rank."""
+    config = make_config("qwen3")
+    weights = linear_weights(model_family(config).entries(config))
+    adapters = adapters_of(weights, 3, ["q_proj", "v_proj"])
+    assert len(adapters) == config.num_hidden_layers
+    for tp_size in (1, 2, 4):
+        shards = [adapted_rows(adapters[0], rank, tp_size) for rank in range(tp_size)]
+        rows = to_hf(
+            replace(adapters[0].b, mapping=adapter_of(adapters[0].weight, 1).b.mapping), shards
+        )
+        assert {
+            name.split(".")[-3]: set(values.flatten().tolist()) for name, values in rows.items()
+        } == {
+            "q_proj": {1.0},
+            "k_proj": {0.0},
+            "v_proj": {1.0},
+        }
+    assert adapted_rows(adapters_of(weights, 3, None)[0], 0, 1) is None
+    found = {
+        name: torch.randn(shape)
+        for adapter in adapters
+        for half in (adapter.a, adapter.b)
+        for name, shape in hf_shapes(half).items()
+    }
+    write_peft_adapter(tmp_path / "adapter", adapters, found, base="base", rank=3, alpha=6)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in tensors} == {"q_proj", "v_proj"}
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_the_written_files_have_pefts_names_and_keys(make_config, tmp_path):

@@ -1,13 +1,17 @@
 """The angle of every position and frequency: Megatron's as transformers'."""
 
+import json
+
 import pytest
 import rope_cases
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mcore_rl.models.rope import gpt_rope_kwargs
+from mcore_rl.errors import UserError
+from mcore_rl.models.rope import check_length, gpt_rope_kwargs, max_positions, yarn_numbers
+from mcore_rl.models.spec import engine_overrides, load_hf_config
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 131072}
 POSITIONS = 4096
@@ -81,3 +85,38 @@ def test_angles_of_yarn_are_those_of_transformers(processes):
         assert factor == pytest.approx(expected_factor, rel=1e-12), scales
         # As above; observed equal.
         torch.testing.assert_close(angles[:, :64], expected, rtol=5e-7, atol=1e-6)
+
+
+def folder_with(tmp_path, **fields):
+    config = rotary_config(rope_type="yarn", rope_theta=1e4, factor=4.0).to_dict()
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    return tmp_path
+
+
+def test_an_original_length_beside_the_scaling_is_what_transformers_builds_with(tmp_path):
+    folder = folder_with(tmp_path, original_max_position_embeddings=32, max_position_embeddings=128)
+    config = load_hf_config(folder)
+    expected, _ = angles_and_factor_of_transformers(AutoConfig.from_pretrained(folder))
+    found, _ = angles_and_factor_of_transformers(config)
+    assert torch.equal(found, expected)
+    assert yarn_numbers(config)["original_max_position_embeddings"] == 32
+    assert engine_overrides(folder)["rope_parameters"]["original_max_position_embeddings"] == 32
+
+
+def test_yarn_as_qwen_publishes_it_goes_beyond_the_old_length(tmp_path):
+    """factor 4 is added and max_position_embeddings stays as it was."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    folder = folder_with(tmp_path, rope_parameters=rope | {"rope_theta": 1e6})
+    config = load_hf_config(folder)
+    config.max_position_embeddings = 32768
+    assert max_positions(config) == 131072
+    check_length(config, 131072, "--max-length")
+    with pytest.raises(UserError, match=r"more than factor .*=131072"):
+        check_length(config, 131073, "--max-length")
+
+
+def test_without_a_scaling_the_positions_are_those_of_the_configuration():
+    config = rotary_config(rope_type="linear", rope_theta=1e4, factor=3.0)
+    with pytest.raises(UserError, match="=131073 is more than max_position_embeddings=131072"):
+        check_length(config, 131073, "--max-length")
