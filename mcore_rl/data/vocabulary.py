@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_rl.data.chat import load_tokenizer
-from mcore_rl.errors import require
+from mcore_rl.errors import UserError, require
 from mcore_rl.model_files import CONFIG_FILE, has_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def check_tokenizer(folder: str | Path, vocab_size: int) -> None:
-    """Do the same for the tokenizer of a model folder, if it has one."""
-    if has_tokenizer(folder):
-        check_vocabulary(load_tokenizer(str(folder)), vocab_size)
+    """Do the same for the tokenizer of a model folder, if it has one that can be loaded: what does
+    without a tokenizer, as a conversion, is not stopped by one that only code beside it reads."""
+    if not has_tokenizer(folder):
+        return
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except UserError:
+        return
+    check_vocabulary(tokenizer, vocab_size)

@@ -88,10 +88,10 @@ def save_and_export(spec, minibatch, objective, cut, folder, out):
     with running_cluster(spec, cut) as (cluster, worker):
         base = {name: param.clone() for name, param in worker.actor.params.items()}
         fill_b(worker)
-        cluster.begin_step()
-        cluster.update(minibatch, objective)
-        cluster.begin_save(folder)
-        cluster.end_save(wait=True)
+        cluster.trainer.begin_step()
+        cluster.trainer.update(minibatch, objective)
+        cluster.trainer.begin_save(folder)
+        cluster.trainer.end_save(wait=True)
         worker.actor.export_hf(out)
         return adapters(worker), is_unchanged(worker.actor.params, base)
 

@@ -51,6 +51,7 @@ LATENT = SIZES | {
     "n_shared_experts": 2,
     "moe_intermediate_size": 48,
     "routed_scaling_factor": 1.5,
+    "eos_token_id": None,
 }
 MODELS = {
     "qwen2": Qwen2Config(**SIZES),

@@ -382,7 +382,7 @@ def test_the_tolerance_of_the_agreement_check_is_the_configured_one(run_loop, to
 
 
 def test_logprobs_that_are_no_numbers_do_not_pass_as_agreement(run_loop):
-    with pytest.raises(WeightSyncError, match="differ by nan"):
+    with pytest.raises(WeightSyncError, match="the largest by nan"):
         run_loop(GMPO, engine=NanEngine)
 
 

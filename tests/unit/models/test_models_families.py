@@ -432,7 +432,7 @@ def test_an_engine_is_told_what_it_would_not_take_from_the_configuration(name, c
 @pytest.mark.parametrize(
     ("sizes", "tp", "nearest"),
     [
-        # 6 and 12 divide the heads, and not what Megatron fuses of them with keys and values.
+        # 6 and 12 divide the heads, and not what Megatron fuses of all heads.
         ({"num_attention_heads": 12, "num_key_value_heads": 4}, 5, "4"),
         # 4 divides the heads and not the MLP.
         ({"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 18}, 3, "2"),
