@@ -15,17 +15,24 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError, WorkerLostError
-from mcore_rl.launch.group import ECHO_S, ChannelWorkers, GiveUp
+from mcore_rl.launch.group import ChannelWorkers, GiveUp
 from mcore_rl.printable import printable
 
 
 def run_with_workers(
-    open_workers: Callable[[GiveUp], ChannelWorkers], program: Callable[[ChannelWorkers], None]
+    open_workers: Callable[[GiveUp], ChannelWorkers],
+    program: Callable[[ChannelWorkers], None],
+    echo_s: float,
 ) -> None:
     """Open worker processes and run the program with them; none of them outlives it.
 
-    A signal to end (SIGINT, SIGTERM) ends the workers and then this process. One that comes because
-    a worker has failed, as torchrun sends it to all, waits for what is to be said about that.
+    A signal to end (SIGINT, SIGTERM) ends the workers and then this process.
+
+    Args:
+        open_workers: starts them.
+        program: what to do with them.
+        echo_s: a signal to end may come because a worker has failed, as torchrun sends it to all;
+            whether that is so turns out within this time, and is said then.
     """
 
     def end(number: int, _: Any) -> NoReturn:
@@ -37,7 +44,7 @@ def run_with_workers(
     try:
         program(workers)
     except SystemExit:
-        if (failure := workers.failure_within(ECHO_S)) is not None:
+        if (failure := workers.failure_within(echo_s)) is not None:
             end_process(failure, workers.kill)
         workers.kill()
         raise

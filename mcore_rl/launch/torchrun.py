@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 ENDPOINT_LIMIT = timedelta(minutes=30)
 """For rank 0 to say where it listens, which it does before it reads the data."""
+AGENT_ECHO_S = 10.0
+"""torchrun's agent ends all processes as soon as one has failed; within this time the controller
+learns which, also on a busy machine."""
 _ENDPOINT, _PIDS = "mcore_rl/endpoint", "mcore_rl/pid"
 _SECRET_FILE = "secret"
 _USER_SECRET = Path(".mcore_rl") / "channel_secret"

@@ -159,6 +159,7 @@ def main() -> None:
         run_with_workers(
             lambda give_up: open_workers(world_size, "", hang_timeout_s, give_up),
             lambda workers: program(case, workers),
+            echo_s=torchrun.AGENT_ECHO_S if torchrun.is_launched() else 0.0,
         )
     except Exception as error:  # noqa: BLE001  as the commands do
         end_process(error)
