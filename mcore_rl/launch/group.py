@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -50,7 +50,7 @@ CLOSE_LIMIT_S = 120.0
 MAX_BYTES_IN_FLIGHT = 4 << 30
 """Of calls to one worker that are not answered."""
 
-_START = "start"
+_START, _CLOSE = "start", "close"
 
 GiveUp = Callable[[Exception, Callable[[], None]], None]
 
@@ -150,14 +150,16 @@ class ChannelWorkers:
         """End all workers in order."""
         self._is_closing = True
         gc.unfreeze()
-        for rank in range(self.world_size):
-            self._listener.send(rank, channel.END, {})
-        if not self._processes.wait(CLOSE_LIMIT_S):
+        futures = [self._send(rank, channel.END, _CLOSE, []) for rank in range(self.world_size)]
+        _, late = wait(futures, CLOSE_LIMIT_S)
+        problems = [
+            problem for future in futures if future.done() and (problem := future.exception())
+        ]
+        if problems:
+            logger.warning("while the workers closed: %s", problems[0])
+        elif late or not self._processes.wait(CLOSE_LIMIT_S):
             logger.warning("the workers did not end within %d s: killed", CLOSE_LIMIT_S)
-        for rank, ended in self._processes.ended().items():
-            if ended.exit_code not in (0, None):
-                logger.warning("rank %d %s while it closed", rank, ended.text)
-        self.kill()
+        self._stop()
 
     def failure_within(self, seconds: float) -> Exception | None:
         """Return why the workers have failed, if that turns out within the time."""
@@ -170,6 +172,10 @@ class ChannelWorkers:
         self._is_closing = True
         for rank in range(self.world_size):
             self._listener.send(rank, channel.DIE, {})
+        self._stop()
+
+    def _stop(self) -> None:
+        """End the watch, what is left of the processes, and what they leave."""
         self._is_stopped.set()
         self._listener.wake_up()
         if threading.current_thread() is not self._thread:
@@ -326,9 +332,10 @@ class ChannelWorkers:
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
-            if self._failure is not None or self._is_closing:
+            if self._failure is not None:
                 return
-            self._failure, self._failed_at = error, time.monotonic()
+            if not self._is_closing:
+                self._failure, self._failed_at = error, time.monotonic()
             futures = [p.future for state in self._ranks for p in state.pending.values()]
             self._changed.notify_all()
         for future in futures:

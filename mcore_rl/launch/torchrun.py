@@ -14,6 +14,7 @@ import secrets
 import select
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -99,7 +100,12 @@ class TorchrunProcesses:
         return self._children.state(rank)
 
     def wait(self, seconds: float) -> bool:
-        return self._children.wait(seconds)
+        deadline = time.monotonic() + seconds
+        left = list(self._pidfds.values())
+        while left and time.monotonic() < deadline:
+            ended = select.select(left, [], [], deadline - time.monotonic())[0]
+            left = [pidfd for pidfd in left if pidfd not in ended]
+        return self._children.wait(max(0.0, deadline - time.monotonic())) and not left
 
     def kill(self) -> None:
         self._children.kill()

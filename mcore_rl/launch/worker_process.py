@@ -80,6 +80,7 @@ def serve(end: WorkerEnd, make_store: Callable[[], Store], engine: str) -> NoRet
         _tell(end, end.next(), error)
         while end.next().kind != channel.END:  # an exit would look like the cause of what was told
             pass
+        end.answer(None)
         _end(end)
     while True:
         order = end.next()
@@ -93,6 +94,7 @@ def serve(end: WorkerEnd, make_store: Callable[[], Store], engine: str) -> NoRet
                 end.answer(handlers[method](*args))
             else:
                 _close(worker)
+                end.answer(None)
                 _end(end)
         except Exception as error:  # noqa: BLE001  whatever it is, the controller must know
             _tell(end, order, error)
