@@ -18,6 +18,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 # vLLM reads these while it is imported.
@@ -123,6 +124,8 @@ class VllmEngine:
             settings["kv_cache_memory_bytes"] = kv_cache_bytes
         else:
             settings["gpu_memory_utilization"] = cfg.gpu_memory_utilization
+        if on_cpu and self._is_part:
+            _remove_shared_memory(cfg.tensor_model_parallel_size)
         with _process_state_kept():
             self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -208,6 +211,20 @@ class VllmEngine:
 
     def close(self) -> None:
         del self._llm
+
+
+def _remove_shared_memory(engine_size: int) -> None:
+    """Remove what a run that was killed has left of an engine of these ranks.
+
+    On CPU vLLM calls an engine's shared memory by its ranks alone, and does not start where some of
+    that name is (cpu_communicator.py, make_group_name). Whoever uses it has it mapped and keeps it.
+    The first rank does it before the others can come to need it: they meet it before.
+    """
+    place, first = dist.get_rank() % engine_size, dist.get_rank() // engine_size * engine_size
+    ranks = "-".join(str(first + i) for i in range(engine_size))
+    for file in Path("/dev/shm").iterdir() if place == 0 else ():
+        if f"[{ranks}]-cpushm" in file.name and file.stat().st_uid == os.getuid():
+            file.unlink(missing_ok=True)
 
 
 def _check_lockstep(results: Sequence[GenerationResult]) -> None:
