@@ -219,7 +219,7 @@ class ChannelWorkers:
                 if not self._is_closing and now - self._failed_at > GRACE_S:
                     self._give_up(self._failure, self.kill)
                 continue
-            for rank in unreachable:
+            for rank in unreachable if not self._is_closing else ():
                 self._lose(rank, "cannot be reached any more")
             if now >= next_beat or self._echo is not None:
                 self._watch(now)

@@ -37,7 +37,14 @@ from mcore_rl.model_files import TIKTOKEN_FILES, VOCABULARY_FILES, has_tokenizer
 from mcore_rl.registry import Registry
 from mcore_rl.types import Layout
 
-RUN_ERRORS = [RunError, errors.RolloutError, errors.WeightSyncError, errors.CheckpointError]
+RUN_ERRORS = [
+    RunError,
+    errors.WorkerLostError,
+    errors.HangError,
+    errors.RolloutError,
+    errors.WeightSyncError,
+    errors.CheckpointError,
+]
 
 
 @pytest.mark.parametrize("kind", RUN_ERRORS)
