@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig, train_layout
@@ -86,7 +87,7 @@ def _next_step(cfg: RunConfig) -> str:
     return f"Which of the two departs from transformers, and in which layer: {command}"
 
 
-def summary(differences: Sequence[float]) -> dict[str, float]:
+def summary(differences: ArrayLike) -> dict[str, float]:
     """Return how far tokens are apart: the keys of SHARES. One that is not a number makes all so.
 
     Args:
