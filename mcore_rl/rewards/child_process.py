@@ -11,6 +11,7 @@ import ctypes
 import os
 import resource
 import signal
+from pathlib import Path
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -33,6 +34,11 @@ def limit_memory(most_bytes: int) -> None:
     Only a privileged process may raise its limits.
     """
     _limit(resource.RLIMIT_DATA, most_bytes)
+
+
+def private_memory() -> int:
+    """Return the bytes of private memory of this process, as `limit_memory` counts them."""
+    return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
 
 
 def limit_cpu(seconds: int) -> None:

@@ -14,7 +14,12 @@ import signal
 from collections.abc import Callable
 
 from mcore_rl.errors import RunError
-from mcore_rl.rewards.child_process import die_with_parent, limit_cpu, limit_memory
+from mcore_rl.rewards.child_process import (
+    die_with_parent,
+    limit_cpu,
+    limit_memory,
+    private_memory,
+)
 
 
 def call_forked(
@@ -31,8 +36,8 @@ def call_forked(
         arguments: of the function.
         cpu_s: seconds of CPU time, which do not depend on how busy the machine is.
         limit_s: wall-clock seconds, several times `cpu_s`.
-        memory_bytes: most private memory of the copy, this process's own included; a lower limit
-            of this process holds instead.
+        memory_bytes: most private memory that the call may take, beyond what this process has
+            taken; a lower limit of this process holds instead.
 
     Raises:
         RunError: if the copy cannot be made ready, so that the function was not called.
@@ -45,7 +50,7 @@ def call_forked(
             try:
                 die_with_parent(parent)
                 limit_cpu(cpu_s)
-                limit_memory(memory_bytes)
+                limit_memory(private_memory() + memory_bytes)
             except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
                 os.write(writer, repr(error).encode())
             else:

@@ -47,12 +47,21 @@ def test_a_function_that_computes_for_too_long_gives_none():
 
 
 def test_a_copy_that_cannot_be_made_ready_is_an_error_and_no_wrong_answer(monkeypatch):
-    def refuse(most_bytes):
-        raise ValueError(f"not allowed to raise the limit to {most_bytes}")
+    def refuse(seconds):
+        raise ValueError(f"not allowed to raise the limit to {seconds}")
 
-    monkeypatch.setattr(forked, "limit_memory", refuse)
+    monkeypatch.setattr(forked, "limit_cpu", refuse)
     with pytest.raises(RunError, match=r"not made ready: ValueError\('not allowed .* to 5'\)"):
-        call_forked(str.isdigit, "5", **LIMITS | {"memory_bytes": 5})
+        call_forked(str.isdigit, "5", **LIMITS | {"cpu_s": 5})
+
+
+def test_the_limit_of_memory_is_for_the_call_however_much_the_process_holds():
+    mib = 2**20
+    held = bytearray(200 * mib)
+    limits = LIMITS | {"memory_bytes": 100 * mib}
+    assert call_forked(lambda: bool(bytearray(50 * mib)), **limits) is True
+    assert call_forked(lambda: bool(bytearray(150 * mib)), **limits) is None
+    del held
 
 
 def test_a_process_that_is_orphaned_before_it_asks_to_die_with_its_parent_ends():
