@@ -223,9 +223,11 @@ def main() -> None:
         for name, tree in (("before", args.against), ("now", here)):
             if tree is None:
                 continue
-            command = [sys.executable, __file__, "--child", "--tokens", str(tokens)]
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", "--tokens", str(tokens)]
             environment = os.environ | {"PYTHONPATH": str(tree.resolve())}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True
+            )
             if done.returncode:
                 sys.exit(done.stderr)
             found = json.loads(done.stdout)

@@ -142,7 +142,8 @@ def compare(args: argparse.Namespace) -> int:
     for _ in range(args.rounds):
         for state, total in totals.items():
             answer = subprocess.run(
-                [sys.executable, __file__, *given],
+                [sys.executable, str(Path(__file__).resolve()), *given],
+                cwd=state,  # the scoring processes import what lies in their working folder
                 env={**os.environ, "PYTHONPATH": str(state)},
                 stdout=subprocess.PIPE,
                 check=False,
