@@ -53,6 +53,16 @@ def _hold_arrays(carrier: Sample | TokenSequence) -> None:
         assert len(given) == length, f"{name} is not as long as token_ids"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutesAt:
+    """Where the routes of a sequence lie: in the worker that recorded them, from where they go to
+    those that replay them. They are bulk, hundreds of bytes a token, and not the controller's."""
+
+    rank: int
+    key: int
+    """Number in that rank's `RouteStore`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
     """One task: what the model is given and what is needed to judge its answer."""
@@ -111,10 +121,9 @@ class Sample:
     """The critic's, of the state in which each token was chosen; None without a critic."""
     returns: Numbers | None = None
     """What these values should have been; None without a critic."""
-    routed_experts: np.ndarray | None = None
-    """[len(token_ids) - 1, MoE layers, topk] unsigned integers: at i the experts of token i as an
-    input, in the order of the layers; the last token is no input. None unless routes are replayed:
-    of the engine (R3) or of the pass that computed `old_logprobs` (R2)."""
+    routed_experts: RoutesAt | None = None
+    """Where its routes lie. None unless they are replayed: of the engine (R3) or of the pass that
+    computed `old_logprobs` (R2)."""
 
     def __post_init__(self) -> None:
         _hold_arrays(self)
@@ -182,8 +191,10 @@ class TokenSequence:
     ref_logprobs: Numbers | None = None
     values: Numbers | None = None
     returns: Numbers | None = None
-    routed_experts: np.ndarray | None = None
-    """See `Sample.routed_experts`; None: the router chooses."""
+    routed_experts: np.ndarray | RoutesAt | None = None
+    """[len(token_ids) - 1, MoE layers, topk] unsigned integers: at i the experts of token i as an
+    input, in the order of the layers; the last token is no input. Or where they lie; None: the
+    router chooses."""
 
     def __post_init__(self) -> None:
         _hold_arrays(self)
@@ -238,6 +249,8 @@ class MicroBatch:
     returns: Numbers | None = None
     routed_experts: np.ndarray | None = None
     """[N - S, MoE layers, topk]: the last token of a sequence is no input."""
+    routes_at: np.ndarray | None = None
+    """[S, 2] int64, rank and key of the routes of each sequence: until a worker has put them in."""
 
     @classmethod
     def of(
@@ -260,19 +273,29 @@ class MicroBatch:
 
         lengths = [len(sequence.token_ids) for sequence in sequences]
         carried = [name for name in reads if _is_carried(sequences, name)]
+        routes: dict[str, np.ndarray] = {}
+        if "routed_experts" in carried:
+            carried.remove("routed_experts")
+            at = [s.routed_experts for s in sequences if isinstance(s.routed_experts, RoutesAt)]
+            if at:
+                assert len(at) == len(sequences), "the routes of some sequences lie elsewhere"
+                routes["routes_at"] = np.array([(x.rank, x.key) for x in at], np.int64)
+            else:
+                routes["routed_experts"] = laid("routed_experts", np.uint8)
         return cls(
             indices=np.asarray(range(len(sequences)) if indices is None else indices, np.int32),
             lengths=np.asarray(lengths, np.int32),
             token_ids=laid("token_ids", np.int32),
             loss_mask=laid("loss_mask", np.bool_),
             **{name: laid(name, np.float32) for name in carried},
+            **routes,
         )
 
     def cut(self, first: int, last: int) -> MicroBatch:
         """Return sequences `first` to `last` - 1, without copying."""
         start, stop = int(self.lengths[:first].sum()), int(self.lengths[:last].sum())
         numbers = {name: getattr(self, name) for name in NUMBERS}
-        routes = self.routed_experts
+        routes, at = self.routed_experts, self.routes_at
         return MicroBatch(
             indices=self.indices[first:last],
             lengths=self.lengths[first:last],
@@ -280,6 +303,7 @@ class MicroBatch:
             loss_mask=self.loss_mask[start:stop],
             **{name: None if x is None else x[start:stop] for name, x in numbers.items()},
             routed_experts=None if routes is None else routes[start - first : stop - last],
+            routes_at=None if at is None else at[first:last],
         )
 
 

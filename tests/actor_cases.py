@@ -7,6 +7,7 @@ processes give, the way the launcher does, and plans micro-batches the way `clus
 import contextlib
 import resource
 import threading
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -36,10 +37,12 @@ class SpmdWorkers:
         self.step = None
 
     def submit(self, calls):
-        own = calls[dist.get_rank()]
+        own, result = calls.get(dist.get_rank()), None
+        if own is not None:
+            result = self.worker.handlers[own.method](*own.args)
         results = [None] * self.world_size
-        dist.all_gather_object(results, self.worker.handlers[own.method](*own.args))
-        return {rank: done(result) for rank, result in enumerate(results)}
+        dist.all_gather_object(results, result)
+        return {rank: done(results[rank]) for rank in calls}
 
 
 @contextlib.contextmanager
@@ -85,10 +88,19 @@ def lists(numbers):
     return [of_sequence.tolist() for of_sequence in numbers]
 
 
-def recorded_lists(cluster, sequences):
-    """Return (logprobs, routes) of each sequence as recorded."""
+def recorded_lists(cluster, worker, sequences):
+    """Return (logprobs, routes) of each sequence as recorded; routes lie where they were."""
     recorded = cluster.trainer.record_logprobs(sequences)
-    return [(logprobs.tolist(), routes) for logprobs, routes in recorded]
+    own = {at: worker.actor.routes.get(at.rank, at.key) for _, at in recorded if is_here(at)}
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    held = {at: routes for of_rank in of_ranks for at, routes in of_rank.items()}
+    return [(logprobs.tolist(), held[at]) for logprobs, at in recorded]
+
+
+def is_here(at):
+    """Whether this rank recorded the routes."""
+    return at.rank == dist.get_rank()
 
 
 def logprobs(spec, sequences, cut):
@@ -121,9 +133,40 @@ def train(spec, minibatches, objective, cut):
 def record_and_train(spec, sequences, objective, cut):
     """Return (logprobs, routes) of each sequence as recorded, then what `train` returns for a step
     on the sequences with the routes that they carry."""
-    with running_cluster(spec, cut) as (cluster, _):
-        recorded = recorded_lists(cluster, sequences)
+    with running_cluster(spec, cut) as (cluster, worker):
+        recorded = recorded_lists(cluster, worker, sequences)
     return recorded, *train(spec, [sequences], objective, cut)
+
+
+def train_on_recorded(spec, sequences, objective, cut):
+    """Record the routes of sequences, then train on all but the first, on routes as they lie in the
+    workers, and from the start on routes as the controller has them; return (metrics and logprobs
+    after the one, after the other, number of routes that were given to another rank)."""
+    bare = [replace(sequence, routed_experts=None) for sequence in sequences]
+    with running_cluster(spec, cut) as (cluster, worker):
+        recorded = cluster.trainer.record_logprobs(bare)
+        at = [
+            replace(sequence, routed_experts=at)
+            for sequence, (_, at) in zip(bare, recorded, strict=True)
+        ][1:]
+        held = recorded_lists(cluster, worker, bare)
+        cluster.trainer.begin_step()
+        metrics = to_floats(cluster.trainer.update(at, objective))
+        first = metrics, lists(cluster.trainer.logprobs(bare))
+        num_moved = sum(rank != dist.get_rank() for rank, _ in worker.actor.routes._held)
+        num_moved = torch.tensor(num_moved)
+        dist.all_reduce(num_moved)
+        cluster.enter_step(1)
+        assert not worker.actor.routes._held, "a step leaves no routes"
+    arrays = [
+        replace(sequence, routed_experts=routes)
+        for sequence, (_, routes) in zip(bare, held, strict=True)
+    ][1:]
+    with running_cluster(spec, cut) as (cluster, _):
+        cluster.trainer.begin_step()
+        metrics = to_floats(cluster.trainer.update(arrays, objective))
+        second = metrics, lists(cluster.trainer.logprobs(bare))
+    return first, second, int(num_moved)
 
 
 def replayed_experts(routes):
@@ -222,13 +265,13 @@ def policy_and_reference_logprobs(spec, sequences, cut):
 def policy_and_reference_with_routes(spec, sequences, other_sequences):
     """Return logprobs of policy and reference for both lists, then (logprobs, routes) recorded of
     the first: [policy, policy, reference, reference, recorded]."""
-    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, _):
+    with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, worker):
         found = [cluster.trainer.logprobs(sequences), cluster.trainer.logprobs(other_sequences)]
         found += [
             cluster.trainer.ref_logprobs(sequences),
             cluster.trainer.ref_logprobs(other_sequences),
         ]
-        return [*map(lists, found), recorded_lists(cluster, sequences)]
+        return [*map(lists, found), recorded_lists(cluster, worker, sequences)]
 
 
 def round_trip(spec, folder, sequences):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mcore_rl.cluster.engines import Engines
 from mcore_rl.cluster.group import WorkerGroup
 from mcore_rl.cluster.placement import Placement
+from mcore_rl.cluster.routes import Routes
 from mcore_rl.cluster.trainer import Trainer
 from mcore_rl.data.packing import Cut
 
@@ -18,6 +19,7 @@ class Cluster:
     workers: WorkerGroup
     trainer: Trainer
     engines: Engines
+    routes: Routes
 
     @classmethod
     def of(
@@ -28,12 +30,14 @@ class Cluster:
         critic_cut: Cut | None = None,
     ) -> Cluster:
         """Return the cluster of running workers; see `Trainer` for the cuts."""
-        trainer = Trainer(workers, placement, cut, critic_cut)
-        return cls(workers, trainer, Engines(workers, placement))
+        routes = Routes(workers, placement)
+        trainer = Trainer(workers, placement, routes, cut, critic_cut)
+        return cls(workers, trainer, Engines(workers, placement, routes), routes)
 
     def enter_step(self, step: int) -> None:
-        """Have failures from here on name `step`."""
+        """Have failures from here on name `step`; routes of earlier ones are dropped."""
         self.workers.step = step
+        self.routes.drop()
 
     def close(self) -> None:
         """End all workers."""

@@ -14,10 +14,19 @@ import numpy as np
 
 from mcore_rl.cluster.group import Call, WorkerGroup, call, call_all, results
 from mcore_rl.cluster.placement import Placement
+from mcore_rl.cluster.routes import Routes
 from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
 from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import Metrics, merge, of_one_update
-from mcore_rl.types import NUMBERS, MinibatchPlan, Numbers, Share, TokenNumbers, TokenSequence
+from mcore_rl.types import (
+    NUMBERS,
+    MinibatchPlan,
+    Numbers,
+    RoutesAt,
+    Share,
+    TokenNumbers,
+    TokenSequence,
+)
 from mcore_rl.workers.roles import Actor, Critic
 
 T = TypeVar("T")
@@ -29,6 +38,7 @@ class Trainer:
     Args:
         workers: running workers.
         placement: where they stand.
+        routes: what is known of the routes that they hold.
         cut: how a minibatch of the actor is cut into micro-batches.
         critic_cut: the same of the critic; None: there is none.
     """
@@ -37,10 +47,11 @@ class Trainer:
         self,
         workers: WorkerGroup,
         placement: Placement,
+        routes: Routes,
         cut: Cut,
         critic_cut: Cut | None = None,
     ) -> None:
-        self._workers, self._placement = workers, placement
+        self._workers, self._placement, self._routes = workers, placement, routes
         self._cut, self._critic_cut = cut, critic_cut
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
@@ -48,18 +59,15 @@ class Trainer:
         by_rank = self._forward(Actor.logprobs, sequences, self._cut, reads=("routed_experts",))
         return _by_sequence(by_rank, len(sequences))
 
-    def record_logprobs(
-        self, sequences: Sequence[TokenSequence]
-    ) -> list[tuple[Numbers, np.ndarray]]:
-        """Return logprobs as `logprobs` does, and the experts of every token, by sequence."""
+    def record_logprobs(self, sequences: Sequence[TokenSequence]) -> list[tuple[Numbers, RoutesAt]]:
+        """Return logprobs as `logprobs` does, and where the routes lie, by sequence."""
+        self._routes.expect()
         by_rank = self._forward(Actor.record_logprobs, sequences, self._cut)
         logprobs = _by_sequence([numbers for numbers, _ in by_rank], len(sequences))
-        routes: list[np.ndarray] = [np.empty(0)] * len(sequences)
-        for numbers, of_rank in by_rank:
-            parts = np.split(of_rank, np.cumsum(numbers.lengths - 1)[:-1])
-            for index, part in zip(numbers.indices.tolist(), parts, strict=False):
-                routes[index] = part
-        return list(zip(logprobs, routes, strict=True))
+        found: dict[int, RoutesAt] = {}
+        for numbers, routes in by_rank:
+            found |= zip(numbers.indices.tolist(), routes, strict=True)
+        return [(logprobs[index], found[index]) for index in range(len(sequences))]
 
     def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return logprobs of every trained token under the reference weights, by sequence."""
@@ -185,7 +193,11 @@ class Trainer:
     def _calls(
         self, shares: Sequence[Share], make: Callable[[Share | None], Call[T]]
     ) -> dict[int, Call[T]]:
-        """Return the call of every rank: the first of a share's is given it, the others None."""
+        """Return the call of every rank: the first of a share's is given it, the others None.
+
+        What it replays is there when this returns.
+        """
+        self._routes.bring(shares)
         spread = make(None)
         calls = dict.fromkeys(range(self._placement.world_size), spread)
         for ranks, share in zip(self._placement.share_ranks, shares, strict=True):

@@ -22,7 +22,6 @@ from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
-from mcore_rl.loop.routes import check_routes
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +53,8 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         top_k=cfg.rollout.top_k,
         max_tokens=min(MAX_TOKENS, cfg.data.max_response_length),
         seed=f"{cfg.data.seed}:agreement",
+        keep_routes=inputs.routing is not None,
     )
-    if inputs.routing is not None:
-        check_routes(groups, inputs.routing, step)
     samples = [sample for group in groups for sample in group.samples]
     by_trainer = cluster.trainer.logprobs([sample.to_sequence() for sample in samples])
     by_engine = np.concatenate([sample.rollout_logprobs for sample in samples])

@@ -24,6 +24,7 @@ def generate_groups(
     top_k: int,
     max_tokens: int,
     seed: str,
+    keep_routes: bool = False,
 ) -> list[SampleGroup]:
     """Return `n` samples of every prompt.
 
@@ -37,6 +38,7 @@ def generate_groups(
         max_tokens: of a response.
         seed: with a prompt's uid and a sample's index it fixes what is drawn, whichever engine
             draws it.
+        keep_routes: for a pass that replays them.
     """
     requests = [
         GenerationRequest(
@@ -52,7 +54,7 @@ def generate_groups(
         for prompt in prompts
         for index in range(n)
     ]
-    results = iter(cluster.engines.generate(requests))
+    results = iter(cluster.engines.generate(requests, keep_routes=keep_routes))
     return [
         SampleGroup(
             prompt=prompt,
@@ -67,6 +69,8 @@ def _request_seed(text: str) -> int:
 
 
 def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
+    at = result.routed_experts
+    assert not isinstance(at, np.ndarray), "routes stay in the worker of their engine"
     num_prompt = len(prompt.token_ids)
     token_ids = np.concatenate([prompt.token_ids, result.token_ids])
     return Sample(
@@ -77,7 +81,7 @@ def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
         rollout_logprobs=np.concatenate([np.zeros(num_prompt, np.float32), result.logprobs]),
         finish_reason=result.finish_reason,
         weight_version=result.weight_version,
-        routed_experts=result.routed_experts,
+        routed_experts=at,
         response_text=result.text,
     )
 

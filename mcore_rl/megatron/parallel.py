@@ -34,6 +34,8 @@ class Parallel:
     expert_dp: ProcessGroup
     share: ProcessGroup
     """The ranks that work on the same sequences (tp, cp and pp together), of gloo."""
+    host: ProcessGroup | None
+    """All ranks, of gloo; None: the default group."""
 
     @property
     def coordinates(self) -> tuple[int, ...]:
@@ -81,6 +83,7 @@ def initialize(layout: Layout, seed: int) -> Parallel:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     groups: Any = parallel_state  # its annotations also allow lists and absent groups
+    host: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return Parallel(
         layout=layout,
         rank=dist.get_rank(),
@@ -94,6 +97,7 @@ def initialize(layout: Layout, seed: int) -> Parallel:
         tp_ep=groups.get_expert_tensor_and_model_parallel_group(),
         expert_dp=groups.get_expert_data_parallel_group(),
         share=_share_group(layout.dp, groups.get_data_parallel_rank()),
+        host=host,
     )
 
 

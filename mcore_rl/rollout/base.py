@@ -16,7 +16,7 @@ import numpy as np
 
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
-from mcore_rl.types import Ids, Numbers, Routing
+from mcore_rl.types import Ids, Numbers, RoutesAt, Routing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,8 +191,9 @@ class GenerationResult:
     text: str = ""
     """`token_ids` decoded without special tokens, by the engine's host where
     `EngineSpec.with_text` asks for it."""
-    routed_experts: np.ndarray | None = None
-    """See `Sample.routed_experts`; None unless `EngineSpec.routing` asks for it."""
+    routed_experts: np.ndarray | RoutesAt | None = None
+    """See `TokenSequence.routed_experts`; None unless `EngineSpec.routing` asks for it. The host of
+    the engine keeps them and hands out where they lie."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))

@@ -6,7 +6,7 @@ come in and go out; weights leave through `export`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ from mcore_rl.models.safetensors_io import (
     write_shards,
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
-from mcore_rl.types import Denominators, Share, TokenNumbers
+from mcore_rl.types import Denominators, RoutesAt, Share, TokenNumbers
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
 from mcore_rl.workers.roles import Actor
+from mcore_rl.workers.routes import RouteStore
 from mcore_rl.workers.spec import ActorSpec
 from mcore_rl.workers.spread import spread
 
@@ -86,6 +87,7 @@ class ActorWorker(ModelWorker, Actor):
             )
             weights = self.lora.merged(params)
         self.routers = ModelRouters(chunks, routing(hf_config), parallel)
+        self.routes = RouteStore(self.routers.routing, parallel)
         if spec.megatron.moe_router_freeze:
             freeze_routers(chunks)
         saved = self.lora or WholeModel(chunks, parallel)
@@ -95,20 +97,22 @@ class ActorWorker(ModelWorker, Actor):
 
     def logprobs(self, share: Share | None) -> TokenNumbers:
         """Return logprobs of every token under the current weights."""
-        micro_batches = spread(share, self.parallel.share)
+        micro_batches = spread(self.routes.filled(share), self.parallel.share)
         with self.routers.replaying(micro_batches) as routes:
             return forward_tokens(self.chunks, micro_batches, self.parallel, self.device, routes)
 
-    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, np.ndarray]:
-        """Return logprobs and the experts that the routers chose: `Sample.routed_experts` of the
-        same sequences end to end."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Sequence[RoutesAt]]:
+        """Return logprobs and where the routes of these sequences lie: the experts that the routers
+        chose."""
         micro_batches = spread(share, self.parallel.share)
         with self.routers.recording() as recording:
             logprobs = forward_tokens(
                 self.chunks, micro_batches, self.parallel, self.device, recording
             )
         routes = recording.routes()
-        return logprobs, routes if self.parallel.reports_sequences else routes[:0]
+        # On ranks that report no sequence there is no length.
+        parts = np.split(routes, np.cumsum(logprobs.lengths - 1))[: len(logprobs.lengths)]
+        return logprobs, [self.routes.keep(part) for part in parts]
 
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:
         """Return logprobs of every token under the reference weights.
@@ -138,7 +142,7 @@ class ActorWorker(ModelWorker, Actor):
         objective: TrainObjective,
     ) -> Metrics:
         """Do one optimizer update and return its metrics (on ranks that report tokens)."""
-        micro_batches = spread(share, self.parallel.share)
+        micro_batches = spread(self.routes.filled(share), self.parallel.share)
         with self.routers.replaying(micro_batches) as routes:
             metrics = self.train_on(micro_batches, denominators, objective, routes)
         replay_metrics = self.routers.replay_metrics()

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_rl.metrics import Metrics
-from mcore_rl.types import Denominators, Share, TokenNumbers, WriteState
+from mcore_rl.types import Denominators, RoutesAt, Share, TokenNumbers, WriteState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +32,9 @@ class Actor(Protocol):
         """Return log-probabilities of every trained token."""
         ...
 
-    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, np.ndarray]:
-        """Return them with the experts that the routers chose: `Sample.routed_experts` of the same
-        sequences end to end."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Sequence[RoutesAt]]:
+        """Return them with where the routes of these sequences lie: the experts that the routers
+        chose."""
         ...
 
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:
@@ -109,11 +109,30 @@ class Critic(Protocol):
 class Rollout(Protocol):
     """A rollout engine, or one rank of it."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], keep_routes: bool
+    ) -> list[GenerationResult]:
         """Return one result per request, in order; nothing on ranks but the engine's first, which
-        all must be given the same requests."""
+        all must be given the same requests. Routes to be replayed are kept."""
         ...
 
     def sync_weights(self, version: int) -> Metrics:
         """Take the actor's weights as `version`; collective."""
+        ...
+
+
+class RouteHolder(Protocol):
+    """The routes that lie in a worker, recorded by its engine or its actor."""
+
+    def exchange(self, gives: Mapping[int, np.ndarray], takes: Mapping[int, np.ndarray]) -> None:
+        """Give routes to other ranks and take theirs; all ranks that it names are asked together.
+
+        Args:
+            gives: by rank that is given some, [sequences] int64 keys.
+            takes: by rank that gives some, [sequences, 2] int64 keys and tokens - 1.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Forget all routes."""
         ...

@@ -11,10 +11,12 @@ from mcore_rl.data.chat import decode_response, load_tokenizer
 from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
+from mcore_rl.types import RoutesAt
 from mcore_rl.weight_sync.base import TRANSPORTS
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.weight_sync.sync import sync_weights
 from mcore_rl.workers.roles import Rollout
+from mcore_rl.workers.routes import RouteStore, check_experts_differ, check_routes
 
 
 class RolloutWorker(Rollout):
@@ -24,22 +26,49 @@ class RolloutWorker(Rollout):
         spec: what the engine starts from.
         place: of this process.
         exporter: of the actor's weights in this process.
+        routes: of this process.
     """
 
-    def __init__(self, spec: EngineSpec, place: Place, exporter: WeightExporter) -> None:
+    def __init__(
+        self, spec: EngineSpec, place: Place, exporter: WeightExporter, routes: RouteStore
+    ) -> None:
         self._is_first = place.engine_rank == 0
-        self._exporter = exporter
+        self._exporter, self._routes, self._routing = exporter, routes, spec.routing
+        self._knows_experts_differ = False
         self.transport = TRANSPORTS.get(spec.config.weight_transport)
         self.engine = load_engine(spec)
         self._tokenizer = load_tokenizer(spec.model_path) if spec.with_text else None
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], keep_routes: bool
+    ) -> list[GenerationResult]:
         """Return one result per request, in order; nothing on ranks but the engine's first.
 
         Every rank of the engine must be given the same requests.
+
+        Raises:
+            RolloutError: if routes are to be kept and the engine returns none, or impossible ones.
         """
         results = self.engine.generate(requests)
-        return [self._with_text(result) for result in results] if self._is_first else []
+        if not self._is_first:
+            return []
+        if keep_routes:
+            kept = [self._keep_routes(*pair) for pair in zip(requests, results, strict=True)]
+            self._knows_experts_differ = True
+        else:
+            kept = [None] * len(results)
+        return [
+            replace(self._with_text(result), routed_experts=at)
+            for result, at in zip(results, kept, strict=True)
+        ]
+
+    def _keep_routes(self, request: GenerationRequest, result: GenerationResult) -> RoutesAt:
+        assert self._routing is not None, "the engine was not asked for routes"
+        num_inputs = len(request.prompt_token_ids) + len(result.token_ids) - 1
+        routes = check_routes(result.routed_experts, num_inputs, self._routing)
+        if not self._knows_experts_differ:  # it does not change, and costs more than all the rest
+            check_experts_differ(routes, self._routing)
+        return self._routes.keep(routes)
 
     def _with_text(self, result: GenerationResult) -> GenerationResult:
         if self._tokenizer is None:

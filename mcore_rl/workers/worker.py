@@ -14,7 +14,7 @@ import torch
 from mcore_rl.megatron import cpu, parallel
 from mcore_rl.workers.actor_worker import ActorWorker
 from mcore_rl.workers.critic_worker import CriticWorker
-from mcore_rl.workers.roles import Actor, Critic, Rollout
+from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.spec import WorkerSpec
 
@@ -37,12 +37,19 @@ class Worker:
         self.critic = CriticWorker(spec.critic, self.parallel, device) if spec.critic else None
         self.rollout = None
         if spec.engine:
-            self.rollout = RolloutWorker(spec.engine, self.place, self.actor.exporter)
+            self.rollout = RolloutWorker(
+                spec.engine, self.place, self.actor.exporter, self.actor.routes
+            )
 
     @property
     def roles(self) -> Mapping[type, Any]:
         """Who answers to which role in this process."""
-        found = {Actor: self.actor, Critic: self.critic, Rollout: self.rollout}
+        found = {
+            Actor: self.actor,
+            Critic: self.critic,
+            Rollout: self.rollout,
+            RouteHolder: self.actor.routes,
+        }
         return {role: holder for role, holder in found.items() if holder is not None}
 
     @property

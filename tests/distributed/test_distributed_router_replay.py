@@ -204,3 +204,15 @@ def test_frozen_routers_stay_as_they_are(processes, spec_of, tmp_path, world_siz
         assert torch.equal(loaded[1][name], saved[1][name])
         assert torch.equal(again[1][name], third[1][name])
     assert sum(name.endswith("mlp.gate.weight") for name in begun[1]) == NUM_LAYERS
+
+
+def test_routes_that_lie_in_other_workers_are_given_to_those_that_replay_them(processes, spec_of):
+    """Proves that a step on recorded routes, which lie where they were recorded, is that on the
+    same routes sent by the controller, also where the ranks that replay them are others."""
+    cut = SequenceCount(num_sequences=2)
+    for world_size, megatron in ((2, {}), (2, PP2), (4, TP2)):
+        args = spec_of(**megatron), SEQUENCES, OBJECTIVE, cut
+        found = processes.run(actor_cases.train_on_recorded, world_size, *args)
+        for recorded, sent, num_moved in found:
+            assert recorded == sent
+            assert num_moved > 0

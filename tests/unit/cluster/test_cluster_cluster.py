@@ -49,7 +49,7 @@ class EchoWorkers:
                 return share
         return None
 
-    def generate(self, rank, requests):
+    def generate(self, rank, requests, keep_routes):
         assert self.placement.places[rank].engine is not None
         return [
             GenerationResult(
@@ -132,7 +132,7 @@ def test_all_ranks_of_an_engine_get_its_requests_and_the_first_one_answers():
     assert cluster.engines.num_engines == 2
     results = cluster.engines.generate(requests(3))
     assert [result.token_ids.tolist() for result in results] == [[0, 100], [2, 101], [0, 102]]
-    [(first,), (same,), (second,), (also,)] = workers.calls[-1][1].values()
+    [(first, _), (same, _), (second, _), (also, _)] = workers.calls[-1][1].values()
     assert [request.prompt_token_ids.tolist() for request in first] == [[100], [102]]
     assert first == same
     assert [request.prompt_token_ids.tolist() for request in second] == [[101]]

@@ -32,10 +32,10 @@ from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.types import Layout, Prompt, TokenNumbers, WriteState
+from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, WriteState
 from mcore_rl.weight_sync.base import send_directly
 from mcore_rl.weight_sync.sync import sync_weights
-from mcore_rl.workers.roles import Actor, Critic, Rollout
+from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder
 
 VOCABULARY = 12
 END = 0
@@ -213,6 +213,10 @@ class FakeWorkers:
         self.crash_at = crash_at
         self.calls: list[tuple[str, Any]] = []
         self.versions: list[int] = []
+        self.routes: dict[tuple[int, int, int], np.ndarray] = {}
+        """By rank that has them, rank that recorded them, and key."""
+        self.replayed: list[list[np.ndarray]] = []
+        """What each update was given, over both ranks."""
         self.step: int | None = None
         self.steps: list[int | None] = []
 
@@ -221,8 +225,10 @@ class FakeWorkers:
         return [method for method, _ in self.calls]
 
     def submit(self, calls: Mapping[int, Call[Any]]) -> dict[int, Any]:
-        assert list(calls) == list(range(self.world_size)), "every rank is asked"
         (method,) = {call.method for call in calls.values()}
+        if method == RouteHolder.exchange:
+            return self.exchange({rank: call.args for rank, call in calls.items()})
+        assert list(calls) == list(range(self.world_size)), "every rank is asked"
         name = calls[0].name.removeprefix("rollout.")
         answers = self.answer(method, name, [call.args for call in calls.values()])
         return {rank: done(answer) for rank, answer in enumerate(answers)}
@@ -240,8 +246,10 @@ class FakeWorkers:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
             case Rollout.generate:
                 return [
-                    [with_text(result) for result in engine.generate(requests)]
-                    for engine, (requests,) in zip(self.engines, args_of_rank, strict=True)
+                    [self.handed_out(rank, result) for result in engine.generate(requests)]
+                    for rank, (engine, (requests, _)) in enumerate(
+                        zip(self.engines, args_of_rank, strict=True)
+                    )
                 ]
             case Rollout.sync_weights:
                 export = [[("w", self.actor.weights)]]
@@ -254,14 +262,24 @@ class FakeWorkers:
             case Actor.record_logprobs:
                 logprobs = [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
                 return [
-                    (of_rank, fake_routes(int((of_rank.lengths - 1).sum()), step=self.step))
-                    for of_rank in logprobs
+                    (
+                        of_rank,
+                        [
+                            self.keep(rank, fake_routes(length - 1, step=self.step))
+                            for length in of_rank.lengths.tolist()
+                        ],
+                    )
+                    for rank, of_rank in enumerate(logprobs)
                 ]
+            case RouteHolder.drop:
+                self.routes.clear()
             case Actor.ref_logprobs:
                 return [self.actor.forward(mb, self.actor.reference) for (mb,) in args_of_rank]
             case Actor.begin_step | Critic.begin_step:
                 model.num_begun += 1
             case Actor.update | Critic.update:
+                shares = [(rank, share) for rank, (share, *_) in enumerate(args_of_rank)]
+                self.replayed.append([x for pair in shares for x in self.routes_of(*pair)])
                 return model.update(args_of_rank)
             case Actor.begin_save | Critic.begin_save:
                 model.begin_save(args_of_rank[0][0])
@@ -275,6 +293,36 @@ class FakeWorkers:
             case _:
                 raise AssertionError(f"the loop asked for {method}")
         return [None] * self.world_size
+
+    def handed_out(self, rank: int, result: GenerationResult) -> GenerationResult:
+        """Return the result as the host of the engine does."""
+        text = decode_response(make_tokenizer(), result.token_ids.tolist())
+        routes = result.routed_experts
+        if isinstance(routes, np.ndarray):
+            return replace(result, text=text, routed_experts=self.keep(rank, routes))
+        return replace(result, text=text)
+
+    def keep(self, rank: int, routes: np.ndarray) -> RoutesAt:
+        at = RoutesAt(rank=rank, key=len(self.routes))
+        self.routes[rank, at.rank, at.key] = routes
+        return at
+
+    def exchange(self, args: Mapping[int, tuple[Any, Any]]) -> dict[int, Any]:
+        for rank, (gives, _) in args.items():
+            for other, keys in gives.items():
+                taken = args[other][1][rank]
+                for key, (same, num_inputs) in zip(keys.tolist(), taken.tolist(), strict=True):
+                    routes = self.routes[rank, rank, key]
+                    assert (same, num_inputs) == (key, len(routes))
+                    assert (other, rank, key) not in self.routes, "they were given before"
+                    self.routes[other, rank, key] = routes
+        return dict.fromkeys(args, done(None))
+
+    def routes_of(self, rank: int, share: Share) -> list[np.ndarray]:
+        """Return the routes of the sequences of a share as its rank has them."""
+        if share.whole.routes_at is None:
+            return []
+        return [self.routes[rank, at, key] for at, key in share.whole.routes_at.tolist()]
 
     def close(self) -> None:
         raise AssertionError("a loop leaves its workers to whoever started them")
@@ -310,11 +358,6 @@ def make_tokenizer() -> Any:
     tokens = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="w0")
-
-
-def with_text(result: GenerationResult) -> GenerationResult:
-    """Return the result as the host of an engine hands it out."""
-    return replace(result, text=decode_response(make_tokenizer(), result.token_ids.tolist()))
 
 
 def make_config(*overrides: str) -> RunConfig:

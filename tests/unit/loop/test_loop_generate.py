@@ -82,7 +82,7 @@ def test_seeds_differ_between_steps_prompts_and_samples(setting):
         request.sampling.seed
         for method, args in setting.workers.calls
         if method == "generate"
-        for (share,) in args
+        for (share, _) in args
         for request in share
     ]
     assert len(set(seeds)) == len(seeds) == 3 * 4 * 4

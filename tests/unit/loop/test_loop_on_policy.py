@@ -170,7 +170,7 @@ def test_kl_in_the_reward_is_taken_off_before_advantages_and_not_from_the_logged
 def test_every_step_draws_new_responses_also_of_prompts_seen_before(run_loop):
     run = run_loop(GMPO, steps=4)  # two epochs
     requests = [
-        [request for (share,) in args for request in share] for args in run.arguments("generate")
+        [request for (share, _) in args for request in share] for args in run.arguments("generate")
     ]
     seeds = [request.sampling.seed for call in requests for request in call]
     assert len(set(seeds)) == len(seeds)
@@ -253,7 +253,7 @@ def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_lo
     ]
     run = run_loop(GMPO, *overrides, steps=1, num_val=5)
     first, second = run.arguments("generate")[1:3]
-    assert [sum(len(share) for (share,) in args) for args in (first, second)] == [12, 8]
+    assert [sum(len(share) for (share, _) in args) for args in (first, second)] == [12, 8]
     sampling = first[0][0][0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 0.8, 5)
     line = run.metrics[0]
@@ -330,7 +330,7 @@ def test_every_validation_draws_with_the_same_seeds(run_loop):
         *(GMPO, "data.val_files=unread", "rollout.val_kwargs.do_sample=true"), steps=1, num_val=3
     )
     seeds = [
-        sorted(r.sampling.seed for (share,) in args for r in share)
+        sorted(r.sampling.seed for (share, _) in args for r in share)
         for args in run.arguments("generate")
     ]
     assert seeds[1] == seeds[3] != seeds[2]
@@ -389,10 +389,10 @@ def test_logprobs_that_are_no_numbers_do_not_pass_as_agreement(run_loop):
 def test_the_agreement_check_asks_every_engine_and_leaves_the_data_where_it_was(run_loop):
     run = run_loop(GMPO, steps=1)
     check, rollout = run.arguments("generate")
-    by_engine = [[tuple(r.prompt_token_ids) for r in share] for (share,) in check]
+    by_engine = [[tuple(r.prompt_token_ids) for r in share] for (share, _) in check]
     assert by_engine[0] == by_engine[1]
     assert len(by_engine[0]) == 8
-    drawn = {tuple(r.prompt_token_ids) for (share,) in rollout for r in share}
+    drawn = {tuple(r.prompt_token_ids) for (share, _) in rollout for r in share}
     assert len(drawn) == 4
 
 

@@ -1,15 +1,21 @@
 """The host of an engine, with the fake engine."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.cluster.placement import colocated
+from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
-from mcore_rl.types import Layout
+from mcore_rl.types import Layout, RoutesAt, Routing
 from mcore_rl.workers.rollout_worker import RolloutWorker
+from mcore_rl.workers.routes import RouteStore
 
 END, VOCABULARY = 0, 12
 
@@ -37,7 +43,9 @@ def make_worker(tmp_path):
             **fields,
         )
         placement = colocated(Layout(dp=4), 4, tensor_model_parallel_size)
-        worker = RolloutWorker(spec, placement.places[rank], exporter=None)
+        parallel: Any = SimpleNamespace(rank=rank, host=None)
+        routes = RouteStore(fields.get("routing"), parallel)
+        worker = RolloutWorker(spec, placement.places[rank], exporter=None, routes=routes)
         worker.engine.finish_weight_update(0)
         return worker
 
@@ -55,7 +63,7 @@ def requests(num):
 
 
 def test_answers_are_decoded_where_they_are_made_without_special_tokens(make_worker):
-    results = make_worker(with_text=True).generate(requests(20))
+    results = make_worker(with_text=True).generate(requests(20), False)
     assert any(result.token_ids[-1] == END for result in results)
     for result in results:
         words = [f"w{token}" for token in result.token_ids.tolist() if token != END]
@@ -63,10 +71,87 @@ def test_answers_are_decoded_where_they_are_made_without_special_tokens(make_wor
 
 
 def test_nothing_is_decoded_where_nobody_reads_it(make_worker):
-    assert {result.text for result in make_worker().generate(requests(3))} == {""}
+    assert {result.text for result in make_worker().generate(requests(3), False)} == {""}
 
 
 def test_the_first_rank_of_an_engine_answers_alone(make_worker):
     first, second = (make_worker(rank, tensor_model_parallel_size=2) for rank in (2, 3))
-    assert len(first.generate(requests(3))) == 3
-    assert second.generate(requests(3)) == []
+    assert len(first.generate(requests(3), False)) == 3
+    assert second.generate(requests(3), False) == []
+
+
+ROUTING = Routing(layers=[1, 3], num_experts=4, topk=2)
+
+
+def good_routes(num_inputs):
+    return np.tile(np.array([[0, 3], [2, 1]], np.uint16), (num_inputs, 1, 1))
+
+
+def with_one_row_changed(experts):
+    def routes(num_inputs):
+        changed = good_routes(num_inputs)
+        changed[-1, 1] = experts
+        return changed
+
+    return routes
+
+
+@pytest.fixture
+def answering(make_worker, monkeypatch):
+    """Return a function: routes -> host of an engine whose results carry `routes(inputs)`."""
+
+    def make(routes):
+        worker = make_worker(routing=ROUTING)
+        generate = worker.engine.generate
+
+        def with_routes(asked):
+            return [
+                replace(result, routed_experts=routes(1 + len(result.token_ids)))
+                for result in generate(asked)
+            ]
+
+        monkeypatch.setattr(worker.engine, "generate", with_routes)
+        return worker
+
+    return make
+
+
+def test_routes_stay_in_the_worker_and_results_say_where(make_worker):
+    worker = make_worker(rank=2, routing=ROUTING)
+    drawn = worker.engine.generate(requests(3))
+    results = worker.generate(requests(3), True)
+    assert [r.routed_experts for r in results] == [RoutesAt(rank=2, key=key) for key in range(3)]
+    for key, result in enumerate(drawn):
+        held = worker._routes.get(2, key)
+        assert held.dtype == np.uint8
+        assert np.array_equal(held, result.routed_experts)
+    assert {r.routed_experts for r in worker.generate(requests(3), False)} == {None}
+
+
+WRONG_SHAPES = {
+    "none": (lambda n: None, "returned routed experts none for"),
+    "one too few": (lambda n: good_routes(n - 1), "returned routed experts uint16 of shape"),
+    "one layer": (lambda n: good_routes(n)[:, :1], "layers with experts, experts per token"),
+    "signed": (lambda n: good_routes(n).astype(np.int64), "returned routed experts int64 of"),
+    "too high": (
+        with_one_row_changed([1, 260]),
+        r"experts \[1, 260\] for token \d+ in layer 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHAPES)
+def test_routes_that_are_missing_or_of_no_expert_are_refused_in_any_step(answering, case):
+    routes, message = WRONG_SHAPES[case]
+    found = [good_routes, routes]
+    worker = answering(lambda num_inputs: found[0](num_inputs))
+    worker.generate(requests(2), True)
+    found.pop(0)
+    with pytest.raises(RolloutError, match=message):
+        worker.generate(requests(2), True)
+
+
+def test_routes_that_name_an_expert_twice_are_refused_at_the_start(answering):
+    worker = answering(with_one_row_changed([2, 2]))
+    with pytest.raises(RolloutError, match=r"the experts \[2, 2\] .* not 2 different ones below 4"):
+        worker.generate(requests(2), True)
