@@ -223,7 +223,13 @@ def main() -> None:
         for name, tree in (("before", args.against), ("now", here)):
             if tree is None:
                 continue
-            command = [sys.executable, str(Path(__file__).resolve()), "--child", "--tokens", str(tokens)]
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--child",
+                "--tokens",
+                str(tokens),
+            ]
             environment = os.environ | {"PYTHONPATH": str(tree.resolve())}
             done = subprocess.run(
                 command, cwd=tree, env=environment, capture_output=True, text=True

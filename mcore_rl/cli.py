@@ -8,14 +8,15 @@ import sys
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, closest_hint
 
-COMMANDS = {
-    "train": "mcore_rl.train",
-    "sft": "mcore_rl.sft",
-    "plan": "mcore_rl.plan.__main__",
-    "convert": "mcore_rl.convert.__main__",
-    "report": "mcore_rl.report",
-    "verify": "mcore_rl.verify.__main__",
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "train": ("mcore_rl.train",),
+    "sft": ("mcore_rl.sft",),
+    "plan": ("mcore_rl.train", "trainer.dry_run=true"),
+    "convert": ("mcore_rl.convert.__main__",),
+    "report": ("mcore_rl.report",),
+    "verify": ("mcore_rl.verify.__main__",),
 }
+"""Module of each command, and arguments that go with it."""
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
     if name not in COMMANDS:
         sys.stderr.write(f"error: {name!r} is no command.{closest_hint(name, COMMANDS)}\n")
         sys.exit(USER_ERROR_EXIT_CODE)
-    importlib.import_module(COMMANDS[name]).main(sys.argv[2:])
+    module, *arguments = COMMANDS[name]
+    importlib.import_module(module).main([*sys.argv[2:], *arguments])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from mcore_rl.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metrics = dict[str, "Metric"]
 
@@ -134,12 +137,14 @@ def _pooled_std(a: Metric, b: Metric) -> float:
 
 def to_host(metrics: Mapping[str, Metric]) -> Metrics:
     """Return the metrics with every tensor read back to a float, in one copy."""
-    tensors = [t for m in metrics.values() for t in (m.value, m.weight) if isinstance(t, Tensor)]
+    tensors = [
+        t for m in metrics.values() for t in (m.value, m.weight) if isinstance(t, torch.Tensor)
+    ]
     if not tensors:
         return dict(metrics)
     stacked = torch.stack([t.detach().double().reshape(()) for t in tensors]).tolist()
     numbers = iter(stacked)
-    read = lambda x: next(numbers) if isinstance(x, Tensor) else float(x)  # noqa: E731
+    read = lambda x: next(numbers) if isinstance(x, torch.Tensor) else float(x)  # noqa: E731
     return {k: Metric(read(m.value), m.reduce, read(m.weight), m.std) for k, m in metrics.items()}
 
 

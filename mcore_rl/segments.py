@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from mcore_rl.lazy_torch import torch
 from mcore_rl.types import Numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def end_to_end(numbers: Sequence[Numbers | None]) -> Tensor:

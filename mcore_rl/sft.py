@@ -15,9 +15,9 @@ from mcore_rl.run.specs import start_cluster
 
 def run(cfg: SftRunConfig, workers: ChannelWorkers) -> None:
     """Read the inputs, start the workers, train and export the model."""
-    from mcore_rl.loop.inputs import load_sft_inputs
-    from mcore_rl.loop.resume import open_run_folder
     from mcore_rl.loop.sft import train
+    from mcore_rl.run.folder import open_run_folder
+    from mcore_rl.run.inputs import load_sft_inputs
 
     inputs = load_sft_inputs(cfg)
     run_dir = open_run_folder(cfg, inputs.total_steps)

@@ -20,11 +20,11 @@ from mcore_rl.run.specs import start_cluster
 
 def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     """Read the inputs, start the workers, train, export the model and write the report."""
-    from mcore_rl.loop.inputs import load_run_inputs
     from mcore_rl.loop.on_policy import train
-    from mcore_rl.loop.resume import open_run_folder
     from mcore_rl.loop.validate import validate
     from mcore_rl.models.spec import engine_overrides
+    from mcore_rl.run.folder import open_run_folder
+    from mcore_rl.run.inputs import load_run_inputs
 
     inputs = load_run_inputs(cfg)
     run_dir = open_run_folder(cfg, inputs.total_steps)

@@ -18,11 +18,14 @@ Example: sequences of 3 and 1 trained tokens.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.errors import require_one_of
 from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALED_AGG_MODE = "seq-mean-token-sum-norm"
 """The mode that divides by `loss_scale_factor` (Dr.GRPO, arXiv:2503.20783); no other reads it."""

@@ -26,15 +26,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.kl import kl_penalty
 from mcore_rl.algorithms.ratio import probability_ratio
 from mcore_rl.errors import refuse_unread, require, require_one_of
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import Metrics, masked_max, masked_mean
 from mcore_rl.segments import Segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LEVELS: dict[str, Callable[[Segments, Tensor], Tensor]] = {
     "token": lambda segments, x_T: x_T,

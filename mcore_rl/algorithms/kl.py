@@ -18,10 +18,12 @@ Shapes: T packed tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.ratio import MAX_LOG_RATIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_K3 = 10.0
 

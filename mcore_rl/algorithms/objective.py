@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mcore_rl.algorithms.aggregate import AGG_MODES, SCALED_AGG_MODE, token_weights
 from mcore_rl.algorithms.kl import KL_KINDS, kl_penalty
@@ -35,11 +32,15 @@ from mcore_rl.algorithms.losses.base import (
 from mcore_rl.algorithms.losses.sft import sft
 from mcore_rl.algorithms.ratio import ratio_metrics
 from mcore_rl.errors import require, require_one_of
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import Metrics, masked_mean, share
 from mcore_rl.options import ChoosingSection
 from mcore_rl.registry import Registry
 from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from mcore_rl.algorithms.aggregate import token_weights
 from mcore_rl.algorithms.corrections import (
@@ -17,9 +14,13 @@ from mcore_rl.algorithms.corrections import (
 from mcore_rl.algorithms.losses.base import PolicyLossInputs
 from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective, sft_objective
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import Metrics, masked_mean, share
 from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PackedRow(Protocol):

@@ -5,9 +5,12 @@ Shapes: T packed tokens.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.metrics import Metrics, masked_max, masked_mean, masked_min
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut to +-20 before `exp`, so one absurd token cannot overflow float32."""

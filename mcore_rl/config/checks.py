@@ -186,7 +186,7 @@ ARCHITECTURE = (
     "window_size",
 )
 """Fields of TransformerConfig that make another model of the same weights and that not every family
-of models/ sets; loop/inputs.py refuses those that the family of the run sets."""
+of models/ sets; run/inputs.py refuses those that the family of the run sets."""
 
 
 def the_model_is_that_of_the_checkpoint(cfg: RunConfig | SftRunConfig) -> None:

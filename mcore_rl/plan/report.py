@@ -14,7 +14,6 @@ from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import require
-from mcore_rl.loop.inputs import check_model
 from mcore_rl.metrics import to_floats
 from mcore_rl.models.layout import PIPELINE_SPLITS
 from mcore_rl.models.spec import load_hf_config, model_family
@@ -28,6 +27,7 @@ from mcore_rl.plan.memory import (
 )
 from mcore_rl.plan.parameters import StageParameters, model_size, stage_parameters
 from mcore_rl.plan.step import StepPlan, plan_step
+from mcore_rl.run.inputs import check_model
 from mcore_rl.types import Layout
 
 GIB = 2**30

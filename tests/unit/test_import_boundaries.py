@@ -25,6 +25,7 @@ ROOT_FILES = (
     "registry",
     "errors",
     "metrics",
+    "lazy_torch",
     "durable_files",
     "model_files",
     "frames",
@@ -47,6 +48,7 @@ MAY_IMPORT = {
     "options": (),
     "segments": (),
     "metrics": (),
+    "lazy_torch": (),
     "durable_files": (),
     "hub": (),
     "model_files": (),
@@ -89,31 +91,34 @@ MAY_IMPORT = {
     ),
     "launch": ("cluster", "workers", "observability.log_setup", "rollout"),
     # A run from its configuration.
-    "run": ("cluster", "config", "launch", "observability.log_setup", "rollout.base", "workers"),
-    "loop": (
-        "algorithms",
+    "run": (
+        "algorithms.filter_groups",
+        "cluster",
         "config",
         "data",
-        "cluster",
+        "launch",
+        "loop.checkpoints",
+        "loop.inputs",
         "models.layout",
         "models.rope",
         "models.spec",
         "models.value_head",
         "observability",
-        "rewards",
+        "rewards.score",
         "rollout.base",
+        "workers",
     ),
+    "loop": ("algorithms", "config", "data", "cluster", "observability", "rewards", "rollout.base"),
     # Reads what a run reads before it starts, and counts with the entries of models.
     "plan": (
         "cluster.placement",
         "config",
         "data",
-        "loop.inputs",
         "megatron.config",
         "models",
         "rollout.base",
         "rollout.fake_engine",
-        "train",
+        "run.inputs",
     ),
     "train": (
         "plan.report",
@@ -163,15 +168,15 @@ LIBRARY_OWNERS = {
     "megatron": ("megatron.",),
     "hydra": ("config.",),
     "yaml": ("config.", "observability.run_folder"),
-    "omegaconf": ("config.", "convert.convert", "loop.resume", "observability."),
+    "omegaconf": ("config.", "convert.convert", "observability.", "run.folder"),
     "transformers": (
         "data.chat",
         "data.prompts",
         "data.vocabulary",
         "models.",
         "megatron.",
-        "loop.",
         "plan.",
+        "run.",
         "convert.",
         "verify.",
     ),
@@ -287,7 +292,7 @@ def test_importing_the_package_loads_no_torch():
     assert "torch" not in loaded_modules("import mcore_rl.types")
 
 
-def test_a_configuration_composes_without_megatron_vllm_and_transformers():
+def test_a_configuration_composes_without_torch_megatron_vllm_and_transformers():
     """The seconds these imports take would stand between a typing error and its message."""
     loaded = loaded_modules(
         "from mcore_rl.config.checks import check_run\n"
@@ -300,7 +305,8 @@ def test_a_configuration_composes_without_megatron_vllm_and_transformers():
         "import mcore_rl.train, mcore_rl.sft\n"
     )
     assert "mcore_rl.config.run" in loaded
-    assert not loaded & {"megatron.core", "vllm", "transformers", "pyarrow", "matplotlib", "rich"}
+    others = {"megatron.core", "vllm", "transformers", "pyarrow", "matplotlib", "rich"}
+    assert not loaded & {"torch", *others}
 
 
 def test_a_worker_reads_an_objective_without_the_loop(tmp_path):

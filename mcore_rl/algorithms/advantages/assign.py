@@ -9,9 +9,7 @@ Shapes: N samples, T tokens of the N samples laid end to end, first tokens and p
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import (
     ADVANTAGES,
@@ -19,9 +17,13 @@ from mcore_rl.algorithms.advantages.base import (
     AdvantageInputs,
     AlgorithmConfig,
 )
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import Metrics, masked_max, masked_mean, mean
 from mcore_rl.segments import Segments, end_to_end
 from mcore_rl.types import Numbers, SampleGroup, with_sample_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def assign_advantages(

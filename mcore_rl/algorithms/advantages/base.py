@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
 from mcore_rl.algorithms.filter_groups import FilterGroupsConfig
 from mcore_rl.algorithms.kl import KL_VALUES
 from mcore_rl.algorithms.kl_in_reward import KlCtrlConfig
 from mcore_rl.errors import require_one_of
+from mcore_rl.lazy_torch import torch
 from mcore_rl.options import ChoosingSection, check_options
 from mcore_rl.registry import Registry
 from mcore_rl.segments import Segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Options = TypeVar("Options")
 

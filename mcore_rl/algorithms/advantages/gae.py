@@ -12,13 +12,15 @@ Source: arXiv:1506.02438, arXiv:1707.06347. Shapes: N samples, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.whiten import whiten
 from mcore_rl.errors import require
+from mcore_rl.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)

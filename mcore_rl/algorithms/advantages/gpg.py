@@ -14,11 +14,13 @@ it. Source: GPG, arXiv:2504.02546, eq. 7-8. Shapes: N samples, P groups, T token
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.errors import require, require_one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)

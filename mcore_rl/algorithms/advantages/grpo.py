@@ -10,10 +10,12 @@ Shapes: N samples, P groups, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPSILON = 1e-6
 

@@ -8,11 +8,14 @@ Source: arXiv:2503.19595. Shapes: N samples, P groups, T tokens.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.grpo import EPSILON, GrpoConfig
+from mcore_rl.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @ADVANTAGES.register("grpo_passk", config=GrpoConfig, min_group_size=2)

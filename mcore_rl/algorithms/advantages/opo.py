@@ -7,10 +7,13 @@ Source: arXiv:2505.23585, eq. 7. Shapes: N samples, P groups, T tokens.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.options import NoOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @ADVANTAGES.register("opo", config=NoOptions, min_group_size=2)

@@ -9,12 +9,14 @@ part of r (`kl_in_reward.py`). Shapes: N samples, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.whiten import whiten
 from mcore_rl.errors import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,11 +8,14 @@ if that mean is 0. Source: arXiv:2501.03262, section 3. Shapes: N samples, T tok
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.whiten import whiten
 from mcore_rl.options import NoOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @ADVANTAGES.register("reinforce_plus_plus_baseline", config=NoOptions, min_group_size=2)

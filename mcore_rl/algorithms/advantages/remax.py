@@ -8,10 +8,13 @@ Source: arXiv:2310.10505, algorithm 2. Shapes: N samples, T tokens.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.options import NoOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @ADVANTAGES.register("remax", config=NoOptions, needs_greedy_baseline=True)

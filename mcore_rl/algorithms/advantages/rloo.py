@@ -8,10 +8,13 @@ Shapes: N samples, T tokens.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.options import NoOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @ADVANTAGES.register("rloo", config=NoOptions, min_group_size=2)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from mcore_rl.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EPSILON = 1e-8
 

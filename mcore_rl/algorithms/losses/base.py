@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mcore_rl.errors import require
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import Metrics
 from mcore_rl.options import check_options
 from mcore_rl.registry import Registry
 from mcore_rl.segments import Segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Options = TypeVar("Options")
 

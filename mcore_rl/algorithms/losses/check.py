@@ -19,17 +19,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mcore_rl.algorithms.aggregate import AGG_MODES, SCALED_AGG_MODE
 from mcore_rl.algorithms.losses.base import POLICY_LOSSES, PolicyLossInputs
 from mcore_rl.algorithms.objective import ActorObjective, actor_objective
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import Metrics, merge, to_floats
 from mcore_rl.segments import Segments
 from mcore_rl.types import Denominators
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mcore_rl.algorithms.losses.base import POLICY_LOSSES, ClipConfig, PolicyLossInputs, TokenLoss
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import masked_max, masked_mean, masked_min
 
 

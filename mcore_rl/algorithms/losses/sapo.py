@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mcore_rl.algorithms.losses.base import POLICY_LOSSES, PolicyLossInputs, TokenLoss
 from mcore_rl.algorithms.ratio import probability_ratio
 from mcore_rl.errors import require
+from mcore_rl.lazy_torch import torch
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,7 +6,10 @@ aggregates it. Shapes: T packed tokens on this rank.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sft(logprobs_T: Tensor) -> Tensor:

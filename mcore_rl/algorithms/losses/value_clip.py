@@ -9,8 +9,12 @@ gradient is 0. Source: arXiv:1707.06347 as implemented by OpenAI baselines (ppo2
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from mcore_rl.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def value_clip(

@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mcore_rl.algorithms.losses.base import POLICY_LOSSES, ClipConfig, PolicyLossInputs, TokenLoss
 from mcore_rl.algorithms.ratio import probability_ratio
 from mcore_rl.errors import require
+from mcore_rl.lazy_torch import torch
 from mcore_rl.metrics import masked_mean
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.loop.on_policy import train
-from mcore_rl.loop.resume import open_run_folder
+from mcore_rl.run.folder import open_run_folder
 
 folder = Path(sys.argv[2])
 (folder / "reward.py").write_text(REWARD)

@@ -12,7 +12,7 @@ from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_con
 from sequences import sequences_of
 
 from mcore_rl.loop.on_policy import train
-from mcore_rl.loop.resume import open_run_folder
+from mcore_rl.run.folder import open_run_folder
 
 
 @dataclass

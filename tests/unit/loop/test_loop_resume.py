@@ -10,9 +10,9 @@ from fake_workers import make_config
 from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
-from mcore_rl.loop import resume
 from mcore_rl.loop.checkpoints import POINTER
-from mcore_rl.loop.resume import open_run_folder
+from mcore_rl.run import folder as run_folder
+from mcore_rl.run.folder import open_run_folder
 
 CUSTOM = "custom_reward_function.path=r.py"
 
@@ -145,7 +145,7 @@ def test_a_path_that_is_no_checkpoint_is_refused_before_anything_is_touched(tmp_
 def test_a_folder_that_another_process_writes_is_refused_until_that_one_has_ended(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(resume, "_HOLD_WAIT_S", 1)
+    monkeypatch.setattr(run_folder, "_HOLD_WAIT_S", 1)
     (tmp_path / "run").mkdir()
     lock = tmp_path / "run" / "run.lock"
     lock.write_text("process 7 on node-3")

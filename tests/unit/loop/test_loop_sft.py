@@ -11,8 +11,8 @@ from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import SftRunConfig
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.loop.inputs import SftInputs
-from mcore_rl.loop.resume import open_run_folder
 from mcore_rl.loop.sft import train
+from mcore_rl.run.folder import open_run_folder
 from mcore_rl.types import TokenSequence
 
 SEQUENCES = [

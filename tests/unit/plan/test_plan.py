@@ -64,7 +64,7 @@ def config(argv, *overrides):
 
 def test_the_command_plans_64_devices_in_one_process_without_weights(argv):
     done = subprocess.run(
-        [sys.executable, "-m", "mcore_rl.plan", *argv, "rollout.max_num_seqs=32"],
+        [sys.executable, "-m", "mcore_rl.cli", "plan", *argv, "rollout.max_num_seqs=32"],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

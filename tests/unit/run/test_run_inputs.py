@@ -7,7 +7,7 @@ import pytest
 from mcore_rl.config.run import TrainerConfig
 from mcore_rl.data.prompts import DataConfig, ItemStream
 from mcore_rl.errors import UserError
-from mcore_rl.loop.inputs import count_steps, read_generation_config
+from mcore_rl.run.inputs import count_steps, read_generation_config
 
 
 @pytest.mark.parametrize(
