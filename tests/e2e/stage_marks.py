@@ -1,7 +1,7 @@
 """Plug-in of the command: a tracker that writes down when each stage of a step begins.
 
-In the stage of a test's choice it kills the run: from within, because stages of milliseconds are
-over before another process has seen them begin.
+In the stage of a test's choice it kills the run, or sends one worker a signal: from within, because
+stages of milliseconds are over before another process has seen them begin.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ FILE = "stages.txt"
 KILL_AT = "STAGE_MARKS_KILL_AT"
 """Environment variable "<stage> <n> <seconds>": kill so long after the n-th such stage of this
 start began, counted from 1, or at its end if that comes first."""
+WORKER = "STAGE_MARKS_WORKER"
+"""Environment variable "<rank> <signal>": send that worker the signal instead, and write down when
+as the stage "signal"."""
 
 
 @TRACKERS.register("stage_marks")
@@ -51,9 +54,20 @@ class StageMarks(Tracker):
         if name == self._stage:
             self._num_to_come -= 1
             if self._num_to_come == 0:
-                arguments = (self._is_over, self._delay, _whole_run())
-                self._killer = threading.Thread(target=_kill_after, args=arguments)
+                self._killer = threading.Thread(target=self._strike)
                 self._killer.start()
+
+    def _strike(self) -> None:
+        worker = os.environ.get(WORKER)
+        processes = [_worker(worker.split()[0])] if worker else _whole_run()
+        number = signal.Signals[worker.split()[1]] if worker else signal.SIGKILL
+        self._is_over.wait(self._delay)
+        if worker:
+            with self._file.open("a") as file:
+                file.write(f"signal {time.monotonic()}\n")
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
 
 def _whole_run() -> list[int]:
@@ -62,11 +76,11 @@ def _whole_run() -> list[int]:
     return [*(child.pid for child in children), os.getpid()]
 
 
-def _kill_after(is_over: threading.Event, seconds: float, processes: list[int]) -> None:
-    is_over.wait(seconds)
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+def _worker(rank: str) -> int:
+    """Return the id of the worker process of a rank."""
+    children = psutil.Process().children()
+    (found,) = [child.pid for child in children if child.environ().get("RANK") == rank]
+    return found
 
 
 def read_stages(run_dir: Path) -> list[tuple[str, float]]:
