@@ -41,6 +41,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
             max_model_len=cfg.rollout.max_model_len or longest,
             stop_token_ids=inputs.stop_token_ids,
             config=cfg.rollout,
+            run_folder=str(run_dir),
             routing=inputs.routing,
             with_text=True,
             config_overrides=engine_overrides(cfg.model.folder),

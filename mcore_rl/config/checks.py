@@ -20,6 +20,7 @@ from mcore_rl.config.run import (
 )
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require
+from mcore_rl.weight_sync.base import TRANSPORTS, Distance
 
 
 def check_run(cfg: RunConfig) -> None:
@@ -40,6 +41,7 @@ def check_run(cfg: RunConfig) -> None:
     a_micro_batch_of_the_critic_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
     engines_divide_the_workers(cfg)
+    weights_reach_the_engines(cfg)
     validation_data_is_named_when_asked_for(cfg)
     responses_are_generated_not_read(cfg)
 
@@ -420,6 +422,19 @@ def engines_divide_the_workers(cfg: RunConfig) -> None:
         "rollout.tensor_model_parallel_size",
         tp,
         f"does not divide trainer.n_gpus_per_node={per_node}",
+    )
+
+
+def weights_reach_the_engines(cfg: RunConfig) -> None:
+    """Engines lie inside the train workers (`cluster/placement.py`)."""
+    name, there = cfg.rollout.weight_transport, Distance.SAME_PROCESS
+    others = [other for other in TRANSPORTS if there in TRANSPORTS.get(other).reaches]
+    require(
+        there in TRANSPORTS.get(name).reaches,
+        "rollout.weight_transport",
+        name,
+        f"does not reach an engine {there.value}",
+        f"Those that do: {', '.join(others)}.",
     )
 
 

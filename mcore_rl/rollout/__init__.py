@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from mcore_rl.rollout.base import ENGINES, EngineSpec, RolloutEngine
+from mcore_rl.weight_sync.base import Link
 
 
-def load_engine(spec: EngineSpec) -> RolloutEngine:
+def load_engine(spec: EngineSpec, link: Link) -> RolloutEngine:
     """Start the engine named by `rollout.name`; imports only that one's library.
+
+    Args:
+        spec: what it starts from.
+        link: by which its weights come.
 
     Raises:
         UserError: if there is no such engine.
     """
     name = spec.config.name
     import_engine(name)
-    return ENGINES.get(name)(spec)
+    return ENGINES.get(name)(spec, link)
 
 
 def import_engine(name: str) -> None:

@@ -2,8 +2,8 @@
 the experts that each token was routed to when they are asked for.
 
 An engine holds weights of a known version and takes new ones through an update session
-(`start_weight_update`, `update_weights` any number of times, `finish_weight_update`), which is
-vLLM's own lifecycle. Engines sample; they neither tokenize nor judge.
+(`weight_sync.base.UpdateSession`), which is vLLM's own lifecycle. How they come is the business of
+the receiver that its link opens. Engines sample; they neither tokenize nor judge.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 from mcore_rl.types import Ids, Numbers, RoutesAt, Routing
+from mcore_rl.weight_sync.base import TRANSPORTS, Link, UpdateSession
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,7 +91,7 @@ class RolloutConfig:
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the engine, handed on as they are."""
     weight_transport: str = "direct"
-    """How weights reach the engine: direct (engine in the train worker's process)."""
+    """How weights reach the engine: direct (by reference, engine in the train worker's process)."""
     logprob_tolerance: float | None = None
     """Largest difference of log-probabilities between engine and trainer that the check before
     step 0 accepts; None: 1e-3 in float32, 1.0 in bfloat16 (one flipped expert moves a token). In
@@ -100,6 +101,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
+        TRANSPORTS.get(self.weight_transport)
         for text in self.stop:
             require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
         rule = "is not read by an engine without texts"
@@ -212,6 +214,8 @@ class EngineSpec:
     stop_token_ids: Sequence[int]
     """Tokens that end a response."""
     config: RolloutConfig
+    run_folder: str
+    """As in `weight_sync.base.Link`."""
     routing: Routing | None = None
     """The model's experts, to have results carry those of every token; None: they do not."""
     with_text: bool = False
@@ -220,11 +224,8 @@ class EngineSpec:
     """Fields of config.json that the engine is to read otherwise; see `ModelFamily`."""
 
 
-class RolloutEngine(Protocol):
+class RolloutEngine(UpdateSession, Protocol):
     """What the loop asks of an engine. Every call blocks until it is done."""
-
-    weight_version: int
-    """Version of the weights; -1 before the first update is finished and while one is open."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Return one result per request, in order.
@@ -234,27 +235,17 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def start_weight_update(self) -> None:
-        """Open an update session; no generation until it is finished."""
-        ...
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one bucket of weights; `update_info` is what the weight transport made of it."""
-        ...
-
-    def finish_weight_update(self, version: int) -> None:
-        """Close the session, forget cached keys and values, and take the version."""
-        ...
-
     def close(self) -> None:
-        """Free the engine's resources."""
+        """Free the engine's resources and close its receiver."""
         ...
 
 
 class EngineFactory(Protocol):
     """Makes an engine; registered under the engine's name."""
 
-    def __call__(self, spec: EngineSpec) -> RolloutEngine: ...
+    def __call__(self, spec: EngineSpec, link: Link) -> RolloutEngine:
+        """Return an engine without weights; they come by the receiver that `link` opens."""
+        ...
 
 
 BUILT_IN_ENGINES = ("vllm", "fake")

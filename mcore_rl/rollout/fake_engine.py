@@ -18,6 +18,7 @@ import numpy as np
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import ENGINES, EngineSpec, GenerationRequest, GenerationResult
+from mcore_rl.weight_sync.base import Link, NamedTensors
 
 
 def response_length(request: GenerationRequest) -> int:
@@ -38,11 +39,12 @@ def _length(source: random.Random, max_tokens: int) -> int:
 class FakeEngine:
     """A `RolloutEngine` that draws tokens uniformly; counts what it is given."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, link: Link) -> None:
         config = json.loads((Path(spec.model_path) / "config.json").read_text())
         self.vocab_size = int(config["vocab_size"])
         self.weight_version = -1
         self.num_updated_tensors = 0
+        self._receiver = link.open_receiver()
         self._stop_token_ids = list(spec.stop_token_ids)
         self._routing = spec.routing
 
@@ -83,18 +85,24 @@ class FakeEngine:
             np.uint16,
         ).reshape(num_inputs, len(self._routing.layers), topk)
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, version: int) -> None:
         self.weight_version = -1
         self.num_updated_tensors = 0
+        self._coming_version = version
+        self._receiver.begin(version)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.num_updated_tensors += len(update_info["named_tensors"])
+    def update_weights(self, update: Any) -> None:
+        self._receiver.receive(update, self._load)
 
-    def finish_weight_update(self, version: int) -> None:
-        self.weight_version = version
+    def _load(self, tensors: NamedTensors) -> None:
+        self.num_updated_tensors += len(tensors)
+
+    def finish_weight_update(self) -> None:
+        self._receiver.end()
+        self.weight_version = self._coming_version
 
     def close(self) -> None:
-        pass
+        self._receiver.close()
 
 
 ENGINES.add("fake", FakeEngine)

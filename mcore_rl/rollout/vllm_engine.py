@@ -47,6 +47,7 @@ from mcore_rl.rollout.base import (
     GenerationRequest,
     GenerationResult,
 )
+from mcore_rl.weight_sync.base import Link
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,10 @@ class VllmEngine:
 
     Args:
         spec: model, limits and the `rollout` section.
+        link: by which its weights come.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, link: Link) -> None:
         self.weight_version = -1
         self._stop_token_ids, self._stop = list(spec.stop_token_ids), list(spec.config.stop)
         self._routing = spec.routing
@@ -96,7 +98,7 @@ class VllmEngine:
             "distributed_executor_backend": "external_launcher" if self._is_part else "uni",
             "enforce_eager": on_cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             "logprobs_mode": "processed_logprobs",
-            "weight_transfer_config": WeightTransferConfig(backend="direct"),  # pyright: ignore
+            "weight_transfer_config": WeightTransferConfig(backend="linked"),  # pyright: ignore
             "worker_extension_cls": "mcore_rl.rollout.vllm_worker.WorkerExtension",
             "generation_config": "vllm",  # sampling comes from the request alone
             "hf_overrides": dict(spec.config_overrides),
@@ -128,7 +130,7 @@ class VllmEngine:
             _remove_shared_memory(cfg.tensor_model_parallel_size)
         with _process_state_kept():
             self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
-        self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._llm.init_weight_transfer_engine({"init_info": {"link": link}})
         if spec.routing is not None and on_cpu:
             self._llm.collective_rpc("record_routes", args=(spec.routing.layers,))
 
@@ -196,18 +198,20 @@ class VllmEngine:
             routed_experts=routed_experts,
         )
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, version: int) -> None:
         self.weight_version = -1
+        self._coming_version = version
         self._llm.start_weight_update()
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._llm.update_weights({"update_info": update_info})
+    def update_weights(self, update: Any) -> None:
+        info = {"version": self._coming_version, "update": update}
+        self._llm.update_weights({"update_info": info})
 
-    def finish_weight_update(self, version: int) -> None:
-        self._llm.finish_weight_update(weight_version=str(version))
+    def finish_weight_update(self) -> None:
+        self._llm.finish_weight_update(weight_version=str(self._coming_version))
         if not self._llm.reset_prefix_cache():
             raise RolloutError("cached keys and values survived a weight update", role="rollout")
-        self.weight_version = version
+        self.weight_version = self._coming_version
 
     def close(self) -> None:
         del self._llm

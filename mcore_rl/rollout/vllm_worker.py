@@ -1,7 +1,7 @@
-"""Inside vLLM's worker: weight-update backends of this project, routes, and three CPU repairs.
+"""Inside vLLM's worker: the receiving end of weight syncs, routes, and three CPU repairs.
 
 vLLM imports this module in every worker process, because `worker_extension_cls` names
-`WorkerExtension`; importing it registers the backends.
+`WorkerExtension`; importing it registers what takes part in vLLM's update sessions.
 
 Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are loaded:
 
@@ -21,7 +21,7 @@ Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are load
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,27 +42,34 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from mcore_rl.rollout.vllm_routes import RouteRecorder
+from mcore_rl.weight_sync.base import Link, NamedTensors, Receiver
 
 
 @dataclass
-class DirectInit(WeightTransferInitInfo):
-    """The direct backend needs nothing to start."""
+class LinkInfo(WeightTransferInitInfo):
+    """What the receiver is opened by."""
+
+    link: Link
 
 
 @dataclass
-class DirectUpdate(WeightTransferUpdateInfo):
-    """One bucket of full tensors under their Hugging Face names, by reference."""
+class DeliveredUpdate(WeightTransferUpdateInfo):
+    """What the sender had delivered; only the receiver knows what it is."""
 
-    named_tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    version: int
+    update: Any
 
 
-class DirectWeightTransfer(WeightTransferEngine[DirectInit, DirectUpdate]):
-    """Takes tensors from a trainer in the same process; checkpoint format, layer by layer."""
+class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
+    """Loads what the receiver of any transport makes of an update; checkpoint format, layer by
+    layer."""
 
-    init_info_cls = DirectInit
-    update_info_cls = DirectUpdate
+    init_info_cls = LinkInfo
+    update_info_cls = DeliveredUpdate
+    _receiver: Receiver[Any]
 
-    def init_transfer_engine(self, init_info: DirectInit) -> None:
+    def init_transfer_engine(self, init_info: LinkInfo) -> None:
+        self._receiver = init_info.link.open_receiver()
         if self.device.type == "cpu":
             _rotate_every_head(self.model)
 
@@ -70,17 +77,26 @@ class DirectWeightTransfer(WeightTransferEngine[DirectInit, DirectUpdate]):
         if self.device.type == "cpu":
             _reset_packed_moe_kernels(self.model)
         initialize_layerwise_reload(self.model)
+        self._has_begun = False  # vLLM's start has no version; the first update brings it
 
-    def receive_weights(self, update_info: DirectUpdate) -> None:
-        self.model.load_weights(iter(update_info.named_tensors))  # pyright: ignore
+    def receive_weights(self, update_info: DeliveredUpdate) -> None:
+        if not self._has_begun:
+            self._receiver.begin(update_info.version)
+            self._has_begun = True
+        self._receiver.receive(update_info.update, self._load)
+
+    def _load(self, tensors: NamedTensors) -> None:
+        self.model.load_weights(iter(tensors))  # pyright: ignore
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             _pack_output_layers_again(self.model)
+        self._receiver.end()
 
     def shutdown(self) -> None:
-        pass
+        if hasattr(self, "_receiver"):  # vLLM may give up before
+            self._receiver.close()
 
 
 def _rotate_every_head(model: torch.nn.Module) -> None:
@@ -112,7 +128,7 @@ def _pack_output_layers_again(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)  # pyright: ignore
 
 
-WeightTransferEngineFactory.register_engine("direct", DirectWeightTransfer)
+WeightTransferEngineFactory.register_engine("linked", LinkedWeights)
 
 
 class WorkerExtension:

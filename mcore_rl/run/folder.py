@@ -61,6 +61,7 @@ _MAY_CHANGE = (
     "rollout.gpu_memory_utilization",
     "rollout.kv_cache_memory_bytes",
     "rollout.engine_kwargs",
+    "rollout.weight_transport",
 )
 
 

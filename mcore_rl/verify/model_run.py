@@ -90,6 +90,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         max_model_len=max(map(len, prompts.token_ids)) + prompts.max_tokens,
         stop_token_ids=[],
         config=cfg.rollout,
+        run_folder=str(work),
         config_overrides=engine_overrides(cfg.model.folder),
     )
     cluster = start_cluster(

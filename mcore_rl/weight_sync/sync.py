@@ -1,17 +1,17 @@
-"""One weight sync: export, transport, engine, in the order that vLLM's lifecycle asks for."""
+"""One weight sync: export, sender, engine, in the order that vLLM's lifecycle asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.metrics import Metrics, maximum
-from mcore_rl.rollout.base import RolloutEngine
-from mcore_rl.weight_sync.base import Bucket, WeightTransport
+from mcore_rl.weight_sync.base import NamedTensors, Sender, UpdateSession
 
 
 def sync_weights(
-    export: Iterable[Bucket], transport: WeightTransport, engine: RolloutEngine, version: int
+    export: Iterable[NamedTensors], sender: Sender[Any], engine: UpdateSession, version: int
 ) -> Metrics:
     """Give `engine` the exported weights as `version` and return how much was moved.
 
@@ -19,12 +19,14 @@ def sync_weights(
         WeightSyncError: if the engine does not report the new version afterwards.
     """
     num_buckets = num_bytes = 0
-    engine.start_weight_update()
+    engine.start_weight_update(version)
+    sender.begin(version)
     for bucket in export:
-        transport(bucket, engine)
+        sender.send(bucket, engine.update_weights)
         num_buckets += 1
         num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-    engine.finish_weight_update(version)
+    engine.finish_weight_update()
+    sender.end()
     if engine.weight_version != version:
         raise WeightSyncError(
             f"engine reports weights {engine.weight_version} after a sync of {version}",

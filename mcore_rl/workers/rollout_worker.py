@@ -12,7 +12,7 @@ from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
 from mcore_rl.types import RoutesAt
-from mcore_rl.weight_sync.base import TRANSPORTS
+from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.export import WeightExporter
 from mcore_rl.weight_sync.sync import sync_weights
 from mcore_rl.workers.roles import Rollout
@@ -20,7 +20,7 @@ from mcore_rl.workers.routes import RouteStore, check_experts_differ, check_rout
 
 
 class RolloutWorker(Rollout):
-    """Owns one engine, or a part of one, and the transport that feeds it.
+    """Owns one engine, or a part of one, and the sender that feeds it.
 
     Args:
         spec: what the engine starts from.
@@ -35,8 +35,15 @@ class RolloutWorker(Rollout):
         self._is_first = place.engine_rank == 0
         self._exporter, self._routes, self._routing = exporter, routes, spec.routing
         self._knows_experts_differ = False
-        self.transport = TRANSPORTS.get(spec.config.weight_transport)
-        self.engine = load_engine(spec)
+        assert place.engine is not None
+        link = Link(
+            transport=spec.config.weight_transport,
+            run_folder=spec.run_folder,
+            engine=place.engine,
+            engine_rank=place.engine_rank,
+        )
+        self._sender = link.open_sender()
+        self.engine = load_engine(spec, link)
         self._tokenizer = load_tokenizer(spec.model_path) if spec.with_text else None
 
     def generate(
@@ -77,4 +84,9 @@ class RolloutWorker(Rollout):
 
     def sync_weights(self, version: int) -> Metrics:
         """Give this process's engine the actor's weights as `version`; collective."""
-        return to_host(sync_weights(self._exporter, self.transport, self.engine, version))
+        return to_host(sync_weights(self._exporter, self._sender, self.engine, version))
+
+    def close(self) -> None:
+        """Free engine and sender."""
+        self.engine.close()
+        self._sender.close()

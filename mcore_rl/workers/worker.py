@@ -65,5 +65,5 @@ class Worker:
     def close(self) -> None:
         """Free engine and process groups."""
         if self.rollout is not None:
-            self.rollout.engine.close()
+            self.rollout.close()
         parallel.shut_down()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 from stage_marks import KILL_AT, MARKED
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CUSTOM_TRANSPORT = Path(__file__).parents[2] / "examples" / "custom_transport"
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
@@ -114,6 +117,19 @@ def test_a_second_run_under_torchrun_gives_the_same_numbers(first, files, tmp_pa
     for name in ("model.safetensors", "config.json"):
         mine, theirs = (f / "hf_model" / name for f in (first[0], tmp_path / "again"))
         assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_weights_that_come_by_a_transport_of_ones_own_give_the_same_numbers(first, files, tmp_path):
+    """Through files, into the same vLLM engines by the same session."""
+    plugin = {"MCORE_RL_PLUGINS": "safetensors_files", "PYTHONPATH": str(CUSTOM_TRANSPORT)}
+    if "PYTHONPATH" in os.environ:
+        plugin["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
+    run_dir = tmp_path / "files"
+    argv = files.argv(run_dir, "rollout.weight_transport=safetensors_files")
+    done = commands.run(*argv, environment=plugin)
+    assert done.returncode == 0, done.stderr
+    assert commands.read_metrics(run_dir) == commands.read_metrics(first[0])
+    assert not list(run_dir.glob("weights_*"))
 
 
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, tmp_path):

@@ -108,6 +108,22 @@ def test_the_same_weights_give_the_same_answers_again_and_others_give_others(ans
     assert all(a != b for a, b in zip(a_first, b_first, strict=True))
 
 
+def test_the_receiver_of_a_transport_is_asked_for_every_sync_inside_vllm_s_worker(in_vllm, folders):
+    """And closed with the engine, also with one whose session was never finished."""
+    in_vllm(vllm_cases.start, folders["qwen3", "A"], weight_transport="noting")
+    for version in (3, 4):
+        in_vllm(vllm_cases.sync, folders["qwen3", "A"], version)
+    in_vllm(vllm_cases.stop)
+    layers = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(2)]
+    one = ["model.embed_tokens.weight", *layers, "model.norm.weight", "end"]
+    opened = "opened for rank 0 of engine 0"
+    assert in_vllm(vllm_cases.take_notes) == [opened, "begin 3", *one, "begin 4", *one, "close"]
+    in_vllm(vllm_cases.start, folders["qwen3", "A"], weight_transport="noting")
+    in_vllm(vllm_cases.start_update)
+    in_vllm(vllm_cases.stop)
+    assert in_vllm(vllm_cases.take_notes) == [opened, "close"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_results_carry_the_version_of_the_last_sync(answers, name):
     for version, results in enumerate(answers(name)):

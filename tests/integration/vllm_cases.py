@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,21 +20,26 @@ from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import engine_overrides, load_hf_config, model_family, routing
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, RolloutEngine
-from mcore_rl.weight_sync.base import TRANSPORTS
+from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Sender, Transport
+from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
 from mcore_rl.weight_sync.sync import sync_weights
 
 _engine: RolloutEngine | None = None
+_sender: Sender[Any] | None = None
 
 
-def start(folder: str, stop_token_ids=(), with_routes=False, **rollout) -> None:
+def start(folder: str, stop_token_ids=(), with_routes=False, run_folder="", **rollout) -> None:
     """Start an engine for the model in `folder`, in place of the one before."""
-    global _engine
+    global _engine, _sender
     stop()
     if not dist.is_initialized():
         store = dist.HashStore()
         dist.init_process_group(
             "gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60)
         )
+    config = RolloutConfig(**{"kv_cache_memory_bytes": 32 << 20, **rollout})
+    link = Link(transport=config.weight_transport, run_folder=run_folder, engine=0, engine_rank=0)
+    _sender = link.open_sender()
     _engine = load_engine(
         EngineSpec(
             model_path=folder,
@@ -43,17 +48,56 @@ def start(folder: str, stop_token_ids=(), with_routes=False, **rollout) -> None:
             stop_token_ids=list(stop_token_ids),
             routing=routing(load_hf_config(folder)) if with_routes else None,
             config_overrides=engine_overrides(folder),
-            config=RolloutConfig(**{"kv_cache_memory_bytes": 32 << 20, **rollout}),
-        )
+            config=config,
+            run_folder=run_folder,
+        ),
+        link,
     )
 
 
 def stop() -> None:
     """Close the engine, if there is one."""
-    global _engine
+    global _engine, _sender
     if _engine is not None:
         _engine.close()
-    _engine = None
+    if _sender is not None:
+        _sender.close()
+    _engine = _sender = None
+
+
+class NotingReceiver(DirectReceiver):
+    """Writes down what vLLM's worker asks of it."""
+
+    notes: ClassVar[list[str]] = []
+
+    def __init__(self, link):
+        super().__init__(link)
+        self.notes.append(f"opened for rank {link.engine_rank} of engine {link.engine}")
+
+    def begin(self, version):
+        self.notes.append(f"begin {version}")
+
+    def receive(self, update, load):
+        super().receive(update, load)
+        self.notes.append(update.named_tensors[0][0])
+
+    def end(self):
+        self.notes.append("end")
+
+    def close(self):
+        self.notes.append("close")
+
+
+TRANSPORTS.add(
+    "noting",
+    Transport(sender=DirectSender, receiver=NotingReceiver, reaches=frozenset(Distance)),
+)
+
+
+def take_notes() -> list[str]:
+    """Return what was asked of receivers of the transport `noting` since the last call."""
+    notes, NotingReceiver.notes[:] = list(NotingReceiver.notes), []
+    return notes
 
 
 def engine() -> Any:
@@ -71,8 +115,9 @@ def buckets(folder: str):
 
 
 def sync(folder: str, version: int) -> None:
-    """Give the engine the weights in `folder` through the transport of the train worker."""
-    sync_weights(buckets(folder), TRANSPORTS.get("direct"), engine(), version)
+    """Give the engine the weights in `folder` as a train worker does."""
+    assert _sender is not None
+    sync_weights(buckets(folder), _sender, engine(), version)
 
 
 def generate(requests: list[GenerationRequest]):
@@ -104,7 +149,7 @@ def generate_and_watch(requests: list[GenerationRequest]):
 
 def start_update() -> None:
     """Open an update session and leave it open."""
-    engine().start_weight_update()
+    engine().start_weight_update(7)
 
 
 def weight_version() -> int:

@@ -65,9 +65,9 @@ MAY_IMPORT = {
     "rewards": ("jail",),
     "observability": (),
     "models": (),
-    "rollout": (),
+    "rollout": ("weight_sync.base",),
     "megatron": ("models", "data.batch"),
-    "weight_sync": ("rollout.base",),
+    "weight_sync": (),
     # Only the sections that belong to components, and the types they are made of.
     "config": (
         "algorithms.advantages.base",
@@ -78,6 +78,7 @@ MAY_IMPORT = {
         "megatron.config",
         "rewards.base",
         "rollout.base",
+        "weight_sync.base",
     ),
     "cluster": ("data.packing", "rollout.base", "workers.roles"),
     "workers": (

@@ -145,6 +145,7 @@ def test_a_worker_finds_the_commit_in_the_cache_of_its_own_machine(cache, model)
         max_model_len=8,
         stop_token_ids=[],
         config=RolloutConfig(),
+        run_folder="unread",
     )
     placement: Any = None
     spec = WorkerSpec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
 from mcore_rl.errors import UserError
 from mcore_rl.types import Layout
+from mcore_rl.weight_sync.base import TRANSPORTS, Distance
 
 NAMED = ["model.path=m", "data.train_files=d"]
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -229,6 +230,12 @@ RULES = {
         "rollout.tensor_model_parallel_size=2 does not divide trainer.n_gpus_per_node=3.",
         ["trainer.n_gpus_per_node=4", "rollout.tensor_model_parallel_size=2"],
     ),
+    "weights_reach_the_engines": (
+        ["rollout.weight_transport=far"],
+        "rollout.weight_transport='far' does not reach an engine in the train worker's process. "
+        "Those that do: direct.",
+        ["rollout.weight_transport=direct"],
+    ),
     "validation_data_is_named_when_asked_for": (
         ["trainer.test_freq=5"],
         "trainer.test_freq=5 asks for validation without data.val_files.",
@@ -258,9 +265,17 @@ NOT_OF_SFT = {
     "a_micro_batch_of_the_critic_holds_the_longest_sample",
     "the_engine_holds_the_longest_sample",
     "engines_divide_the_workers",
+    "weights_reach_the_engines",
     "validation_data_is_named_when_asked_for",
     "responses_are_generated_not_read",
 }
+
+
+@pytest.fixture(autouse=True)
+def far_transport(monkeypatch):
+    """A transport of a plug-in between processes."""
+    far = replace(TRANSPORTS.get("direct"), reaches=frozenset({Distance.SAME_MACHINE}))
+    monkeypatch.setattr(TRANSPORTS, "_entries", TRANSPORTS._entries | {"far": far})
 
 
 def compose(overrides, root=RunConfig):

@@ -33,7 +33,7 @@ from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, WriteState
-from mcore_rl.weight_sync.base import send_directly
+from mcore_rl.weight_sync.base import Link, NamedTensors
 from mcore_rl.weight_sync.sync import sync_weights
 from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder
 
@@ -44,8 +44,9 @@ END = 0
 class UnigramEngine:
     """A `RolloutEngine` that answers with the weights it was given."""
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, link: Link) -> None:
         self.temperature = temperature
+        self.receiver = link.open_receiver()
         self.weight_version = -1
         self.weights = torch.zeros(0)
 
@@ -71,15 +72,21 @@ class UnigramEngine:
             weight_version=self.weight_version,
         )
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, version: int) -> None:
         self.weights = torch.zeros(0)
+        self.coming_version = version
+        self.receiver.begin(version)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        [(_, tensor)] = update_info["named_tensors"]
+    def update_weights(self, update: Any) -> None:
+        self.receiver.receive(update, self.load)
+
+    def load(self, tensors: NamedTensors) -> None:
+        [(_, tensor)] = tensors
         self.weights = tensor.clone()
 
-    def finish_weight_update(self, version: int) -> None:
-        self.weight_version = version
+    def finish_weight_update(self) -> None:
+        self.receiver.end()
+        self.weight_version = self.coming_version
 
     def close(self) -> None:
         pass
@@ -191,6 +198,8 @@ class FakeWorkers:
         learning_rate: of the actor.
         crash_at: (method, number): the crash comes in place of that call, counted from 0.
         engine: class of the engines.
+        transport: of their weights.
+        run_folder: for a transport that needs it.
         save_takes: how often a checkpoint is asked for in vain before it is written.
         save_problem: why rank 1 cannot write its part of any.
     """
@@ -203,13 +212,20 @@ class FakeWorkers:
         learning_rate: float = 5.0,
         crash_at: tuple[str, int] | None = None,
         engine: type[UnigramEngine] = UnigramEngine,
+        transport: str = "direct",
+        run_folder: Path = Path(),
         save_takes: int = 0,
         save_problem: str = "",
     ) -> None:
         self.actor = UnigramActor(temperature, learning_rate, save_takes)
         self.critic = UnigramCritic(temperature, 1.0, save_takes)
         self.save_problem = save_problem
-        self.engines = [engine(temperature) for _ in range(self.world_size)]
+        links = [
+            Link(transport=transport, run_folder=str(run_folder), engine=rank, engine_rank=0)
+            for rank in range(self.world_size)
+        ]
+        self.senders = [link.open_sender() for link in links]
+        self.engines = [engine(temperature, link) for link in links]
         self.crash_at = crash_at
         self.calls: list[tuple[str, Any]] = []
         self.versions: list[int] = []
@@ -254,8 +270,10 @@ class FakeWorkers:
             case Rollout.sync_weights:
                 export = [[("w", self.actor.weights)]]
                 return [
-                    sync_weights(export, send_directly, engine, version)
-                    for engine, (version,) in zip(self.engines, args_of_rank, strict=True)
+                    sync_weights(export, sender, engine, version)
+                    for sender, engine, (version,) in zip(
+                        self.senders, self.engines, args_of_rank, strict=True
+                    )
                 ]
             case Actor.logprobs:
                 return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]

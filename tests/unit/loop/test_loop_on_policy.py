@@ -362,8 +362,9 @@ class StaleEngine(UnigramEngine):
 class DeafEngine(UnigramEngine):
     """Ends a weight update without taking the version."""
 
-    def finish_weight_update(self, version):
-        self.weight_version = min(version, 1)
+    def finish_weight_update(self):
+        super().finish_weight_update()
+        self.weight_version = min(self.weight_version, 1)
 
 
 def test_an_engine_that_disagrees_with_the_trainer_stops_the_run_before_any_update(run_loop):

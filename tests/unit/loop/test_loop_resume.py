@@ -13,6 +13,7 @@ from mcore_rl.errors import UserError
 from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.run import folder as run_folder
 from mcore_rl.run.folder import open_run_folder
+from mcore_rl.weight_sync.base import TRANSPORTS
 
 CUSTOM = "custom_reward_function.path=r.py"
 
@@ -98,6 +99,14 @@ def test_where_and_how_long_a_run_runs_may_change(tmp_path, override):
     folder = open_with(tmp_path, override)
     key, value = override.split("=")
     assert str(OmegaConf.select(OmegaConf.load(folder / "config.yaml"), key)) == value
+
+
+def test_the_way_that_weights_take_may_change(tmp_path, monkeypatch):
+    """The engine holds the same afterwards."""
+    other = TRANSPORTS.get("direct")
+    monkeypatch.setattr(TRANSPORTS, "_entries", TRANSPORTS._entries | {"other": other})
+    begin(open_with(tmp_path))
+    open_with(tmp_path, "rollout.weight_transport=other")
 
 
 def test_a_used_folder_is_refused_when_resuming_is_disabled(tmp_path):

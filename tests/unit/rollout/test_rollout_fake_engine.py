@@ -13,6 +13,8 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
 from mcore_rl.types import Routing
+from mcore_rl.weight_sync.base import Link
+from mcore_rl.weight_sync.direct import Tensors
 
 VOCABULARY = 50
 
@@ -30,13 +32,15 @@ def make_engine(tmp_path):
                 "max_model_len": 64,
                 "stop_token_ids": [7],
                 "config": RolloutConfig(name="fake"),
+                "run_folder": str(tmp_path),
                 **fields,
             }
         )
-        engine = load_engine(spec)
+        link = Link(transport="direct", run_folder=str(tmp_path), engine=0, engine_rank=0)
+        engine = load_engine(spec, link)
         if version >= 0:
-            engine.start_weight_update()
-            engine.finish_weight_update(version)
+            engine.start_weight_update(version)
+            engine.finish_weight_update()
         return engine
 
     return make
@@ -102,14 +106,14 @@ def test_nothing_is_generated_without_complete_weights(make_engine):
     assert engine.weight_version == -1
     with pytest.raises(RolloutError, match="without complete weights"):
         engine.generate(REQUESTS)
-    engine.start_weight_update()
-    engine.update_weights({"named_tensors": [("a", torch.zeros(2)), ("b", torch.zeros(2))]})
+    engine.start_weight_update(3)
+    engine.update_weights(Tensors([("a", torch.zeros(2)), ("b", torch.zeros(2))]))
     with pytest.raises(RolloutError, match="without complete weights"):
         engine.generate(REQUESTS)
-    engine.finish_weight_update(3)
+    engine.finish_weight_update()
     assert {result.weight_version for result in engine.generate(REQUESTS)} == {3}
     assert engine.num_updated_tensors == 2
-    engine.start_weight_update()
+    engine.start_weight_update(4)
     assert engine.weight_version == -1
     with pytest.raises(RolloutError):
         engine.generate(REQUESTS)

@@ -14,6 +14,8 @@ from mcore_rl.cluster.placement import colocated
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
 from mcore_rl.types import Layout, RoutesAt, Routing
+from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Transport
+from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.routes import RouteStore
 
@@ -31,22 +33,25 @@ def make_worker(tmp_path):
     config = {"vocab_size": VOCABULARY, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    def make(rank=0, tensor_model_parallel_size=1, **fields):
+    def make(rank=0, tensor_model_parallel_size=1, weight_transport="direct", **fields):
         spec = EngineSpec(
             model_path=str(tmp_path),
             dtype="float32",
             max_model_len=64,
             stop_token_ids=[END],
             config=RolloutConfig(
-                name="fake", tensor_model_parallel_size=tensor_model_parallel_size
+                name="fake",
+                tensor_model_parallel_size=tensor_model_parallel_size,
+                weight_transport=weight_transport,
             ),
+            run_folder=str(tmp_path),
             **fields,
         )
         placement = colocated(Layout(dp=4), 4, tensor_model_parallel_size)
         parallel: Any = SimpleNamespace(rank=rank, host=None)
         routes = RouteStore(fields.get("routing"), parallel)
-        worker = RolloutWorker(spec, placement.places[rank], exporter=None, routes=routes)
-        worker.engine.finish_weight_update(0)
+        worker = RolloutWorker(spec, placement.places[rank], exporter=[], routes=routes)
+        worker.sync_weights(0)
         return worker
 
     return make
@@ -155,3 +160,25 @@ def test_routes_that_name_an_expert_twice_are_refused_at_the_start(answering):
     worker = answering(with_one_row_changed([2, 2]))
     with pytest.raises(RolloutError, match=r"the experts \[2, 2\] .* not 2 different ones below 4"):
         worker.generate(requests(2), True)
+
+
+def test_both_ends_are_those_of_the_chosen_transport_by_one_link_and_close_with_the_worker(
+    make_worker, monkeypatch, tmp_path
+):
+    closed = []
+
+    class OwnSender(DirectSender):
+        def close(self):
+            closed.append(("sender", self.link))
+
+    class OwnReceiver(DirectReceiver):
+        def close(self):
+            closed.append(("receiver", self.link))
+
+    own = Transport(sender=OwnSender, receiver=OwnReceiver, reaches=frozenset(Distance))
+    monkeypatch.setattr(TRANSPORTS, "_entries", TRANSPORTS._entries | {"own": own})
+    worker = make_worker(rank=3, tensor_model_parallel_size=2, weight_transport="own")
+    assert worker.engine.weight_version == 0
+    worker.close()
+    link = Link(transport="own", run_folder=str(tmp_path), engine=1, engine_rank=1)
+    assert closed == [("receiver", link), ("sender", link)]
