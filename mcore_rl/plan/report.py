@@ -13,9 +13,7 @@ from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.data.vocabulary import check_tokenizer
-from mcore_rl.errors import require
 from mcore_rl.metrics import to_floats
-from mcore_rl.models.layout import PIPELINE_SPLITS
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import (
     BYTES,
@@ -45,7 +43,6 @@ def write_plan(cfg: RunConfig) -> None:
     hf_config = check_model(cfg)
     check_tokenizer(cfg.model.folder, hf_config.vocab_size)
     layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
-    refuse_own_pipeline_splits(cfg)
     step = plan_step(cfg, layout)
     stages = stage_parameters(
         hf_config,
@@ -62,17 +59,6 @@ def write_plan(cfg: RunConfig) -> None:
         *_memory_lines(cfg, hf_config, stages, memory),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
-
-
-def refuse_own_pipeline_splits(cfg: RunConfig) -> None:
-    for name in cfg.actor.megatron.override_transformer_config:
-        require(
-            name not in PIPELINE_SPLITS,
-            f"actor.megatron.override_transformer_config.{name}",
-            cfg.actor.megatron.override_transformer_config[name],
-            "divides the layers in a way that trainer.dry_run=true does not know",
-            "Leave it out of the plan.",
-        )
 
 
 def stage_memory(
