@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
 
-DTYPES = ("float32", "bfloat16")
 ALL_LINEAR = "all-linear"
 """Instead of names of layers: every linear layer of attention, MLPs and experts."""
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")

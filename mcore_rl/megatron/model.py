@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mcore_rl.dtypes import torch_dtype
 from mcore_rl.errors import require
 from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
@@ -41,8 +42,6 @@ from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
 
 Model = TypeVar("Model", bound=GPTModel)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -152,7 +151,7 @@ def build_transformer_config(
             `transformer_impl` what cannot run here.
     """
     layout = parallel.layout
-    dtype = DTYPES[cfg.dtype]
+    dtype = torch_dtype(cfg.dtype)
     impl = transformer_impl(cfg)
     known = [field.name for field in fields(TransformerConfig)]
     check_fields_exist(cfg.override_transformer_config, known)

@@ -13,10 +13,10 @@ from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.data.vocabulary import check_tokenizer
+from mcore_rl.dtypes import BYTES
 from mcore_rl.metrics import to_floats
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import (
-    BYTES,
     StageMemory,
     activation_memory,
     kv_bytes_per_token,

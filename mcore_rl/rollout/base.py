@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 from mcore_rl.types import Ids, Numbers, RoutesAt, Routing
@@ -93,9 +94,8 @@ class RolloutConfig:
     """How weights reach the engine: direct (engine in the train worker's process)."""
     logprob_tolerance: float | None = None
     """Largest difference of log-probabilities between engine and trainer that the check before
-    step 0 accepts; None: 1e-3 in float32, 1.0 in bfloat16 (one flipped expert moves a token). In
-    bfloat16 9 of 10 tokens may differ by a fifth of it, the median by a hundredth, and the mean is
-    at most a twentieth."""
+    step 0 accepts; None: that of the actor's dtype in `tolerances.py`, where also stands what the
+    mean and most tokens may differ by in bfloat16."""
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
     def __post_init__(self) -> None:
@@ -131,7 +131,8 @@ class RolloutConfig:
             "would make the engine's log-probabilities differ from the trainer's",
             "Leave it at -1; rollout.val_kwargs.top_k is free.",
         )
-        require_one_of("rollout.dtype", self.dtype or "float32", ("float32", "bfloat16"))
+        if self.dtype is not None:
+            require_one_of("rollout.dtype", self.dtype, DTYPES)
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",

@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 ROOT_FILES = (
     "types",
     "registry",
+    "dtypes",
     "errors",
     "metrics",
     "lazy_torch",
@@ -38,15 +39,18 @@ ROOT_FILES = (
     "model_code",
     "options",
     "segments",
+    "tolerances",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
 MAY_IMPORT = {
     "types": (),
+    "dtypes": (),
     "errors": (),
     "registry": (),
     "options": (),
     "segments": (),
+    "tolerances": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),

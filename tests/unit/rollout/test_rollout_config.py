@@ -20,6 +20,7 @@ from mcore_rl.rollout.fake_engine import FakeEngine
         ("top_k", 50, "log-probabilities differ"),
         ("stop", ["a", ""], "holds an empty text"),
         ("dtype", "float16", "is not one of float32, bfloat16"),
+        ("dtype", "", "is not one of float32, bfloat16"),
         ("max_num_seqs", 0, "must be at least 1"),
         ("max_num_batched_tokens", 0, "must be at least 1"),
         ("max_model_len", -1, "must be at least 1"),
