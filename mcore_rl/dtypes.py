@@ -1,12 +1,9 @@
 """The types of numbers that a model is trained and sampled from in, by their names on the command
-line. Imports torch for torch's types alone: a configuration is checked without it."""
+line."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from mcore_rl.lazy_torch import torch
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """Of a number, by the name of its type."""
@@ -16,6 +13,4 @@ DTYPES = tuple(BYTES)
 
 def torch_dtype(name: str) -> torch.dtype:
     """Return torch's type of one of the names."""
-    import torch
-
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -75,8 +75,6 @@ def stage_memory(
     # A budget is planned for in full: some step will fill it.
     largest = cut.max_tokens if isinstance(cut, TokenBudget) else step.largest_micro_batch
     tokens = -(-largest // layout.cp)
-    # Under LoRA the base is the first model.
-    with_reference = cfg.needs_reference and cfg.model.lora is None
     state = functools.partial(
         state_memory,
         layout=layout,
@@ -92,7 +90,7 @@ def stage_memory(
                 weights=weights,
                 gradients=gradients,
                 optimizer=optimizer,
-                reference=weights if with_reference else 0,
+                reference=weights if cfg.keeps_reference else 0,
                 critic=sum(state(critic[number])) if critic else 0,
                 activations=activation_memory(
                     arch,

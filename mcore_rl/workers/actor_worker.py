@@ -76,8 +76,7 @@ class ActorWorker(ModelWorker, Actor):
             load_weights(params, self.entries, reader, parallel)
             return chunks
 
-        # Without their adapters the weights are those of the reference: no second copy is needed.
-        self.reference = build() if spec.with_reference and not spec.lora else None
+        self.reference = build() if spec.with_reference else None
         chunks = build()
         params = named_local_parameters(chunks, parallel)
         self.lora, weights = None, params
