@@ -40,6 +40,7 @@ ROOT_FILES = (
     "options",
     "segments",
     "tolerances",
+    "processes",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -51,6 +52,7 @@ MAY_IMPORT = {
     "options": (),
     "segments": (),
     "tolerances": (),
+    "processes": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),
