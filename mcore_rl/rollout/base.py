@@ -8,7 +8,7 @@ vLLM's own lifecycle. Engines sample; they neither tokenize nor judge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,11 +99,12 @@ class RolloutConfig:
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
     def __post_init__(self) -> None:
-        require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
+        require_one_of("rollout.name", self.name, ENGINES)
         for text in self.stop:
             require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
         rule = "is not read by an engine without texts"
-        require(not self.stop or self.name != "fake", "rollout.stop", self.stop, rule, "Remove it.")
+        has_texts = ENGINES.get(self.name).has_texts
+        require(not self.stop or has_texts, "rollout.stop", self.stop, rule, "Remove it.")
         trust = self.engine_kwargs.get("trust_remote_code")
         rule = "would run the code of a model's folder"
         require(not trust, "rollout.engine_kwargs.trust_remote_code", trust, rule, "Leave it out.")
@@ -253,12 +254,21 @@ class RolloutEngine(Protocol):
 
 
 class EngineFactory(Protocol):
-    """Makes an engine; registered under the engine's name."""
+    """Makes an engine."""
 
     def __call__(self, spec: EngineSpec) -> RolloutEngine: ...
 
 
-BUILT_IN_ENGINES = ("vllm", "fake")
-"""Registered when they are loaded: `mcore_rl.rollout.load_engine`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKind:
+    """What is known of an engine before its library is imported."""
 
-ENGINES: Registry[EngineFactory] = Registry("rollout engine", "rollout.name")
+    load: Callable[[], EngineFactory]
+    """Imports its library."""
+    has_texts: bool = True
+    """Whether it knows the texts of tokens, so that one can end a response."""
+    cuts_heads: bool = False
+    """Whether its ranks cut heads, MLPs and experts, so that their number has to divide these."""
+
+
+ENGINES: Registry[EngineKind] = Registry("rollout engine", "rollout.name")

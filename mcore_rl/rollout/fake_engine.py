@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import ENGINES, EngineSpec, GenerationRequest, GenerationResult
+from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
 
 
 def response_length(request: GenerationRequest) -> int:
@@ -95,6 +95,3 @@ class FakeEngine:
 
     def close(self) -> None:
         pass
-
-
-ENGINES.add("fake", FakeEngine)

@@ -20,6 +20,7 @@ from mcore_rl.models.spec import check_weights, load_hf_config, model_family, ro
 from mcore_rl.models.value_head import check_value_weights
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
+from mcore_rl.rollout.base import ENGINES
 from mcore_rl.types import Prompt, Routing
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
     check_architecture(
         megatron.override_transformer_config, model_family(hf_config).transformer_kwargs(hf_config)
     )
-    if isinstance(cfg, RunConfig) and cfg.rollout.name == "vllm":
+    if isinstance(cfg, RunConfig) and ENGINES.get(cfg.rollout.name).cuts_heads:
         key = "rollout.tensor_model_parallel_size"
         check_engine_layout(hf_config, cfg.rollout.tensor_model_parallel_size, key)
     require(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mcore_rl.errors import UserError
-from mcore_rl.rollout.base import ENGINES, RolloutConfig, ValKwargsConfig
+from mcore_rl.rollout.base import ENGINES, EngineKind, RolloutConfig, ValKwargsConfig
 from mcore_rl.rollout.fake_engine import FakeEngine
 
 
@@ -70,8 +70,10 @@ def test_validation_may_sample_from_a_part_of_the_vocabulary():
 def test_an_engine_of_a_plugin_can_be_chosen():
     with pytest.raises(UserError):
         RolloutConfig(name="of_a_plugin")
-    ENGINES.add("of_a_plugin", FakeEngine)
+    ENGINES.add("of_a_plugin", EngineKind(load=lambda: FakeEngine, has_texts=False))
     assert RolloutConfig(name="of_a_plugin").name == "of_a_plugin"
+    with pytest.raises(UserError, match="is not read by an engine without texts"):
+        RolloutConfig(name="of_a_plugin", stop=["a"])
 
 
 def test_an_engine_without_texts_refuses_texts_that_end_a_response():
