@@ -26,7 +26,6 @@ def run(cfg: SftRunConfig, workers: ChannelWorkers) -> None:
         workers,
         total_steps=inputs.total_steps,
         temperature=1.0,
-        with_reference=False,
         engine=None,
     )
     train(cfg, inputs, cluster, run_dir)

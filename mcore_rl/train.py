@@ -34,7 +34,6 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         workers,
         total_steps=inputs.total_steps,
         temperature=cfg.rollout.temperature,
-        with_reference=cfg.needs_reference,
         engine=EngineSpec(
             model_path=str(cfg.model.path),
             dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,

@@ -116,10 +116,6 @@ class ActorObjective:
         return self.policy_loss.needs_old_logprobs
 
     @property
-    def needs_ref_logprobs(self) -> bool:
-        return self.kl_loss_type is not None
-
-    @property
     def needs_entropy(self) -> bool:
         return self.entropy_coeff != 0
 
@@ -174,7 +170,7 @@ def actor_objective(
         rollout_weights_T: [T] float >= 0, of the rollout correction; None: all 1.
         entropy_T: [T] float, differentiable, in nats; required if `spec.needs_entropy`, otherwise
             only logged.
-        ref_logprobs_T: [T] float; required if `spec.needs_ref_logprobs`, otherwise not read.
+        ref_logprobs_T: [T] float; required if `spec` has a KL term, otherwise not read.
         denominators: counts over the whole minibatch and all data-parallel ranks.
         spec: what to minimize.
 

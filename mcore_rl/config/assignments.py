@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mcore_rl.config.translate import TABLE, WILDCARD, Refused, Renamed, Row, Unread
+from mcore_rl.config.translate import TABLE, WILDCARD, Refused, Renamed, Row
 from mcore_rl.errors import UserError
 
 
@@ -33,38 +33,33 @@ def translate(given: Iterable[Assignment]) -> tuple[list[Assignment], str]:
     translated: list[Assignment] = []
     unread: dict[str, list[str]] = {}
     for option in given:
-        pattern, row = find_row(option.key)
-        targets = [option]
-        if isinstance(row, Renamed):
-            key = _renamed(option.key, pattern, row.key)
+        row = find_row(option.key)
+        if row is None:
+            translated.append(option)
+        elif isinstance(row, Renamed):
+            renamed = replace(option, key=_new_key(option.key, row), source=option.key)
             # An interpolation of the key that it is another name of says nothing.
-            refers_to_itself = str(option.value) == f"${{{key}}}"
-            targets = [] if refers_to_itself else [replace(option, key=key, source=option.key)]
-        elif row is not None and _is_known(option.value, row):
+            if str(option.value) != f"${{{renamed.key}}}":
+                translated.append(renamed)
+        elif isinstance(option.value, Hashable) and option.value in row.values:
             pairs = (pair.split("=") for pair in row.values[option.value].split())
-            targets = [Assignment(key, text, text, option.key) for key, text in pairs]
-        elif isinstance(row, Unread):
-            unread.setdefault(row.reason, []).append(option.key)
-            targets = []
+            translated += [Assignment(key, text, text, option.key) for key, text in pairs]
         elif isinstance(row, Refused):
             raise UserError(f"{option.key}={option.text} has no equivalent here. {row.fix}")
-        translated += targets
+        else:
+            unread.setdefault(row.reason, []).append(option.key)
     reasons = [f"{', '.join(dict.fromkeys(keys))} ({reason})" for reason, keys in unread.items()]
     return translated, f"not read here: {'; '.join(reasons)}" if reasons else ""
 
 
-def find_row(key: str) -> tuple[str, Row | None]:
-    """Return the row of `key`, or of all below the nearest section, with the key of the row."""
+def find_row(key: str) -> Row | None:
+    """Return the row of `key`, or that of all below the nearest section."""
     parts = key.split(".")
     sections = (".".join(parts[:n]) + WILDCARD for n in range(len(parts) - 1, 0, -1))
-    pattern = next((name for name in (key, *sections) if name in TABLE), key)
-    return pattern, TABLE.get(pattern)
+    return next((TABLE[name] for name in (key, *sections) if name in TABLE), None)
 
 
-def _is_known(value: Any, row: Unread | Refused) -> bool:
-    return isinstance(value, Hashable) and value in row.values
-
-
-def _renamed(key: str, pattern: str, new: str) -> str:
-    below = key.removeprefix(pattern.removesuffix("*")) if pattern.endswith(WILDCARD) else ""
-    return new.removesuffix("*") + below
+def _new_key(key: str, row: Renamed) -> str:
+    if not row.key.endswith(WILDCARD):
+        return row.to
+    return row.to.removesuffix("*") + key.removeprefix(row.key.removesuffix("*"))

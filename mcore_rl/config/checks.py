@@ -20,6 +20,7 @@ from mcore_rl.config.run import (
 )
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require
+from mcore_rl.megatron.overrides import Circumstances, check_overrides
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance
 
 
@@ -35,7 +36,6 @@ def check_run(cfg: RunConfig) -> None:
     prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
     the_overlong_buffer_fits_in_a_response(cfg)
     an_adaptive_kl_coefficient_stays_positive(cfg)
-    routers_can_replay(cfg)
     recorded_routes_are_replayed(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     a_micro_batch_of_the_critic_holds_the_longest_sample(cfg)
@@ -58,15 +58,7 @@ def _check_training(cfg: RunConfig | SftRunConfig) -> None:
     training_data_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
-    sizes_and_types_have_one_key(cfg)
-    the_loss_is_scaled_in_one_place(cfg)
-    logprobs_are_the_same_in_every_pass(cfg)
-    tokens_are_routed_by_themselves(cfg)
-    the_model_is_that_of_the_checkpoint(cfg)
-    pipelines_exchange_rows_of_any_length(cfg)
-    router_losses_do_not_depend_on_the_layout(cfg)
-    experts_are_balanced_by_a_kind_and_a_coefficient(cfg)
-    frozen_routers_stay_as_they_are(cfg)
+    overrides_leave_alone_what_others_decide(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
     the_best_checkpoint_is_told_by_a_validation_that_happens(cfg)
 
@@ -118,134 +110,17 @@ def pipelines_are_interleaved_only_with_stages(cfg: RunConfig | SftRunConfig) ->
     )
 
 
-_OPTION_OF_FIELD = {
-    "tensor_model_parallel_size": "tensor_model_parallel_size",
-    "pipeline_model_parallel_size": "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
-    "context_parallel_size": "context_parallel_size",
-    "expert_model_parallel_size": "expert_model_parallel_size",
-    "expert_tensor_parallel_size": "expert_tensor_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-    "params_dtype": "dtype",
-    "pipeline_dtype": "dtype",
-    "bf16": "dtype",
-    "fp16": "dtype",
-}
-
-
-def sizes_and_types_have_one_key(cfg: RunConfig | SftRunConfig) -> None:
-    for field, option in _OPTION_OF_FIELD.items():
-        rule = f"is set by actor.megatron.{option}"
-        _require_not_overridden(cfg, field, rule, "Set that instead.")
-
-
-def the_loss_is_scaled_in_one_place(cfg: RunConfig | SftRunConfig) -> None:
-    """Otherwise the gradient depends on the micro-batches; see megatron/forward_backward.py."""
-    rule = "would scale the loss a second time: it is scaled for calculate_per_token_loss=true"
-    _require_not_overridden(cfg, "calculate_per_token_loss", rule, "Remove it.")
-
-
-def logprobs_are_the_same_in_every_pass(cfg: RunConfig | SftRunConfig) -> None:
-    """With dropout, or routers that draw (in evaluation too), the ratio to the old policy is noise
-    and never 1."""
-    for field in (
-        "hidden_dropout",
-        "attention_dropout",
-        "moe_input_jitter_eps",
-        "moe_router_force_load_balancing",
-    ):
-        rule = "makes the log-probabilities of one policy differ from pass to pass"
-        _require_not_overridden(cfg, field, rule, "Remove it.")
-
-
-def tokens_are_routed_by_themselves(cfg: RunConfig | SftRunConfig) -> None:
-    """A capacity drops tokens, and Sinkhorn's routing moves them, for the sake of others in their
-    micro-batch; the engine does neither."""
-    rule = "makes what becomes of a token depend on the micro-batch it is in"
-    _require_not_overridden(cfg, "moe_expert_capacity_factor", rule, "Remove it.")
-    field = "moe_router_load_balancing_type"
-    if "sinkhorn" in str(cfg.actor.megatron.override_transformer_config.get(field)):
-        _require_not_overridden(cfg, field, rule, "Remove it.")
-
-
-ARCHITECTURE = (
-    "apply_query_key_layer_scaling",
-    "apply_residual_connection_post_layernorm",
-    "activation_func_clamp_value",
-    "glu_linear_offset",
-    "layernorm_zero_centered_gamma",
-    "moe_apply_probs_on_input",
-    "moe_router_group_topk",
-    "moe_router_num_groups",
-    "moe_router_topk_limited_devices",
-    "moe_router_topk_scaling_factor",
-    "no_rope_freq",
-    "qk_l2_norm",
-    "rotary_interleaved",
-    "softmax_scale",
-    "softmax_type",
-    "window_attn_skip_freq",
-    "window_size",
-)
-"""Fields of TransformerConfig that make another model of the same weights and that not every family
-of models/ sets; run/inputs.py refuses those that the family of the run sets."""
-
-
-def the_model_is_that_of_the_checkpoint(cfg: RunConfig | SftRunConfig) -> None:
-    """The engine knows nothing of what the trainer's Megatron is told beside config.json."""
-    for field in ARCHITECTURE:
-        rule = "would train another model than the engine samples from"
-        _require_not_overridden(cfg, field, rule, "Remove it: config.json decides.")
-
-
-def pipelines_exchange_rows_of_any_length(cfg: RunConfig | SftRunConfig) -> None:
-    """Micro-batches are rows of different lengths. Megatron's other settings of the exchange hang
-    or swap messages between two stages (p2p_communication.py:185), and its other dispatchers
-    refuse such rows (transformer_config.py:1829)."""
-    for field in ("variable_seq_lengths", "batch_p2p_comm", "overlap_p2p_comm"):
-        rule = "hangs or swaps messages between pipeline stages unless it is left as it is"
-        _require_not_overridden(cfg, field, rule, "Remove it.")
-    field = "moe_token_dispatcher_type"
-    stages = cfg.actor.megatron.pipeline_model_parallel_size
-    if stages > 1 and cfg.actor.megatron.override_transformer_config.get(field) != "alltoall":
-        rule = f"exchanges rows of one length only, not those of {stages} pipeline stages"
-        _require_not_overridden(cfg, field, rule, "Remove it.")
-
-
-def router_losses_do_not_depend_on_the_layout(cfg: RunConfig | SftRunConfig) -> None:
-    """Megatron scales them by the tokens of one rank (moe/router.py:456-498), so where a row is cut
-    over ranks their gradient is a fraction of what it should be."""
-    megatron = cfg.actor.megatron
-    tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
-    for field in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
-        if tp * cp > 1 and megatron.override_transformer_config.get(field):
-            rule = (
-                f"has another gradient in every layout that cuts rows (tensor {tp}, context {cp})"
-            )
-            _require_not_overridden(cfg, field, rule, "Leave it at 0.")
-
-
-def experts_are_balanced_by_a_kind_and_a_coefficient(cfg: RunConfig | SftRunConfig) -> None:
-    """Megatron passes over either of them without the other; here both are off unless given."""
-    overrides = cfg.actor.megatron.override_transformer_config
-    coeff, kind = "moe_aux_loss_coeff", "moe_router_load_balancing_type"
-    asks_for_loss = "aux_loss" in str(overrides.get(kind))
-    if overrides.get(coeff) and not asks_for_loss:
-        rule = f"has no effect without {kind}, which is none here"
-        _require_not_overridden(cfg, coeff, rule, f"Set {kind}=aux_loss too, or remove it.")
-    if asks_for_loss and not overrides.get(coeff):
-        rule = f"has no effect without {coeff}, which is 0 here"
-        _require_not_overridden(cfg, kind, rule, f"Set {coeff} too, or remove it.")
-
-
-def frozen_routers_stay_as_they_are(cfg: RunConfig | SftRunConfig) -> None:
-    for is_frozen, what in (
-        (cfg.actor.megatron.moe_router_freeze, "actor.megatron.moe_router_freeze=true"),
-        (cfg.model.lora is not None, f"model.lora_rank={cfg.model.lora_rank}"),
-    ):
-        if is_frozen:
-            rule = f"would move routers that {what} leaves as they are"
-            _require_not_overridden(cfg, "moe_router_bias_update_rate", rule, "Remove one of them.")
+def overrides_leave_alone_what_others_decide(cfg: RunConfig | SftRunConfig) -> None:
+    """Which fields of Megatron's that are, and why: megatron/overrides.py."""
+    replay = cfg.actor.router_replay.mode if isinstance(cfg, RunConfig) else "disabled"
+    check_overrides(
+        Circumstances(
+            megatron=cfg.actor.megatron,
+            lora_rank=cfg.model.lora_rank,
+            router_replay=replay,
+            is_plan=cfg.trainer.dry_run,
+        )
+    )
 
 
 def adapters_hang_on_layers_of_their_own(cfg: RunConfig | SftRunConfig) -> None:
@@ -260,17 +135,6 @@ def adapters_hang_on_layers_of_their_own(cfg: RunConfig | SftRunConfig) -> None:
         f"has no layers that model.lora_rank={cfg.model.lora_rank} could adapt",
         "Use local.",
     )
-    rule = "puts experts into one layer, which cannot be adapted"
-    _require_not_overridden(cfg, "moe_grouped_gemm", rule, "Remove it.")
-
-
-def routers_can_replay(cfg: RunConfig) -> None:
-    """Megatron's fused routing does not look at what is to be replayed
-    (moe_utils.py:topk_routing_with_score_function)."""
-    mode, field = cfg.actor.router_replay.mode, "moe_router_fusion"
-    if mode != "disabled" and cfg.actor.megatron.override_transformer_config.get(field):
-        rule = f"routes without looking at what actor.router_replay.mode={mode} replays"
-        _require_not_overridden(cfg, field, rule, "Remove one of them.")
 
 
 def recorded_routes_are_replayed(cfg: RunConfig) -> None:
@@ -284,12 +148,6 @@ def recorded_routes_are_replayed(cfg: RunConfig) -> None:
         "has nothing to replay in steps of one update",
         "Lower actor.ppo_mini_batch_size, raise actor.ppo_epochs, or use R3.",
     )
-
-
-def _require_not_overridden(cfg: RunConfig | SftRunConfig, field: str, rule: str, fix: str) -> None:
-    overrides = cfg.actor.megatron.override_transformer_config
-    key = f"actor.megatron.override_transformer_config.{field}"
-    require(field not in overrides, key, overrides.get(field), rule, fix)
 
 
 def minibatches_divide_a_step(cfg: RunConfig) -> None:

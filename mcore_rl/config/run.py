@@ -359,6 +359,12 @@ class RunConfig(ComposedConfig):
         """Whether the KL against the initial policy is computed anywhere."""
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a frozen copy of the initial weights is kept for it: under adapters the weights
+        themselves are that."""
+        return self.needs_reference and self.model.lora is None
+
 
 @dataclass(kw_only=True, slots=True)
 class SftRunConfig(ComposedConfig):

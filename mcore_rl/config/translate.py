@@ -1,10 +1,10 @@
-"""What the options of a verl command line are here: one table, which `assignments.py` applies.
+"""What the options of a verl command line are here: a table, a row for each key.
 
-Keys stand without the prefix `actor_rollout_ref.`; one that ends in `.*` stands for all below it.
-An option that bears its own name here is not in the table. What an option asks for is either what
-happens anyway, or set by other keys, or named in one warning if no number depends on it, or
-refused: a run never computes something else than its command line says. Misspelt keys are in no
-row and stay errors.
+Keys stand without the prefix `actor_rollout_ref.`; one that ends in `.*` stands for all below it
+that have no row of their own. An option that bears its own name here is in no row. What an option
+asks for is either what happens anyway, or set by other keys, or named in one warning if no number
+depends on it, or refused: a run never computes something else than its command line says.
+Misspelt keys are in no row and stay errors. `assignments.py` applies the rows.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ WILDCARD = ".*"
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """Takes its value to another key."""
+    """The value goes to another key."""
 
     key: str
+    """verl's, as in all rows."""
+    to: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unread:
     """Is named in the warning, unless its value stands in `values`: no number depends on it."""
 
+    key: str
     reason: str
     values: Mapping[Hashable, str] = field(default_factory=dict)
     """Accepted in silence, with what they are here: key=value pairs, "" for what happens anyway."""
@@ -38,6 +41,7 @@ class Unread:
 class Refused:
     """Is an error, unless its value stands in `values`: numbers or the model depend on it."""
 
+    key: str
     fix: str
     values: Mapping[Hashable, str] = field(default_factory=dict)
     """As in `Unread`."""
@@ -45,11 +49,7 @@ class Refused:
 
 Row = Renamed | Unread | Refused
 
-
-def _rows(row: Row, *keys: str) -> dict[str, Row]:
-    return dict.fromkeys(keys, row)
-
-
+# Values that ask for what happens anyway.
 _OFF: Mapping[Hashable, str] = {False: "", None: ""}
 _ON: Mapping[Hashable, str] = {True: ""}
 _UNSET: Mapping[Hashable, str] = {None: ""}
@@ -58,386 +58,410 @@ _RECOMPUTE = " ".join(
     f"actor.megatron.override_transformer_config.recompute_{option}"
     for option in ("granularity=full", "method=uniform", "num_layers=1")
 )
-_NOT_OFFLOADED = Unread("weights, gradients and optimizer stay on their device", _OFF)
-_SPEED = "changes speed or memory alone"
-_SHARDS = "Megatron shards by actor.megatron"
-_REFERENCE = "the reference is laid out as the actor"
-_LOGPROBS = "log-probabilities are computed in the micro-batches of training"
-_SYNC = "weights reach the engine within its process"
-_NO_REWARD_MODEL = "there is no reward model"
-_PROFILER = "there is no profiler"
-_NO_RAY = "processes are started by torchrun"
 
-TABLE: dict[str, Row] = {
-    # actor
-    "actor.strategy": Unread("actors are Megatron's", {"megatron": ""}),
-    "model_engine": Unread("actors are Megatron's", {"megatron": ""}),
-    "actor.use_gpg_loss": Refused(
-        "Set actor.policy_loss.loss_mode.", {True: "actor.policy_loss.loss_mode=gpg", False: ""}
+# Reasons and fixes of several rows.
+_CONFIG_JSON = "Change config.json in model.path."
+_CORRECTION = "Set algorithm.rollout_correction."
+_IN_ORDER = "The minibatches of a step keep the order of its prompts."
+_LOGGED = "the penalty is always logged"
+_LOGPROBS = "log-probabilities are computed in the micro-batches of training"
+_NOT_OFFLOADED = "weights, gradients and optimizer stay on their device"
+_NO_DROPOUT = "No pass has dropout."
+_NO_RAY = "processes are started by torchrun"
+_NO_REWARD_MODEL = "there is no reward model"
+_PACKED = "rows are always packed"
+_PROFILER = "there is no profiler"
+_REFERENCE = "the reference is laid out as the actor"
+_REWARD_FUNCTION = "Set custom_reward_function.path to a function of one response or of a batch."
+_SHARDS = "Megatron shards by actor.megatron"
+_SPEED = "changes speed or memory alone"
+_SYNC = "weights reach the engine within its process"
+_TEXT_ALONE = "text alone is read"
+_VALUES = "values are computed in the micro-batches of training"
+_WHOLE_MODEL = "Every engine holds a whole model."
+
+_ACTOR = (
+    Unread("actor.strategy", "actors are Megatron's", {"megatron": ""}),
+    Unread("model_engine", "actors are Megatron's", {"megatron": ""}),
+    Refused(
+        "actor.use_gpg_loss",
+        "Set actor.policy_loss.loss_mode.",
+        {True: "actor.policy_loss.loss_mode=gpg", False: ""},
     ),
-    "actor.use_token_level_loss": Refused(
+    Refused(
+        "actor.use_token_level_loss",
         "Set actor.loss_agg_mode.",
-        {
-            True: "actor.loss_agg_mode=token-mean",
-            False: "actor.loss_agg_mode=seq-mean-token-mean",
-        },
+        {True: "actor.loss_agg_mode=token-mean", False: "actor.loss_agg_mode=seq-mean-token-mean"},
     ),
-    "actor.ppo_micro_batch_size": Refused("Set actor.ppo_micro_batch_size_per_gpu.", _UNSET),
-    "actor.shuffle": Refused("The minibatches of a step keep the order of its prompts.", _OFF),
-    "actor.data_loader_seed": Unread("the minibatches of a step keep the order of its prompts"),
-    "actor.tis_imp_ratio_cap": Refused(
+    Refused("actor.ppo_micro_batch_size", "Set actor.ppo_micro_batch_size_per_gpu.", _UNSET),
+    Refused("actor.shuffle", _IN_ORDER, _OFF),
+    Unread("actor.data_loader_seed", "the minibatches of a step keep the order of its prompts"),
+    Refused(
+        "actor.tis_imp_ratio_cap",
         "Set algorithm.rollout_correction.rollout_is=token and .rollout_is_threshold.",
         {-1: "", None: ""},
     ),
-    "actor.load_weight": Refused("Training starts from the weights in model.path.", _ON),
-    "actor.checkpoint.async_save": Renamed("trainer.async_save"),
-    "actor.checkpoint.load_contents": Refused("A checkpoint is resumed whole."),
-    "actor.checkpoint.save_contents": Unread("a checkpoint is whole, trainer.export_hf_model"),
-    "actor.ulysses_sequence_parallel_size": Renamed("actor.megatron.context_parallel_size"),
-    "actor.fsdp_config.ulysses_sequence_parallel_size": Renamed(
-        "actor.megatron.context_parallel_size"
+    Refused("actor.load_weight", "Training starts from the weights in model.path.", _ON),
+    Renamed("actor.checkpoint.async_save", "trainer.async_save"),
+    Refused("actor.checkpoint.load_contents", "A checkpoint is resumed whole."),
+    Unread("actor.checkpoint.save_contents", "a checkpoint is whole, trainer.export_hf_model"),
+    Renamed("actor.ulysses_sequence_parallel_size", "actor.megatron.context_parallel_size"),
+    Renamed(
+        "actor.fsdp_config.ulysses_sequence_parallel_size", "actor.megatron.context_parallel_size"
     ),
-    "actor.fsdp_config.dtype": Renamed("actor.megatron.dtype"),
-    "actor.fsdp_config.model_dtype": Refused(
-        "The optimizer's weights are float32.", {"fp32": "", "float32": ""}
+    Renamed("actor.fsdp_config.dtype", "actor.megatron.dtype"),
+    Refused(
+        "actor.fsdp_config.model_dtype",
+        "The optimizer's weights are float32.",
+        {"fp32": "", "float32": ""},
     ),
-    **_rows(
-        _NOT_OFFLOADED,
-        "actor.fsdp_config.param_offload",
-        "actor.fsdp_config.optimizer_offload",
-        "actor.fsdp_config.offload_policy",
-        "actor.megatron.param_offload",
-        "actor.megatron.grad_offload",
-        "actor.megatron.optimizer_offload",
-        "actor.optim.override_optimizer_config.optimizer_cpu_offload",
-        "actor.optim.override_optimizer_config.optimizer_offload_fraction",
-        "actor.optim.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d",
-        "ref.fsdp_config.param_offload",
-        "ref.megatron.param_offload",
-        "model.enable_activation_offload",
+    Unread("actor.fsdp_config.param_offload", _NOT_OFFLOADED, _OFF),
+    Unread("actor.fsdp_config.optimizer_offload", _NOT_OFFLOADED, _OFF),
+    Unread("actor.fsdp_config.offload_policy", _NOT_OFFLOADED, _OFF),
+    Unread("actor.fsdp_config.fsdp_size", _SHARDS),
+    Unread("actor.fsdp_config.forward_prefetch", _SHARDS),
+    Unread("actor.fsdp_config.reshard_after_forward", _SHARDS),
+    Unread("actor.fsdp_config.wrap_policy.*", _SHARDS),
+    Unread("actor.entropy_checkpointing", _SPEED),
+    Unread("actor.entropy_from_logits_with_chunking", _SPEED),
+    Unread("actor.use_fused_kernels", _SPEED),
+    Unread("actor.use_torch_compile", _SPEED),
+    Unread("actor.fsdp_config.use_torch_compile", _SPEED),
+    Unread("actor.use_remove_padding", _PACKED, _ON),
+    Unread("actor.profiler.*", _PROFILER),
+)
+
+_ACTOR_MEGATRON = (
+    Unread("actor.megatron.param_offload", _NOT_OFFLOADED, _OFF),
+    Unread("actor.megatron.grad_offload", _NOT_OFFLOADED, _OFF),
+    Unread("actor.megatron.optimizer_offload", _NOT_OFFLOADED, _OFF),
+    Unread("actor.megatron.override_ddp_config.overlap_param_gather", _SPEED),
+    Renamed("actor.megatron.router_replay.mode", "actor.router_replay.mode"),
+    Renamed(
+        "actor.megatron.override_ddp_config.overlap_grad_reduce",
+        "actor.megatron.overlap_grad_reduce",
     ),
-    **_rows(
-        Unread(_SHARDS),
-        "actor.fsdp_config.fsdp_size",
-        "actor.fsdp_config.forward_prefetch",
-        "actor.fsdp_config.reshard_after_forward",
-        "actor.fsdp_config.wrap_policy.*",
+    Refused(
+        "actor.megatron.override_ddp_config.grad_reduce_in_fp32",
+        "Gradients are reduced in float32.",
+        _ON,
     ),
-    **_rows(
-        Unread(_SPEED),
-        "actor.entropy_checkpointing",
-        "actor.entropy_from_logits_with_chunking",
-        "actor.use_fused_kernels",
-        "actor.use_torch_compile",
-        "actor.fsdp_config.use_torch_compile",
-        "actor.megatron.override_ddp_config.overlap_param_gather",
+    Refused("actor.megatron.override_mcore_model_config.*", _CONFIG_JSON),
+    Refused("actor.megatron.use_dist_checkpointing", "Set model.path to the model's folder.", _OFF),
+    Refused(
+        "actor.megatron.dist_checkpointing_path", "Set model.path to the model's folder.", _UNSET
     ),
-    # actor.megatron
-    "actor.megatron.router_replay.mode": Renamed("actor.router_replay.mode"),
-    "actor.megatron.override_ddp_config.overlap_grad_reduce": Renamed(
-        "actor.megatron.overlap_grad_reduce"
+    Unread("actor.megatron.use_mbridge", "weights are converted by mcore_rl.models"),
+    Unread("actor.megatron.vanilla_mbridge", "weights are converted by mcore_rl.models"),
+)
+
+_ACTOR_OPTIM = (
+    Unread("actor.optim.override_optimizer_config.optimizer_cpu_offload", _NOT_OFFLOADED, _OFF),
+    Unread(
+        "actor.optim.override_optimizer_config.optimizer_offload_fraction", _NOT_OFFLOADED, _OFF
     ),
-    "actor.megatron.override_ddp_config.grad_reduce_in_fp32": Refused(
-        "Gradients are reduced in float32.", _ON
+    Unread(
+        "actor.optim.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d", _NOT_OFFLOADED, _OFF
     ),
-    "actor.megatron.override_mcore_model_config.*": Refused("Change config.json in model.path."),
-    "actor.megatron.use_dist_checkpointing": Refused("Set model.path to the model's folder.", _OFF),
-    "actor.megatron.dist_checkpointing_path": Refused(
-        "Set model.path to the model's folder.", _UNSET
+    Renamed("actor.optim.clip_grad", "actor.grad_clip"),
+    Renamed("actor.optim.warmup_style", "actor.optim.lr_decay_style"),
+    Renamed("actor.optim.lr_scheduler_type", "actor.optim.lr_decay_style"),
+    Refused(
+        "actor.optim.optimizer", "The optimizer is AdamW.", {"adam": "", "adamw": "", "AdamW": ""}
     ),
-    **_rows(
-        Unread("weights are converted by mcore_rl.models"),
-        "actor.megatron.use_mbridge",
-        "actor.megatron.vanilla_mbridge",
+    Refused("actor.optim.lr_warmup_init", "The learning rate rises from 0.", {0: ""}),
+    Refused(
+        "actor.optim.lr_warmup_steps_ratio", "Set actor.optim.lr_warmup_steps.", {0: "", None: ""}
     ),
-    # actor.optim
-    "actor.optim.clip_grad": Renamed("actor.grad_clip"),
-    "actor.optim.warmup_style": Renamed("actor.optim.lr_decay_style"),
-    "actor.optim.lr_scheduler_type": Renamed("actor.optim.lr_decay_style"),
-    "actor.optim.optimizer": Refused(
-        "The optimizer is AdamW.", {"adam": "", "adamw": "", "AdamW": ""}
+    Refused(
+        "actor.optim.total_training_steps", "Set actor.optim.lr_decay_steps.", {-1: "", None: ""}
     ),
-    "actor.optim.lr_warmup_init": Refused("The learning rate rises from 0.", {0: ""}),
-    "actor.optim.lr_warmup_steps_ratio": Refused(
-        "Set actor.optim.lr_warmup_steps.", {0: "", None: ""}
+    Refused("actor.optim.min_lr_ratio", "Set actor.optim.min_lr.", {0: "", None: ""}),
+    Refused("actor.optim.num_cycles", "A cosine falls once.", {0.5: "", None: ""}),
+    Refused(
+        "actor.optim.weight_decay_incr_style", "The weight decay is constant.", {"constant": ""}
     ),
-    "actor.optim.total_training_steps": Refused(
-        "Set actor.optim.lr_decay_steps.", {-1: "", None: ""}
+    Refused(
+        "actor.optim.use_checkpoint_opt_param_scheduler",
+        "A resumed run takes its schedule from the command line.",
+        _OFF,
     ),
-    "actor.optim.min_lr_ratio": Refused("Set actor.optim.min_lr.", {0: "", None: ""}),
-    "actor.optim.num_cycles": Refused("A cosine falls once.", {0.5: "", None: ""}),
-    "actor.optim.weight_decay_incr_style": Refused(
-        "The weight decay is constant.", {"constant": ""}
+)
+
+_REF = (
+    Unread("ref.fsdp_config.param_offload", _NOT_OFFLOADED, _OFF),
+    Unread("ref.megatron.param_offload", _NOT_OFFLOADED, _OFF),
+    Unread("ref.strategy", "the reference is Megatron's", {"megatron": ""}),
+    Refused("ref.model", "The reference is the model in model.path.", _UNSET),
+    Refused("ref.model.path", "The reference is the model in model.path.", _UNSET),
+    Unread("ref.ulysses_sequence_parallel_size", _REFERENCE),
+    Unread("ref.fsdp_config.fsdp_size", _REFERENCE),
+    Unread("ref.fsdp_config.forward_prefetch", _REFERENCE),
+    Unread("ref.fsdp_config.reshard_after_forward", _REFERENCE),
+    Unread("ref.fsdp_config.wrap_policy.*", _REFERENCE),
+    Unread("ref.megatron.tensor_model_parallel_size", _REFERENCE),
+    Unread("ref.megatron.pipeline_model_parallel_size", _REFERENCE),
+    Unread("ref.megatron.virtual_pipeline_model_parallel_size", _REFERENCE),
+    Unread("ref.megatron.context_parallel_size", _REFERENCE),
+    Unread("ref.megatron.expert_model_parallel_size", _REFERENCE),
+    Unread("ref.megatron.expert_tensor_parallel_size", _REFERENCE),
+    Unread("ref.megatron.sequence_parallel", _REFERENCE),
+    Unread("ref.megatron.use_mbridge", _REFERENCE),
+    Unread("ref.megatron.vanilla_mbridge", _REFERENCE),
+    Unread("ref.megatron.seed", _REFERENCE),
+    Unread("ref.entropy_checkpointing", _SPEED),
+    Unread("ref.entropy_from_logits_with_chunking", _SPEED),
+    Unread("ref.use_torch_compile", _SPEED),
+    Unread("ref.log_prob_micro_batch_size", _LOGPROBS),
+    Unread("ref.log_prob_micro_batch_size_per_gpu", _LOGPROBS),
+    Unread("ref.log_prob_use_dynamic_bsz", _LOGPROBS),
+    Unread("ref.log_prob_max_token_len_per_gpu", _LOGPROBS),
+    Unread("ref.profiler.*", _PROFILER),
+)
+
+_MODEL = (
+    Unread("model.enable_activation_offload", _NOT_OFFLOADED, _OFF),
+    Unread("model.use_remove_padding", _PACKED, _ON),
+    Refused(
+        "model.enable_gradient_checkpointing", "It is true or false.", {True: _RECOMPUTE, False: ""}
     ),
-    "actor.optim.use_checkpoint_opt_param_scheduler": Refused(
-        "A resumed run takes its schedule from the command line.", _OFF
+    Refused(
+        "model.gradient_checkpointing_kwargs.*",
+        "Set recompute_granularity and the like in actor.megatron.override_transformer_config.",
     ),
-    # ref
-    "ref.strategy": Unread("the reference is Megatron's", {"megatron": ""}),
-    "ref.model": Refused("The reference is the model in model.path.", _UNSET),
-    "ref.model.path": Refused("The reference is the model in model.path.", _UNSET),
-    **_rows(
-        Unread(_REFERENCE),
-        "ref.ulysses_sequence_parallel_size",
-        "ref.fsdp_config.fsdp_size",
-        "ref.fsdp_config.forward_prefetch",
-        "ref.fsdp_config.reshard_after_forward",
-        "ref.fsdp_config.wrap_policy.*",
-        "ref.megatron.tensor_model_parallel_size",
-        "ref.megatron.pipeline_model_parallel_size",
-        "ref.megatron.virtual_pipeline_model_parallel_size",
-        "ref.megatron.context_parallel_size",
-        "ref.megatron.expert_model_parallel_size",
-        "ref.megatron.expert_tensor_parallel_size",
-        "ref.megatron.sequence_parallel",
-        "ref.megatron.use_mbridge",
-        "ref.megatron.vanilla_mbridge",
-        "ref.megatron.seed",
+    Renamed("model.lora.rank", "model.lora_rank"),
+    Renamed("model.lora.alpha", "model.lora_alpha"),
+    Refused("model.lora_adapter_path", "Training starts from new adapters.", _UNSET),
+    Refused("model.exclude_modules", "Name the layers in model.target_modules.", _UNSET),
+    Refused("model.custom_chat_template", "Put it into the tokenizer's folder.", _UNSET),
+    Refused("model.external_lib", "Name the module in MCORE_RL_PLUGINS.", _UNSET),
+    Refused("model.tokenizer_path", "The tokenizer is that in model.path.", _UNSET),
+    Unread("model.override_config.attn_implementation", "attention is Megatron's"),
+    Renamed(
+        "model.override_config.moe_config.freeze_moe_router", "actor.megatron.moe_router_freeze"
     ),
-    **_rows(
-        Unread(_SPEED),
-        "ref.entropy_checkpointing",
-        "ref.entropy_from_logits_with_chunking",
-        "ref.use_torch_compile",
+    Refused("model.override_config.attention_dropout", _NO_DROPOUT, {0: ""}),
+    Refused("model.override_config.embd_pdrop", _NO_DROPOUT, {0: ""}),
+    Refused("model.override_config.resid_pdrop", _NO_DROPOUT, {0: ""}),
+    Refused("model.override_config.*", _CONFIG_JSON),
+    Unread("model.trust_remote_code", "no code of a model's folder is run", _OFF),
+    Unread("model.fused_kernel_options.*", _SPEED),
+    Unread("model.use_fused_kernels", _SPEED),
+    Unread("model.use_liger", _SPEED),
+    Unread("model.use_shm", _SPEED),
+)
+
+_DATA = (
+    Refused("data.tokenizer", "The tokenizer is that in model.path.", _UNSET),
+    Refused("data.custom_cls.*", "Write the rows in one of the forms that are read.", _UNSET),
+    Refused("data.sampler.*", "The order is that of data.shuffle and data.seed.", _UNSET),
+    Refused("data.datagen.*", "Write the rows in one of the forms that are read.", _UNSET),
+    Renamed("data.multiturn.messages_key", "data.messages_key"),
+    Unread("data.multiturn.enable", "rows without a response are conversations", _ON),
+    Unread("data.validation_shuffle", "the order of validation changes nothing", _OFF),
+    Unread("data.trust_remote_code", "no code of a data set is run", _OFF),
+    Unread("data.image_key", _TEXT_ALONE),
+    Unread("data.video_key", _TEXT_ALONE),
+    Unread("data.return_full_prompt", _TEXT_ALONE),
+    Unread("data.return_multi_modal_inputs", _TEXT_ALONE),
+    Unread("data.return_raw_chat", _TEXT_ALONE),
+    Unread("data.return_raw_input_ids", _TEXT_ALONE),
+    Unread("data.dataloader_num_workers", _SPEED),
+    Unread("data.filter_overlong_prompts_workers", _SPEED),
+    Unread("data.use_shm", _SPEED),
+)
+
+_ROLLOUT = (
+    Unread("rollout.log_prob_micro_batch_size", _LOGPROBS),
+    Unread("rollout.log_prob_micro_batch_size_per_gpu", _LOGPROBS),
+    Unread("rollout.log_prob_use_dynamic_bsz", _LOGPROBS),
+    Unread("rollout.log_prob_max_token_len_per_gpu", _LOGPROBS),
+    Unread("rollout.mode", "engines answer a batch at a time", {"sync": ""}),
+    Renamed("rollout.prompt_length", "data.max_prompt_length"),
+    Renamed("rollout.response_length", "data.max_response_length"),
+    Refused("rollout.do_sample", "A greedy rollout carries no policy gradient.", _ON),
+    Refused("rollout.ignore_eos", "A response ends with its end token.", _OFF),
+    Unread("rollout.calculate_log_probs", "they are always returned", _ON),
+    Refused(
+        "rollout.enable_rollout_routing_replay",
+        "Set actor.router_replay.mode.",
+        {True: "actor.router_replay.mode=R3", False: ""},
     ),
-    # log-probabilities of the actor (rollout.log_prob_*) and of the reference
-    **_rows(
-        Unread(_LOGPROBS),
-        *(
-            f"{role}.log_prob_{option}"
-            for role in ("rollout", "ref")
-            for option in (
-                "micro_batch_size",
-                "micro_batch_size_per_gpu",
-                "use_dynamic_bsz",
-                "max_token_len_per_gpu",
-            )
-        ),
+    Renamed("rollout.enable_prefix_caching", "rollout.engine_kwargs.enable_prefix_caching"),
+    Renamed("rollout.engine_kwargs.vllm.*", "rollout.engine_kwargs.*"),
+    Unread("rollout.engine_kwargs.sglang.*", "the engine is vLLM"),
+    Unread("rollout.engine_kwargs.trtllm.*", "the engine is vLLM"),
+    Refused("rollout.data_parallel_size", _WHOLE_MODEL, {1: ""}),
+    Refused("rollout.expert_parallel_size", _WHOLE_MODEL, {1: ""}),
+    Refused("rollout.pipeline_model_parallel_size", _WHOLE_MODEL, {1: ""}),
+    Refused("rollout.quantization", "The engine holds the trainer's weights.", _UNSET),
+    Refused("rollout.repetition_penalty", "Samples are those of the policy.", {1: ""}),
+    Refused("rollout.over_sample_rate", "Every prompt gets rollout.n responses.", {0: ""}),
+    Refused("rollout.skip_rollout", "Every step generates.", _OFF),
+    Refused("rollout.multi_turn.enable", "A response is one turn.", _OFF),
+    Unread("rollout.multi_turn.*", "a response is one turn", _UNSET),
+    Unread("rollout.agent.num_workers", "a response is one turn"),
+    Refused(
+        "rollout.agent.default_agent_loop", "A response is one turn.", {"single_turn_agent": ""}
     ),
-    # model
-    "model.use_remove_padding": Unread("rows are always packed", _ON),
-    "actor.use_remove_padding": Unread("rows are always packed", _ON),
-    "model.enable_gradient_checkpointing": Refused(
-        "It is true or false.", {True: _RECOMPUTE, False: ""}
+    Unread("rollout.checkpoint_engine.*", _SYNC),
+    Unread("rollout.layered_summon", _SYNC),
+    Unread("rollout.load_format", _SYNC),
+    Unread("rollout.nccl_timeout", _SYNC),
+    Unread("rollout.update_weights_bucket_megabytes", _SYNC),
+    Unread("nccl_timeout", _SYNC),
+    Unread("rollout.cudagraph_capture_sizes", _SPEED),
+    Unread("rollout.disable_log_stats", _SPEED),
+    Unread("rollout.enable_sleep_mode", _SPEED),
+    Unread("rollout.free_cache_engine", _SPEED),
+    Unread("rollout.multi_stage_wake_up", _SPEED),
+    Unread("rollout.scheduling_policy", _SPEED),
+    Refused("hybrid_engine", "Actor and engine share their devices.", _ON),
+    Unread("rollout.profiler.*", _PROFILER),
+    Unread("rollout.trace.*", _PROFILER),
+)
+
+_ALGORITHM = (
+    Refused("algorithm.use_pf_ppo", "There is no preference feedback.", _OFF),
+    Unread("algorithm.pf_ppo.*", "there is no preference feedback", _UNSET),
+    Refused(
+        "algorithm.rollout_correction.bypass_mode",
+        "The trainer computes the old log-probabilities.",
+        _OFF,
     ),
-    "model.gradient_checkpointing_kwargs.*": Refused(
-        "Set recompute_granularity and the like in actor.megatron.override_transformer_config."
+    Refused(
+        "algorithm.rollout_correction.rollout_is_batch_normalize",
+        "Weights are not normalised.",
+        _OFF,
     ),
-    "model.lora.rank": Renamed("model.lora_rank"),
-    "model.lora.alpha": Renamed("model.lora_alpha"),
-    "model.lora_adapter_path": Refused("Training starts from new adapters.", _UNSET),
-    "model.exclude_modules": Refused("Name the layers in model.target_modules.", _UNSET),
-    "model.custom_chat_template": Refused("Put it into the tokenizer's folder.", _UNSET),
-    "model.external_lib": Refused("Name the module in MCORE_RL_PLUGINS.", _UNSET),
-    "model.tokenizer_path": Refused("The tokenizer is that in model.path.", _UNSET),
-    "model.override_config.attn_implementation": Unread("attention is Megatron's"),
-    "model.override_config.moe_config.freeze_moe_router": Renamed(
-        "actor.megatron.moe_router_freeze"
+    Refused(
+        "algorithm.rollout_correction.rollout_token_veto_threshold",
+        "Set algorithm.rollout_correction.rollout_rs=token.",
+        _UNSET,
     ),
-    **_rows(
-        Refused("No pass has dropout.", {0: ""}),
-        "model.override_config.attention_dropout",
-        "model.override_config.embd_pdrop",
-        "model.override_config.resid_pdrop",
-    ),
-    "model.override_config.*": Refused("Change config.json in model.path."),
-    "model.trust_remote_code": Unread("no code of a model's folder is run", _OFF),
-    **_rows(
-        Unread(_SPEED),
-        "model.fused_kernel_options.*",
-        "model.use_fused_kernels",
-        "model.use_liger",
-        "model.use_shm",
-    ),
-    # data
-    "data.tokenizer": Refused("The tokenizer is that in model.path.", _UNSET),
-    "data.custom_cls.*": Refused("Write the rows in one of the forms that are read.", _UNSET),
-    "data.sampler.*": Refused("The order is that of data.shuffle and data.seed.", _UNSET),
-    "data.datagen.*": Refused("Write the rows in one of the forms that are read.", _UNSET),
-    "data.multiturn.messages_key": Renamed("data.messages_key"),
-    "data.multiturn.enable": Unread("rows without a response are conversations", _ON),
-    "data.validation_shuffle": Unread("the order of validation changes nothing", _OFF),
-    "data.trust_remote_code": Unread("no code of a data set is run", _OFF),
-    **_rows(
-        Unread("text alone is read"),
-        "data.image_key",
-        "data.video_key",
-        "data.return_full_prompt",
-        "data.return_multi_modal_inputs",
-        "data.return_raw_chat",
-        "data.return_raw_input_ids",
-    ),
-    **_rows(
-        Unread(_SPEED),
-        "data.dataloader_num_workers",
-        "data.filter_overlong_prompts_workers",
-        "data.use_shm",
-    ),
-    # rollout
-    "rollout.mode": Unread("engines answer a batch at a time", {"sync": ""}),
-    "rollout.prompt_length": Renamed("data.max_prompt_length"),
-    "rollout.response_length": Renamed("data.max_response_length"),
-    "rollout.do_sample": Refused("A greedy rollout carries no policy gradient.", _ON),
-    "rollout.ignore_eos": Refused("A response ends with its end token.", _OFF),
-    "rollout.calculate_log_probs": Unread("they are always returned", _ON),
-    "rollout.enable_rollout_routing_replay": Refused(
-        "Set actor.router_replay.mode.", {True: "actor.router_replay.mode=R3", False: ""}
-    ),
-    "rollout.enable_prefix_caching": Renamed("rollout.engine_kwargs.enable_prefix_caching"),
-    "rollout.engine_kwargs.vllm.*": Renamed("rollout.engine_kwargs.*"),
-    "rollout.engine_kwargs.sglang.*": Unread("the engine is vLLM"),
-    "rollout.engine_kwargs.trtllm.*": Unread("the engine is vLLM"),
-    **_rows(
-        Refused("Every engine holds a whole model.", {1: ""}),
-        "rollout.data_parallel_size",
-        "rollout.expert_parallel_size",
-        "rollout.pipeline_model_parallel_size",
-    ),
-    "rollout.quantization": Refused("The engine holds the trainer's weights.", _UNSET),
-    "rollout.repetition_penalty": Refused("Samples are those of the policy.", {1: ""}),
-    "rollout.over_sample_rate": Refused("Every prompt gets rollout.n responses.", {0: ""}),
-    "rollout.skip_rollout": Refused("Every step generates.", _OFF),
-    "rollout.multi_turn.enable": Refused("A response is one turn.", _OFF),
-    "rollout.multi_turn.*": Unread("a response is one turn", _UNSET),
-    "rollout.agent.num_workers": Unread("a response is one turn"),
-    "rollout.agent.default_agent_loop": Refused(
-        "A response is one turn.", {"single_turn_agent": ""}
-    ),
-    **_rows(
-        Unread(_SYNC),
-        "rollout.checkpoint_engine.*",
-        "rollout.layered_summon",
-        "rollout.load_format",
-        "rollout.nccl_timeout",
-        "rollout.update_weights_bucket_megabytes",
-        "nccl_timeout",
-    ),
-    **_rows(
-        Unread(_SPEED),
-        "rollout.cudagraph_capture_sizes",
-        "rollout.disable_log_stats",
-        "rollout.enable_sleep_mode",
-        "rollout.free_cache_engine",
-        "rollout.multi_stage_wake_up",
-        "rollout.scheduling_policy",
-    ),
-    "hybrid_engine": Refused("Actor and engine share their devices.", _ON),
-    # algorithm
-    "algorithm.use_pf_ppo": Refused("There is no preference feedback.", _OFF),
-    "algorithm.pf_ppo.*": Unread("there is no preference feedback", _UNSET),
-    "algorithm.rollout_correction.bypass_mode": Refused(
-        "The trainer computes the old log-probabilities.", _OFF
-    ),
-    "algorithm.rollout_correction.rollout_is_batch_normalize": Refused(
-        "Weights are not normalised.", _OFF
-    ),
-    "algorithm.rollout_correction.rollout_token_veto_threshold": Refused(
-        "Set algorithm.rollout_correction.rollout_rs=token.", _UNSET
-    ),
-    **_rows(
-        Refused("Set algorithm.rollout_correction.", _OFF),
-        "algorithm.rollout_is",
-        "algorithm.rollout_is_level",
-        "algorithm.rollout_is_mode",
-        "algorithm.rollout_is_threshold",
-        "algorithm.rollout_is_threshold_lower",
-        "algorithm.rollout_is_veto_threshold",
-    ),
-    # reward
-    **_rows(
-        Refused(
-            "Set custom_reward_function.path to a function of one response or of a batch.",
-            {"naive": "", "dapo": "", "prime": "", "batch": ""},
-        ),
+    Refused("algorithm.rollout_is", _CORRECTION, _OFF),
+    Refused("algorithm.rollout_is_level", _CORRECTION, _OFF),
+    Refused("algorithm.rollout_is_mode", _CORRECTION, _OFF),
+    Refused("algorithm.rollout_is_threshold", _CORRECTION, _OFF),
+    Refused("algorithm.rollout_is_threshold_lower", _CORRECTION, _OFF),
+    Refused("algorithm.rollout_is_veto_threshold", _CORRECTION, _OFF),
+)
+
+_REWARD = (
+    Refused(
         "reward_model.reward_manager",
+        _REWARD_FUNCTION,
+        {"naive": "", "dapo": "", "prime": "", "batch": ""},
+    ),
+    Refused(
         "reward.reward_manager.name",
+        _REWARD_FUNCTION,
+        {"naive": "", "dapo": "", "prime": "", "batch": ""},
     ),
-    **{
-        f"{section}.{option}": row
-        for section in (
-            "custom_reward_function.overlong_buffer",
-            "reward_model.overlong_buffer",
-            "reward_model.reward_kwargs.overlong_buffer_cfg",
-            "reward.reward_kwargs.overlong_buffer_cfg",
-        )
-        for option, row in {
-            "enable": Renamed("reward.overlong_buffer.enable"),
-            "len": Renamed("reward.overlong_buffer.len"),
-            "penalty_factor": Renamed("reward.overlong_buffer.penalty_factor"),
-            "log": Unread("the penalty is always logged", _ON),
-        }.items()
-    },
-    "reward_model.reward_kwargs.max_resp_len": Renamed("data.max_response_length"),
-    "reward.reward_kwargs.max_resp_len": Renamed("data.max_response_length"),
-    "reward.custom_reward_function.*": Renamed("custom_reward_function.*"),
-    "reward_model.num_workers": Renamed("reward.num_workers"),
-    "reward_model.enable": Refused("Score by functions: custom_reward_function.path.", _OFF),
-    "reward_model.sandbox_fusion.url": Refused("Programs run in reward.sandbox.", _UNSET),
-    "reward_model.launch_reward_fn_async": Unread(_SPEED, _OFF),
-    **_rows(
-        Unread(_NO_REWARD_MODEL),
-        "reward_model.enable_resource_pool",
-        "reward_model.forward_max_token_len_per_gpu",
-        "reward_model.max_length",
-        "reward_model.micro_batch_size",
-        "reward_model.micro_batch_size_per_gpu",
-        "reward_model.model.*",
-        "reward_model.strategy",
-        "reward_model.use_dynamic_bsz",
+    Renamed("custom_reward_function.overlong_buffer.enable", "reward.overlong_buffer.enable"),
+    Renamed("custom_reward_function.overlong_buffer.len", "reward.overlong_buffer.len"),
+    Renamed(
+        "custom_reward_function.overlong_buffer.penalty_factor",
+        "reward.overlong_buffer.penalty_factor",
     ),
-    # critic
-    "critic.strategy": Unread("actors and critics are Megatron's", {"megatron": ""}),
-    "critic.megatron.*": Refused("A critic has the layout and options of actor.megatron."),
-    "critic.ulysses_sequence_parallel_size": Refused(
-        "A critic has the layout of actor.megatron.", {1: ""}
+    Unread("custom_reward_function.overlong_buffer.log", _LOGGED, _ON),
+    Renamed("reward_model.overlong_buffer.enable", "reward.overlong_buffer.enable"),
+    Renamed("reward_model.overlong_buffer.len", "reward.overlong_buffer.len"),
+    Renamed("reward_model.overlong_buffer.penalty_factor", "reward.overlong_buffer.penalty_factor"),
+    Unread("reward_model.overlong_buffer.log", _LOGGED, _ON),
+    Renamed(
+        "reward_model.reward_kwargs.overlong_buffer_cfg.enable", "reward.overlong_buffer.enable"
     ),
-    "critic.ppo_micro_batch_size": Refused("Set critic.ppo_micro_batch_size_per_gpu.", _UNSET),
-    "critic.shuffle": Refused("The minibatches of a step keep the order of its prompts.", _OFF),
-    "critic.model.tokenizer_path": Refused("A critic reads the tokens of the actor.", _UNSET),
-    "critic.model.use_remove_padding": Unread("rows are always packed", _ON),
-    "critic.model.enable_gradient_checkpointing": Unread(
-        "a critic recomputes what the actor does", _OFF
+    Renamed("reward_model.reward_kwargs.overlong_buffer_cfg.len", "reward.overlong_buffer.len"),
+    Renamed(
+        "reward_model.reward_kwargs.overlong_buffer_cfg.penalty_factor",
+        "reward.overlong_buffer.penalty_factor",
     ),
-    **_rows(
-        Unread("values are computed in the micro-batches of training"),
-        "critic.forward_micro_batch_size",
-        "critic.forward_micro_batch_size_per_gpu",
-        "critic.forward_max_token_len_per_gpu",
+    Unread("reward_model.reward_kwargs.overlong_buffer_cfg.log", _LOGGED, _ON),
+    Renamed("reward.reward_kwargs.overlong_buffer_cfg.enable", "reward.overlong_buffer.enable"),
+    Renamed("reward.reward_kwargs.overlong_buffer_cfg.len", "reward.overlong_buffer.len"),
+    Renamed(
+        "reward.reward_kwargs.overlong_buffer_cfg.penalty_factor",
+        "reward.overlong_buffer.penalty_factor",
     ),
-    **_rows(
-        _NOT_OFFLOADED,
-        "critic.megatron.param_offload",
-        "critic.megatron.grad_offload",
-        "critic.megatron.optimizer_offload",
-        "critic.model.fsdp_config.param_offload",
-        "critic.model.fsdp_config.optimizer_offload",
+    Unread("reward.reward_kwargs.overlong_buffer_cfg.log", _LOGGED, _ON),
+    Renamed("reward_model.reward_kwargs.max_resp_len", "data.max_response_length"),
+    Renamed("reward.reward_kwargs.max_resp_len", "data.max_response_length"),
+    Renamed("reward.custom_reward_function.*", "custom_reward_function.*"),
+    Renamed("reward_model.num_workers", "reward.num_workers"),
+    Refused("reward_model.enable", "Score by functions: custom_reward_function.path.", _OFF),
+    Refused("reward_model.sandbox_fusion.url", "Programs run in reward.sandbox.", _UNSET),
+    Unread("reward_model.launch_reward_fn_async", _SPEED, _OFF),
+    Unread("reward_model.enable_resource_pool", _NO_REWARD_MODEL),
+    Unread("reward_model.forward_max_token_len_per_gpu", _NO_REWARD_MODEL),
+    Unread("reward_model.max_length", _NO_REWARD_MODEL),
+    Unread("reward_model.micro_batch_size", _NO_REWARD_MODEL),
+    Unread("reward_model.micro_batch_size_per_gpu", _NO_REWARD_MODEL),
+    Unread("reward_model.model.*", _NO_REWARD_MODEL),
+    Unread("reward_model.strategy", _NO_REWARD_MODEL),
+    Unread("reward_model.use_dynamic_bsz", _NO_REWARD_MODEL),
+)
+
+_CRITIC = (
+    Unread("critic.strategy", "actors and critics are Megatron's", {"megatron": ""}),
+    Refused("critic.megatron.*", "A critic has the layout and options of actor.megatron."),
+    Refused(
+        "critic.ulysses_sequence_parallel_size",
+        "A critic has the layout of actor.megatron.",
+        {1: ""},
     ),
-    # trainer
-    "trainer.balance_batch": Unread("devices are always balanced", _ON),
-    "trainer.max_actor_ckpt_to_keep": Renamed("trainer.max_ckpt_to_keep"),
-    "trainer.max_critic_ckpt_to_keep": Unread("trainer.max_ckpt_to_keep decides", _UNSET),
-    "trainer.rollout_data_dir": Unread("samples.jsonl in the run folder has samples", _UNSET),
-    "trainer.validation_data_dir": Unread("samples.jsonl in the run folder has samples", _UNSET),
-    "trainer.default_hdfs_dir": Unread("everything is in the run folder", _UNSET),
-    "trainer.del_local_ckpt_after_load": Unread("checkpoints are kept", _OFF),
-    "trainer.device": Unread("CUDA is used where it is", _UNSET),
-    "trainer.esi_redundant_time": Unread("a run goes on from its last checkpoint", {0: ""}),
-    **_rows(
-        Unread(_NO_RAY),
-        "ray_init.*",
-        "ray_kwargs.*",
-        "trainer.ray_wait_register_center_timeout",
-        "trainer.use_legacy_worker_impl",
-        "transfer_queue.*",
+    Refused("critic.ppo_micro_batch_size", "Set critic.ppo_micro_batch_size_per_gpu.", _UNSET),
+    Refused("critic.shuffle", _IN_ORDER, _OFF),
+    Refused("critic.model.tokenizer_path", "A critic reads the tokens of the actor.", _UNSET),
+    Unread("critic.model.use_remove_padding", _PACKED, _ON),
+    Unread(
+        "critic.model.enable_gradient_checkpointing",
+        "a critic recomputes what the actor does",
+        _OFF,
     ),
-    **_rows(
-        Unread(_PROFILER),
-        "actor.profiler.*",
-        "global_profiler.*",
-        "ref.profiler.*",
-        "rollout.profiler.*",
-        "rollout.trace.*",
-        "trainer.profile_steps",
-    ),
-    "hydra.*": Unread("the run folder is trainer.default_local_dir"),
+    Unread("critic.forward_micro_batch_size", _VALUES),
+    Unread("critic.forward_micro_batch_size_per_gpu", _VALUES),
+    Unread("critic.forward_max_token_len_per_gpu", _VALUES),
+    Unread("critic.megatron.param_offload", _NOT_OFFLOADED, _OFF),
+    Unread("critic.megatron.grad_offload", _NOT_OFFLOADED, _OFF),
+    Unread("critic.megatron.optimizer_offload", _NOT_OFFLOADED, _OFF),
+    Unread("critic.model.fsdp_config.param_offload", _NOT_OFFLOADED, _OFF),
+    Unread("critic.model.fsdp_config.optimizer_offload", _NOT_OFFLOADED, _OFF),
+)
+
+_TRAINER = (
+    Unread("trainer.balance_batch", "devices are always balanced", _ON),
+    Renamed("trainer.max_actor_ckpt_to_keep", "trainer.max_ckpt_to_keep"),
+    Unread("trainer.max_critic_ckpt_to_keep", "trainer.max_ckpt_to_keep decides", _UNSET),
+    Unread("trainer.rollout_data_dir", "samples.jsonl in the run folder has samples", _UNSET),
+    Unread("trainer.validation_data_dir", "samples.jsonl in the run folder has samples", _UNSET),
+    Unread("trainer.default_hdfs_dir", "everything is in the run folder", _UNSET),
+    Unread("trainer.del_local_ckpt_after_load", "checkpoints are kept", _OFF),
+    Unread("trainer.device", "CUDA is used where it is", _UNSET),
+    Unread("trainer.esi_redundant_time", "a run goes on from its last checkpoint", {0: ""}),
+    Unread("ray_init.*", _NO_RAY),
+    Unread("ray_kwargs.*", _NO_RAY),
+    Unread("trainer.ray_wait_register_center_timeout", _NO_RAY),
+    Unread("trainer.use_legacy_worker_impl", _NO_RAY),
+    Unread("transfer_queue.*", _NO_RAY),
+    Unread("global_profiler.*", _PROFILER),
+    Unread("trainer.profile_steps", _PROFILER),
+    Unread("hydra.*", "the run folder is trainer.default_local_dir"),
+)
+
+SECTIONS: dict[str, tuple[Row, ...]] = {
+    "actor": _ACTOR,
+    "actor.megatron": _ACTOR_MEGATRON,
+    "actor.optim": _ACTOR_OPTIM,
+    "ref": _REF,
+    "model": _MODEL,
+    "data": _DATA,
+    "rollout": _ROLLOUT,
+    "algorithm": _ALGORITHM,
+    "reward": _REWARD,
+    "critic": _CRITIC,
+    "trainer": _TRAINER,
 }
+"""Rows by the section of the options."""
+
+TABLE: dict[str, Row] = {row.key: row for rows in SECTIONS.values() for row in rows}

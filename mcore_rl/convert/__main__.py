@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from mcore_rl.dtypes import DTYPES, torch_dtype
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.model_files import find_model
-
-DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,9 +122,7 @@ def _check_prompts(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace, convert: Callable) -> None:
-    import torch
-
-    dtype = getattr(torch, args.dtype) if args.dtype else None
+    dtype = torch_dtype(args.dtype) if args.dtype else None
     with _progress_bar(args.output.name) as progress:
         convert(args.input, args.output, dtype=dtype, progress=progress)
     sys.stdout.write(f"{args.output}\n")

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from mcore_rl.convert.parts import Part
 from mcore_rl.convert.torch_dist import TorchDistSource
+from mcore_rl.dtypes import DTYPES, torch_dtype
 from mcore_rl.errors import require
 from mcore_rl.megatron.config import LoraConfig
 from mcore_rl.models.lora import (
@@ -30,7 +31,6 @@ from mcore_rl.models.mappings import HfTensor, ParamEntry, Shape, hf_shapes, to_
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import check_weights, model_family
 
-_DTYPES = (torch.float32, torch.bfloat16)
 """In which a run may have had its base."""
 
 
@@ -129,10 +129,10 @@ class AdaptedModel:
 
     def _digests(self) -> set[str]:
         """Return the digest of the base in every dtype that a run may have had it in."""
-        totals = dict.fromkeys(_DTYPES, torch.zeros((), dtype=torch.int64))
+        totals = dict.fromkeys(map(torch_dtype, DTYPES), torch.zeros((), dtype=torch.int64))
         for entry in self._entries:
             whole = to_megatron(entry, 0, 1, self._reader.read)
-            for dtype in _DTYPES:
+            for dtype in totals:
                 is_buffer = entry.megatron_name.endswith(".expert_bias")
                 cast = whole.to(torch.float32 if is_buffer else dtype)
                 totals[dtype] = totals[dtype] + digest_of(entry.megatron_name, cast)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mcore_rl.launch.channel import Address
+from mcore_rl.processes import ending, kill
 
 SECRET_VARIABLE = "MCORE_RL_CHANNEL_SECRET"
 """Environment of a worker: the channel's secret, as hexadecimal digits."""
@@ -31,8 +31,8 @@ class Ended:
         if self.exit_code is None:
             return "ended"
         if self.exit_code < 0:
-            return f"was ended by {signal.Signals(-self.exit_code).name}"
-        return f"ended with exit code {self.exit_code}"
+            return f"was ended by {ending(self.exit_code)}"
+        return f"ended with {ending(self.exit_code)}"
 
 
 class Processes(Protocol):
@@ -115,10 +115,7 @@ class Children:
 
     def kill(self) -> None:
         """See `Processes`."""
-        for process in self._processes.values():
-            process.kill()
-        for process in self._processes.values():
-            process.wait()
+        kill(self._processes.values())
 
 
 def process_state(pid: int) -> str:

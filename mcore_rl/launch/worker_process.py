@@ -7,7 +7,6 @@ not speak of its failures: the controller does.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import gc
 import os
@@ -21,11 +20,11 @@ from mcore_rl.errors import RunError, UserError
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import Address, WorkerEnd
 from mcore_rl.launch.processes import SECRET_VARIABLE
+from mcore_rl.processes import die_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-_PR_SET_PDEATHSIG = 1
 COLLECTIVE_GRACE_S = 300.0
 """A collective may wait longer than the watch over it, which says more."""
 
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--engine", required=True)
     arguments = parser.parse_args()
-    _end_with_parent(arguments.parent)
+    die_with_parent(arguments.parent)
     secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
     end = WorkerEnd(Address(arguments.endpoint, secret), int(os.environ["RANK"]), silence_s=None)
     serve(end, lambda: open_store(arguments.store), arguments.engine)
@@ -167,14 +166,6 @@ def _located(error: Exception, role: str, step: int | None) -> Exception:
         role=known.role or role,
         step=step if known.step is None else known.step,
     )
-
-
-def _end_with_parent(parent: int) -> None:
-    """Have this process killed when the thread that started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
 
 
 if __name__ == "__main__":

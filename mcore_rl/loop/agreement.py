@@ -2,10 +2,7 @@
 
 It runs right after a weight sync, on a few prompts. A difference beyond rounding means wrong or
 stale weights, another temperature or another tokenization, and every later update would be wrong.
-
-In bfloat16 rounding flips an expert here and there, which moves a token by far more than rounding
-does itself, so the largest difference alone tells little: a wrong model moves every token by less.
-What tells them apart is how far most tokens move, and the mean.
+How far they may be apart stands in `tolerances.py`.
 """
 
 from __future__ import annotations
@@ -22,17 +19,12 @@ from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.tolerances import AFTER_SYNC, SHARES
 
 logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 8
 MAX_TOKENS = 32
-TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
-"""Of the largest difference, where `rollout.logprob_tolerance` says nothing."""
-
-SHARES = {"the median": 1 / 100, "the mean": 1 / 20, "9 of 10": 1 / 5, "the largest": 1.0}
-"""Of that tolerance, what the differences of tokens may be in bfloat16. In float32, where nothing
-but rounding is left, only the largest counts."""
 
 
 def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> float:
@@ -105,7 +97,7 @@ def disagreement(found: Mapping[str, float], dtype: str, tolerance: float | None
         dtype: of the trainer.
         tolerance: of the largest; None: that of the dtype.
     """
-    usual = TOLERANCE[dtype]
+    usual = AFTER_SYNC[dtype]
     if tolerance is None:
         tolerance = usual
     for name, share in SHARES.items():

@@ -111,7 +111,7 @@ def with_logprobs(
         groups = with_sample_fields(groups, old_logprobs=logprobs, routed_experts=routes)
     elif in_reward or (several and objective.needs_old_logprobs):
         groups = with_sample_fields(groups, old_logprobs=cluster.trainer.logprobs(sequences))
-    if in_reward or objective.spec.needs_ref_logprobs:
+    if cfg.needs_reference:
         groups = with_sample_fields(groups, ref_logprobs=cluster.trainer.ref_logprobs(sequences))
     return groups
 

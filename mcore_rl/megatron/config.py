@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
 
-DTYPES = ("float32", "bfloat16")
 ALL_LINEAR = "all-linear"
 """Instead of names of layers: every linear layer of attention, MLPs and experts."""
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
@@ -40,7 +40,7 @@ class MegatronConfig:
     override_transformer_config: dict[str, Any] = field(default_factory=dict)
     """Fields of Megatron's TransformerConfig, handed on as they are, such as
     recompute_granularity; refused are unknown names, the architecture, which config.json
-    decides, and what would change results."""
+    decides, and what would change results: see `overrides.py`."""
     seed: int = 42
     """Base of Megatron's random states."""
 
@@ -65,13 +65,6 @@ class MegatronConfig:
             impl,
             f"attends to packed rows in half precision only, not in {self.dtype}",
             "Use local, or actor.megatron.dtype=bfloat16.",
-        )
-        require(
-            "transformer_impl" not in self.override_transformer_config,
-            "actor.megatron.override_transformer_config.transformer_impl",
-            self.override_transformer_config.get("transformer_impl"),
-            "would not choose the layers",
-            "Use actor.megatron.transformer_impl.",
         )
 
     @property

@@ -29,19 +29,19 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mcore_rl.errors import UserError, closest_hint, require
+from mcore_rl.dtypes import torch_dtype
+from mcore_rl.errors import require
 from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
+from mcore_rl.megatron.overrides import KEY, PIPELINE_SPLITS, check_fields_exist
 from mcore_rl.megatron.parallel import Parallel
-from mcore_rl.models.layout import PIPELINE_SPLITS, layers_of_stages
+from mcore_rl.models.layout import layers_of_stages
 from mcore_rl.models.mappings import ParamEntry, hf_shapes, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import model_family
 
 Model = TypeVar("Model", bound=GPTModel)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -151,15 +151,10 @@ def build_transformer_config(
             `transformer_impl` what cannot run here.
     """
     layout = parallel.layout
-    dtype = DTYPES[cfg.dtype]
+    dtype = torch_dtype(cfg.dtype)
     impl = transformer_impl(cfg)
-    known = {field.name for field in fields(TransformerConfig)}
-    for name in cfg.override_transformer_config:
-        if name not in known:
-            raise UserError(
-                f"actor.megatron.override_transformer_config.{name}: TransformerConfig has no such"
-                f" field.{closest_hint(name, known)}"
-            )
+    known = [field.name for field in fields(TransformerConfig)]
+    check_fields_exist(cfg.override_transformer_config, known)
     settings = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -203,7 +198,7 @@ def build_transformer_config(
         "moe_grouped_gemm": impl == "transformer_engine",
     }
     architecture = model_family(hf_config).transformer_kwargs(hf_config)
-    if not PIPELINE_SPLITS & cfg.override_transformer_config.keys():
+    if not cfg.override_transformer_config.keys() & PIPELINE_SPLITS:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(
             layers_of_stages(architecture["num_layers"], layout)
         )
@@ -364,7 +359,7 @@ def _check_all_are_held(params: Mapping[str, Tensor], entries: Sequence[ParamEnt
     ]
     require(
         not lost,
-        "actor.megatron.override_transformer_config",
+        KEY,
         "...",
         f"leaves {len(lost)} parameters of the model to no process, first {lost[:1]}",
         "Remove what divides the layers.",

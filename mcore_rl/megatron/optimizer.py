@@ -19,6 +19,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mcore_rl.dtypes import torch_dtype
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 
 
@@ -41,7 +42,7 @@ class PolicyOptimizer:
         grad_clip: float,
         total_steps: int,
     ) -> None:
-        bfloat16 = megatron.dtype == "bfloat16"
+        dtype = torch_dtype(megatron.dtype)
         self.chunks: list[Any] = list(chunks)
         self.grad_clip = grad_clip
         self.identity: Mapping[str, Any] = {
@@ -59,8 +60,8 @@ class PolicyOptimizer:
                 adam_beta2=optim.betas[1],
                 adam_eps=optim.eps,
                 clip_grad=0.0,  # `step` clips, with the norm that it has at hand
-                bf16=bfloat16,
-                params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
                 use_distributed_optimizer=megatron.use_distributed_optimizer,
             ),
             self.chunks,

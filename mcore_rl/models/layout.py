@@ -68,29 +68,6 @@ def check_layout(
     )
 
 
-PIPELINE_SPLITS = {
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-}
-"""Fields of TransformerConfig by which a user divides the layers over the pipeline."""
-
-
-def check_pipeline_splits(overrides: Mapping[str, Any], layout: Layout) -> None:
-    """Raise a UserError if layers are divided where there is one stage: Megatron would build those
-    of one stage alone, and the rest of the model would be neither trained nor saved."""
-    for field in sorted(PIPELINE_SPLITS & overrides.keys()):
-        require(
-            layout.pp * layout.vpp > 1 or not overrides[field],
-            f"actor.megatron.override_transformer_config.{field}",
-            overrides[field],
-            "divides the layers over the stages of a pipeline, and there is one",
-            "Remove it, or raise actor.megatron.pipeline_model_parallel_size.",
-        )
-
-
 def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
     """Return how many layers each pipeline stage has, in the order in which a token passes them.
 

@@ -19,10 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from mcore_rl import tolerances
 from mcore_rl.printable import printable
-
-LOGPROB_TOLERANCE = 1e-4
-"""Largest |trainer - engine| logprob difference that float32 explains; natural log."""
 
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777")
 GREY = "#94a3b8"
@@ -209,15 +207,15 @@ def draw_mismatch(axes: Axes, columns: Columns, keys: Sequence[str]) -> None:
     """Draw the logprob differences on a log scale below the line that float32 stays under."""
     draw_lines(axes, columns, keys)
     axes.axhline(
-        LOGPROB_TOLERANCE,
+        tolerances.FLOAT32,
         color=COLORS[4],
         linewidth=1.2,
         linestyle="--",
-        label=f"float32 tolerance {LOGPROB_TOLERANCE:g}",
+        label=f"float32 tolerance {tolerances.FLOAT32:g}",
     )
     axes.set_yscale("log", nonpositive="mask")
     shown = [
-        LOGPROB_TOLERANCE,
+        tolerances.FLOAT32,
         *(v for key in keys for v in columns[key].values if 0 < v < math.inf),
     ]
     axes.set_ylim(0.3 * min(shown), 30 * max(shown))

@@ -18,11 +18,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mcore_rl import tolerances
 from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError
 from mcore_rl.observability.jsonl import read_metrics, read_records
 from mcore_rl.observability.plots import (
-    LOGPROB_TOLERANCE,
     PLOTS,
     Columns,
     Series,
@@ -170,7 +170,7 @@ def _cards(columns: Columns) -> str:
         values = columns[key].values
         cards.append((key, f"{values[-1]:.3f}", f"from {values[0]:.3f}"))
     if mismatch := columns.get("mismatch/logprob_abs_diff/max"):
-        note = f"float32 tolerance {LOGPROB_TOLERANCE:g}"
+        note = f"float32 tolerance {tolerances.FLOAT32:g}"
         cards.append(("largest logprob mismatch", f"{max(mismatch.values):.1e}", note))
     if step_s := training_times(columns).values:
         note = f"{len(step_s)} steps of {sum(step_s) / len(step_s):.1f} s"

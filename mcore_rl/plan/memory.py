@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mcore_rl.cluster.placement import expert_dp_size
+from mcore_rl.dtypes import BYTES
 from mcore_rl.plan.parameters import StageParameters
 from mcore_rl.types import Layout
 
-BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 """`grad_reduce_in_fp32` (megatron/model.py, wrap_for_training): whatever the weights' type."""
 MOMENTS_BYTES = 8

@@ -13,12 +13,10 @@ from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.data.vocabulary import check_tokenizer
-from mcore_rl.errors import require
+from mcore_rl.dtypes import BYTES
 from mcore_rl.metrics import to_floats
-from mcore_rl.models.layout import PIPELINE_SPLITS
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import (
-    BYTES,
     StageMemory,
     activation_memory,
     kv_bytes_per_token,
@@ -45,7 +43,6 @@ def write_plan(cfg: RunConfig) -> None:
     hf_config = check_model(cfg)
     check_tokenizer(cfg.model.folder, hf_config.vocab_size)
     layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
-    refuse_own_pipeline_splits(cfg)
     step = plan_step(cfg, layout)
     stages = stage_parameters(
         hf_config,
@@ -64,17 +61,6 @@ def write_plan(cfg: RunConfig) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def refuse_own_pipeline_splits(cfg: RunConfig) -> None:
-    for name in cfg.actor.megatron.override_transformer_config:
-        require(
-            name not in PIPELINE_SPLITS,
-            f"actor.megatron.override_transformer_config.{name}",
-            cfg.actor.megatron.override_transformer_config[name],
-            "divides the layers in a way that trainer.dry_run=true does not know",
-            "Leave it out of the plan.",
-        )
-
-
 def stage_memory(
     cfg: RunConfig,
     hf_config: PreTrainedConfig,
@@ -89,8 +75,6 @@ def stage_memory(
     # A budget is planned for in full: some step will fill it.
     largest = cut.max_tokens if isinstance(cut, TokenBudget) else step.largest_micro_batch
     tokens = -(-largest // layout.cp)
-    # Under LoRA the base is the first model.
-    with_reference = cfg.needs_reference and cfg.model.lora is None
     state = functools.partial(
         state_memory,
         layout=layout,
@@ -106,7 +90,7 @@ def stage_memory(
                 weights=weights,
                 gradients=gradients,
                 optimizer=optimizer,
-                reference=weights if with_reference else 0,
+                reference=weights if cfg.keeps_reference else 0,
                 critic=sum(state(critic[number])) if critic else 0,
                 activations=activation_memory(
                     arch,

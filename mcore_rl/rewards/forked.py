@@ -14,12 +14,8 @@ import signal
 from collections.abc import Callable
 
 from mcore_rl.errors import RunError
-from mcore_rl.rewards.child_process import (
-    die_with_parent,
-    limit_cpu,
-    limit_memory,
-    private_memory,
-)
+from mcore_rl.processes import die_with_parent
+from mcore_rl.rewards.limits import limit_cpu, limit_memory, private_memory
 
 
 def call_forked(

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mcore_rl.errors import RunError, UserError
+from mcore_rl.processes import ending
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.custom import is_async
 from mcore_rl.rewards.worker import Answer, Job, RewardCall, WorkerSetup, time_limit_exceeded
@@ -220,7 +221,10 @@ class _Worker:
             limit = struct.pack("ll", _SEND_LIMIT_S, 0)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mcore_rl.rewards.worker", str(theirs.fileno())],
+            [
+                *(sys.executable, "-m", "mcore_rl.rewards.worker"),
+                *(str(theirs.fileno()), str(os.getpid())),
+            ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -323,8 +327,7 @@ class _Worker:
         while self.is_alive and time.monotonic() < until:
             time.sleep(0.005)
         self.kill()
-        code = self.process.returncode
-        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return ending(self.process.returncode)
 
     def _send(self, message: bytes) -> bool:
         try:

@@ -20,7 +20,6 @@ import inspect
 import json
 import math
 import numbers
-import os
 import pickle
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -29,9 +28,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mcore_rl.errors import UserError
+from mcore_rl.processes import die_with_parent
 from mcore_rl.rewards.base import BUILT_IN_NUMBERS, CustomRewardConfig
-from mcore_rl.rewards.child_process import die_with_parent, limit_memory
 from mcore_rl.rewards.custom import CustomReward, is_async, load_custom_reward
+from mcore_rl.rewards.limits import limit_memory
 
 _LONGEST_REASON = 2000
 """Characters."""
@@ -73,8 +73,9 @@ Answer = dict[str, Any]
 
 
 def main() -> None:
-    """Serve the connection whose file descriptor is the argument."""
-    die_with_parent(os.getppid())
+    """Serve the connection whose file descriptor is the first argument; the second is the number of
+    the process at its other end."""
+    die_with_parent(int(sys.argv[2]))
     connection = Connection(int(sys.argv[1]))
     setup: WorkerSetup = pickle.loads(connection.recv_bytes())
     if setup.memory_gib is not None:

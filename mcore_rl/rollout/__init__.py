@@ -1,9 +1,25 @@
-"""Rollout engines. A new one is a file here and a line in `load_engine`."""
+"""Rollout engines. A new one is a file here, and a function and a line below."""
 
 from __future__ import annotations
 
-from mcore_rl.rollout.base import ENGINES, EngineSpec, RolloutEngine
+from mcore_rl.rollout.base import ENGINES, EngineFactory, EngineKind, EngineSpec, RolloutEngine
 from mcore_rl.weight_sync.base import Link
+
+
+def _vllm() -> EngineFactory:
+    from mcore_rl.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine
+
+
+def _fake() -> EngineFactory:
+    from mcore_rl.rollout.fake_engine import FakeEngine
+
+    return FakeEngine
+
+
+ENGINES.add("vllm", EngineKind(load=_vllm, cuts_heads=True))
+ENGINES.add("fake", EngineKind(load=_fake, has_texts=False))
 
 
 def load_engine(spec: EngineSpec, link: Link) -> RolloutEngine:
@@ -16,14 +32,9 @@ def load_engine(spec: EngineSpec, link: Link) -> RolloutEngine:
     Raises:
         UserError: if there is no such engine.
     """
-    name = spec.config.name
-    import_engine(name)
-    return ENGINES.get(name)(spec, link)
+    return import_engine(spec.config.name)(spec, link)
 
 
-def import_engine(name: str) -> None:
-    """Import the library of an engine."""
-    if name == "vllm":
-        import mcore_rl.rollout.vllm_engine
-    elif name == "fake":
-        import mcore_rl.rollout.fake_engine  # noqa: F401
+def import_engine(name: str) -> EngineFactory:
+    """Import the library of an engine and return what makes it."""
+    return ENGINES.get(name).load()

@@ -8,12 +8,13 @@ the receiver that its link opens. Engines sample; they neither tokenize nor judg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 from mcore_rl.types import Ids, Numbers, RoutesAt, Routing
@@ -94,18 +95,18 @@ class RolloutConfig:
     """How weights reach the engine: direct (by reference, engine in the train worker's process)."""
     logprob_tolerance: float | None = None
     """Largest difference of log-probabilities between engine and trainer that the check before
-    step 0 accepts; None: 1e-3 in float32, 1.0 in bfloat16 (one flipped expert moves a token). In
-    bfloat16 9 of 10 tokens may differ by a fifth of it, the median by a hundredth, and the mean is
-    at most a twentieth."""
+    step 0 accepts; None: that of the actor's dtype in `tolerances.py`, where also stands what the
+    mean and most tokens may differ by in bfloat16."""
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
     def __post_init__(self) -> None:
-        require_one_of("rollout.name", self.name, sorted({*BUILT_IN_ENGINES, *ENGINES.names()}))
+        require_one_of("rollout.name", self.name, ENGINES)
         TRANSPORTS.get(self.weight_transport)
         for text in self.stop:
             require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
         rule = "is not read by an engine without texts"
-        require(not self.stop or self.name != "fake", "rollout.stop", self.stop, rule, "Remove it.")
+        has_texts = ENGINES.get(self.name).has_texts
+        require(not self.stop or has_texts, "rollout.stop", self.stop, rule, "Remove it.")
         trust = self.engine_kwargs.get("trust_remote_code")
         rule = "would run the code of a model's folder"
         require(not trust, "rollout.engine_kwargs.trust_remote_code", trust, rule, "Leave it out.")
@@ -133,7 +134,8 @@ class RolloutConfig:
             "would make the engine's log-probabilities differ from the trainer's",
             "Leave it at -1; rollout.val_kwargs.top_k is free.",
         )
-        require_one_of("rollout.dtype", self.dtype or "float32", ("float32", "bfloat16"))
+        if self.dtype is not None:
+            require_one_of("rollout.dtype", self.dtype, DTYPES)
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -241,14 +243,23 @@ class RolloutEngine(UpdateSession, Protocol):
 
 
 class EngineFactory(Protocol):
-    """Makes an engine; registered under the engine's name."""
+    """Makes an engine."""
 
     def __call__(self, spec: EngineSpec, link: Link) -> RolloutEngine:
         """Return an engine without weights; they come by the receiver that `link` opens."""
         ...
 
 
-BUILT_IN_ENGINES = ("vllm", "fake")
-"""Registered when they are loaded: `mcore_rl.rollout.load_engine`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKind:
+    """What is known of an engine before its library is imported."""
 
-ENGINES: Registry[EngineFactory] = Registry("rollout engine", "rollout.name")
+    load: Callable[[], EngineFactory]
+    """Imports its library."""
+    has_texts: bool = True
+    """Whether it knows the texts of tokens, so that one can end a response."""
+    cuts_heads: bool = False
+    """Whether its ranks cut heads, MLPs and experts, so that their number has to divide these."""
+
+
+ENGINES: Registry[EngineKind] = Registry("rollout engine", "rollout.name")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import ENGINES, EngineSpec, GenerationRequest, GenerationResult
+from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
 from mcore_rl.weight_sync.base import Link, NamedTensors
 
 
@@ -103,6 +103,3 @@ class FakeEngine:
 
     def close(self) -> None:
         self._receiver.close()
-
-
-ENGINES.add("fake", FakeEngine)

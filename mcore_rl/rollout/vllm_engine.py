@@ -42,7 +42,6 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import (
-    ENGINES,
     EngineSpec,
     GenerationRequest,
     GenerationResult,
@@ -244,6 +243,3 @@ def _check_lockstep(results: Sequence[GenerationResult]) -> None:
         raise RolloutError(
             f"the ranks {group.ranks} of one engine drew different tokens", role="rollout"
         )
-
-
-ENGINES.add("vllm", VllmEngine)

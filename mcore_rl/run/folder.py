@@ -27,6 +27,7 @@ from mcore_rl.loop.checkpoints import (
     POINTER,
     checkpoint_to_resume,
 )
+from mcore_rl.megatron import overrides
 from mcore_rl.observability.run_folder import CONFIG_FILE, METRICS_FILE, read_config
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,7 @@ _STAYS = (
     "actor.megatron.use_distributed_optimizer",
 )
 """What a checkpoint holds depends on these, so they stay also below a section that may change."""
-_ROUTER_LOSSES = tuple(
-    f"actor.megatron.override_transformer_config.moe_{field}"
-    for field in (
-        "aux_loss_coeff", "router_bias_update_rate", "router_load_balancing_type", "z_loss_coeff"
-    )
-)  # fmt: skip
+_ROUTER_LOSSES = tuple(f"{overrides.KEY}.{field}" for field in overrides.ROUTER_LOSSES)
 _MAY_CHANGE = (
     "trainer.",
     "actor.megatron.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.filter_groups import KNOWN_METRICS, FilterGroupsConfig
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
@@ -13,12 +13,14 @@ from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft
 from mcore_rl.data.vocabulary import check_vocabulary
 from mcore_rl.errors import UserError, closest_hint, require
 from mcore_rl.loop.inputs import RunInputs, SftInputs
-from mcore_rl.models.layout import check_engine_layout, check_layout, check_pipeline_splits
+from mcore_rl.megatron.overrides import check_architecture
+from mcore_rl.models.layout import check_engine_layout, check_layout
 from mcore_rl.models.rope import check_length, max_positions
 from mcore_rl.models.spec import check_weights, load_hf_config, model_family, routing
 from mcore_rl.models.value_head import check_value_weights
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
+from mcore_rl.rollout.base import ENGINES
 from mcore_rl.types import Prompt, Routing
 
 if TYPE_CHECKING:
@@ -113,11 +115,10 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
-    _check_overrides(hf_config, megatron.override_transformer_config)
-    check_pipeline_splits(
-        megatron.override_transformer_config, train_layout(megatron, cfg.trainer.world_size)
+    check_architecture(
+        megatron.override_transformer_config, model_family(hf_config).transformer_kwargs(hf_config)
     )
-    if isinstance(cfg, RunConfig) and cfg.rollout.name == "vllm":
+    if isinstance(cfg, RunConfig) and ENGINES.get(cfg.rollout.name).cuts_heads:
         key = "rollout.tensor_model_parallel_size"
         check_engine_layout(hf_config, cfg.rollout.tensor_model_parallel_size, key)
     require(
@@ -128,19 +129,6 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         "Leave it out.",
     )
     return hf_config
-
-
-def _check_overrides(hf_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
-    """Raise a UserError if Megatron is told another architecture than that of `hf_config`."""
-    architecture = model_family(hf_config).transformer_kwargs(hf_config)
-    for field, value in overrides.items():
-        require(
-            field not in architecture,
-            f"actor.megatron.override_transformer_config.{field}",
-            value,
-            "would train another model than that of config.json",
-            "Remove it.",
-        )
 
 
 def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
@@ -181,7 +169,9 @@ def _check_critic(cfg: RunConfig) -> None:
         train_layout(megatron, cfg.trainer.world_size),
         sequence_parallel=megatron.uses_sequence_parallel,
     )
-    _check_overrides(hf_config, megatron.override_transformer_config)
+    check_architecture(
+        megatron.override_transformer_config, model_family(hf_config).transformer_kwargs(hf_config)
+    )
     check_value_weights(path, hf_config)
 
 

@@ -25,7 +25,6 @@ def start_cluster(
     *,
     total_steps: int,
     temperature: float,
-    with_reference: bool,
     engine: EngineSpec | None,
     critic: CriticConfig | None = None,
 ) -> Cluster:
@@ -36,7 +35,6 @@ def start_cluster(
         workers: their processes.
         total_steps: steps of the run.
         temperature: of the logits.
-        with_reference: keep a frozen copy of the initial weights.
         engine: None where nothing is generated.
         critic: None where no values are needed.
     """
@@ -48,7 +46,7 @@ def start_cluster(
         grad_clip=cfg.actor.grad_clip,
         total_steps=total_steps,
         temperature=temperature,
-        with_reference=with_reference,
+        with_reference=isinstance(cfg, RunConfig) and cfg.keeps_reference,
         lora=cfg.model.lora,
     )
     critic_spec = critic and ModelSpec(

@@ -67,7 +67,6 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         workers,
         total_steps=1,
         temperature=cfg.rollout.temperature,
-        with_reference=False,
         engine=None,
     )
     if sequences[0].old_logprobs is None:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from mcore_rl.data.vocabulary import check_tokenizer
+from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.model_files import find_model
@@ -89,6 +90,10 @@ class Row:
         return f"departs: {', '.join(departing)}" if departing else "agrees"
 
 
+def _defaults() -> str:
+    return ", ".join(f"{tolerance:g} in {dtype}" for dtype, tolerance in TOLERANCES.items())
+
+
 def add_parser(parsers: Any) -> None:
     """Add the command to those of `mcore-rl verify`."""
     parser = parsers.add_parser(
@@ -101,8 +106,8 @@ def add_parser(parsers: Any) -> None:
     add("--model", required=True, type=Path, help="model folder, or a name of the Hugging Face hub")
     add("--layouts", help="such as tp2pp2,pp2vpp2,tp2sp0,ep2dp4; default: what the model allows")
     add("--loss", default="geo_mean", help="a registered policy loss")
-    add("--dtype", default="float32", help="float32 or bfloat16")
-    add("--tolerance", type=float, help="relative; default: 1e-5 in float32, 5e-2 in bfloat16")
+    add("--dtype", default="float32", help=" or ".join(DTYPES))
+    add("--tolerance", type=float, help=f"relative; default: {_defaults()}")
     add("--lr", type=float, default=1.0, help="learning rate, with Adam's epsilon at 1")
     add("--sequences", type=int, default=8, help="in the minibatch")
     add("--max-length", type=int, default=32, help="tokens of the longest sequence")

@@ -26,8 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mcore_rl import tolerances
 from mcore_rl.data.chat import encode_prompt, load_tokenizer
 from mcore_rl.data.vocabulary import check_tokenizer
+from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.model_files import find_model
@@ -54,9 +56,6 @@ from mcore_rl.verify.runs import check_fits, quoted
 
 PAIRS = (("Megatron", "transformers"), ("vLLM", "transformers"), ("vLLM", "Megatron"))
 
-TOLERANCE = 1e-4
-"""In float32: absolute for log-probabilities, relative for what comes out of a module."""
-
 
 def add_parser(parsers: Any) -> None:
     """Add the command to those of `mcore-rl verify`."""
@@ -75,8 +74,8 @@ def add_parser(parsers: Any) -> None:
     add("--max-length", type=int, help="tokens of the longest random prompt; default: 32")
     add("--max-tokens", type=int, help="by which vLLM continues each prompt; default: 16")
     add("--no-engine", action="store_true", help="leave vLLM out")
-    add("--dtype", default="float32", help="float32 or bfloat16, on all sides")
-    add("--tolerance", type=float, help="default in float32: 1e-4")
+    add("--dtype", default="float32", help=f"{' or '.join(DTYPES)}, on all sides")
+    add("--tolerance", type=float, help=f"default in float32: {tolerances.FLOAT32:g}")
     add("--seed", type=int, default=0, help="of random prompts and of what is generated")
     add("--max-processes", type=int, help="of the layout; default: GPUs, or cores and at least 4")
     add("--timeout", type=float, default=1800, help="seconds that the processes may take")
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         tokens = [row.token_ids for row in scored]
         text = json.dumps({"token_ids": tokens, "logprobs": sides}, indent=1)
         args.json.write_text(text + "\n", encoding="utf-8")
-    return report(sides, layers, args.tolerance or TOLERANCE)
+    return report(sides, layers, args.tolerance or tolerances.FLOAT32)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -241,7 +240,7 @@ def report(
     Args:
         sides: log-probabilities of the sequences by side; no "vLLM" where there was none.
         layers: the largest relative difference of each module.
-        tolerance: of log-probabilities and modules.
+        tolerance: absolute of log-probabilities, relative of what comes out of a module.
     """
     write = sys.stdout.write
     passed = True

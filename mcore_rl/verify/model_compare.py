@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcore_rl.dtypes import torch_dtype
 from mcore_rl.models.reference import build_reference
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.verify.model_run import Scored, layer_output_name
@@ -43,14 +44,14 @@ class TransformersModel:
 
     Args:
         folder: model folder.
-        dtype: "float32" or "bfloat16".
+        dtype: one of `dtypes.DTYPES`.
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
         from transformers.utils import logging  # seconds, so only when needed
 
         logging.disable_progress_bar()
-        model = build_reference(folder, getattr(torch, dtype))
+        model = build_reference(folder, torch_dtype(dtype))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         names = [f"model.layers.{layer}" for layer in range(self.model.config.num_hidden_layers)]
         self.names = ["model.embed_tokens", *names, "model.norm"]

@@ -98,7 +98,6 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         workers,
         total_steps=1,
         temperature=cfg.rollout.temperature,
-        with_reference=False,
         engine=engine if prompts.max_tokens else None,
     )
     (work / STARTED_FILE).touch()

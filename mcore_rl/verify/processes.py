@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mcore_rl.processes import ending, kill
 
 _END_S = 10.0
 """How long a process may take to end its children and itself when it is told to."""
@@ -32,8 +33,8 @@ class Ended:
         if said is not None:
             return said.removeprefix("error: ")
         if self.exit_code < 0:
-            return f"ended by {signal.Signals(-self.exit_code).name}"
-        return f"exit code {self.exit_code}"
+            return f"ended by {ending(self.exit_code)}"
+        return ending(self.exit_code)
 
 
 def run_module(module: str, argv: Sequence[str], log_file: Path, timeout_s: float) -> Ended:
@@ -68,5 +69,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(_END_S)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        kill([process])

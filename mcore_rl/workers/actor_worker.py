@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mcore_rl.dtypes import torch_dtype
 from mcore_rl.megatron.checkpoint import WholeModel
 from mcore_rl.megatron.forward_backward import forward_tokens
 from mcore_rl.megatron.layer_outputs import LayerRecording
 from mcore_rl.megatron.lora import LoraAdapters
 from mcore_rl.megatron.model import (
-    DTYPES,
     build_chunks,
     build_transformer_config,
     freeze_routers,
@@ -64,7 +64,7 @@ class ActorWorker(ModelWorker, Actor):
 
     def __init__(self, spec: ActorSpec, parallel: Parallel, device: torch.device) -> None:
         self.model_path = spec.model_path
-        self.dtype = DTYPES[spec.megatron.dtype]
+        self.dtype = torch_dtype(spec.megatron.dtype)
         hf_config = load_hf_config(spec.model_path)
         self.entries = model_family(hf_config).entries(hf_config)
         config = build_transformer_config(hf_config, spec.megatron, parallel)
@@ -76,8 +76,7 @@ class ActorWorker(ModelWorker, Actor):
             load_weights(params, self.entries, reader, parallel)
             return chunks
 
-        # Without their adapters the weights are those of the reference: no second copy is needed.
-        self.reference = build() if spec.with_reference and not spec.lora else None
+        self.reference = build() if spec.with_reference else None
         chunks = build()
         params = named_local_parameters(chunks, parallel)
         self.lora, weights = None, params

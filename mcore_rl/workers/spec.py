@@ -31,8 +31,7 @@ class ActorSpec(ModelSpec):
     temperature: float
     """Logits are divided by it, as the engine does."""
     with_reference: bool
-    """Whether log-probabilities under the initial weights will be asked for. A frozen copy of them
-    is kept for it, unless adapters leave the weights as they are."""
+    """Whether a frozen copy of the initial weights is kept, to be asked for log-probabilities."""
     lora: LoraConfig | None = None
     """None: all weights train."""
 

@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[2] / "mcore_rl"
 ROOT_FILES = (
     "types",
     "registry",
+    "dtypes",
     "errors",
     "metrics",
     "lazy_torch",
@@ -38,15 +39,20 @@ ROOT_FILES = (
     "model_code",
     "options",
     "segments",
+    "tolerances",
+    "processes",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
 MAY_IMPORT = {
     "types": (),
+    "dtypes": (),
     "errors": (),
     "registry": (),
     "options": (),
     "segments": (),
+    "tolerances": (),
+    "processes": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),
@@ -76,6 +82,7 @@ MAY_IMPORT = {
         "data.packing",
         "data.prompts",
         "megatron.config",
+        "megatron.overrides",
         "rewards.base",
         "rollout.base",
         "weight_sync.base",
@@ -100,6 +107,7 @@ MAY_IMPORT = {
         "launch",
         "loop.checkpoints",
         "loop.inputs",
+        "megatron.overrides",
         "models.layout",
         "models.rope",
         "models.spec",

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_rl import cli, errors, metrics
+from mcore_rl import cli, errors, metrics, tolerances
+from mcore_rl.dtypes import BYTES, DTYPES, torch_dtype
 from mcore_rl.errors import RunError, UserError, closest_hint, require, require_one_of
 from mcore_rl.metrics import (
     Metric,
@@ -300,3 +301,10 @@ def test_a_command_that_there_is_not_names_the_closest(monkeypatch, capsys):
 )
 def test_a_layout_has_the_name_that_verify_reads(layout, name):
     assert layout.name == name
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_dtype_is_torch_s_of_that_name_and_has_a_tolerance(name):
+    assert str(torch_dtype(name)) == f"torch.{name}"
+    assert torch_dtype(name).itemsize == BYTES[name]
+    assert tolerances.AFTER_SYNC[name] >= tolerances.FLOAT32

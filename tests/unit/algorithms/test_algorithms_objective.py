@@ -168,7 +168,7 @@ def test_sft_objective_does_not_read_untrained_tokens():
 def test_only_what_the_objective_uses_is_asked_for():
     plain = resolve_objective(ObjectiveConfig(), 100)
     assert plain.needs_old_logprobs
-    assert not plain.needs_ref_logprobs
+    assert plain.kl_loss_type is None
     assert not plain.needs_entropy
     rich = resolve_objective(
         ObjectiveConfig(
@@ -177,7 +177,6 @@ def test_only_what_the_objective_uses_is_asked_for():
         100,
     )
     assert not rich.needs_old_logprobs
-    assert rich.needs_ref_logprobs
     assert rich.needs_entropy
     assert (rich.kl_loss_type, rich.kl_loss_coef) == ("low_var_kl", 0.001)
 

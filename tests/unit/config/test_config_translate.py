@@ -12,7 +12,7 @@ from mcore_rl.config.assignments import Assignment, find_row, translate
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
-from mcore_rl.config.translate import TABLE, WILDCARD, Refused, Renamed
+from mcore_rl.config.translate import SECTIONS, TABLE, WILDCARD, Refused, Renamed
 from mcore_rl.errors import UserError
 
 GMPO = """
@@ -145,12 +145,17 @@ UNTYPED = ("rollout.engine_kwargs", "actor.megatron.override_transformer_config"
 
 def test_no_row_stands_for_a_key_of_this_package():
     """A key that this package gets must lose its row, which would hide it."""
-    hidden = {key: find_row(key)[0] for key in KEYS if find_row(key)[1] is not None}
+    hidden = {key: row.key for key in KEYS if (row := find_row(key)) is not None}
     assert hidden == {}
 
 
+def test_an_option_has_one_row():
+    keys = [row.key for rows in SECTIONS.values() for row in rows]
+    assert sorted(keys) == sorted(set(keys))
+
+
 def test_whatever_an_option_becomes_is_a_key_of_this_package():
-    targets = {row.key for row in TABLE.values() if isinstance(row, Renamed)}
+    targets = {row.to for row in TABLE.values() if isinstance(row, Renamed)}
     for row in TABLE.values():
         if not isinstance(row, Renamed):
             pairs = " ".join(row.values.values()).split()

@@ -85,10 +85,6 @@ def test_transformer_engine_is_refused_where_it_cannot_run():
     [
         ({"transformer_impl": "fused"}, "is not one of auto, local, transformer_engine"),
         ({"transformer_impl": "transformer_engine", "dtype": "float32"}, "not in float32"),
-        (
-            {"override_transformer_config": {"transformer_impl": "local"}},
-            "Use actor.megatron.transformer_impl",
-        ),
     ],
 )
 def test_settings_that_would_not_do_what_they_say_are_refused(settings, message):

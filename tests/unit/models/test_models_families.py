@@ -1,20 +1,22 @@
 """What the families say about a configuration, and what they refuse."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.transformer_config import TransformerConfig
 from tiny_checkpoints import CHECKPOINTS
 from transformers import GPT2Config, Qwen2Config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.model import config_class
+from mcore_rl.megatron.overrides import TABLE
 from mcore_rl.models.layout import (
     check_engine_layout,
     check_layout,
-    check_pipeline_splits,
     layers_of_stages,
 )
 from mcore_rl.models.spec import load_hf_config, model_family
@@ -457,9 +459,12 @@ def test_an_engine_whose_ranks_do_not_divide_the_heads_is_refused():
         check_engine_layout(config, 3, "rollout.tensor_model_parallel_size")
 
 
-def test_layers_are_divided_only_where_there_are_stages():
-    for field in ("pipeline_model_parallel_layout", "num_layers_in_last_pipeline_stage"):
-        with pytest.raises(UserError, match=rf"{field}=2 divides the layers .*there is one"):
-            check_pipeline_splits({field: 2}, Layout())
-        check_pipeline_splits({field: 2}, Layout(pp=2))
-    check_pipeline_splits({"moe_router_dtype": "fp32"}, Layout())
+def test_an_override_of_what_any_family_sets_is_refused_whatever_the_family_of_the_run():
+    """A dense model that is told of experts, or of a gate that others have, would not fit its
+    weights, or be another model."""
+    families = [config_class(**sizes) for config_class, sizes in CHECKPOINTS.values()]
+    set_by = [set(model_family(config).transformer_kwargs(config)) for config in families]
+    of_megatron = {field.name for field in dataclasses.fields(TransformerConfig)}
+    not_by_all = (set.union(*set_by) - set.intersection(*set_by)) & of_megatron
+    assert {"num_moe_experts", "moe_shared_expert_gate"} <= not_by_all
+    assert not_by_all <= {row.field for row in TABLE}

@@ -1,7 +1,4 @@
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -62,8 +59,3 @@ def test_the_limit_of_memory_is_for_the_call_however_much_the_process_holds():
     assert call_forked(lambda: bool(bytearray(50 * mib)), **limits) is True
     assert call_forked(lambda: bool(bytearray(150 * mib)), **limits) is None
     del held
-
-
-def test_a_process_that_is_orphaned_before_it_asks_to_die_with_its_parent_ends():
-    program = "from mcore_rl.rewards.child_process import die_with_parent; die_with_parent(0)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mcore_rl.errors import UserError
-from mcore_rl.rollout.base import ENGINES, RolloutConfig, ValKwargsConfig
+from mcore_rl.rollout.base import ENGINES, EngineKind, RolloutConfig, ValKwargsConfig
 from mcore_rl.rollout.fake_engine import FakeEngine
 
 
@@ -20,6 +20,7 @@ from mcore_rl.rollout.fake_engine import FakeEngine
         ("top_k", 50, "log-probabilities differ"),
         ("stop", ["a", ""], "holds an empty text"),
         ("dtype", "float16", "is not one of float32, bfloat16"),
+        ("dtype", "", "is not one of float32, bfloat16"),
         ("max_num_seqs", 0, "must be at least 1"),
         ("max_num_batched_tokens", 0, "must be at least 1"),
         ("max_model_len", -1, "must be at least 1"),
@@ -69,8 +70,10 @@ def test_validation_may_sample_from_a_part_of_the_vocabulary():
 def test_an_engine_of_a_plugin_can_be_chosen():
     with pytest.raises(UserError):
         RolloutConfig(name="of_a_plugin")
-    ENGINES.add("of_a_plugin", FakeEngine)
+    ENGINES.add("of_a_plugin", EngineKind(load=lambda: FakeEngine, has_texts=False))
     assert RolloutConfig(name="of_a_plugin").name == "of_a_plugin"
+    with pytest.raises(UserError, match="is not read by an engine without texts"):
+        RolloutConfig(name="of_a_plugin", stop=["a"])
 
 
 def test_an_engine_without_texts_refuses_texts_that_end_a_response():

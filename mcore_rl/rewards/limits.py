@@ -1,31 +1,12 @@
-"""What a process that scores does first: it dies with its parent, and limits what it takes.
+"""Limits of what a process that scores may take.
 
-All of it is the kernel's work from then on, so it holds whatever the process computes and however
-its parent ends. What it forks inherits the limits but not the death: every child asks for its own.
-The sandbox's program does so itself (`jail.py`), since it imports the standard library only.
+They are the kernel's work, so they hold whatever the process computes; what it forks inherits them.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import resource
-import signal
 from pathlib import Path
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends.
-
-    Args:
-        parent: number of that thread's process, taken before this one could be orphaned.
-    """
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def limit_memory(most_bytes: int) -> None:
