@@ -22,6 +22,10 @@ Columns are nanoseconds of CPU time of the controller's process, with its thread
 before. `wire B` is counted by the receivers, in bytes a token for all of them together: of a pass
 there and back, and of the updates of a step. Exit code 1 if a limit is missed.
 
+With `--routes` the samples have the routes of a mixture with 48 layers of 8 experts a token (R3):
+384 bytes a token that lie in the workers. `routes` is how often the workers are told to pass them
+on, on average; the limits stay as they are.
+
 With `--against` the same is done by another state of the package (its folder); by one without a
 channel as `controller_before.py` says.
 """
@@ -117,7 +121,7 @@ def make_rewards(num_samples: int) -> list[float]:
     return np.random.default_rng(2).integers(2, size=num_samples).astype(float).tolist()
 
 
-def run(num_tokens: int, num_receivers: int) -> dict[str, Any]:
+def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any]:
     """Do one step with receivers at the other ends of the sockets and return what it took."""
     from controller_receivers import Receiver, receiving
 
@@ -147,7 +151,9 @@ def run(num_tokens: int, num_receivers: int) -> dict[str, Any]:
     ]
     outcomes = [Outcome(score=reward) for reward in make_rewards(len(results))]
     engines: Any = SimpleNamespace(engines=SimpleNamespace(generate=lambda *_, **__: results))
-    placement = colocated(Layout(tp=TP, pp=PP, dp=DP), MODEL_RANKS, engine_size=None)
+    placement = colocated(Layout(tp=TP, pp=PP, dp=DP), MODEL_RANKS, engine_size=TP)
+    if with_routes:
+        results = with_routes_at(results, placement)
     actor = ActorConfig(ppo_mini_batch_size=len(prompts) // NUM_MINIBATCHES, use_kl_loss=True)
     cfg = RunConfig(actor=actor)
     objective = PolicyObjective(resolve_objective(actor, LONGEST), log_entropy=True)
@@ -174,7 +180,24 @@ def run(num_tokens: int, num_receivers: int) -> dict[str, Any]:
         figures = ledger.figures(tokens)
         counts = call_all(workers, Receiver.counts)
     check_arrival(samples, counts, placement)
-    return figures | {"wire": wire_bytes(counts, tokens)}
+    figures["wire"] = wire_bytes(counts, tokens)
+    if with_routes:
+        taken = sum(of_rank["exchange"].tokens for of_rank in counts if "exchange" in of_rank)
+        figures["routes"] = taken / (tokens - len(samples))  # a last token has none
+    return figures
+
+
+def with_routes_at(results: list[Any], placement: Any) -> list[Any]:
+    """Return the results with routes that lie in the engines, dealt as the fleet deals requests."""
+    from dataclasses import replace
+
+    from mcore_rl.types import RoutesAt
+
+    ranks = [of_engine[0] for of_engine in placement.engine_ranks]
+    return [
+        replace(result, routed_experts=RoutesAt(rank=ranks[i % len(ranks)], key=i // len(ranks)))
+        for i, result in enumerate(results)
+    ]
 
 
 def check_arrival(samples: Sequence[Any], counts: Sequence[dict[str, Any]], placement: Any) -> None:
@@ -208,10 +231,10 @@ def wire_bytes(counts: Sequence[dict[str, Any]], tokens: int) -> dict[str, float
     return {"logprobs": passes, "updates": by_method["update"]}
 
 
-def run_child(tokens: int, receivers: int) -> None:
+def run_child(tokens: int, receivers: int, with_routes: bool) -> None:
     """Print the figures of the state of the package that this process finds."""
     if importlib.util.find_spec("mcore_rl.launch.channel"):
-        found = run(tokens, receivers)
+        found = run(tokens, receivers, with_routes)
     else:
         import controller_before
 
@@ -219,10 +242,11 @@ def run_child(tokens: int, receivers: int) -> None:
     sys.stdout.write(json.dumps(found))
 
 
-def measure(tree: Path, tokens: int, receivers: int) -> dict[str, Any]:
+def measure(tree: Path, tokens: int, receivers: int, with_routes: bool) -> dict[str, Any]:
     """Return the figures of a state of the package, of a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child"]
     command += ["--tokens", str(tokens), "--receivers", str(receivers)]
+    command += ["--routes"] * with_routes
     environment = os.environ | {"PYTHONPATH": str(tree.resolve())}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -249,11 +273,12 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[4_000_000, 16_000_000])
     parser.add_argument("--receivers", type=int, default=4, help="processes, 8 at most")
+    parser.add_argument("--routes", action="store_true", help="samples have routes to be replayed")
     parser.add_argument("--against", type=Path, help="folder of another state of the repository")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        run_child(args.tokens[0], args.receivers)
+        run_child(args.tokens[0], args.receivers, args.routes)
         return 0
     trees = {"before": args.against, "now": Path(__file__).parents[1]}
     print("state      tokens  " + "".join(f"{name:>11}" for name in STAGES), end="")
@@ -263,12 +288,13 @@ def main() -> int:
         for name, tree in trees.items():
             if tree is None:
                 continue
-            found = measure(tree, tokens, args.receivers)
+            found = measure(tree, tokens, args.receivers, args.routes)
             print(
                 f"{name:6}  {found['tokens']:9}  "
                 + "".join(f"{found['ns'][stage]:11.1f}" for stage in STAGES)
                 + f"  {sum(found['ns'].values()):12.1f}  {found['peak']:11.1f}"
-                + f"   {found['wire']['logprobs']:5.1f} {found['wire']['updates']:5.1f}",
+                + f"   {found['wire']['logprobs']:5.1f} {found['wire']['updates']:5.1f}"
+                + (f"   routes {found['routes']:.2f}" if "routes" in found else ""),
                 flush=True,
             )
             if name == "now":

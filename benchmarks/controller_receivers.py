@@ -32,7 +32,7 @@ from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.launch.processes import SECRET_VARIABLE, Ended
 from mcore_rl.metrics import Metrics, mean
 from mcore_rl.types import MicroBatch, Share, TokenNumbers
-from mcore_rl.workers.roles import Actor
+from mcore_rl.workers.roles import Actor, RouteHolder
 
 HANG_TIMEOUT_S = 600.0
 NUM_METRICS = 20
@@ -47,7 +47,7 @@ class Counts:
     """Bytes: kind, header and frames."""
     answered: int = 0
     tokens: int = 0
-    """Of shares."""
+    """Of shares; of routes that were to be taken from another rank."""
     checksum: float = 0.0
     """Of the ids and, where they are there, the advantages of the shares."""
 
@@ -94,6 +94,8 @@ def serve(end: WorkerEnd) -> None:
         Actor.ref_logprobs: answer_pass,
         Actor.begin_step: lambda: None,
         Actor.update: answer_update,
+        RouteHolder.exchange: lambda gives, takes: None,
+        RouteHolder.drop: lambda: None,
         Receiver.counts: lambda: counts,
     }
     while True:
@@ -115,6 +117,8 @@ def serve(end: WorkerEnd) -> None:
             for share in (arg for arg in args if isinstance(arg, Share)):
                 of_method.tokens += len(share.whole.token_ids)
                 of_method.checksum += checksum(share.whole)
+            if method is RouteHolder.exchange:
+                of_method.tokens += sum(int(taken[:, 1].sum()) for taken in args[1].values())
         end.answer(answer)
 
 

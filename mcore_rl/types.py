@@ -191,7 +191,7 @@ def _with(sample: Sample, fields: Mapping[str, Any]) -> Sample:
         object.__setattr__(made, name, value)
     for name, value in fields.items():
         object.__setattr__(made, name, value)
-    _hold_arrays(made, _DTYPES.keys() & fields.keys())
+    _hold_arrays(made, _DTYPES if "token_ids" in fields else _DTYPES.keys() & fields.keys())
     return made
 
 
