@@ -70,7 +70,7 @@ class Ledger:
     """CPU time of the stages, and how much the resident set grows."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._resident = 0
 
     @contextmanager
@@ -123,6 +123,7 @@ def make_rewards(num_samples: int) -> list[float]:
 
 def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any]:
     """Do one step with receivers at the other ends of the sockets and return what it took."""
+    import torch  # noqa: F401  # the package imports it where it is needed first: in a stage
     from controller_receivers import Receiver, receiving
 
     from mcore_rl.algorithms.advantages import assign_advantages
@@ -207,8 +208,8 @@ def check_arrival(samples: Sequence[Any], counts: Sequence[dict[str, Any]], plac
 
     tokens = sum(len(sample.token_ids) for sample in samples)
     ids = sum(float(sample.token_ids.sum(dtype=np.int64)) for sample in samples)
-    wanted = dict.fromkeys(("logprobs", "ref_logprobs"), ids)
-    wanted["update"] = sum(map(checksum, samples))
+    of_updates = sum(map(checksum, samples))
+    wanted = {"logprobs": ids, "ref_logprobs": ids, "update": of_updates}
     leaders = {ranks[0] for ranks in placement.share_ranks}
     for method, total in wanted.items():
         of_method = [of_rank[method] for of_rank in counts]

@@ -95,7 +95,7 @@ def masked_min(values_T: Tensor, mask_T: Tensor) -> Metric:
 
 def _masked_extreme(values_T: Tensor, mask_T: Tensor, empty: float, pick) -> Tensor:
     values_T = torch.where(mask_T, values_T.detach().float(), empty)
-    return pick(torch.cat([values_T, values_T.new_tensor([empty])]))
+    return pick(values_T) if len(values_T) else values_T.new_tensor(empty)
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
