@@ -46,6 +46,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from mcore_rl.algorithms.losses import PolicyLossConfig
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
 from mcore_rl.algorithms.objectives import PolicyObjective
+from mcore_rl.cluster.placement import colocated
 from mcore_rl.config.run import train_layout
 from mcore_rl.data.batch import pack
 from mcore_rl.data.packing import SequenceCount, plan_minibatch
@@ -148,8 +149,8 @@ def our_step(folder: Path, sequences: list[TokenSequence]):
         temperature=1.0,
         with_reference=False,
     )
-    layout = train_layout(spec.megatron, 1)
-    worker = Worker(WorkerSpec(layout=layout, actor=spec, engine=None), torch.device("cpu"))
+    placement = colocated(train_layout(spec.megatron, 1), 1, engine_size=None)
+    worker = Worker(WorkerSpec(placement=placement, actor=spec, engine=None), torch.device("cpu"))
     worker.actor.begin_step()
 
     def step() -> float:

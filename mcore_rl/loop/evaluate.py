@@ -63,10 +63,11 @@ def _group_metrics(group: SampleGroup) -> Metrics:
             f"{section}/accuracy": mean(sample.reward),
             f"{section}/response_tokens/mean": mean(sample.num_response_tokens),
             f"{section}/truncated_frac": mean(float(sample.finish_reason == "length")),
-            **{f"{section}/{name}": metric for name, metric in failure_metrics(sample).items()},
         }
         for sample in group.samples
     )
+    failures = failure_metrics(group.samples)
+    metrics |= {f"{section}/{name}": metric for name, metric in failures.items()}
     if len(group.samples) > 1:
         best = max(sample.reward for sample in group.samples)
         metrics[f"{section}/best_at_{len(group.samples)}"] = mean(best)

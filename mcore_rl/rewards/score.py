@@ -7,12 +7,12 @@ fail); samples keep their order, whichever was scored first.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mcore_rl import metrics
 from mcore_rl.errors import UserError, require
@@ -28,7 +28,7 @@ from mcore_rl.rewards.pool import Outcome, RewardPool
 from mcore_rl.rewards.sandbox import check_sandbox
 from mcore_rl.rewards.thoughts import after_thoughts
 from mcore_rl.rewards.worker import RewardCall
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import Prompt, Sample, SampleGroup, with_sample_fields
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,8 @@ class RewardScorer:
         if errors:
             logger.warning("%d samples scored 0 because %s", len(errors), errors[0])
         _warn_of_nan(samples, outcomes)
-        scored = _regroup(groups, outcomes)
-        return scored, _reward_metrics(scored)
+        scored = with_outcomes(groups, outcomes)
+        return scored, reward_metrics(scored)
 
     def check_failures(self, groups: Sequence[SampleGroup]) -> None:
         """Return unless more samples of a validation failed than `reward.max_failed_frac` allows.
@@ -192,20 +192,24 @@ def _failure(sample: Sample, reason: str) -> str:
     )
 
 
-def _regroup(groups: Sequence[SampleGroup], outcomes: Iterable[Outcome]) -> list[SampleGroup]:
-    of_sample = iter(outcomes)
-    return [
-        dataclasses.replace(group, samples=[_scored(s, next(of_sample)) for s in group.samples])
-        for group in groups
-    ]
-
-
-def _scored(sample: Sample, outcome: Outcome) -> Sample:
-    status = "scored" if outcome.error is None else "timeout" if outcome.timed_out else "failed"
-    finite = {name: value for name, value in outcome.others.items() if math.isfinite(value)}
-    return dataclasses.replace(
-        sample, reward=outcome.score, reward_status=status, reward_metrics=finite
+def with_outcomes(groups: Sequence[SampleGroup], outcomes: Sequence[Outcome]) -> list[SampleGroup]:
+    """Return the groups with what became of their samples, in the order of the groups."""
+    return with_sample_fields(
+        groups,
+        reward=[outcome.score for outcome in outcomes],
+        reward_status=[_status(outcome) for outcome in outcomes],
+        reward_metrics=[_finite(outcome.others) for outcome in outcomes],
     )
+
+
+def _status(outcome: Outcome) -> str:
+    if outcome.error is None:
+        return "scored"
+    return "timeout" if outcome.timed_out else "failed"
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _warn_of_nan(samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
@@ -222,16 +226,17 @@ def _warn_of_nan(samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None
         )  # fmt: skip
 
 
-def failure_metrics(sample: Sample) -> Metrics:
-    """Return whether the reward failed and whether it took too long, as shares to be merged."""
-    status = sample.reward_status
+def failure_metrics(samples: Sequence[Sample]) -> Metrics:
+    """Return the share of samples whose reward failed, and of those that took too long."""
+    statuses = Counter(sample.reward_status for sample in samples)
+    num_samples, num_failed = len(samples), len(samples) - statuses["scored"]
     return {
-        "failed_frac": metrics.mean(float(status != "scored")),
-        "timeout_frac": metrics.mean(float(status == "timeout")),
+        "failed_frac": metrics.Metric(num_failed, "mean", num_samples),
+        "timeout_frac": metrics.Metric(statuses["timeout"], "mean", num_samples),
     }
 
 
-def _reward_metrics(groups: Sequence[SampleGroup]) -> Metrics:
+def reward_metrics(groups: Sequence[SampleGroup]) -> Metrics:
     """Return mean and population std of the rewards, the mean of each further number over the
     samples that have it, and the failures."""
     samples = [sample for group in groups for sample in group.samples]
@@ -242,12 +247,11 @@ def _reward_metrics(groups: Sequence[SampleGroup]) -> Metrics:
         {f"reward/{name}/mean": metrics.mean(value) for name, value in s.reward_metrics.items()}
         for s in samples
     )
-    failures = metrics.merge(failure_metrics(sample) for sample in samples)
-    num_errors = sum(sample.reward_status != "scored" for sample in samples)
+    failures = failure_metrics(samples)
     return {
         "reward/mean": metrics.mean(statistics.fmean(rewards), len(rewards)),
         "reward/std": metrics.deviation(rewards),
-        "reward/num_errors": metrics.total(num_errors),
+        "reward/num_errors": metrics.total(failures["failed_frac"].value),
         **{f"reward/{name}": metric for name, metric in failures.items()},
         **named,
     }
