@@ -119,3 +119,10 @@ def test_sequences_of_a_micro_batch_are_counted_or_its_tokens(section):
         section(**by_sequences, use_dynamic_bsz=True)
     with pytest.raises(UserError, match=r"use_dynamic_bsz=False needs .*micro_batch_size_per_gpu"):
         section(use_dynamic_bsz=False)
+
+
+def test_a_run_validates_first_trains_and_exports_its_model_unless_told_otherwise():
+    trainer = TrainerConfig()
+    assert trainer.val_before_train
+    assert trainer.export_hf_model
+    assert not (trainer.val_only or trainer.dry_run or trainer.async_save)
