@@ -278,7 +278,7 @@ def rows_of(blocks: Iterable[Block], rows: Range) -> Iterable[Block]:
         top += block.num_rows
 
 
-def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> int:
+def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int) -> int:
     """Return the smallest multiple of `tp_size * divisible_by` that holds the vocabulary."""
     multiple = tp_size * divisible_by
     return -(-vocab_size // multiple) * multiple

@@ -328,6 +328,9 @@ def test_no_groups_give_no_advantages():
     assert to_floats(metrics) == {}
 
 
+DISCOUNTS = [("gae", "gamma"), ("gae", "lam"), ("reinforce_plus_plus", "gamma")]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -345,7 +348,14 @@ def test_no_groups_give_no_advantages():
             {"adv_estimator": "rloo", "gamma": 0.9},
             r"algorithm\.gamma=0\.9 is not read with .*=rloo",
         ),
-        ({"adv_estimator": "gae", "gamma": 1.5}, r"algorithm\.gamma=1\.5 must be in \[0, 1\]"),
+        *(
+            (
+                {"adv_estimator": estimator, name: value},
+                rf"algorithm\.{name}={value} must be in \[0, 1\]",
+            )
+            for estimator, name in DISCOUNTS
+            for value in (-0.5, 1.5)
+        ),
         ({"kl_penalty": "k3+"}, r"algorithm\.kl_penalty='k3\+' is not one of"),
         ({"adv_estimator": "grp"}, "Did you mean 'grpo'"),
     ],
@@ -353,6 +363,11 @@ def test_no_groups_give_no_advantages():
 def test_options_that_are_wrong_or_unread_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         algorithm(**options)
+
+
+@pytest.mark.parametrize(("estimator", "name"), DISCOUNTS)
+def test_a_discount_of_zero_is_taken(estimator, name):
+    assert getattr(algorithm(estimator, **{name: 0.0}).options, name) == 0.0
 
 
 def test_options_at_their_default_are_never_refused():

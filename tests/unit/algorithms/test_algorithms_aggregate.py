@@ -1,5 +1,7 @@
 """Aggregation modes as token weights: the worked example and the definition of each mode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,3 +80,15 @@ def test_a_misspelt_mode_is_refused_with_the_closest_one():
     segments = Segments.from_loss_masks([[False, True]])
     with pytest.raises(UserError, match=r"actor\.loss_agg_mode.*Did you mean 'token-mean'"):
         token_weights("token-men", segments, Denominators(num_tokens=1, num_sequences=1))
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+def test_tokens_of_a_cut_sequence_weigh_what_they_weigh_in_the_whole_one(mode):
+    """Context parallelism: a rank holds a part of the tokens, the counts are of whole sequences."""
+    row = Segments.from_loss_masks([[False, True, True, True, False, True], [False, True]])
+    denominators = Denominators(num_tokens=9, num_sequences=4)
+    whole_T = token_weights(mode, row, denominators, FACTOR)
+    for index in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        part = replace(row, sequence_T=row.sequence_T[index], mask_T=row.mask_T[index])
+        weights_T = token_weights(mode, part, denominators, FACTOR)
+        assert weights_T.tolist() == whole_T[index].tolist()

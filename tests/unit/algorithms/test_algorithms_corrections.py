@@ -121,6 +121,19 @@ def test_absurd_ratios_of_a_sequence_stay_finite():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"rollout_is": "token", "rollout_is_threshold": 0.5},
+        {"rollout_rs": "token", "rollout_rs_threshold": 1.0},
+        {"rollout_rs": "token", "rollout_rs_threshold": 2.0, "rollout_rs_threshold_lower": 0.0},
+        {"rollout_rs": "token", "rollout_rs_threshold": 2.0, "rollout_rs_threshold_lower": 1.0},
+    ],
+)
+def test_bounds_at_the_ends_of_their_range_are_taken(options):
+    assert RolloutCorrectionConfig(**options).is_on
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rollout_is": "tokens"}, "Did you mean 'token'"),
@@ -137,6 +150,14 @@ def test_absurd_ratios_of_a_sequence_stay_finite():
                 "rollout_rs_threshold_lower": 1.5,
             },
             r"rollout_rs_threshold_lower=1\.5 must be in \[0, 1\]",
+        ),
+        (
+            {
+                "rollout_rs": "token",
+                "rollout_rs_threshold": 2.0,
+                "rollout_rs_threshold_lower": -0.5,
+            },
+            r"rollout_rs_threshold_lower=-0\.5 must be in \[0, 1\]",
         ),
     ],
 )

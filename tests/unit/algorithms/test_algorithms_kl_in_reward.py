@@ -53,6 +53,11 @@ def test_rewards_lose_the_summed_kl_of_their_trained_tokens():
     assert rewards(GROUPS) == [1.0, 0.0, 2.0]
 
 
+def test_a_lone_sample_has_the_kl_of_its_own_tokens():
+    lone = [SampleGroup(prompt=PROMPT, samples=GROUPS[0].samples[:1])]
+    assert penalize_rewards(lone, 0.5, "kl")[1] == 0.375
+
+
 def test_without_any_trained_token_the_kl_is_zero():
     penalized, kl = penalize_rewards(GROUPS[1:], 0.5, "k3")
     assert (rewards(penalized), kl) == ([2.0], 0.0)

@@ -14,6 +14,7 @@ from mcore_rl.config import checks
 from mcore_rl.config.checks import check_run, check_sft
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
+from mcore_rl.data.packing import SequenceCount, TokenBudget
 from mcore_rl.errors import UserError
 from mcore_rl.types import Layout
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance
@@ -24,6 +25,7 @@ RECIPES = sorted(file.stem for file in CONFIGS.glob("*.yaml") if "sft" not in fi
 
 OVERRIDE = "+actor.megatron.override_transformer_config"
 PP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.pipeline_model_parallel_size=2"]
+CP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=2"]
 
 # rule: (overrides that break it, how its message begins, the nearest overrides that keep it)
 RULES = {
@@ -335,6 +337,32 @@ def test_the_token_budget_is_not_read_when_sequences_are_counted():
         [*NAMED, "actor.ppo_micro_batch_size_per_gpu=2", "actor.ppo_max_token_len_per_gpu=1"]
     )
     check_run(config)
+
+
+@pytest.mark.parametrize("section", ["actor", "critic"])
+def test_the_ranks_that_a_row_is_cut_over_hold_the_longest_sample_together(section):
+    key = f"{section}.ppo_max_token_len_per_gpu"
+    overrides = [*NAMED, *CP2, "algorithm.adv_estimator=gae"]
+    check_run(compose([*overrides, f"{key}=1024"]))
+    with pytest.raises(UserError) as caught:
+        check_run(compose([*overrides, f"{key}=1023"]))
+    assert str(caught.value) == (
+        f"{key}=1023 times actor.megatron.context_parallel_size=2 is less than "
+        "data.max_prompt_length + data.max_response_length = 2048. Raise it to at least 1024."
+    )
+
+
+def test_the_ranks_that_a_row_is_cut_over_have_a_token_budget_together():
+    config = compose(["actor.megatron.context_parallel_size=3", "algorithm.adv_estimator=gae"])
+    expected = {"actor": config.actor.cut, "critic": config.critic.cut_over(3)}
+    for section, cut in expected.items():
+        key = f"{section}.ppo_max_token_len_per_gpu"
+        assert cut == TokenBudget(max_tokens=3 * 16384, key=f"{key} * context_parallel_size")
+    assert config.actor.cut_over(1) == TokenBudget(max_tokens=16384)
+    counted = compose(
+        ["actor.megatron.context_parallel_size=3", "actor.ppo_micro_batch_size_per_gpu=2"]
+    )
+    assert counted.actor.cut == SequenceCount(num_sequences=2)
 
 
 COMPARE_SAMPLES = {

@@ -251,6 +251,14 @@ def test_a_long_conversation_is_cut_with_its_mask_or_dropped(
     assert lists_of(kept) == lists_of(whole)
 
 
+def test_of_a_conversation_cut_to_two_tokens_the_second_trains(tokenizer, write_jsonl):
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "29"}]
+    cfg = DataConfig(max_prompt_length=1, max_response_length=1, truncation="left")
+    (cut,) = load_sft_sequences(write_jsonl([{"messages": talk}]), cfg, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(cut.token_ids)) == ["9", "<|im_end|>"]
+    assert cut.loss_mask.tolist()[1:] == [True]
+
+
 @pytest.mark.parametrize(
     ("truncation", "kept"), [("left", "56789"), ("right", "01234"), ("middle", "01789")]
 )

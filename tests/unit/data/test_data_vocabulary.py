@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from mcore_rl.data.chat import load_tokenizer
 from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import UserError
 
@@ -22,3 +23,10 @@ def test_ids_at_or_above_vocab_size_are_refused_by_name(tmp_path):
         check_tokenizer(tmp_path, 3)
     with pytest.raises(UserError, match=r"vocab_size=2 leaves out 2 tokens .*'c' \(2\)"):
         check_tokenizer(tmp_path, 2)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_stops_no_conversion(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("no tokenizer")
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path))
+    check_tokenizer(tmp_path, 0)

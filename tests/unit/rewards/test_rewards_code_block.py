@@ -33,6 +33,15 @@ def test_a_fence_may_name_its_language_in_many_ways(fence):
         assert last_program(response).rstrip("\n") + "\n" == CODE
 
 
+def test_tildes_open_a_block_only_where_they_begin_a_line():
+    assert last_program(f"So ~~~python\n```python\n{CODE}```") == CODE
+
+
+@pytest.mark.parametrize("line", ["Use ```print(0)```", "It is ```python as you know"])
+def test_backticks_within_a_line_open_a_block_only_where_a_name_or_nothing_follows(line):
+    assert last_program(f"{line}\n{CODE}```") is None
+
+
 def test_an_indented_block_loses_the_indentation_of_its_first_line():
     for indent in ("  ", "\t", "    "):
         block = "```python\nif True:\n\n    print(1)\n```"

@@ -34,6 +34,8 @@ from mcore_rl.rewards.number_text import find_numbers, parse_number
         ("2e-2 or 2.5E3", ["0.02", "2500"]),
         ("2 million, $1.5 billion", ["2e6", "1.5e9"]),
         ("2^10 and 2**3", ["1024", "8"]),
+        ("2^{-3}, 10**-2 and 0^3", ["0.125", "0.01", "0"]),
+        ("0^{-1}", [None]),
         ("2 \\times 10^{5}", ["2e5"]),
         ("1.2.3", ["1.2"]),
         ("none", []),
@@ -41,7 +43,7 @@ from mcore_rl.rewards.number_text import find_numbers, parse_number
     ],
 )
 def test_numbers_are_read_as_people_write_them(text, numbers):
-    assert find_numbers(text) == [Fraction(number) for number in numbers]
+    assert find_numbers(text) == [number and Fraction(number) for number in numbers]
 
 
 @given(
@@ -70,7 +72,9 @@ def test_a_reference_answer_is_one_number(value, number):
     assert parse_number(value) == number
 
 
-@pytest.mark.parametrize("value", ["four", "1 or 2", "1/0", "5\\pi", "9" * 5_000, "1e999999999"])
+@pytest.mark.parametrize(
+    "value", ["four", "1 or 2", "1/0", "0^-1", "5\\pi", "9" * 5_000, "1e999999999"]
+)
 def test_a_reference_answer_that_is_not_one_number_is_an_error(value):
     with pytest.raises(ValueError, match="is not one number"):
         parse_number(value)

@@ -96,3 +96,14 @@ def test_what_is_no_problem_is_an_error(ground_truth):
 def test_a_problem_without_an_integer_a_is_refused():
     with pytest.raises(ValueError, match="integer"):
         replace(EXAMPLE, offset=-4)
+
+
+def test_problems_are_drawn_from_all_slopes_and_break_points():
+    rng = random.Random(0)
+    problems = [draw_problem(rng, largest=1) for _ in range(400)]
+    assert {problem.slope for problem in problems} == {-1, 1}
+    assert {problem.left_slope for problem in problems} == {-2, -1, 1, 2}
+    assert {(problem.left, problem.right) for problem in problems} == {
+        (-2, 2), (-2, 3), (-3, 2), (-3, 3)
+    }  # fmt: skip
+    assert {problem.offset for problem in problems} == {-1, 0, 1} == {p.a for p in problems}

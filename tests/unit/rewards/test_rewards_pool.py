@@ -142,6 +142,14 @@ def test_a_death_is_seen_although_a_fork_holds_the_connection(make_pool):
     assert outcome.error == "the process ended (exit code 3)"
 
 
+@pytest.mark.timeout(60)  # a wait for the process would last ten minutes
+def test_a_process_that_closes_its_connection_and_lives_on_is_killed(make_pool):
+    """There is no time limit that would end it."""
+    pool = make_pool("os.closerange(3, 1000)\ntime.sleep(600)", num_workers=1, timeout_s=None)
+    [(_, outcome)] = pool.run([_call()])
+    assert outcome.error == "the process ended (SIGKILL)"
+
+
 def test_a_process_that_dies_before_it_is_ready_is_an_error(make_pool, tmp_path):
     pool = make_pool("return 1")
     with (tmp_path / "reward.py").open("a") as file:

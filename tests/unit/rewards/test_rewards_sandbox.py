@@ -210,6 +210,22 @@ def test_cpu_time_is_limited_apart_from_the_clock():
     assert run(ignoring, limits=limits).failure == "exit code -9"
 
 
+def test_a_program_has_the_limits_of_the_settings():
+    limits = SandboxConfig(memory_mib=100, file_mib=3, output_mib=2, cpu_s=2)
+    program = (
+        "import resource\n"
+        "for name in ('AS', 'FSIZE', 'CPU'):\n"
+        "    print(resource.getrlimit(getattr(resource, f'RLIMIT_{name}'))[0])\n"
+        "print('x' * 2**20 * 5)\n"
+    )
+    with Sandbox(program, limits) as box:
+        outcome = box.run_program("", 10)
+    memory, file, cpu, _ = outcome.output.split("\n", 3)
+    assert (int(memory), int(file), int(cpu)) == (100 * 2**20, 3 * 2**20, 2)
+    assert outcome.failure == "output limit"
+    assert len(outcome.output) == 2 * 2**20
+
+
 def test_privileges_are_given_up():
     """Of this user's, whatever they are: a program has no capability and gains none."""
     code = """

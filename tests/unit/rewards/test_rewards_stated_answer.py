@@ -133,4 +133,5 @@ def test_what_is_stated_where_forms_meet_or_break_off(response, answer):
 
 def test_words_come_without_commands_of_latex():
     assert answer_in_words(r"\boxed{\textbf{\text{New\ York}}}") == "New York"
+    assert answer_in_words(r"\boxed{\text{yes}}") == "yes"
     assert answer_in_words(r"\boxed{x^2}") == "x^2"

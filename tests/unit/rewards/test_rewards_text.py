@@ -73,6 +73,7 @@ def test_f1_counts_each_common_word_as_often_as_it_stands_in_both():
         2 / 3
     )  # precision 1/2, recall 1
     assert f1(normalize("cat cat cat"), normalize("cat dog")) == pytest.approx(2 / 5)  # 1/3 and 1/2
+    assert f1(normalize("cat cat cat dog"), normalize("cat cat")) == pytest.approx(2 / 3)  # 2/4, 1
     assert f1(normalize("dog"), normalize("cat")) == 0.0
     assert f1(normalize("the"), normalize("an")) == 0.0
     assert f1(normalize(""), normalize("cat")) == 0.0

@@ -1,0 +1,32 @@
+"""What a rank of a layout that cuts rows hands to Megatron: the quickest case of
+`tests/distributed/test_distributed_invariance.py`, which has every layout and objective."""
+
+import actor_cases
+import pytest
+from actor_inputs import CP2, ONE_MICRO_BATCH, actor_spec, policy_objective, random_sequences
+
+from mcore_rl.megatron.config import OptimConfig
+
+# With epsilon 1 an update of Adam is proportional to the gradient, so a gradient of the wrong size
+# shows in the weights; with the usual one only its sign would.
+OPTIM = OptimConfig(lr=1.0, eps=1.0)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_sequences_cut_over_two_ranks_train_as_on_one(processes, tiny_checkpoint, mode):
+    """The denominators of a loss count whole sequences, `num_tokens` what the rank holds."""
+    objective = policy_objective("gpg", loss_agg_mode=mode)
+    minibatch = random_sequences(1, lengths=(9, 3, 14))
+
+    def trained(world_size, megatron):
+        spec = actor_spec(tiny_checkpoint("qwen3"), optim=OPTIM, **megatron)
+        args = spec, [minibatch], objective, ONE_MICRO_BATCH
+        return processes.run(actor_cases.train, world_size, *args)
+
+    [([expected], expected_weights, _)] = trained(1, {})
+    for [metrics], weights, _ in trained(2, CP2):
+        for key in ("actor/loss", "actor/grad_norm"):
+            # float32 sums in another order.
+            assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
+        for name, weight in expected_weights.items():
+            assert (weights[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
