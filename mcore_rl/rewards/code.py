@@ -125,7 +125,7 @@ def _assertion_tests(texts: Sequence[str], sandbox: SandboxConfig) -> Iterator[T
             yield _shared_test(text)
         else:
             raise ValueError(
-                f"{parts}, and run beside the program it could be passed without work, which "
+                f"{parts}; a program could pass it without work, which "
                 "reward.sandbox.share_assertions=true accepts"
             )
 

@@ -91,8 +91,8 @@ class RewardScorer:
             except ValueError as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
-                    f"{prompt.uid}: {reason}, so that no response of data_source="
-                    f"{prompt.data_source!r} can be right. Mend or remove the row."
+                    f"{prompt.uid}: {reason}. The reward of data_source={prompt.data_source!r} "
+                    "cannot use it. Mend or remove the row."
                 ) from None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:

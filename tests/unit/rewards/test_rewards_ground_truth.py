@@ -3,7 +3,7 @@
 import pytest
 
 from mcore_rl.errors import UserError
-from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig
+from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig, SandboxConfig
 from mcore_rl.rewards.ground_truth import reader_of
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt
@@ -13,8 +13,8 @@ WORDS = ["qa", "trivia"]
 EVERY = [*NUMBERS, *WORDS, "math", "classification"]
 
 
-def check(data_source, *ground_truths):
-    scorer = RewardScorer(RewardConfig(), CustomRewardConfig())
+def check(data_source, *ground_truths, sandbox=None):
+    scorer = RewardScorer(RewardConfig(sandbox=sandbox or SandboxConfig()), CustomRewardConfig())
     scorer.check_ground_truths(
         Prompt(
             uid=f"train.parquet:{row}",
@@ -100,3 +100,19 @@ def test_a_response_without_a_word_scores_zero_whatever_the_reference(
 def test_every_reward_of_text_says_what_it_reads_of_a_row():
     said = {name for name in REWARDS if reader_of(REWARDS.get(name)) is not None}
     assert {*EVERY, "piecewise_continuity"} <= said
+
+
+def test_tests_of_programs_that_could_be_passed_without_work_are_named_before_the_run():
+    """Nobody insists on them, or `share_assertions` does."""
+    whole = {"assert_case": ["assert add(1, 2) == 3"]}
+    no_split = {"assert_case": ["for n in range(3):\n    assert add(n, 1) == n + 1"]}
+    with pytest.raises(UserError, match=r"^train\.parquet:1: .*share_assertions=true"):
+        check("code", whole, no_split)
+    check("code", whole)
+    check("code", whole, no_split, sandbox=SandboxConfig(share_assertions=True))
+
+
+@pytest.mark.parametrize("ground_truth", ["{}", {"inputs": ["1"], "outputs": []}, "5", {"x": 1}])
+def test_a_row_without_tests_of_a_program_is_named_before_the_run(ground_truth):
+    with pytest.raises(UserError, match=r"^train\.parquet:0: .*code"):
+        check("code", ground_truth)
