@@ -407,3 +407,10 @@ def test_a_layout_counts_experts_over_the_whole_world():
     assert train_layout(megatron, 8) == Layout(tp=2, pp=2, ep=4, etp=1, dp=2)
     with pytest.raises(UserError, match="4 is not a multiple of expert 4 x expert tensor 1 x pipe"):
         train_layout(megatron, 4)
+
+
+@pytest.mark.parametrize("of_loss", [False, True])
+@pytest.mark.parametrize("of_reward", [False, True])
+def test_a_reference_is_needed_for_either_kl_term(of_loss, of_reward):
+    overrides = [f"actor.use_kl_loss={of_loss}", f"algorithm.use_kl_in_reward={of_reward}"]
+    assert compose(overrides).needs_reference == (of_loss or of_reward)
