@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 
 import mcore_rl.train
-from mcore_rl.loop import inputs, on_policy, resume  # noqa: F401
+from mcore_rl.loop import on_policy  # noqa: F401
+from mcore_rl.run import folder as run_folder  # noqa: F401
+from mcore_rl.run import inputs
 
 
 def run(argv):
