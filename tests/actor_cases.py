@@ -387,3 +387,25 @@ def save_without(spec, folder, part):
         pending = checkpoint._begin_write(folder, state)
         assert pending.state(wait=True) == WriteState(is_done=True)
         pending.finish()
+
+
+def load_without(spec, name, ranks):
+    """Load the weights into all parameters but those of `name` on some ranks; return what a user is
+    told."""
+    from mcore_rl.megatron.model import load_weights
+    from mcore_rl.models.safetensors_io import CheckpointReader
+
+    with running_worker(spec) as worker:
+        params = {
+            key: value
+            for key, value in worker.actor.params.items()
+            if key != name or worker.parallel.rank not in ranks
+        }
+        assert name in worker.actor.params or worker.parallel.layout.pp > 1
+        try:
+            load_weights(
+                params, worker.actor.entries, CheckpointReader(spec.model_path), worker.parallel
+            )
+        except UserError as error:
+            return str(error)
+        return None
