@@ -39,8 +39,9 @@ def strike(files, run_dir, rank, signal, stage, delay, *overrides):
     at = {KILL_AT: f"{stage} 2 {delay}", WORKER: f"{rank} {signal}"}
     done = commands.run(*argv, environment=MARKED | at)
     ended = time.monotonic()
-    (struck,) = [seconds for name, seconds in read_stages(run_dir) if name == "signal"]
-    return done, ended - struck
+    struck = [seconds for name, seconds in read_stages(run_dir) if name == "signal"]
+    assert struck, f"the run ended before:\n{done.stderr}"
+    return done, ended - struck[0]
 
 
 def cases(num, seed):
