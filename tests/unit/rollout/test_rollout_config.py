@@ -67,7 +67,8 @@ def test_validation_may_sample_from_a_part_of_the_vocabulary():
     assert RolloutConfig(val_kwargs=val).val_kwargs == val
 
 
-def test_an_engine_of_a_plugin_can_be_chosen():
+def test_an_engine_of_a_plugin_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(ENGINES, "_entries", dict(ENGINES._entries))
     with pytest.raises(UserError):
         RolloutConfig(name="of_a_plugin")
     ENGINES.add("of_a_plugin", EngineKind(load=lambda: FakeEngine, has_texts=False))
