@@ -110,14 +110,7 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
     key = "data.max_prompt_length + data.max_response_length"
     check_length(hf_config, longest, key, "Lower one of them.")
     megatron = cfg.actor.megatron
-    check_layout(
-        hf_config,
-        train_layout(megatron, cfg.trainer.world_size),
-        sequence_parallel=megatron.uses_sequence_parallel,
-    )
-    check_architecture(
-        megatron.override_transformer_config, model_family(hf_config).transformer_kwargs(hf_config)
-    )
+    _check_built(hf_config, cfg)
     if isinstance(cfg, RunConfig) and ENGINES.get(cfg.rollout.name).cuts_heads:
         key = "rollout.tensor_model_parallel_size"
         check_engine_layout(hf_config, cfg.rollout.tensor_model_parallel_size, key)
@@ -129,6 +122,19 @@ def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
         "Leave it out.",
     )
     return hf_config
+
+
+def _check_built(hf_config: PreTrainedConfig, cfg: RunConfig | SftRunConfig) -> None:
+    """Raise a UserError unless Megatron can build the model in the run's layout, as it is."""
+    megatron = cfg.actor.megatron
+    check_layout(
+        hf_config,
+        train_layout(megatron, cfg.trainer.world_size),
+        sequence_parallel=megatron.uses_sequence_parallel,
+    )
+    check_architecture(
+        megatron.override_transformer_config, model_family(hf_config).transformer_kwargs(hf_config)
+    )
 
 
 def _load_model_side(cfg: RunConfig | SftRunConfig) -> PreTrainedTokenizerBase:
@@ -163,15 +169,7 @@ def _check_critic(cfg: RunConfig) -> None:
         "data.max_prompt_length + data.max_response_length",
         "Lower one of them.",
     )
-    megatron = cfg.actor.megatron
-    check_layout(
-        hf_config,
-        train_layout(megatron, cfg.trainer.world_size),
-        sequence_parallel=megatron.uses_sequence_parallel,
-    )
-    check_architecture(
-        megatron.override_transformer_config, model_family(hf_config).transformer_kwargs(hf_config)
-    )
+    _check_built(hf_config, cfg)
     check_value_weights(path, hf_config)
 
 
