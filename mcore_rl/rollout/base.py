@@ -237,6 +237,13 @@ class RolloutEngine(UpdateSession, Protocol):
         """
         ...
 
+    def loaded_digests(self) -> list[dict[str, str]]:
+        """Return the full form of what the last session loaded, for each part of the engine:
+        name of a parameter, as the engine calls it, -> type, shape and blake3 of its bits before
+        the engine packed it. Empty unless the session was opened with digests.
+        """
+        ...
+
     def close(self) -> None:
         """Free the engine's resources and close its receiver."""
         ...

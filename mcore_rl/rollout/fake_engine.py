@@ -19,6 +19,8 @@ import numpy as np
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
 from mcore_rl.weight_sync.base import Link, NamedTensors
+from mcore_rl.weight_sync.digest import Manifest, full_digest
+from mcore_rl.weight_sync.intake import Intake, refuse
 
 
 def response_length(request: GenerationRequest) -> int:
@@ -44,7 +46,8 @@ class FakeEngine:
         self.vocab_size = int(config["vocab_size"])
         self.weight_version = -1
         self.num_updated_tensors = 0
-        self._receiver = link.open_receiver()
+        self._intake = Intake(link, self._load)
+        self._digests: dict[str, str] = {}
         self._stop_token_ids = list(spec.stop_token_ids)
         self._routing = spec.routing
 
@@ -85,21 +88,30 @@ class FakeEngine:
             np.uint16,
         ).reshape(num_inputs, len(self._routing.layers), topk)
 
-    def start_weight_update(self, version: int) -> None:
+    def start_weight_update(self, version: int, with_digests: bool = False) -> None:
         self.weight_version = -1
         self.num_updated_tensors = 0
-        self._coming_version = version
-        self._receiver.begin(version)
+        self._coming_version, self._with_digests, self._digests = version, with_digests, {}
+        self._intake.begin(version)
 
     def update_weights(self, update: Any) -> None:
-        self._receiver.receive(update, self._load)
+        self._intake.receive(update)
 
     def _load(self, tensors: NamedTensors) -> None:
         self.num_updated_tensors += len(tensors)
+        if self._with_digests:
+            self._digests |= {name: full_digest(tensor) for name, tensor in tensors}
 
-    def finish_weight_update(self) -> None:
-        self._receiver.end()
+    def finish_weight_update(self, manifest: Manifest) -> None:
+        refuse(self._intake.differences(manifest), self._coming_version)
+        self._intake.end()
         self.weight_version = self._coming_version
 
+    def abort_weight_update(self) -> None:
+        self._intake.end()
+
+    def loaded_digests(self) -> list[dict[str, str]]:
+        return [self._digests]
+
     def close(self) -> None:
-        self._receiver.close()
+        self._intake.close()

@@ -47,6 +47,8 @@ from mcore_rl.rollout.base import (
     GenerationResult,
 )
 from mcore_rl.weight_sync.base import Link
+from mcore_rl.weight_sync.digest import Manifest
+from mcore_rl.weight_sync.intake import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -197,20 +199,35 @@ class VllmEngine:
             routed_experts=routed_experts,
         )
 
-    def start_weight_update(self, version: int) -> None:
+    def start_weight_update(self, version: int, with_digests: bool = False) -> None:
         self.weight_version = -1
         self._coming_version = version
+        self._llm.collective_rpc("begin_intake", args=(version, with_digests))
         self._llm.start_weight_update()
 
     def update_weights(self, update: Any) -> None:
-        info = {"version": self._coming_version, "update": update}
-        self._llm.update_weights({"update_info": info})
+        self._llm.update_weights({"update_info": {"update": update}})
 
-    def finish_weight_update(self) -> None:
+    def finish_weight_update(self, manifest: Manifest) -> None:
+        for differences in self._llm.collective_rpc("differences_from", args=(manifest,)):
+            refuse(differences, self._coming_version)
         self._llm.finish_weight_update(weight_version=str(self._coming_version))
         if not self._llm.reset_prefix_cache():
             raise RolloutError("cached keys and values survived a weight update", role="rollout")
         self.weight_version = self._coming_version
+
+    def abort_weight_update(self) -> None:
+        self.weight_version = -1
+        self._llm.collective_rpc("abort_intake")
+
+    def loaded_digests(self) -> list[dict[str, str]]:
+        return self._llm.collective_rpc("loaded_digests")
+
+    def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
+        """Return what `loaded_digests` would be for an engine that starts from a Hugging Face
+        folder; this one is without weights afterwards."""
+        self.weight_version = -1
+        return self._llm.collective_rpc("load_folder", args=(folder,))
 
     def close(self) -> None:
         del self._llm

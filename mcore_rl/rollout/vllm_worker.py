@@ -20,14 +20,14 @@ Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are load
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -41,8 +41,12 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from mcore_rl.errors import WeightSyncError
+from mcore_rl.rollout.vllm_digests import LoadedDigests, tensors_of_folder
 from mcore_rl.rollout.vllm_routes import RouteRecorder
-from mcore_rl.weight_sync.base import Link, NamedTensors, Receiver
+from mcore_rl.weight_sync.base import Link
+from mcore_rl.weight_sync.digest import Manifest
+from mcore_rl.weight_sync.intake import Intake
 
 
 @dataclass
@@ -56,47 +60,82 @@ class LinkInfo(WeightTransferInitInfo):
 class DeliveredUpdate(WeightTransferUpdateInfo):
     """What the sender had delivered; only the receiver knows what it is."""
 
-    version: int
     update: Any
 
 
 class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
     """Loads what the receiver of any transport makes of an update; checkpoint format, layer by
-    layer."""
+    layer.
+
+    What vLLM's own calls have no argument for, the engine says by `WorkerExtension`: the version
+    before the session, the manifest before its end, and that it is given up.
+    """
 
     init_info_cls = LinkInfo
     update_info_cls = DeliveredUpdate
-    _receiver: Receiver[Any]
+    intake: Intake
+    digests: LoadedDigests | None = None
+    _is_broken = False
 
     def init_transfer_engine(self, init_info: LinkInfo) -> None:
-        self._receiver = init_info.link.open_receiver()
+        link = init_info.link
+        own = self.parallel_config.rank % link.num_receivers
+        self.intake = Intake(replace(link, receiver=own), self._load)
         if self.device.type == "cpu":
             _rotate_every_head(self.model)
 
+    def begin(self, version: int, with_digests: bool) -> None:
+        """Prepare for a session."""
+        if self._is_broken:  # layers that were half loaded would count what they had again
+            broken = "an engine whose last weight update broke off takes no other"
+            raise WeightSyncError(broken, role="rollout")
+        self.digests = LoadedDigests(self.model) if with_digests else None
+        self.intake.begin(version)
+
     def start_weight_update(self) -> None:
+        self._open_layers()
+
+    def _open_layers(self) -> None:
         if self.device.type == "cpu":
             _reset_packed_moe_kernels(self.model)
         initialize_layerwise_reload(self.model)
-        self._has_begun = False  # vLLM's start has no version; the first update brings it
 
     def receive_weights(self, update_info: DeliveredUpdate) -> None:
-        if not self._has_begun:
-            self._receiver.begin(update_info.version)
-            self._has_begun = True
-        self._receiver.receive(update_info.update, self._load)
+        self.intake.receive(update_info.update)
 
-    def _load(self, tensors: NamedTensors) -> None:
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.model.load_weights(iter(tensors))  # pyright: ignore
 
     def finish_weight_update(self) -> None:
+        self._close_layers()
+        self.intake.end()
+
+    def _close_layers(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.digests is not None:
+            self.digests.finish()
         if self.device.type == "cpu":
             _pack_output_layers_again(self.model)
-        self._receiver.end()
+
+    def load_folder(self, folder: str) -> dict[str, str]:
+        """Load a Hugging Face folder by vLLM's own reader and return the digests; the model's
+        weights are then no longer those of a sync."""
+        self.digests, self._is_broken = LoadedDigests(self.model), True
+        with set_current_vllm_config(self.vllm_config):
+            self._open_layers()
+            self._load(tensors_of_folder(folder, self.model_config, self.model))
+            self._close_layers()
+        self._is_broken = False
+        return self.digests.by_name
+
+    def abort(self) -> None:
+        """Give up the session and the engine: its layers are half loaded."""
+        self._is_broken = True
+        self.intake.end()
 
     def shutdown(self) -> None:
-        if hasattr(self, "_receiver"):  # vLLM may give up before
-            self._receiver.close()
+        if hasattr(self, "intake"):  # vLLM may give up before
+            self.intake.close()
 
 
 def _rotate_every_head(model: torch.nn.Module) -> None:
@@ -136,6 +175,28 @@ class WorkerExtension:
 
     model_runner: Any
     vllm_config: VllmConfig
+    weight_transfer_engine: LinkedWeights
+
+    def begin_intake(self, version: int, with_digests: bool) -> None:
+        """Prepare for an update session; to be called before vLLM's start."""
+        self.weight_transfer_engine.begin(version, with_digests)
+
+    def differences_from(self, manifest: Manifest) -> list[str]:
+        """Return how what reached the loader differs; to be called before vLLM's finish."""
+        return self.weight_transfer_engine.intake.differences(manifest)
+
+    def abort_intake(self) -> None:
+        """Give up a session, in place of vLLM's finish."""
+        self.weight_transfer_engine.abort()
+
+    def loaded_digests(self) -> dict[str, str]:
+        """Return the digests of the last session; see `LoadedDigests`."""
+        digests = self.weight_transfer_engine.digests
+        return {} if digests is None else digests.by_name
+
+    def load_folder(self, folder: str) -> dict[str, str]:
+        """Load a Hugging Face folder by vLLM's own loader and return the digests of that."""
+        return self.weight_transfer_engine.load_folder(folder)
 
     def record_routes(self, layers: Sequence[int]) -> None:
         """Record the experts of everything computed from now on; see `RouteRecorder`."""

@@ -28,6 +28,8 @@ from mcore_rl.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mcore_rl.weight_sync.digest import Manifest
+
 NamedTensors: TypeAlias = "Sequence[tuple[str, Tensor]]"
 """Full tensors under their Hugging Face names."""
 
@@ -52,7 +54,11 @@ class Distance(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One rank of an engine and the train worker that feeds it: what both ends are built from."""
+    """A train worker and what of an engine it feeds: what both ends are built from.
+
+    An engine in the train worker's process, or a part of one, has one receiver. An engine of
+    another process has one for each of its own workers, which all get every update.
+    """
 
     transport: str
     """Name: `rollout.weight_transport`."""
@@ -61,7 +67,11 @@ class Link:
     engine: int
     """Number of the engine."""
     engine_rank: int
-    """Rank in it."""
+    """Rank in it of what the train worker feeds."""
+    num_receivers: int = 1
+    """How many receivers the sender feeds."""
+    receiver: int = 0
+    """Which of them this is, where a receiver is opened."""
 
     def open_sender(self) -> Sender[Any]:
         """Return the end beside the trainer."""
@@ -76,7 +86,8 @@ class Sender(ABC, Generic[Update]):
     """The end beside the trainer.
 
     Every sync is `begin`, `send` of one bucket after the other, `end`, as one session of the
-    engine: it has begun when `begin` is called, and has all weights when `end` is.
+    engine: it has begun when `begin` is called. When `end` is, the engine has all weights, or the
+    sync broke off anywhere since: what `begin` and `send` made is freed in either case.
     """
 
     def __init__(self, link: Link) -> None:
@@ -87,7 +98,8 @@ class Sender(ABC, Generic[Update]):
 
     @abstractmethod
     def send(self, bucket: NamedTensors, deliver: Deliver[Update]) -> None:
-        """Send one bucket, by as many updates as it takes; return when all are delivered.
+        """Send one bucket, by as many updates as it takes; return when all are delivered to all
+        receivers.
 
         `deliver` blocks until the receiver is done. Where both ends must act at one time, as in a
         broadcast, call it from a thread.
@@ -101,7 +113,8 @@ class Sender(ABC, Generic[Update]):
 
 
 class Receiver(ABC, Generic[Update]):
-    """The end inside the engine: `begin`, `receive` of one update after the other, `end`."""
+    """The end inside the engine: `begin`, `receive` of one update after the other, `end`, which
+    comes after a sync that broke off too."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -118,7 +131,7 @@ class Receiver(ABC, Generic[Update]):
         """
 
     def end(self) -> None:
-        """Free what this sync needed; the engine has loaded all weights."""
+        """Free what this sync needed; the engine has loaded all weights, or gives them up."""
 
     def close(self) -> None:
         """Free what all syncs needed."""
@@ -143,14 +156,31 @@ class UpdateSession(Protocol):
     weight_version: int
     """Version of the weights; -1 before the first session is finished and while one is open."""
 
-    def start_weight_update(self, version: int) -> None:
-        """Open a session for the weights of a version."""
+    def start_weight_update(self, version: int, with_digests: bool = False) -> None:
+        """Open a session for the weights of a version.
+
+        Args:
+            version: of the weights.
+            with_digests: have the full form of what is loaded at hand afterwards; takes time.
+        """
         ...
 
     def update_weights(self, update: Any) -> None:
         """Load what the sender delivers; return when it is loaded."""
         ...
 
-    def finish_weight_update(self) -> None:
-        """Close the session, forget what was computed under other weights, take the version."""
+    def finish_weight_update(self, manifest: Manifest) -> None:
+        """Close the session, forget what was computed under other weights, take the version.
+
+        Args:
+            manifest: of what was exported.
+
+        Raises:
+            WeightSyncError: if that is not what reached the engine's loader. The session is then
+                still open, and to be aborted.
+        """
+        ...
+
+    def abort_weight_update(self) -> None:
+        """Give up the session, which may be anywhere; the engine is left without weights."""
         ...

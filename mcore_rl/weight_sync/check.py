@@ -6,14 +6,19 @@
         check_transport("my_transport", tmp_path)
 
 What is loaded in a sync is what was sent in it: names, types, shapes and every bit, once each, and
-as it was until the engine has all of it. Nothing is left behind. Both ends are in one process here;
-where the transport reaches another, an update becomes a message on its way.
+as it was until the engine has all of it, whether the engine lets go of it before or not, for one
+receiver and for several, after a sync that broke off too. Nothing is left behind. Both ends are in
+one process here; where the transport reaches another, an update becomes a message on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,78 +31,144 @@ from mcore_rl.weight_sync.base import (
     Distance,
     Link,
     NamedTensors,
-    Receiver,
 )
+from mcore_rl.weight_sync.digest import Manifest
+from mcore_rl.weight_sync.intake import Intake, refuse
 from mcore_rl.weight_sync.sync import sync_weights
 
 
 class RecordingEngine:
-    """An `UpdateSession` that keeps what it is given until the session ends, as an engine may."""
+    """An `UpdateSession` that writes down what it is given.
 
-    def __init__(self, receiver: Receiver[Any], in_another_process: bool) -> None:
+    Args:
+        links: of its receivers.
+        in_another_process: whether updates are to become messages on their way.
+        keeps: whether it keeps the tensors until the session ends, as an engine may, or lets go of
+            each when it has a copy.
+    """
+
+    def __init__(self, links: Sequence[Link], in_another_process: bool, keeps: bool) -> None:
         self.weight_version = -1
-        self.loaded: list[tuple[str, Tensor]] = []
-        self._receiver, self._in_another_process = receiver, in_another_process
-        self._kept: list[tuple[str, Tensor]] = []
+        self.loaded: list[list[tuple[str, Tensor]]] = [[] for _ in links]
+        self._in_another_process, self._keeps = in_another_process, keeps
+        self._intakes = [
+            Intake(link, functools.partial(self._load, loaded))
+            for link, loaded in zip(links, self.loaded, strict=True)
+        ]
+        self._pool = ThreadPoolExecutor(len(links))
         self._coming_version = -1
 
-    def start_weight_update(self, version: int) -> None:
-        self.weight_version, self._kept, self._coming_version = -1, [], version
-        self._receiver.begin(version)
+    def _load(self, loaded: list[tuple[str, Tensor]], tensors: NamedTensors) -> None:
+        loaded += tensors if self._keeps else _copies(tensors)
+
+    def start_weight_update(self, version: int, with_digests: bool = False) -> None:
+        self.weight_version, self._coming_version = -1, version
+        for intake, loaded in zip(self._intakes, self.loaded, strict=True):
+            loaded.clear()
+            intake.begin(version)
 
     def update_weights(self, update: Any) -> None:
         if self._in_another_process:
             update = decode(encode(update))
-        self._receiver.receive(update, self._kept.extend)
+        # The receivers may have to meet.
+        for receiving in [self._pool.submit(each.receive, update) for each in self._intakes]:
+            receiving.result()
 
-    def finish_weight_update(self) -> None:
-        self.loaded = [(name, tensor.detach().clone()) for name, tensor in self._kept]
-        self._kept = []
-        self._receiver.end()
+    def finish_weight_update(self, manifest: Manifest) -> None:
+        for intake in self._intakes:
+            refuse(intake.differences(manifest), self._coming_version)
+        for loaded in self.loaded:
+            loaded[:] = _copies(loaded)
+        self._end()
         self.weight_version = self._coming_version
+
+    def abort_weight_update(self) -> None:
+        for loaded in self.loaded:
+            loaded.clear()
+        self._end()
+
+    def _end(self) -> None:
+        for intake in self._intakes:
+            intake.end()
+
+    def close(self) -> None:
+        for intake in self._intakes:
+            intake.close()
+        self._pool.shutdown()
+
+
+def _copies(tensors: NamedTensors) -> list[tuple[str, Tensor]]:
+    return [(name, tensor.detach().clone()) for name, tensor in tensors]
+
+
+class _BrokenOffError(Exception):
+    """What a sync is ended by that is to break off."""
 
 
 def check_transport(name: str, run_folder: Path) -> None:
-    """Raise an AssertionError that says what differs unless the registered transport holds this.
+    """Raise an error that says what differs unless the registered transport holds this.
 
     Args:
         name: of the transport, `rollout.weight_transport`.
         run_folder: a folder of the test.
+
+    Raises:
+        WeightSyncError: if another tensor reached the engine's loader than was sent.
+        AssertionError: if one changed while the engine kept it, or something was left behind.
     """
-    transport = TRANSPORTS.get(name)
+    is_far = TRANSPORTS.get(name).reaches != {Distance.SAME_PROCESS}
     files = set(run_folder.rglob("*"))
-    link = Link(transport=name, run_folder=str(run_folder), engine=0, engine_rank=0)
-    with ThreadPoolExecutor(1) as pool:  # the ends may have to meet
-        opened = pool.submit(link.open_receiver)
-        sender = link.open_sender()
-        receiver = opened.result()
-    engine = RecordingEngine(receiver, transport.reaches != {Distance.SAME_PROCESS})
-    for version in (0, 1, 2):
-        sync_weights(random_buckets(version), sender, engine, version)
-        sent = [named for bucket in random_buckets(version) for named in bucket]
-        _check_same(sent, engine.loaded, f"{name}, sync {version}")
-    receiver.close()
-    sender.close()
+    for num_receivers in (1, 3) if is_far else (1,):
+        for keeps in (True, False):
+            _check_syncs(name, run_folder, num_receivers, keeps, is_far)
     left = sorted(str(file) for file in set(run_folder.rglob("*")) - files)
     assert not left, f"{name} leaves behind: {', '.join(left)}"
+
+
+def _check_syncs(name: str, run_folder: Path, num_receivers: int, keeps: bool, is_far: bool):
+    link = Link(
+        transport=name,
+        run_folder=str(run_folder),
+        engine=0,
+        engine_rank=0,
+        num_receivers=num_receivers,
+    )
+    links = [replace(link, receiver=number) for number in range(num_receivers)]
+    sender, engine = link.open_sender(), RecordingEngine(links, is_far, keeps)
+    for version in range(4):
+        if version == 2:  # what broke off is of no consequence for what comes next
+            with contextlib.suppress(_BrokenOffError):
+                sync_weights(_broken_buckets(version), sender, engine, version)
+            assert engine.weight_version == -1
+        sync_weights(random_buckets(version), sender, engine, version)
+        sent = [named for bucket in random_buckets(version) for named in bucket]
+        for loaded in engine.loaded:
+            _check_same(sent, loaded, f"{name}, sync {version}")
+    engine.close()
+    sender.close()
+
+
+def _broken_buckets(version: int) -> Iterator[NamedTensors]:
+    yield from itertools.islice(random_buckets(version), 2)
+    raise _BrokenOffError
 
 
 def random_buckets(version: int) -> Iterator[NamedTensors]:
     """Yield buckets such as an export has: several types and shapes, views of one buffer, columns,
     parameters."""
     source = torch.Generator().manual_seed(version)
-    parts = torch.randn(24, generator=source).split(8)
+    parts = torch.randn(40, generator=source).split(8)
     square = torch.randn(16, 16, generator=source)
     yield [("embed.weight", torch.nn.Parameter(torch.randn(61, 16, generator=source)))]
-    for layer in range(3):
+    for layer in range(5):
         yield [
             (f"layers.{layer}.q.weight", parts[layer].view(2, 4)),
-            (f"layers.{layer}.k.weight", square[:, 4 * layer : 4 * layer + 4]),
+            (f"layers.{layer}.k.weight", square[:, 3 * layer : 3 * layer + 4]),
             (f"layers.{layer}.v.weight", square.bfloat16().t()),
             (f"layers.{layer}.scale", torch.randn((), generator=source)),
             *(
                 (f"layers.{layer}.experts.{expert}.weight", torch.randn(4, 4, generator=source))
-                for expert in range(12)
+                for expert in range(12 + 40 * layer)
             ),
         ]
     yield [("norm.weight", torch.randn(16, generator=source)), ("none", torch.empty(0, 16))]

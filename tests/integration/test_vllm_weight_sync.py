@@ -121,7 +121,7 @@ def test_the_receiver_of_a_transport_is_asked_for_every_sync_inside_vllm_s_worke
     in_vllm(vllm_cases.start, folders["qwen3", "A"], weight_transport="noting")
     in_vllm(vllm_cases.start_update)
     in_vllm(vllm_cases.stop)
-    assert in_vllm(vllm_cases.take_notes) == [opened, "close"]
+    assert in_vllm(vllm_cases.take_notes) == [opened, "begin 7", "end", "close"]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,18 +9,28 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from mcore_rl.errors import RunError, WeightSyncError
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import engine_overrides, load_hf_config, model_family, routing
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, RolloutEngine
-from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Sender, Transport
+from mcore_rl.weight_sync.base import (
+    TRANSPORTS,
+    Deliver,
+    Distance,
+    Link,
+    NamedTensors,
+    Sender,
+    Transport,
+)
 from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
 from mcore_rl.weight_sync.sync import sync_weights
 
@@ -111,10 +121,71 @@ def buckets(folder: str):
         yield [(name, reader.read(name)) for entry in layer for name in hf_shapes(entry)]
 
 
-def sync(folder: str, version: int) -> None:
+def sync(folder: str, version: int, with_digests: bool = False) -> None:
     """Give the engine the weights in `folder` as a train worker does."""
     assert _sender is not None
-    sync_weights(buckets(folder), _sender, engine(), version)
+    sync_weights(buckets(folder), _sender, engine(), version, with_digests)
+
+
+class _Falsified(Sender[Any]):
+    """Sends what a function makes of the tensors."""
+
+    def __init__(self, falsify: Callable[[NamedTensors], NamedTensors]) -> None:
+        assert _sender is not None
+        super().__init__(_sender.link)
+        self._falsify = falsify
+
+    def send(self, bucket: NamedTensors, deliver: Deliver[Any]) -> None:
+        assert _sender is not None
+        _sender.send(self._falsify(bucket), deliver)
+
+
+def sync_falsified(folder: str, version: int, fault: str, name: str) -> str:
+    """Sync as `sync` does, with a fault in the tensor called `name`; return why it was refused."""
+
+    def falsify(bucket: NamedTensors) -> NamedTensors:
+        if fault == "lost":
+            return [(own, tensor) for own, tensor in bucket if own != name]
+        if fault == "bucket lost":
+            return [] if name in dict(bucket) else bucket
+        if fault == "swapped":
+            tensors, other = dict(bucket), name.replace(".0.gate", ".1.gate")
+            if name in tensors:
+                tensors[name], tensors[other] = tensors[other], tensors[name]
+            return list(tensors.items())
+        changed = [(own, tensor.clone()) for own, tensor in bucket]
+        for own, tensor in changed:
+            if own == name:
+                tensor.view(-1).view(torch.uint8)[5] ^= 4
+        return changed
+
+    try:
+        sync_weights(buckets(folder), _Falsified(falsify), engine(), version)
+    except WeightSyncError as error:
+        return str(error)
+    return ""
+
+
+def refusal_of(function: Callable[..., Any], *args: Any) -> str:
+    """Return why a call is refused."""
+    try:
+        function(*args)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def loaded_digests() -> list[dict[str, str]]:
+    return engine().loaded_digests()
+
+
+def digests_of_folder(folder: str) -> list[dict[str, str]]:
+    return engine().digests_of_folder(folder)
+
+
+def own_checksums() -> dict[str, str]:
+    """Return what vLLM's own checksums say of the engine's parameters."""
+    return engine()._llm.collective_rpc("compute_weight_checksums")[0]
 
 
 def generate(requests: list[GenerationRequest]):

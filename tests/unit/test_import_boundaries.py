@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "rewards": ("jail",),
     "observability": (),
     "models": (),
-    "rollout": ("weight_sync.base",),
+    "rollout": ("weight_sync.base", "weight_sync.digest", "weight_sync.intake"),
     "megatron": ("models", "data.batch"),
     "weight_sync": (),
     # Only the sections that belong to components, and the types they are made of.
@@ -199,6 +199,7 @@ LIBRARY_OWNERS = {
     "rich": ("observability.", "convert."),
     "packaging": ("megatron.versions",),
     "zmq": ("launch.channel",),
+    "blake3": ("weight_sync.digest",),
     "torch": ("",),
     "numpy": ("",),
 }

@@ -34,6 +34,8 @@ from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, WriteState
 from mcore_rl.weight_sync.base import Link, NamedTensors
+from mcore_rl.weight_sync.digest import Manifest
+from mcore_rl.weight_sync.intake import Intake, refuse
 from mcore_rl.weight_sync.sync import sync_weights
 from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder
 
@@ -46,7 +48,7 @@ class UnigramEngine:
 
     def __init__(self, temperature: float, link: Link) -> None:
         self.temperature = temperature
-        self.receiver = link.open_receiver()
+        self.intake = Intake(link, self.load)
         self.weight_version = -1
         self.weights = torch.zeros(0)
 
@@ -72,21 +74,28 @@ class UnigramEngine:
             weight_version=self.weight_version,
         )
 
-    def start_weight_update(self, version: int) -> None:
+    def start_weight_update(self, version: int, with_digests: bool = False) -> None:
         self.weights = torch.zeros(0)
         self.coming_version = version
-        self.receiver.begin(version)
+        self.intake.begin(version)
 
     def update_weights(self, update: Any) -> None:
-        self.receiver.receive(update, self.load)
+        self.intake.receive(update)
 
     def load(self, tensors: NamedTensors) -> None:
         [(_, tensor)] = tensors
         self.weights = tensor.clone()
 
-    def finish_weight_update(self) -> None:
-        self.receiver.end()
+    def finish_weight_update(self, manifest: Manifest) -> None:
+        refuse(self.intake.differences(manifest), self.coming_version)
+        self.intake.end()
         self.weight_version = self.coming_version
+
+    def abort_weight_update(self) -> None:
+        self.intake.end()
+
+    def loaded_digests(self) -> list[dict[str, str]]:
+        return [{}]
 
     def close(self) -> None:
         pass

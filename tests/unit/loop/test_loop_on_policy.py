@@ -362,8 +362,8 @@ class StaleEngine(UnigramEngine):
 class DeafEngine(UnigramEngine):
     """Ends a weight update without taking the version."""
 
-    def finish_weight_update(self):
-        super().finish_weight_update()
+    def finish_weight_update(self, manifest):
+        super().finish_weight_update(manifest)
         self.weight_version = min(self.weight_version, 1)
 
 

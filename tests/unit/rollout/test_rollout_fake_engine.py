@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mcore_rl.errors import RolloutError
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
 from mcore_rl.types import Routing
 from mcore_rl.weight_sync.base import Link
+from mcore_rl.weight_sync.digest import Manifest, full_digest
 from mcore_rl.weight_sync.direct import Tensors
 
 VOCABULARY = 50
@@ -40,7 +41,7 @@ def make_engine(tmp_path):
         engine = load_engine(spec, link)
         if version >= 0:
             engine.start_weight_update(version)
-            engine.finish_weight_update()
+            engine.finish_weight_update(Manifest())
         return engine
 
     return make
@@ -107,13 +108,29 @@ def test_nothing_is_generated_without_complete_weights(make_engine):
     with pytest.raises(RolloutError, match="without complete weights"):
         engine.generate(REQUESTS)
     engine.start_weight_update(3)
-    engine.update_weights(Tensors([("a", torch.zeros(2)), ("b", torch.zeros(2))]))
+    tensors, manifest = [("a", torch.zeros(2)), ("b", torch.zeros(2))], Manifest()
+    manifest.add(tensors)
+    engine.update_weights(Tensors(tensors))
     with pytest.raises(RolloutError, match="without complete weights"):
         engine.generate(REQUESTS)
-    engine.finish_weight_update()
+    engine.finish_weight_update(manifest)
     assert {result.weight_version for result in engine.generate(REQUESTS)} == {3}
     assert engine.num_updated_tensors == 2
     engine.start_weight_update(4)
     assert engine.weight_version == -1
     with pytest.raises(RolloutError):
         engine.generate(REQUESTS)
+
+
+def test_an_engine_refuses_to_finish_with_other_weights_and_tells_what_it_loaded(make_engine):
+    engine, tensors, manifest = make_engine(), [("a", torch.ones(2))], Manifest()
+    manifest.add([*tensors, ("b", torch.ones(2))])
+    engine.start_weight_update(4, with_digests=True)
+    engine.update_weights(Tensors(tensors))
+    with pytest.raises(WeightSyncError, match=r"weights 4 are not what was sent: b did not arrive"):
+        engine.finish_weight_update(manifest)
+    engine.abort_weight_update()
+    assert engine.weight_version == -1
+    with pytest.raises(RolloutError, match="without complete weights"):
+        engine.generate(REQUESTS)
+    assert engine.loaded_digests() == [{"a": full_digest(torch.ones(2))}]

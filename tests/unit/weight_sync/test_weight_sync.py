@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mcore_rl.errors import UserError, WeightSyncError
+from mcore_rl.errors import RolloutError, UserError, WeightSyncError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rollout.base import RolloutConfig
 from mcore_rl.weight_sync.base import (
@@ -38,7 +38,7 @@ class RecordingEngine:
     def generate(self, requests):
         raise AssertionError("a sync generates nothing")
 
-    def start_weight_update(self, version):
+    def start_weight_update(self, version, with_digests=False):
         self.calls.append(f"start {version}")
         self._coming = version
 
@@ -47,9 +47,12 @@ class RecordingEngine:
         self.calls.append([name for name, _ in update.named_tensors])
         self.tensors |= dict(update.named_tensors)
 
-    def finish_weight_update(self):
-        self.calls.append("finish")
+    def finish_weight_update(self, manifest):
+        self.calls.append(f"finish with {len(manifest)}")
         self.weight_version = self._coming + self._version_shift
+
+    def abort_weight_update(self):
+        self.calls.append("abort")
 
     def close(self):
         pass
@@ -69,7 +72,7 @@ def buckets():
 def test_every_bucket_goes_through_one_session_in_order():
     engine = RecordingEngine()
     sync_directly(buckets(), engine, 5)
-    assert engine.calls == ["start 5", ["embed"], ["q", "k"], ["norm"], "finish"]
+    assert engine.calls == ["start 5", ["embed"], ["q", "k"], ["norm"], "finish with 4"]
     assert engine.weight_version == 5
 
 
@@ -103,7 +106,7 @@ def test_a_sync_that_breaks_off_does_not_give_the_engine_its_version():
     with pytest.raises(WeightSyncError, match="a rank is gone"):
         sync_directly(broken(), engine, 5)
     assert engine.weight_version == -1
-    assert engine.calls == ["start 5", ["embed"]]
+    assert engine.calls == ["start 5", ["embed"], "abort"]
 
 
 ORDER: list[str] = []
@@ -127,16 +130,19 @@ class OrderedEngine:
 
     weight_version = -1
 
-    def start_weight_update(self, version):
-        ORDER.append(f"engine starts {version}")
+    def start_weight_update(self, version, with_digests=False):
+        ORDER.append(f"engine starts {version}" + " with digests" * with_digests)
         self.coming = version
 
     def update_weights(self, update):
         ORDER.append(update)
 
-    def finish_weight_update(self):
+    def finish_weight_update(self, manifest):
         ORDER.append("engine finishes")
         self.weight_version = self.coming
+
+    def abort_weight_update(self):
+        ORDER.append("engine gives up")
 
 
 def test_the_sender_acts_inside_the_session_and_ends_when_the_engine_has_all():
@@ -146,6 +152,62 @@ def test_the_sender_acts_inside_the_session_and_ends_when_the_engine_has_all():
     assert " ".join(ORDER) == (
         "engine starts 5 sender begins 5 embed q norm engine finishes sender ends"
     )
+
+
+def test_digests_are_asked_for_at_the_start():
+    ORDER.clear()
+    sync_weights([], OrderedSender(LINK), OrderedEngine(), 5, with_digests=True)
+    assert ORDER[0] == "engine starts 5 with digests"
+
+
+class Breaking(OrderedSender):
+    """Fails where it is told to."""
+
+    where = ""
+
+    def begin(self, version):
+        super().begin(version)
+        self.fail("begin")
+
+    def send(self, bucket, deliver):
+        super().send(bucket, deliver)
+        self.fail(bucket[0][0])
+
+    def fail(self, where):
+        if where == self.where:
+            raise WeightSyncError(f"broke off at {where}")
+
+
+class Unwilling(OrderedEngine):
+    def finish_weight_update(self, manifest):
+        raise WeightSyncError("broke off at finish")
+
+
+class Gone(Unwilling):
+    def abort_weight_update(self):
+        raise RolloutError("the engine is gone")
+
+
+@pytest.mark.parametrize(
+    ("where", "engine", "done"),
+    [
+        ("begin", OrderedEngine, ""),
+        ("embed", OrderedEngine, "embed "),
+        ("finish", Unwilling, "embed q norm "),
+    ],
+)
+def test_a_sync_that_breaks_off_is_cleaned_up_at_both_ends(where, engine, done):
+    ORDER.clear()
+    sender = Breaking(LINK)
+    sender.where = where
+    with pytest.raises(WeightSyncError, match=f"broke off at {where}"):
+        sync_weights(buckets(), sender, engine(), 5)
+    assert " ".join(ORDER) == (f"engine starts 5 sender begins 5 {done}sender ends engine gives up")
+
+
+def test_an_engine_that_is_gone_does_not_hide_why_the_sync_broke_off():
+    with pytest.raises(WeightSyncError, match="broke off at finish"):
+        sync_weights(buckets(), OrderedSender(LINK), Gone(), 5)
 
 
 def test_an_unknown_transport_is_refused_with_the_configuration_by_the_closest_name():
@@ -177,6 +239,22 @@ class Honest(Receiver[Any]):
 class Losing(Faulty):
     def send(self, bucket, deliver):
         deliver(bucket[:-1])
+
+
+class LosingABucket(Faulty):
+    def send(self, bucket, deliver):
+        if bucket[0][0] != "layers.0.q.weight":
+            deliver(list(bucket))
+
+
+class Turning(Faulty):
+    def send(self, bucket, deliver):
+        deliver([(name, tensor.t() if tensor.dim() == 2 else tensor) for name, tensor in bucket])
+
+
+class Renaming(Faulty):
+    def send(self, bucket, deliver):
+        deliver([*bucket[:-1], (f"{bucket[-1][0]}.of_another", bucket[-1][1])])
 
 
 class Doubling(Faulty):
@@ -241,12 +319,15 @@ class Littering(Faulty):
 @pytest.mark.parametrize(
     ("sender", "receiver", "fault"),
     [
-        (Losing, Honest, r"faulty, sync 0: .* were sent, .* arrived"),
-        (Doubling, Honest, r"faulty, sync 0: .* were sent, .* arrived"),
-        (Swapping, Honest, r"faulty, sync 0: layers\.0\.experts\.10\.weight arrived changed"),
-        (Flipping, Honest, r"faulty, sync 0: embed\.weight arrived changed"),
-        (Widening, Honest, r"layers\.0\.v\.weight was \(torch\.bfloat16, .* \(torch\.float32"),
-        (Lagging, Honest, r"faulty, sync 1: embed\.weight arrived changed"),
+        (Losing, Honest, r"weights 0 .*: embed\.weight did not arrive; .* and 2 more$"),
+        (LosingABucket, Honest, r"layers\.0\.q\.weight did not arrive; .* and 11 more$"),
+        (Doubling, Honest, r"weights 0 are not what was sent: embed\.weight arrived twice"),
+        (Swapping, Honest, r"layers\.0\.experts\.10\.weight arrived with other content"),
+        (Flipping, Honest, r"embed\.weight arrived with other content"),
+        (Widening, Honest, r"layers\.0\.v\.weight was sent as bfloat16, arrived as float32"),
+        (Turning, Honest, r"embed\.weight was sent as \[61, 16\], arrived as \[16, 61\]"),
+        (Renaming, Honest, r"weights 0 .*: embed\.weight did not arrive; .* and 9 more$"),
+        (Lagging, Honest, r"weights 1 are not what was sent: embed\.weight arrived with other"),
         (Faulty, Reusing, r"faulty, sync 0: embed\.weight arrived changed"),
         (Littering, Honest, r"faulty leaves behind: .*weights_0, .*weights_1"),
     ],
@@ -257,7 +338,7 @@ def test_a_transport_that_brings_something_else_fails_its_check(
     reaches = frozenset({Distance.SAME_PROCESS})
     faulty = Transport(sender=sender, receiver=receiver, reaches=reaches)
     monkeypatch.setitem(TRANSPORTS._entries, "faulty", faulty)
-    with pytest.raises(AssertionError, match=fault):
+    with pytest.raises((AssertionError, WeightSyncError), match=fault):
         check_transport("faulty", tmp_path)
 
 

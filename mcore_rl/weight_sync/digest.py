@@ -1,0 +1,127 @@
+"""What weights are, in few bytes: to tell whether those that arrived are those that were sent.
+
+The cheap form, taken of every tensor at both ends of every sync: one integer over the bits of a
+tensor, kept with its name, type and shape. The bits are read in the order of the tensor's indices,
+whatever its strides, as 64-bit words in rows of 64, zeros behind the last:
+
+    content = sum_r weight_r * (sum_c word_rc)   mod 2^64,   weight_r odd, pseudo-random
+
+Seen: any change of any one word, a lost or doubled tensor, experts that changed places (the names
+differ), swapped or shifted rows, a transposed matrix. Not seen: words that change places within a
+row (512 bytes), changes within a row that cancel, and, with a chance of 2^-32 or so, others. It is
+no cryptographic hash: it finds faults, not forgeries.
+
+The full form is `full_digest`, blake3 over the same bits: 5 times as slow, so on request only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORDS_PER_ROW = 64
+_BYTES_PER_ROW = 8 * _WORDS_PER_ROW
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    content: int
+
+
+class Manifest:
+    """Names, types, shapes and contents of the tensors of a sync; grows bucket by bucket."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._doubled: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take up tensors; a name that was there before is remembered as doubled."""
+        named_tensors = list(named_tensors)
+        contents = _contents([tensor for _, tensor in named_tensors])
+        for (name, tensor), content in zip(named_tensors, contents, strict=True):
+            if name in self._entries:
+                self._doubled.append(name)
+            self._entries[name] = _Entry(
+                str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content
+            )
+
+    def differences(self, arrived: Manifest) -> list[str]:
+        """Return what is wrong with `arrived`, a line a tensor."""
+        lines = [f"{name} was sent twice" for name in self._doubled]
+        lines += [f"{name} arrived twice" for name in arrived._doubled]
+        for name, sent in self._entries.items():
+            got = arrived._entries.get(name)
+            if got is None:
+                lines.append(f"{name} did not arrive")
+            elif got.shape != sent.shape:
+                lines.append(f"{name} was sent as {list(sent.shape)}, arrived as {list(got.shape)}")
+            elif got.dtype != sent.dtype:
+                lines.append(f"{name} was sent as {sent.dtype}, arrived as {got.dtype}")
+            elif got.content != sent.content:
+                lines.append(f"{name} arrived with other content")
+        unexpected = [name for name in arrived._entries if name not in self._entries]
+        return lines + [f"{name} arrived and was not sent" for name in unexpected]
+
+
+def content_of(tensor: Tensor) -> int:
+    """Return the cheap form of one tensor's content."""
+    return _contents([tensor])[0]
+
+
+def full_digest(tensor: Tensor) -> str:
+    """Return type, shape and blake3 of the bits of a tensor as one text."""
+    from blake3 import blake3
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    bits = _bytes_of(tensor).cpu().numpy()
+    return f"{dtype}{list(tensor.shape)}:{blake3(bits.data).hexdigest()}"
+
+
+def _contents(tensors: list[Tensor]) -> list[int]:
+    sums = [_content(tensor) for tensor in tensors]
+    return torch.stack(sums).tolist() if sums else []  # one copy to the host for all
+
+
+@torch.no_grad()
+def _content(tensor: Tensor) -> Tensor:
+    flat = _bytes_of(tensor)
+    num_rows, num_left = divmod(flat.numel(), _BYTES_PER_ROW)
+    rows = flat[: flat.numel() - num_left].view(torch.int64).view(num_rows, _WORDS_PER_ROW)
+    sums = rows.sum(1)
+    if num_left:
+        last = flat.new_zeros(_BYTES_PER_ROW)
+        last[:num_left] = flat[flat.numel() - num_left :]
+        sums = torch.cat([sums, last.view(torch.int64).sum().view(1)])
+    return (sums * _weights(sums.numel(), flat.device)).sum()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor in the order of its indices, as aligned bytes."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    is_aligned = flat.storage_offset() % 8 == 0 and flat.data_ptr() % 8 == 0
+    return flat if is_aligned else flat.clone()
+
+
+def _weights(num_rows: int, device: torch.device) -> Tensor:
+    """Return an odd number for each row."""
+    capacity = 1 << max(num_rows - 1, 0).bit_length()
+    return _many_weights(capacity, device)[:num_rows]
+
+
+@functools.lru_cache(maxsize=2)
+def _many_weights(num_rows: int, device: torch.device) -> Tensor:
+    mixed = (
+        torch.arange(1, num_rows + 1, device=device) * -0x61C8864680B583EB
+    )  # 2^64 / golden ratio
+    mixed = (mixed ^ (mixed >> 29)) * -0x40A7B892E31B1A47
+    return mixed | 1
