@@ -284,6 +284,13 @@ def round_trip(spec, folder, sequences):
         return names, tensors, lists(cluster.trainer.logprobs(sequences))
 
 
+def received_in_buckets(spec, max_bytes, receivers):
+    """Return [(name, tensor)] of each bucket that this rank gets."""
+    with running_worker(spec) as worker:
+        buckets = worker.actor.exporter.buckets(max_bytes, receivers)
+        return [[(name, x.clone()) for name, x in bucket] for bucket in buckets]
+
+
 def optimizer_state(worker):
     """Return this rank's part of Adam's state: (steps, moments), in the order of parameters."""
     inner = worker.actor.optimizer.inner

@@ -308,7 +308,7 @@ _ROLLOUT = (
     Unread("rollout.layered_summon", _SYNC),
     Unread("rollout.load_format", _SYNC),
     Unread("rollout.nccl_timeout", _SYNC),
-    Unread("rollout.update_weights_bucket_megabytes", _SYNC),
+    Renamed("rollout.update_weights_bucket_megabytes", "rollout.update_weights_bucket_mib"),
     Unread("nccl_timeout", _SYNC),
     Unread("rollout.cudagraph_capture_sizes", _SPEED),
     Unread("rollout.disable_log_stats", _SPEED),

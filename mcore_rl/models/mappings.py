@@ -217,6 +217,14 @@ def hf_shapes(entry: ParamEntry) -> dict[str, Shape]:
     return {hf.name: hf.shape for hf in entry.mapping.sources}
 
 
+def shard_shape(entry: ParamEntry, tp_rank: int, tp_size: int) -> Shape:
+    """Return the shape of the shard of rank `tp_rank` of `tp_size`."""
+    blocks = entry.mapping.blocks(tp_rank, tp_size)
+    whole, cols = hf_shapes(entry)[blocks[0].hf_name], blocks[0].cols
+    rest = (cols[1] - cols[0], *whole[2:]) if cols else whole[1:]
+    return (sum(block.num_rows + block.num_pad_rows for block in blocks), *rest)
+
+
 def to_megatron(entry: ParamEntry, tp_rank: int, tp_size: int, read: Read) -> Tensor:
     """Return the shard of rank `tp_rank` of `tp_size`, reading only the slices it is made of.
 

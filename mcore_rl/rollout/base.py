@@ -93,6 +93,8 @@ class RolloutConfig:
     """Further arguments of the engine, handed on as they are."""
     weight_transport: str = "direct"
     """How weights reach the engine: direct (by reference, engine in the train worker's process)."""
+    update_weights_bucket_mib: int = 512
+    """Most MiB of weights that are gathered and sent at a time; a larger tensor goes alone."""
     logprob_tolerance: float | None = None
     """Largest difference of log-probabilities between engine and trainer that the check before
     step 0 accepts; None: that of the actor's dtype in `tolerances.py`, where also stands what the
@@ -140,6 +142,7 @@ class RolloutConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_model_len",
+            "update_weights_bucket_mib",
             "kv_cache_memory_bytes",
         ):
             value = getattr(self, name)

@@ -58,6 +58,7 @@ _MAY_CHANGE = (
     "rollout.kv_cache_memory_bytes",
     "rollout.engine_kwargs",
     "rollout.weight_transport",
+    "rollout.update_weights_bucket_mib",
 )
 
 

@@ -1,15 +1,25 @@
 """Megatron shards -> full tensors under their Hugging Face names, in layer order.
 
-Every rank of the model takes part and receives everything: a layer is gathered over its tensor
-(or expert and expert-tensor) group by one collective, and passed on from the pipeline stage that
-holds it. Memory beyond the model is one layer at a time. The order is that of the mapping list:
-vLLM's layer-by-layer reload buffers whole layers when they come interleaved.
+Every rank of the model takes part; the full tensors are made on the ranks that are to have them,
+which may be all. A layer comes in buckets of bounded size, as many as it takes. Each is gathered
+over the tensor (or expert and expert-tensor) group of the pipeline stage that holds it, to those of
+its ranks behind which a receiving rank stands in the pipeline, and passed on to that. Beyond the
+model a rank holds at most two buckets: what was gathered, and the tensors made of it.
+
+Layers come in the order of the mapping list: vLLM's layer-by-layer reload buffers whole layers when
+they come interleaved. Where a layer of experts takes several buckets, each has experts of every
+expert-parallel rank, so that all of them gather in every step. Example: experts 0, 1 on one rank,
+2, 3 on another, two experts to a bucket: 0 and 2, then 1 and 3.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +27,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mcore_rl.megatron.parallel import Parallel
-from mcore_rl.models.mappings import ParamEntry, hf_shapes, to_hf
+from mcore_rl.models.mappings import ParamEntry, hf_shapes, shard_shape, to_hf
+
+MAX_BUCKET_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What one rank of the expert group holds."""
+
+    dtypes: dict[str, torch.dtype]
+    """By canonical name."""
+    etp_rank: int
 
 
 class WeightExporter:
@@ -35,37 +56,102 @@ class WeightExporter:
         self, params: Mapping[str, Tensor], entries: Sequence[ParamEntry], parallel: Parallel
     ) -> None:
         self.params, self.entries, self.parallel = params, entries, parallel
-        # Which of the model's expert ranks holds what, and which pipeline stage.
         dtypes = {name: param.dtype for name, param in params.items()}
-        self._expert_ranks = _gather_objects((dtypes, parallel.etp.rank()), parallel.tp_ep)
-        held_here = {name: dtype for held, _ in self._expert_ranks for name, dtype in held.items()}
-        by_stage = _gather_objects(held_here, parallel.pp)
+        # By pipeline stage: what each of the model's expert ranks holds.
+        held = _gather_objects(_Held(dtypes, parallel.etp.rank()), parallel.tp_ep)
+        self._held: list[list[_Held]] = _gather_objects(held, parallel.pp)
         self._stage_of: dict[str, int] = {}
         self._dtype_of: dict[str, torch.dtype] = {}
-        for stage, held in reversed(list(enumerate(by_stage))):  # the first that holds a tied one
-            self._stage_of |= dict.fromkeys(held, stage)
-            self._dtype_of |= held
+        for stage in reversed(range(len(self._held))):  # the first that holds a tied one
+            for of_rank in self._held[stage]:
+                self._stage_of |= dict.fromkeys(of_rank.dtypes, stage)
+                self._dtype_of |= of_rank.dtypes
         self._device = next(iter(params.values())).device
+        self._plans: dict[int, list[list[ParamEntry]]] = {}
+        # Which ranks stand behind each other in the pipeline, for every rank of a group.
+        self._pipeline = dist.get_process_group_ranks(parallel.pp)
+        self._pipelines = {
+            group: _gather_objects(self._pipeline, group) for group in (parallel.tp, parallel.tp_ep)
+        }
 
     def outline(self) -> list[tuple[str, Tensor]]:
         """Return what iterating yields, in its order, as tensors on the meta device."""
-        return self._outline(self.entries)
+        return [
+            named for entries in self._plan(MAX_BUCKET_BYTES) for named in self._outline(entries)
+        ]
+
+    def __iter__(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the buckets of the usual size on every rank."""
+        return self.buckets()
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield one bucket per layer (and one each for what comes before and after them)."""
-        for _, layer in itertools.groupby(self.entries, key=lambda entry: entry.layer):
-            entries = list(layer)
+    def buckets(
+        self, max_bytes: int = MAX_BUCKET_BYTES, receivers: AbstractSet[int] | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield full tensors in buckets that hold no tensors of two layers.
+
+        Args:
+            max_bytes: size of a bucket; one with a single larger tensor, or the tensors of a single
+                larger parameter, is larger.
+            receivers: global ranks that are to have the tensors; None: all. The other ranks get
+                empty buckets.
+        """
+        rank = self.parallel.rank
+        for entries in self._plan(max_bytes):
             stage = self._stage_of[entries[0].megatron_name]
+            tensors: list[tuple[str, Tensor]] = []
             if stage == self.parallel.pp.rank():
-                tensors = self._gather_layer(entries)
-            else:
+                tensors = self._gather(entries, receivers)
+            elif receivers is None or rank in receivers:
                 tensors = [
                     (name, torch.empty_like(tensor, device=self._device))
                     for name, tensor in self._outline(entries)
                 ]
-            self._pass_on(tensors, stage)
-            yield tensors
+            self._pass_on(tensors, stage, receivers)
+            yield tensors if receivers is None or rank in receivers else []
+            del tensors  # before the next are made
+
+    def _plan(self, max_bytes: int) -> list[list[ParamEntry]]:
+        """Return the parameters of each bucket."""
+        if max_bytes not in self._plans:
+            self._plans[max_bytes] = list(self._bucket_entries(max_bytes))
+        return self._plans[max_bytes]
+
+    def _bucket_entries(self, max_bytes: int) -> Iterator[list[ParamEntry]]:
+        for _, layer in itertools.groupby(self.entries, key=lambda entry: entry.layer):
+            entries = list(layer)
+            place = {entry.megatron_name: i for i, entry in enumerate(entries)}
+            bucket: list[ParamEntry] = []
+            size = 0
+            for unit in self._units(entries, max_bytes):
+                unit_size = sum(map(self._num_bytes, unit))
+                if bucket and size + unit_size > max_bytes:
+                    yield sorted(bucket, key=lambda entry: place[entry.megatron_name])
+                    bucket, size = [], 0
+                bucket += unit
+                size += unit_size
+            yield sorted(bucket, key=lambda entry: place[entry.megatron_name])
+
+    def _units(self, entries: Sequence[ParamEntry], max_bytes: int) -> list[list[ParamEntry]]:
+        """Return what is not torn apart: of experts one of each rank, unless that is too large."""
+        units = [[entry] for entry in entries if not entry.is_expert]
+        experts = {entry.megatron_name: entry for entry in entries if entry.is_expert}
+        if experts:
+            held = self._held[self._stage_of[next(iter(experts))]]
+            by_rank = [
+                [name for name in experts if name in of_rank.dtypes]
+                for of_rank in held
+                if of_rank.etp_rank == 0
+            ]
+            for names in zip(*by_rank, strict=True):
+                unit = [experts[name] for name in names]
+                fits = sum(map(self._num_bytes, unit)) <= max_bytes
+                units += [unit] if fits else [[entry] for entry in unit]
+        return units
+
+    def _num_bytes(self, entry: ParamEntry) -> int:
+        itemsize = self._dtype_of[entry.megatron_name].itemsize
+        return itemsize * sum(math.prod(shape) for shape in hf_shapes(entry).values())
 
     def _outline(self, entries: Sequence[ParamEntry]) -> list[tuple[str, Tensor]]:
         return [
@@ -74,75 +160,156 @@ class WeightExporter:
             for name, shape in hf_shapes(entry).items()
         ]
 
-    def _gather_layer(self, entries: Sequence[ParamEntry]) -> list[tuple[str, Tensor]]:
-        dense = [entry for entry in entries if not entry.is_expert]
-        experts = [entry for entry in entries if entry.is_expert]
-        shards = self._dense_shards(dense) | self._expert_shards(experts)
+    def _gather(
+        self, entries: Sequence[ParamEntry], receivers: AbstractSet[int] | None
+    ) -> list[tuple[str, Tensor]]:
+        """Return the tensors of parameters of this stage; nothing where none are wanted."""
+        tp, tp_ep = self.parallel.tp, self.parallel.tp_ep
+        names = [entry.megatron_name for entry in entries if not entry.is_expert]
+        expert_names = [entry.megatron_name for entry in entries if entry.is_expert]
+        held = self._held[self.parallel.pp.rank()]
+        holders = [[name for name in expert_names if name in each.dtypes] for each in held]
+        by_name = {entry.megatron_name: entry for entry in entries}
+        shards = self._shards(by_name, [names] * tp.size(), tp, receivers)
+        shards |= self._shards(by_name, holders, tp_ep, receivers)
         return [
-            item for entry in entries for item in to_hf(entry, shards[entry.megatron_name]).items()
+            item
+            for name, entry in by_name.items()
+            if name in shards
+            for item in to_hf(entry, shards.pop(name)).items()
         ]
 
-    def _dense_shards(self, entries: Sequence[ParamEntry]) -> dict[str, list[Tensor]]:
-        local = [self.params[entry.megatron_name].detach() for entry in entries]
-        by_rank = _all_gather(local, self.parallel.tp)
-        return {
-            entry.megatron_name: [tensors[i] for tensors in by_rank]
-            for i, entry in enumerate(entries)
-        }
+    def _shards(
+        self,
+        entries: Mapping[str, ParamEntry],
+        names_by_rank: Sequence[Sequence[str]],
+        group: ProcessGroup,
+        receivers: AbstractSet[int] | None,
+    ) -> dict[str, list[Tensor]]:
+        """Return the shards of parameters in rank order, by name; nothing where none are wanted.
 
-    def _expert_shards(self, entries: Sequence[ParamEntry]) -> dict[str, list[Tensor]]:
-        names = [entry.megatron_name for entry in entries]
-        local = [self.params[name].detach() for name in names if name in self.params]
-        shards: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-        for (held, etp_rank), tensors in zip(
-            self._expert_ranks, _all_gather(local, self.parallel.tp_ep), strict=True
-        ):
-            held_names = [name for name in names if name in held]
-            for name, tensor in zip(held_names, tensors, strict=True):
-                shards[name][etp_rank] = tensor
-        return {
-            name: [by_etp[rank] for rank in range(len(by_etp))] for name, by_etp in shards.items()
-        }
+        Args:
+            entries: by name.
+            names_by_rank: of which parameters each rank of the group holds a shard.
+            group: the ranks that hold them together.
+            receivers: as in `buckets`.
+        """
+        wanting = [
+            receivers is None or not receivers.isdisjoint(pipeline)
+            for pipeline in self._pipelines[group]
+        ]
+        held = [(rank, name) for rank, names in enumerate(names_by_rank) for name in names]
+        shards: dict[str, list[Tensor]] = {}
+        for dtype in dict.fromkeys(self._dtype_of[name] for _, name in held):
+            of_dtype = [(rank, name) for rank, name in held if self._dtype_of[name] == dtype]
+            own = [self.params[name].detach() for rank, name in of_dtype if rank == group.rank()]
+            if group.size() == 1:
+                parts = iter(own)
+            else:
+                shapes = [self._shard_shape(entries[name], rank) for rank, name in of_dtype]
+                sizes = [math.prod(shape) for shape in shapes]
+                by_rank = [0] * group.size()
+                for (rank, _), size in zip(of_dtype, sizes, strict=True):
+                    by_rank[rank] += size
+                flat = torch.cat(
+                    [torch.empty(0, dtype=dtype, device=self._device), *map(_flat, own)]
+                )
+                gathered = _gather_flat(flat, by_rank, group, wanting)
+                if gathered is None:
+                    continue
+                parts = (
+                    part.view(shape)
+                    for part, shape in zip(gathered.split(sizes), shapes, strict=True)
+                )
+            for (_, name), part in zip(of_dtype, parts, strict=True):
+                shards.setdefault(name, []).append(part)
+        return shards
 
-    def _pass_on(self, tensors: Sequence[tuple[str, Tensor]], stage: int) -> None:
-        group = self.parallel.pp
-        if group.size() == 1:
+    def _shard_shape(self, entry: ParamEntry, rank: int) -> tuple[int, ...]:
+        """Return the shape of what a rank holds: of its tensor group, or of its expert group."""
+        parallel = self.parallel
+        if entry.is_expert:
+            index, count = self._held[parallel.pp.rank()][rank].etp_rank, parallel.etp.size()
+        else:
+            index, count = rank, parallel.tp.size()
+        return shard_shape(entry, index, count)
+
+    def _pass_on(
+        self,
+        tensors: Sequence[tuple[str, Tensor]],
+        stage: int,
+        receivers: AbstractSet[int] | None,
+    ) -> None:
+        """Give the tensors of a stage to the receivers behind and before it in the pipeline."""
+        group, own = self.parallel.pp, self.parallel.pp.rank()
+        wanting = [receivers is None or rank in receivers for rank in self._pipeline]
+        takers = [rank for rank, wants in enumerate(wanting) if wants and rank != stage]
+        if not takers or (own != stage and own not in takers):
             return
-        source = dist.get_global_rank(group, stage)
         for same in _by_dtype([tensor for _, tensor in tensors]):
-            flat = torch.cat([tensor.reshape(-1) for _, tensor in same])
-            dist.broadcast(flat, src=source, group=group)
-            parts = flat.split([tensor.numel() for _, tensor in same])
-            for (_, tensor), part in zip(same, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+            flat = torch.cat([_flat(tensor) for tensor in same])
+            if len(takers) == group.size() - 1:
+                dist.broadcast(flat, group=group, group_src=stage)
+            elif own == stage:
+                for rank in takers:
+                    dist.send(flat, group=group, group_dst=rank)
+            else:
+                dist.recv(flat, group=group, group_src=stage)
+            if own != stage:
+                for tensor, part in zip(
+                    same, flat.split([tensor.numel() for tensor in same]), strict=True
+                ):
+                    tensor.copy_(part.view_as(tensor))
 
 
-def _gather_objects(value, group: ProcessGroup) -> list:
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
+
+
+def _gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
     gathered = [None] * group.size()
     dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def _all_gather(tensors: Sequence[Tensor], group: ProcessGroup) -> list[list[Tensor]]:
-    """Return every rank's tensors, by rank; all ranks hold as many, of the same shapes."""
-    if group.size() == 1:
-        return [list(tensors)] * group.size()
-    gathered = [list(tensors) for _ in range(group.size())]
-    for same in _by_dtype(tensors):
-        flat = torch.cat([tensor.reshape(-1) for _, tensor in same])
-        rows = flat.new_empty(group.size() * flat.numel())
-        dist.all_gather_into_tensor(rows, flat, group=group)
-        for of_rank, row in zip(gathered, rows.chunk(group.size()), strict=True):
-            parts = row.split([tensor.numel() for _, tensor in same])
-            for (place, tensor), part in zip(same, parts, strict=True):
-                of_rank[place] = part.view_as(tensor)
+def _gather_flat(
+    flat: Tensor, sizes: Sequence[int], group: ProcessGroup, wanting: Sequence[bool]
+) -> Tensor | None:
+    """Return what all ranks hold, one after the other; None on ranks that do not want it.
+
+    Args:
+        flat: what this rank holds.
+        sizes: how many numbers each rank holds.
+        group: the ranks.
+        wanting: which of them are to have it.
+    """
+    own = group.rank()
+    gathered = flat.new_empty(sum(sizes)) if wanting[own] else None
+    if all(wanting) and len(set(sizes)) == 1:
+        dist.all_gather_into_tensor(gathered, flat, group=group)
+        return gathered
+    transfers = []
+    if flat.numel():
+        transfers += [
+            dist.P2POp(dist.isend, flat, group=group, group_peer=rank)
+            for rank, wants in enumerate(wanting)
+            if wants and rank != own
+        ]
+    if gathered is not None:
+        for rank, part in enumerate(gathered.split(list(sizes))):
+            if rank == own:
+                part.copy_(flat)
+            elif part.numel():
+                transfers.append(dist.P2POp(dist.irecv, part, group=group, group_peer=rank))
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+        transfer.wait()
     return gathered
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
-    """Group (place, tensor) by dtype: one collective moves one dtype. The order of the groups is
-    that of first appearance, which is the same on every rank."""
-    groups: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
-    for place, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append((place, tensor))
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by dtype: one collective moves one dtype. The order of the groups is that of
+    first appearance, which is the same on every rank."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
     return list(groups.values())

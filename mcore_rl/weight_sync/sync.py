@@ -43,6 +43,7 @@ def sync_weights(
                 sender.send(bucket, engine.update_weights)
                 num_buckets += 1
                 num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+                del bucket  # before the next is made
             engine.finish_weight_update(manifest)
         finally:
             sender.end()

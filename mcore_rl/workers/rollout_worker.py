@@ -35,6 +35,7 @@ class RolloutWorker(Rollout):
         self._is_first = place.engine_rank == 0
         self._exporter, self._routes, self._routing = exporter, routes, spec.routing
         self._knows_experts_differ = False
+        self._bucket_bytes = spec.config.update_weights_bucket_mib << 20
         assert place.engine is not None
         link = Link(
             transport=spec.config.weight_transport,
@@ -84,7 +85,8 @@ class RolloutWorker(Rollout):
 
     def sync_weights(self, version: int) -> Metrics:
         """Give this process's engine the actor's weights as `version`; collective."""
-        return to_host(sync_weights(self._exporter, self._sender, self.engine, version))
+        buckets = self._exporter.buckets(self._bucket_bytes)
+        return to_host(sync_weights(buckets, self._sender, self.engine, version))
 
     def close(self) -> None:
         """Free engine and sender."""

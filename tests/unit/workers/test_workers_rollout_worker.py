@@ -50,7 +50,8 @@ def make_worker(tmp_path):
         placement = colocated(Layout(dp=4), 4, tensor_model_parallel_size)
         parallel: Any = SimpleNamespace(rank=rank, host=None)
         routes = RouteStore(fields.get("routing"), parallel)
-        worker = RolloutWorker(spec, placement.places[rank], exporter=[], routes=routes)
+        exporter: Any = SimpleNamespace(buckets=lambda max_bytes: [])
+        worker = RolloutWorker(spec, placement.places[rank], exporter, routes)
         worker.sync_weights(0)
         return worker
 
