@@ -72,6 +72,8 @@ class Link:
     """How many receivers the sender feeds."""
     receiver: int = 0
     """Which of them this is, where a receiver is opened."""
+    address: str = "127.0.0.1"
+    """Of the train worker's machine, by which the engine reaches it."""
 
     def open_sender(self) -> Sender[Any]:
         """Return the end beside the trainer."""

@@ -190,7 +190,7 @@ LIBRARY_OWNERS = {
         "verify.",
     ),
     "huggingface_hub": ("hub.", "models."),
-    "safetensors": ("models.",),
+    "safetensors": ("models.", "weight_sync.disk"),
     "pyarrow": ("data.",),
     "jinja2": ("data.chat",),
     "matplotlib": ("observability.",),

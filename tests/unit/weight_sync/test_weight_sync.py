@@ -214,14 +214,9 @@ def test_an_unknown_transport_is_refused_with_the_configuration_by_the_closest_n
     with pytest.raises(
         UserError,
         match=r"^rollout\.weight_transport='direkt': there is no such weight transport\. "
-        r"Did you mean 'direct'\? Registered: direct\.$",
+        r"Did you mean 'direct'\? Registered: direct, disk, gloo, shared_memory\.$",
     ):
         RolloutConfig(weight_transport="direkt")
-
-
-def test_every_transport_of_the_package_brings_what_is_sent(tmp_path):
-    for name in TRANSPORTS:
-        check_transport(name, tmp_path)
 
 
 class Faulty(Sender[Any]):

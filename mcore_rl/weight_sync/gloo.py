@@ -1,0 +1,160 @@
+"""The transport `gloo`: broadcast over TCP, from a train worker to the processes of an engine.
+
+Sender and receivers make a group of their own, apart from every default group, when the first
+update of a sync brings the receivers its address, and leave it at the end. The sender broadcasts
+when all receivers have said that they are there, so that none waits for one that failed. A bucket
+is one broadcast of bytes: it lies once more at the sender, and once at every receiver for as long
+as the engine keeps it. Every wait has a deadline. The group listens on one address of the sender's
+machine, `Link.address`, without a key: it belongs into a network of the cluster's own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from mcore_rl.errors import WeightSyncError
+from mcore_rl.lazy_torch import torch
+from mcore_rl.weight_sync.base import (
+    TRANSPORTS,
+    Deliver,
+    Distance,
+    Load,
+    NamedTensors,
+    Receiver,
+    Sender,
+    Transport,
+)
+from mcore_rl.weight_sync.packing import PackedBucket
+
+DEADLINE = datetime.timedelta(seconds=120)
+"""Of a rendezvous and of a broadcast: both ends are there, or one of them is gone."""
+_PAUSE_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """A bucket that comes by broadcast."""
+
+    number: int
+    """From 0 in a sync."""
+    bucket: PackedBucket
+    address: str
+    """Of the store by which the group is made."""
+    port: int
+
+
+class GlooSender(Sender[Broadcast]):
+    """Rank 0 of the group."""
+
+    _store: Any = None
+    _group: Any = None
+
+    def begin(self, version: int) -> None:
+        self._store, self._num_sent = _serve(self.link.address), 0
+
+    def send(self, bucket: NamedTensors, deliver: Deliver[Broadcast]) -> None:
+        packed = PackedBucket.of(bucket)
+        update = Broadcast(self._num_sent, packed, self.link.address, self._store.port)
+        self._num_sent += 1
+        buffer = torch.empty(packed.num_bytes, dtype=torch.uint8)
+        packed.write(bucket, buffer)
+        pool = ThreadPoolExecutor(1)
+        try:
+            delivering = pool.submit(deliver, update)
+            self._meet(update.number, delivering)
+            if self._group is None:
+                size = 1 + self.link.num_receivers
+                self._group = _join(self._store, self.link.address, rank=0, size=size)
+            _broadcast(self._group, buffer)
+            delivering.result()
+        finally:
+            pool.shutdown(wait=False)
+
+    def _meet(self, number: int, delivering: Future[None]) -> None:
+        """Wait until all receivers are about to take the broadcast."""
+        keys = [_key(number, receiver) for receiver in range(self.link.num_receivers)]
+        last = time.monotonic() + DEADLINE.total_seconds()
+        while not self._store.check(keys):
+            is_over = time.monotonic() > last
+            if delivering.done():
+                delivering.result()  # says why
+            if delivering.done() or is_over:
+                raise WeightSyncError("receivers do not come to a broadcast", role="rollout")
+            time.sleep(_PAUSE_S)
+
+    def end(self) -> None:
+        self._group = self._store = None
+
+
+class GlooReceiver(Receiver[Broadcast]):
+    """Another rank of the group."""
+
+    _store: Any = None
+    _group: Any = None
+
+    def receive(self, update: Broadcast, load: Load) -> None:
+        number = self.link.receiver
+        if self._store is None:
+            self._store = torch.distributed.TCPStore(
+                update.address, update.port, is_master=False, timeout=DEADLINE
+            )
+        self._store.set(_key(update.number, number), "")
+        if self._group is None:
+            own_address = _address_towards(update.address, update.port)
+            size = 1 + self.link.num_receivers
+            self._group = _join(self._store, own_address, rank=1 + number, size=size)
+        buffer = torch.empty(update.bucket.num_bytes, dtype=torch.uint8)
+        _broadcast(self._group, buffer)
+        load(update.bucket.read(buffer))
+
+    def end(self) -> None:
+        self._group = self._store = None
+
+
+def _key(number: int, receiver: int) -> str:
+    return f"broadcast {number} receiver {receiver}"
+
+
+def _address_towards(address: str, port: int) -> str:
+    """Return this machine's own address as another one sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect((address, port))
+        return probe.getsockname()[0]
+
+
+def _serve(address: str) -> Any:
+    """Return a store that listens on one address alone."""
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    return torch.distributed.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=DEADLINE,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _join(store: Any, address: str, rank: int, size: int) -> Any:
+    options = torch.distributed.ProcessGroupGloo._Options()
+    options._timeout = DEADLINE
+    options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
+    return torch.distributed.ProcessGroupGloo(store, rank, size, options)
+
+
+def _broadcast(group: Any, buffer: torch.Tensor) -> None:
+    if buffer.numel():
+        options = torch.distributed.BroadcastOptions()
+        options.rootRank, options.timeout = 0, DEADLINE
+        group.broadcast([buffer], options).wait()
+
+
+TRANSPORTS.add(
+    "gloo", Transport(sender=GlooSender, receiver=GlooReceiver, reaches=frozenset(Distance))
+)

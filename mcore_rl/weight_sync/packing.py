@@ -1,0 +1,55 @@
+"""A bucket as one run of bytes, and what one has to know to make tensors of it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mcore_rl.weight_sync.base import NamedTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBucket:
+    """Where in a run of bytes the tensors of a bucket lie; every one begins at a multiple of 64."""
+
+    names: list[str]
+    dtypes: list[torch.dtype]
+    shapes: list[tuple[int, ...]]
+    sizes: list[int]
+    """In bytes."""
+
+    @classmethod
+    def of(cls, bucket: NamedTensors) -> PackedBucket:
+        """Return how a bucket is laid out."""
+        return cls(
+            [name for name, _ in bucket],
+            [tensor.dtype for _, tensor in bucket],
+            [tuple(tensor.shape) for _, tensor in bucket],
+            [tensor.numel() * tensor.element_size() for _, tensor in bucket],
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole run."""
+        return sum(size + -size % _ALIGNMENT for size in self.sizes)
+
+    def write(self, bucket: NamedTensors, buffer: Tensor) -> None:
+        """Copy the bucket into a buffer of bytes."""
+        for (_, tensor), (_, place) in zip(bucket, self.read(buffer), strict=True):
+            place.copy_(tensor.detach())
+
+    def read(self, buffer: Tensor) -> list[tuple[str, Tensor]]:
+        """Return the tensors in a buffer of bytes, as views of it."""
+        tensors, begin = [], 0
+        for name, dtype, shape, size in zip(
+            self.names, self.dtypes, self.shapes, self.sizes, strict=True
+        ):
+            tensors.append((name, buffer[begin : begin + size].view(dtype).view(shape)))
+            begin += size + -size % _ALIGNMENT
+        return tensors
