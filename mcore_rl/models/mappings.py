@@ -253,10 +253,13 @@ def to_hf(entry: ParamEntry, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         shards: of all ranks, in rank order; one is enough where the mapping is replicated.
 
     Returns:
-        Hugging Face name -> new tensor, in the dtype and on the device of the shards.
+        Hugging Face name -> tensor, in the dtype and on the device of the shards: a view of the
+        only shard where the tensor lies in one piece of it, a new one otherwise.
     """
     if entry.mapping.is_replicated:
         shards = shards[:1]
+    if len(shards) == 1 and (views := _views(entry, shards[0])):
+        return views
     tensors = {name: shards[0].new_empty(shape) for name, shape in hf_shapes(entry).items()}
     for tp_rank, shard in enumerate(shards):
         row = 0
@@ -268,6 +271,20 @@ def to_hf(entry: ParamEntry, shards: Sequence[Tensor]) -> dict[str, Tensor]:
             row += block.num_rows + block.num_pad_rows
         assert row == shard.shape[0], _shape_mismatch(entry, shard)
     return tensors
+
+
+def _views(entry: ParamEntry, shard: Tensor) -> dict[str, Tensor]:
+    """Return the tensors as views of the whole parameter, none where one is not in one piece."""
+    shapes, blocks = hf_shapes(entry), entry.mapping.blocks(0, 1)
+    if len(blocks) != len(shapes):
+        return {}
+    views, row = {}, 0
+    for block in blocks:
+        views[block.hf_name] = take(shard[row : row + block.num_rows], None, block.cols)
+        assert views[block.hf_name].shape == shapes[block.hf_name], _shape_mismatch(entry, shard)
+        row += block.num_rows + block.num_pad_rows
+    assert row == shard.shape[0], _shape_mismatch(entry, shard)
+    return {name: views[name] for name in shapes}
 
 
 def take(tensor: Any, rows: Range | None, cols: Range | None) -> Tensor:

@@ -92,7 +92,9 @@ class RolloutConfig:
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the engine, handed on as they are."""
     weight_transport: str = "direct"
-    """How weights reach the engine: direct (by reference, engine in the train worker's process)."""
+    """How weights reach the engine: direct (by reference, engine in the train worker's process),
+    shared_memory, gloo or disk (a folder that both see), ipc (another process of the same CUDA
+    device), nccl (CUDA devices of the engine's own)."""
     update_weights_bucket_mib: int = 512
     """Most MiB of weights that are gathered and sent at a time; a larger tensor goes alone."""
     logprob_tolerance: float | None = None

@@ -6,6 +6,6 @@ below. What only one of them needs, a library of CUDA say, it imports where it u
 is read before every run. `check.py` tests that what is sent is what arrives.
 """
 
-from mcore_rl.weight_sync import direct, disk, gloo, shared_memory
+from mcore_rl.weight_sync import direct, disk, gloo, ipc, nccl, shared_memory
 
-__all__ = ["direct", "shared_memory", "gloo", "disk"]
+__all__ = ["direct", "shared_memory", "gloo", "disk", "ipc", "nccl"]

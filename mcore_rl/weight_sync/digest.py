@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 _WORDS_PER_ROW = 64
 _BYTES_PER_ROW = 8 * _WORDS_PER_ROW
@@ -87,9 +88,23 @@ def full_digest(tensor: Tensor) -> str:
     return f"{dtype}{list(tensor.shape)}:{blake3(bits.data).hexdigest()}"
 
 
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Tensor -> (version, content): both ends of `direct` have the same tensors in hand. torch counts
+up a tensor's version when something is written into it, through whatever view."""
+
+
 def _contents(tensors: list[Tensor]) -> list[int]:
-    sums = [_content(tensor) for tensor in tensors]
-    return torch.stack(sums).tolist() if sums else []  # one copy to the host for all
+    known = [_known.get(tensor) for tensor in tensors]
+    fresh = [
+        tensor
+        for tensor, of_tensor in zip(tensors, known, strict=True)
+        if of_tensor is None or of_tensor[0] != tensor._version
+    ]
+    if fresh:
+        contents = torch.stack([_content(tensor) for tensor in fresh]).tolist()  # one copy for all
+        for tensor, content in zip(fresh, contents, strict=True):
+            _known[tensor] = tensor._version, content
+    return [_known[tensor][1] for tensor in tensors]
 
 
 @torch.no_grad()

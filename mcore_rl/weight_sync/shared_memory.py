@@ -128,13 +128,12 @@ class SharedMemorySender(Sender[InSlot]):
 
     def _free_slot(self, num_bytes: int) -> tuple[_Slot, bool]:
         free = [slot for slot in self._slots if slot.is_free]
-        must_copy = len(self._slots) - len(free) > 0
-        fitting = [slot for slot in free if slot.num_bytes >= num_bytes]
-        if fitting:
-            return fitting[0], must_copy
-        if free and len(self._slots) == 2:
-            self._slots.remove(free[0])
-            free[0].close()
+        must_copy = len(free) < len(self._slots)
+        for slot in free:
+            if slot.num_bytes >= num_bytes:
+                return slot, must_copy
+            self._slots.remove(slot)
+            slot.close()
         assert len(self._slots) < 2, "a receiver holds what it was told to copy"
         self._slots.append(_Slot(num_bytes, self.link.num_receivers))
         return self._slots[-1], must_copy

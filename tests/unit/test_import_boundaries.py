@@ -173,7 +173,7 @@ EXCEPTIONS = {"weight_sync.export": ("megatron.parallel", "models.mappings")}
 
 # Distributions that only some modules may import; torch and numpy are free.
 LIBRARY_OWNERS = {
-    "vllm": ("rollout.vllm_",),
+    "vllm": ("rollout.vllm_", "weight_sync.ipc", "weight_sync.nccl"),
     "megatron": ("megatron.",),
     "hydra": ("config.",),
     "yaml": ("config.", "observability.run_folder"),

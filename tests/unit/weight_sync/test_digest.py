@@ -84,6 +84,15 @@ def test_a_transposed_matrix_is_seen():
     assert content_of(matrix.t()) != content_of(matrix)
 
 
+def test_a_tensor_that_is_written_into_after_its_digest_is_seen():
+    """Digests are remembered by tensor, for as long as nothing is written into it."""
+    tensor = random_tensor((8, 8))
+    before = content_of(tensor)
+    assert content_of(tensor) == before
+    tensor[3].add_(1)
+    assert content_of(tensor) == content_of(tensor.clone()) != before
+
+
 def test_words_that_change_places_within_a_row_are_seen_by_the_full_form_alone():
     tensor = random_tensor((4, 128))
     other = tensor.roll(2, dims=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_process import ProcessEngine
 
-from mcore_rl.errors import WeightSyncError
+from mcore_rl.errors import UserError, WeightSyncError
 from mcore_rl.weight_sync import shared_memory
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Transport
 from mcore_rl.weight_sync.check import RecordingEngine, check_transport, random_buckets
@@ -108,9 +108,14 @@ def test_what_a_transport_does_to_the_weights_is_seen(name, fault, said, tmp_pat
 
 def test_what_reaches_where(tmp_path):
     near, far = Distance.SAME_PROCESS, Distance.OTHER_MACHINE
-    assert {name for name in TRANSPORTS if near in TRANSPORTS.get(name).reaches} >= set(ON_CPU)
+    assert {name for name in TRANSPORTS if near in TRANSPORTS.get(name).reaches} == set(ON_CPU)
     reaching_far = {name for name in TRANSPORTS if far in TRANSPORTS.get(name).reaches}
-    assert reaching_far & set(ON_CPU) == {"gloo", "disk"}
+    assert reaching_far == {"gloo", "disk", "nccl"}
+
+
+def test_a_handle_of_one_device_is_not_sent_to_several(tmp_path):
+    with pytest.raises(UserError, match=r"'ipc' reaches one device, and the engine has 2\. Use"):
+        link_of("ipc", tmp_path, num_receivers=2).open_sender()
 
 
 class Noting:

@@ -214,7 +214,7 @@ def test_an_unknown_transport_is_refused_with_the_configuration_by_the_closest_n
     with pytest.raises(
         UserError,
         match=r"^rollout\.weight_transport='direkt': there is no such weight transport\. "
-        r"Did you mean 'direct'\? Registered: direct, disk, gloo, shared_memory\.$",
+        r"Did you mean 'direct'\? Registered: direct, disk, gloo, ipc, nccl, shared_memory\.$",
     ):
         RolloutConfig(weight_transport="direkt")
 
