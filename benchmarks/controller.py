@@ -139,7 +139,7 @@ def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any
     from mcore_rl.metrics import merge, to_floats
     from mcore_rl.rewards.pool import Outcome
     from mcore_rl.rewards.score import reward_metrics, with_outcomes
-    from mcore_rl.rollout.base import GenerationResult
+    from mcore_rl.rollout.base import GenerationResult, VersionSpan
     from mcore_rl.types import Layout, Prompt
 
     prompts = [
@@ -147,14 +147,21 @@ def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any
         for i, ids in enumerate(make_prompts(num_tokens))
     ]
     results = [
-        GenerationResult(token_ids=ids, logprobs=numbers, finish_reason="stop", weight_version=0)
+        GenerationResult(
+            token_ids=ids,
+            logprobs=numbers,
+            finish_reason="stop",
+            versions=[VersionSpan(0, 0, len(ids))],
+        )
         for ids, numbers in make_responses(num_tokens)
     ]
     outcomes = [Outcome(score=reward) for reward in make_rewards(len(results))]
-    engines: Any = SimpleNamespace(engines=SimpleNamespace(generate=lambda *_, **__: results))
     placement = colocated(Layout(tp=TP, pp=PP, dp=DP), MODEL_RANKS, engine_size=TP)
     if with_routes:
         results = with_routes_at(results, placement)
+    answers = iter(results)
+    answered = [[next(answers) for _ in range(GROUP_SIZE)] for _ in prompts]
+    engines: Any = SimpleNamespace(engines=SimpleNamespace(generate=lambda *_, **__: answered))
     actor = ActorConfig(ppo_mini_batch_size=len(prompts) // NUM_MINIBATCHES, use_kl_loss=True)
     cfg = RunConfig(actor=actor)
     objective = PolicyObjective(resolve_objective(actor, LONGEST), log_entropy=True)
@@ -166,6 +173,7 @@ def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any
         with ledger.stage("samples"):
             groups = generate_groups(engines, prompts, GROUP_SIZE, **SAMPLING)
         results.clear()
+        answered.clear()
         ledger.begin_memory()
         with ledger.stage("metrics"):
             groups = with_outcomes(groups, outcomes)

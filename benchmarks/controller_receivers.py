@@ -25,12 +25,13 @@ import numpy as np
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.frames import encode, num_bytes
 from mcore_rl.launch import channel
-from mcore_rl.launch.channel import Address, Listener, Order, WorkerEnd
+from mcore_rl.launch.channel import Listener, Order, WorkerEnd
 from mcore_rl.launch.ending import end_process
 from mcore_rl.launch.folder import PrivateFolder
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.launch.processes import SECRET_VARIABLE, Ended
 from mcore_rl.metrics import Metrics, mean
+from mcore_rl.sockets import Address
 from mcore_rl.types import MicroBatch, Share, TokenNumbers
 from mcore_rl.workers.roles import Actor, RouteHolder
 
@@ -101,12 +102,12 @@ def serve(end: WorkerEnd) -> None:
     while True:
         order = end.next()
         if order.kind == channel.END:
-            end.answer(None)
+            end.answer(order, None)
             end.close()
             return
         value = order.read()
         if order.kind == channel.START:
-            end.answer(None)
+            end.answer(order, None)
             continue
         method, args = value
         answer = handlers[method](*args)
@@ -119,7 +120,7 @@ def serve(end: WorkerEnd) -> None:
                 of_method.checksum += checksum(share.whole)
             if method is RouteHolder.exchange:
                 of_method.tokens += sum(int(taken[:, 1].sum()) for taken in args[1].values())
-        end.answer(answer)
+        end.answer(order, answer)
 
 
 def _size(order: Order) -> int:

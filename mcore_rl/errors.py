@@ -64,6 +64,10 @@ class WorkerLostError(RunError):
     """A worker process ended, or cannot be reached any more."""
 
 
+class EngineLostError(WorkerLostError):
+    """An engine that is a process of its own ended, or hangs; it may be started again."""
+
+
 class HangError(RunError):
     """Nothing went on for as long as the run allows."""
 

@@ -28,11 +28,14 @@ class Cluster:
         placement: Placement,
         cut: Cut,
         critic_cut: Cut | None = None,
+        max_engine_restarts: int = 0,
     ) -> Cluster:
-        """Return the cluster of running workers; see `Trainer` for the cuts."""
+        """Return the cluster of running workers; see `Trainer` for the cuts, `Engines` for the
+        restarts."""
         routes = Routes(workers, placement)
         trainer = Trainer(workers, placement, routes, cut, critic_cut)
-        return cls(workers, trainer, Engines(workers, placement, routes), routes)
+        engines = Engines(workers, placement, routes, max_engine_restarts)
+        return cls(workers, trainer, engines, routes)
 
     def enter_step(self, step: int) -> None:
         """Have failures from here on name `step`; routes of earlier ones are dropped."""

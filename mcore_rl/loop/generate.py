@@ -40,27 +40,29 @@ def generate_groups(
             draws it.
         keep_routes: for a pass that replays them.
     """
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=prompt.token_ids,
-            sampling=SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_tokens=max_tokens,
-                seed=_request_seed(f"{seed}:{prompt.uid}:{index}"),
-            ),
-        )
+    groups = [
+        [
+            GenerationRequest(
+                prompt_token_ids=prompt.token_ids,
+                sampling=SamplingParams(
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    max_tokens=max_tokens,
+                    seed=_request_seed(f"{seed}:{prompt.uid}:{index}"),
+                ),
+            )
+            for index in range(n)
+        ]
         for prompt in prompts
-        for index in range(n)
     ]
-    results = iter(cluster.engines.generate(requests, keep_routes=keep_routes))
+    answered = cluster.engines.generate(groups, keep_routes=keep_routes)
     return [
         SampleGroup(
             prompt=prompt,
-            samples=[_sample(prompt, index, next(results)) for index in range(n)],
+            samples=[_sample(prompt, index, result) for index, result in enumerate(results)],
         )
-        for prompt in prompts
+        for prompt, results in zip(prompts, answered, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ from mcore_rl.weight_sync.base import (
     NamedTensors,
     Receiver,
 )
-from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.weight_sync.sync import Target, sync_weights
 
 
 class RecordingEngine:
@@ -73,7 +73,10 @@ def check_transport(name: str, run_folder: Path) -> None:
         receiver = opened.result()
     engine = RecordingEngine(receiver, transport.reaches != {Distance.SAME_PROCESS})
     for version in (0, 1, 2):
-        sync_weights(random_buckets(version), sender, engine, version)
+        target = Target(sender, engine)
+        sync_weights(random_buckets(version), [target], version)
+        if target.problem is not None:
+            raise target.problem
         sent = [named for bucket in random_buckets(version) for named in bucket]
         _check_same(sent, engine.loaded, f"{name}, sync {version}")
     receiver.close()

@@ -41,6 +41,7 @@ ROOT_FILES = (
     "segments",
     "tolerances",
     "processes",
+    "sockets",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     "segments": (),
     "tolerances": (),
     "processes": (),
+    "sockets": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),
@@ -198,7 +200,8 @@ LIBRARY_OWNERS = {
     "sympy": ("rewards.math",),
     "rich": ("observability.", "convert."),
     "packaging": ("megatron.versions",),
-    "zmq": ("launch.channel",),
+    "psutil": ("rollout.hosts.process",),
+    "zmq": ("launch.channel", "rollout.hosts.process", "sockets"),
     "torch": ("",),
     "numpy": ("",),
 }
