@@ -24,8 +24,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-logging.getLogger("vllm").setLevel(logging.ERROR)  # until its own configuration is read
-
 import numpy as np
 import torch
 import torch.distributed as dist
