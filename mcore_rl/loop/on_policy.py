@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
@@ -106,14 +107,15 @@ def with_logprobs(
     in_reward = cfg.algorithm.use_kl_in_reward
     minibatches = sequences_of_updates(cfg, groups)
     several = len(minibatches) * cfg.actor.ppo_epochs > 1
+    found: dict[str, Sequence[Any]] = {}
     if cfg.actor.router_replay.mode == "R2":
-        logprobs, routes = zip(*cluster.trainer.record_logprobs(*minibatches), strict=True)
-        groups = with_sample_fields(groups, old_logprobs=logprobs, routed_experts=routes)
+        recorded = cluster.trainer.record_logprobs(*minibatches)
+        found["old_logprobs"], found["routed_experts"] = zip(*recorded, strict=True)
     elif in_reward or (several and objective.needs_old_logprobs):
-        groups = with_sample_fields(groups, old_logprobs=cluster.trainer.logprobs(*minibatches))
+        found["old_logprobs"] = cluster.trainer.logprobs(*minibatches)
     if cfg.needs_reference:
-        groups = with_sample_fields(groups, ref_logprobs=cluster.trainer.ref_logprobs(*minibatches))
-    return groups
+        found["ref_logprobs"] = cluster.trainer.ref_logprobs(*minibatches)
+    return with_sample_fields(groups, **found) if found else groups
 
 
 def update(
