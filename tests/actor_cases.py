@@ -153,9 +153,7 @@ def train_on_recorded(spec, sequences, objective, cut):
         cluster.trainer.begin_step()
         metrics = to_floats(cluster.trainer.update(at, objective))
         first = metrics, lists(cluster.trainer.logprobs(bare))
-        num_moved = sum(rank != dist.get_rank() for rank, _ in worker.actor.routes._held)
-        num_moved = torch.tensor(num_moved)
-        dist.all_reduce(num_moved)
+        num_moved = num_given(worker)
         cluster.enter_step(1)
         assert not worker.actor.routes._held, "a step leaves no routes"
     arrays = [
@@ -166,7 +164,38 @@ def train_on_recorded(spec, sequences, objective, cut):
         cluster.trainer.begin_step()
         metrics = to_floats(cluster.trainer.update(arrays, objective))
         second = metrics, lists(cluster.trainer.logprobs(bare))
-    return first, second, int(num_moved)
+    return first, second, num_moved
+
+
+def ratios_of_first_update(spec, minibatches, objective, cut, records):
+    """Return (least, largest) ratio of new and old logprobs in the first of the updates: of the
+    routes that the sequences carry, or, if `records`, of those that the pass records; then how many
+    routes were given to another rank."""
+    with running_cluster(spec, cut) as (cluster, worker):
+        first = minibatches[0]
+        if records:
+            bare = [[replace(s, routed_experts=None) for s in part] for part in minibatches]
+            known = cluster.trainer.record_logprobs(*bare)[: len(first)]
+            first = [
+                replace(sequence, old_logprobs=old, routed_experts=at)
+                for sequence, (old, at) in zip(first, known, strict=True)
+            ]
+        else:
+            known = cluster.trainer.logprobs(*minibatches)[: len(first)]
+            first = [
+                replace(sequence, old_logprobs=old)
+                for sequence, old in zip(first, known, strict=True)
+            ]
+        cluster.trainer.begin_step()
+        metrics = to_floats(cluster.trainer.update(first, objective))
+        return metrics["actor/ratio/min"], metrics["actor/ratio/max"], num_given(worker)
+
+
+def num_given(worker):
+    """Return how many routes lie in ranks that did not record them."""
+    given = torch.tensor(sum(rank != dist.get_rank() for rank, _ in worker.actor.routes._held))
+    dist.all_reduce(given)
+    return int(given)
 
 
 def replayed_experts(routes):

@@ -7,6 +7,7 @@ first of the ranks that work on it, and puts the results back in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import numpy as np
 from mcore_rl.cluster.group import Call, WorkerGroup, call, call_all, results
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
-from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
+from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch, plan_pass
 from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import Metrics, merge, of_one_update
 from mcore_rl.types import (
@@ -54,31 +55,42 @@ class Trainer:
         self._workers, self._placement, self._routes = workers, placement, routes
         self._cut, self._critic_cut = cut, critic_cut
 
-    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
-        """Return logprobs of every trained token under the current weights, by sequence."""
-        by_rank = self._forward(Actor.logprobs, sequences, self._cut, reads=("routed_experts",))
-        return _by_sequence(by_rank, len(sequences))
+    def logprobs(self, *minibatches: Sequence[TokenSequence]) -> list[Numbers]:
+        """Return logprobs of every trained token under the current weights, by sequence.
 
-    def record_logprobs(self, sequences: Sequence[TokenSequence]) -> list[tuple[Numbers, RoutesAt]]:
-        """Return logprobs as `logprobs` does, and where the routes lie, by sequence."""
+        Args:
+            minibatches: of the updates to come. Sequences that carry routes are replayed on the
+                rank that trains on them, so routes go to one rank; others are cut as one minibatch.
+        """
+        sequences = list(chain.from_iterable(minibatches))
+        replays = any(sequence.routed_experts is not None for sequence in sequences)
+        parts = minibatches if replays else [sequences]
+        by_rank = self._forward(Actor.logprobs, parts, self._cut, reads=("routed_experts",))
+        return _by_sequence(by_rank)
+
+    def record_logprobs(
+        self, *minibatches: Sequence[TokenSequence]
+    ) -> list[tuple[Numbers, RoutesAt]]:
+        """Return logprobs as `logprobs` does, and where the routes lie, by sequence.
+
+        Args:
+            minibatches: of the updates to come, whose ranks record what they will replay.
+        """
         self._routes.expect()
-        by_rank = self._forward(Actor.record_logprobs, sequences, self._cut)
-        logprobs = _by_sequence([numbers for numbers, _ in by_rank], len(sequences))
-        found: dict[int, RoutesAt] = {}
-        for numbers, routes in by_rank:
-            found |= zip(numbers.indices.tolist(), routes, strict=True)
-        return [(logprobs[index], found[index]) for index in range(len(sequences))]
+        by_rank = self._forward(Actor.record_logprobs, minibatches, self._cut)
+        logprobs = _by_sequence(numbers for numbers, _ in by_rank)
+        found = {index: at for _, of_rank in by_rank for index, at in of_rank.items()}
+        return [(numbers, found[index]) for index, numbers in enumerate(logprobs)]
 
-    def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
+    def ref_logprobs(self, *minibatches: Sequence[TokenSequence]) -> list[Numbers]:
         """Return logprobs of every trained token under the reference weights, by sequence."""
-        by_rank = self._forward(Actor.ref_logprobs, sequences, self._cut)
-        return _by_sequence(by_rank, len(sequences))
+        sequences = list(chain.from_iterable(minibatches))
+        return _by_sequence(self._forward(Actor.ref_logprobs, [sequences], self._cut))
 
     def values(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return the critic's value of every trained token, by sequence."""
         assert self._critic_cut is not None, "there is no critic"
-        by_rank = self._forward(Critic.values, sequences, self._critic_cut)
-        return _by_sequence(by_rank, len(sequences))
+        return _by_sequence(self._forward(Critic.values, [sequences], self._critic_cut))
 
     def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
         """Return what comes out of embedding, layers and final norm for each sequence.
@@ -87,7 +99,7 @@ class Trainer:
             By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
         """
         found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
-        for outputs_of in self._forward(Actor.layer_outputs, sequences, self._cut):
+        for outputs_of in self._forward(Actor.layer_outputs, [sequences], self._cut):
             for index, outputs in outputs_of.items():  # each stage has layers of its own
                 found[index] |= outputs
         return found
@@ -104,7 +116,7 @@ class Trainer:
         """Do one optimizer update of the actor on a minibatch of sequences; return its metrics."""
         plan = self._plan(sequences, self._cut)
         counts = plan.denominators
-        shares = _shares(sequences, plan)
+        shares = _shares(sequences, plan.micro_batches)
         calls = self._calls(shares, lambda share: call(Actor.update, share, counts, objective))
         return merge([self._update(calls), packing_metrics(plan, self._cut)])
 
@@ -113,7 +125,7 @@ class Trainer:
         assert self._critic_cut is not None, "there is no critic"
         plan = self._plan(sequences, self._critic_cut)
         counts = plan.denominators
-        shares = _shares(sequences, plan)
+        shares = _shares(sequences, plan.micro_batches)
         calls = self._calls(shares, lambda share: call(Critic.update, share, counts, objective))
         return self._update(calls)
 
@@ -174,12 +186,15 @@ class Trainer:
     def _forward(
         self,
         method: Callable[[Any, Share | None], T],
-        sequences: Sequence[TokenSequence],
+        minibatches: Sequence[Sequence[TokenSequence]],
         cut: Cut,
         reads: Collection[str] = (),
     ) -> list[T]:
         """Return what every rank has of a pass that reads tokens, masks and `reads`."""
-        shares = _shares(sequences, self._plan(sequences, cut), reads)
+        layout = self._placement.layout
+        lengths = [[len(sequence.token_ids) for sequence in part] for part in minibatches]
+        planned = plan_pass(lengths, layout.dp, cut, multiple_of=layout.micro_batch_multiple)
+        shares = _shares(list(chain.from_iterable(minibatches)), planned, reads)
         calls = self._calls(shares, lambda share: call(method, share))
         return list(results(self._workers.submit(calls)).values())
 
@@ -207,14 +222,14 @@ class Trainer:
 
 def _shares(
     sequences: Sequence[TokenSequence],
-    plan: MinibatchPlan,
+    micro_batches: Sequence[Sequence[Sequence[int]]],
     reads: Collection[str] = (*NUMBERS, "routed_experts"),
 ) -> list[Share]:
     """Return the share of every data-parallel rank, with the numbers that the pass reads."""
-    return [Share.of(sequences, of_rank, reads) for of_rank in plan.micro_batches]
+    return [Share.of(sequences, of_rank, reads) for of_rank in micro_batches]
 
 
-def _by_sequence(by_rank: Iterable[TokenNumbers], num_sequences: int) -> list[Numbers]:
+def _by_sequence(by_rank: Iterable[TokenNumbers]) -> list[Numbers]:
     """Return the numbers of each sequence, whichever rank has them."""
     found = {index: numbers for of_rank in by_rank for index, numbers in of_rank.by_index()}
-    return [found[index] for index in range(num_sequences)]
+    return [found[index] for index in range(len(found))]

@@ -70,6 +70,24 @@ def thread_stacks() -> str:
     )
 
 
+_MORE, _NO_WAIT = int(zmq.SNDMORE), int(zmq.NOBLOCK)
+
+
+def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
+    """Do what `send_multipart` does, in half its time: the flags of every frame are plain."""
+    for frame in frames[:-1]:
+        socket.send(frame, _MORE, copy=False)
+    socket.send(frames[-1], copy=False)
+
+
+def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """Do what `recv_multipart` does, in half its time; raises `zmq.Again` if nothing is there."""
+    frames = [socket.recv(_NO_WAIT, copy=False)]
+    while frames[-1].more:
+        frames.append(socket.recv(copy=False))
+    return frames
+
+
 class _Outbox:
     """Messages of other threads to the one that owns the socket, which is woken by each."""
 
@@ -137,7 +155,7 @@ class Listener:
         received = []
         while self._socket in readable:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = _receive(self._socket)
             except zmq.Again:
                 break
             if (message := self._admitted(frames)) is not None:
@@ -146,7 +164,7 @@ class Listener:
 
     def _pass_on(self, rank: int, message: list[Any]) -> bool:
         try:
-            self._socket.send_multipart([self._identities[rank], *message], copy=False)
+            _send(self._socket, [self._identities[rank], *message])
         except zmq.ZMQError:  # EHOSTUNREACH
             return False
         return True
@@ -272,7 +290,7 @@ class WorkerEnd:
             if client.lost in readable:  # the controller has no second life
                 end_now()
             for message in self._outbox.take():
-                socket.send_multipart(message, copy=False)
+                _send(socket, message)
             if self._is_closing.is_set():
                 break
             if time.monotonic() >= next_beat:
@@ -280,7 +298,7 @@ class WorkerEnd:
                 next_beat = time.monotonic() + BEAT_S
             while socket in readable:
                 try:
-                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    frames = _receive(socket)
                 except zmq.Again:
                     break
                 heard = time.monotonic()

@@ -75,14 +75,16 @@ def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
     assert not isinstance(at, np.ndarray), "routes stay in the worker of their engine"
     num_prompt = len(prompt.token_ids)
     token_ids = np.concatenate([prompt.token_ids, result.token_ids])
-    loss_mask = np.ones(len(token_ids), np.bool_)
-    loss_mask[:num_prompt] = False
+    loss_mask = np.zeros(len(token_ids), np.bool_)
+    loss_mask[num_prompt:] = True
+    logprobs = np.zeros(len(token_ids), np.float32)
+    logprobs[num_prompt:] = result.logprobs
     return Sample(
         prompt=prompt,
         index=index,
         token_ids=token_ids,
         loss_mask=loss_mask,
-        rollout_logprobs=np.concatenate([np.zeros(num_prompt, np.float32), result.logprobs]),
+        rollout_logprobs=logprobs,
         finish_reason=result.finish_reason,
         weight_version=result.weight_version,
         routed_experts=at,

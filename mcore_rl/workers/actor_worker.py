@@ -6,7 +6,7 @@ come in and go out; weights leave through `export`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,21 @@ class ActorWorker(ModelWorker, Actor):
         with self.routers.replaying(micro_batches) as routes:
             return forward_tokens(self.chunks, micro_batches, self.parallel, self.device, routes)
 
-    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Sequence[RoutesAt]]:
-        """Return logprobs and where the routes of these sequences lie: the experts that the routers
-        chose."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Mapping[int, RoutesAt]]:
+        """Return logprobs and, on the rank that was given the share, where the routes of its
+        sequences lie, by planned index: the experts that the routers chose."""
         micro_batches = spread(share, self.parallel.share)
         with self.routers.recording() as recording:
             logprobs = forward_tokens(
                 self.chunks, micro_batches, self.parallel, self.device, recording
             )
         routes = recording.routes()
-        # On ranks that report no sequence there is no length.
-        parts = np.split(routes, np.cumsum(logprobs.lengths - 1))[: len(logprobs.lengths)]
-        return logprobs, [self.routes.keep(part) for part in parts]
+        if share is None:
+            return logprobs, {}
+        *parts, _ = np.split(routes, np.cumsum(share.whole.lengths - 1))
+        indices = share.whole.indices.tolist()
+        kept = {index: self.routes.keep(part) for index, part in zip(indices, parts, strict=True)}
+        return logprobs, kept
 
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:
         """Return logprobs of every token under the reference weights.

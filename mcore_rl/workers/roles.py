@@ -38,9 +38,10 @@ class Actor(Protocol):
         """Return log-probabilities of every trained token."""
         ...
 
-    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Sequence[RoutesAt]]:
-        """Return them with where the routes of these sequences lie: the experts that the routers
-        chose."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Mapping[int, RoutesAt]]:
+        """Return them with where the routes of the share's sequences lie, by their positions in the
+        list that was planned: the experts that the routers chose. The rank that was given the share
+        keeps them, which is the one that would be given them to replay."""
         ...
 
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:

@@ -289,10 +289,12 @@ class FakeWorkers:
                 return [
                     (
                         of_rank,
-                        [
-                            self.keep(rank, fake_routes(length - 1, step=self.step))
-                            for length in of_rank.lengths.tolist()
-                        ],
+                        {
+                            index: self.keep(rank, fake_routes(length - 1, step=self.step))
+                            for index, length in zip(
+                                of_rank.indices.tolist(), of_rank.lengths.tolist(), strict=True
+                            )
+                        },
                     )
                     for rank, of_rank in enumerate(logprobs)
                 ]

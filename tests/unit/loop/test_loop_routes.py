@@ -78,6 +78,22 @@ def test_the_routes_of_earlier_steps_are_dropped(run_r3):
     assert len(drops) == 2
 
 
+def test_the_pass_for_old_logprobs_replays_on_the_ranks_that_train(run_r3):
+    """So a route is given to one rank."""
+    workers = run_r3()
+
+    def replayed(method, last):
+        calls = [args for called, args in workers.calls if called == method][-last:]
+        return [
+            sorted(map(tuple, np.concatenate([share.whole.routes_at for share, *_ in of_rank])))
+            for of_rank in zip(*calls, strict=True)
+        ]
+
+    of_pass, of_updates = replayed("actor.logprobs", 1), replayed("actor.update", 2)
+    assert of_pass == of_updates
+    assert all(len(of_rank) > 1 for of_rank in of_pass)
+
+
 def test_recorded_routes_are_those_of_the_step_in_every_update(run_loop):
     """R2: the pass for the old logprobs records, and no other pass takes its place."""
     run = run_loop("actor.router_replay.mode=R2", steps=2)
@@ -85,6 +101,7 @@ def test_recorded_routes_are_those_of_the_step_in_every_update(run_loop):
     assert run.counts["actor.logprobs"] == 1  # the check before the first step
     assert len(run.updates) == 4
     check_replayed(run.workers.replayed, run.updates)
+    assert all(held == recorded for held, recorded, _ in run.workers.routes), "they stay there"
     for sequences in run.updates:
         for sequence in sequences:
             assert len(sequence.old_logprobs) == len(sequence.token_ids)
