@@ -230,7 +230,7 @@ class GenerationRequest:
         object.__setattr__(self, "prompt_token_ids", np.asarray(self.prompt_token_ids, np.int32))
 
 
-class Part(Enum):
+class EnginePart(Enum):
     """What of an engine sleeps and is woken by itself."""
 
     WEIGHTS = "weights"
@@ -325,7 +325,7 @@ class RolloutEngine(UpdateSession, Protocol):
         """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them."""
         ...
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         """Take the memory of a part back; the weights hold what they held, unless forgotten."""
         ...
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from mcore_rl.rollout.base import (
+    EnginePart,
     EngineSpec,
     GenerationRequest,
     GenerationResult,
-    Part,
     VersionSpan,
 )
 from mcore_rl.weight_sync.base import Link, NamedTensors
@@ -103,7 +103,7 @@ class FakeEngine:
         if level > 1:
             self.weight_version = -1
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         pass
 
     def _draw(self, request: GenerationRequest) -> GenerationResult:

@@ -19,7 +19,7 @@ from typing import Any
 
 from mcore_rl import progress
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult, Part, RolloutEngine
+from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult, RolloutEngine
 
 
 class PauseMode(Enum):
@@ -42,7 +42,7 @@ class Health:
     num_unfinished: int
     """Requests."""
     is_paused: bool
-    asleep: frozenset[Part]
+    asleep: frozenset[EnginePart]
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +73,7 @@ class ServingEngine:
         self._unfinished: dict[int, tuple[_Batch, int]] = {}
         """By number of the request: its batch, and its place in it."""
         self._is_open = self._is_paused = self._has_failed = False
-        self._asleep: frozenset[Part] = frozenset()
+        self._asleep: frozenset[EnginePart] = frozenset()
 
     @property
     def weight_version(self) -> int:
@@ -154,9 +154,9 @@ class ServingEngine:
         self._refuse_if(bool(self._asleep), "sleep", "is asleep already")
         self._refuse_if(bool(self._unfinished), "sleep", "has unfinished requests")
         self._engine.sleep(level)
-        self._asleep = frozenset(Part)
+        self._asleep = frozenset(EnginePart)
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         """Take the memory of a part back."""
         self._refuse_if(part not in self._asleep, "wake", f"has its {part.value} awake")
         self._engine.wake(part)
@@ -165,7 +165,7 @@ class ServingEngine:
     def start_weight_update(self, version: int) -> None:
         """See `UpdateSession`. Requests that are running need a pause first."""
         self._refuse_if(self._is_open, "start_weight_update", "is taking weights already")
-        self._refuse_if(Part.WEIGHTS in self._asleep, "start_weight_update", "is asleep")
+        self._refuse_if(EnginePart.WEIGHTS in self._asleep, "start_weight_update", "is asleep")
         self._refuse_if(self.is_busy, "start_weight_update", "has requests and no pause")
         self._is_open = True
         self._engine.start_weight_update(version)

@@ -40,10 +40,10 @@ from vllm.v1.engine import FinishReason
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import (
+    EnginePart,
     EngineSpec,
     GenerationRequest,
     GenerationResult,
-    Part,
     VersionSpan,
 )
 from mcore_rl.weight_sync.base import Link
@@ -224,7 +224,7 @@ class VllmEngine:
         if level > 1:
             self.weight_version = -1
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         """See `RolloutEngine`."""
         self._llm.wake_up([part.value])
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mcore_rl.rollout.base import GenerationRequest, GenerationResult, Part
+    from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult
     from mcore_rl.rollout.serving import Health, PauseMode
     from mcore_rl.sockets import Address
 
@@ -153,7 +153,7 @@ class Rollout(Protocol):
         """Free the device's memory."""
         ...
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         """Take the memory of a part back."""
         ...
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from mcore_rl.data.chat import decode_response, load_tokenizer
-from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult, Part
+from mcore_rl.rollout.base import EnginePart, EngineSpec, GenerationRequest, GenerationResult
 from mcore_rl.rollout.serving import Health, PauseMode, ServingEngine
 from mcore_rl.types import RoutesAt
 from mcore_rl.workers.roles import Rollout
@@ -86,7 +86,7 @@ class RolloutWorker(Rollout):
         """See `Rollout`."""
         self.engine.sleep(level)
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         """See `Rollout`."""
         self.engine.wake(part)
 
