@@ -69,7 +69,7 @@ def test_the_routes_of_the_engines_reach_every_update(run_r3, run_loop):
 
 def test_the_routes_of_earlier_steps_are_dropped(run_r3):
     workers = run_r3()
-    drops = [i for i, method in enumerate(workers.methods) if method == "routeholder.drop"]
+    drops = [i for i, method in enumerate(workers.methods) if method == "route_holder.drop"]
     rollouts = [
         i for i, (method, args) in enumerate(workers.calls) if method == "generate" and args[0][1]
     ]
@@ -115,5 +115,5 @@ def test_without_replay_no_sequence_carries_routes(run_loop):
         assert share.whole.routes_at is None
         assert share.whole.routed_experts is None
     assert run.counts["actor.record_logprobs"] == 0
-    assert run.counts["routeholder.drop"] == 0
+    assert run.counts["route_holder.drop"] == 0
     assert not np.concatenate([[0] * len(x) for x in run.workers.replayed]).size
