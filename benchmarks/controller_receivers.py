@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mcore_rl.cluster.placement import Placement
+from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.frames import encode, num_bytes
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import Listener, Order, WorkerEnd
@@ -131,7 +131,7 @@ class Receivers:
     """The processes, as `Processes` of the package; they end with this one."""
 
     def __init__(self, placement: Placement, num_processes: int, address: Address) -> None:
-        self.world_size = placement.world_size
+        self.placement = placement
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         for number in range(num_processes):
             shares = placement.share_ranks[number::num_processes]
@@ -149,6 +149,18 @@ class Receivers:
     def state(self, rank: int) -> str:
         """See `Processes`."""
         return f"process {self._processes[rank].pid}"
+
+    def kill_one(self, rank: int) -> None:
+        """See `Processes`."""
+        raise AssertionError("there are no engines")
+
+    def restart(self, engine: EnginePlace) -> None:
+        """See `Processes`."""
+        raise AssertionError("there are no engines")
+
+    def update_address(self, engine: EnginePlace) -> Address:
+        """See `Processes`."""
+        raise AssertionError("there are no engines")
 
     def wait(self, seconds: float) -> bool:
         """See `Processes`."""
