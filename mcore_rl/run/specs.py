@@ -72,8 +72,14 @@ def start_cluster(
             )
             for place in placement.engines
         }
-    spec = WorkerSpec(placement=placement, actor=actor, critic=critic_spec, engine=engine)
+    spec = WorkerSpec(
+        placement=placement,
+        actor=actor,
+        critic=critic_spec,
+        engine=engine,
+        offloads=cfg.offloads,
+    )
     workers.start(spec, engines)
     critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
     max_restarts = cfg.rollout.max_engine_restarts if isinstance(cfg, RunConfig) else 0
-    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut, max_restarts)
+    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut, max_restarts, cfg.offloads)
