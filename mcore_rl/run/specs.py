@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from mcore_rl.cluster.cluster import Cluster
@@ -10,6 +11,8 @@ from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_lay
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.workers.spec import ActorSpec, EngineWorkerSpec, ModelSpec, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 
 def placement_of(cfg: RunConfig | SftRunConfig) -> Placement:
@@ -61,6 +64,8 @@ def start_cluster(
         grad_clip=critic.grad_clip,
         total_steps=total_steps,
     )
+    if isinstance(cfg, RunConfig) and cfg.ref.megatron.param_offload and not cfg.keeps_reference:
+        logger.warning("not read here: ref.megatron.param_offload (no frozen copy is kept)")
     placement = placement_of(cfg)
     engines = {}
     if engine is not None:
