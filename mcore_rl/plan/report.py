@@ -106,7 +106,7 @@ def stage_memory(
     parts = (Part.PARAM, Part.GRAD, Part.OPTIMIZER)
     memory = []
     for number, stage in enumerate(stages):
-        actor = dict(zip(parts, state(stage), strict=True))
+        actor: dict[Part, int] = dict(zip(parts, state(stage), strict=True))
         if cfg.keeps_reference:
             actor[Part.REFERENCE] = actor[Part.PARAM]
         is_bucketed = megatron.overlap_grad_reduce and number == 0

@@ -92,4 +92,6 @@ def start_cluster(
     workers.start(spec, engines)
     critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
     max_restarts = cfg.rollout.max_engine_restarts if isinstance(cfg, RunConfig) else 0
-    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut, max_restarts, cfg.offloads)
+    return Cluster.of(
+        workers, placement, cfg.actor.cut, critic_cut, max_restarts, offloads=cfg.offloads
+    )

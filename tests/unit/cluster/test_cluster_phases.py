@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +11,20 @@ import pytest
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.phases import NEEDS, EngineNeeds, Phase, Phases, away
-from mcore_rl.cluster.placement import colocated
+from mcore_rl.cluster.placement import colocated, engines_apart
 from mcore_rl.data.packing import TokenBudget
+from mcore_rl.errors import RolloutError
 from mcore_rl.types import Layout, Offloads, Part, TokenNumbers, TokenSequence, WriteState
-from mcore_rl.workers.roles import Actor, Critic, Rollout
+from mcore_rl.workers.roles import Actor, Critic, EngineProcess, Rollout, SentWeights, WeightSource
 
 PARAM, GRAD, OPTIMIZER, REFERENCE = Part
 TRAINED = frozenset({PARAM, GRAD, OPTIMIZER})
 EVERYTHING = Offloads(actor=frozenset(Part), critic=TRAINED)
 CUT = TokenBudget(max_tokens=64)
 SEQUENCES = [TokenSequence(token_ids=[1, 2, 3], loss_mask=[False, True, True])]
+
+
+ROLES = Actor, Critic, Rollout, WeightSource, EngineProcess
 
 
 class RoomWorkers:
@@ -39,7 +44,7 @@ class RoomWorkers:
     def submit(self, calls):
         assert set(calls) == {0, 1}, "all ranks move together"
         method, args = calls[0].method, calls[0].args
-        role = next(r for r in (Actor, Critic, Rollout) if method in vars(r).values())
+        role = next(r for r in ROLES if method in vars(r).values())
         if method in (Actor.offload, Critic.offload, Actor.restore, Critic.restore):
             (parts,), away = args, self.away[role]
             assert parts
@@ -54,12 +59,14 @@ class RoomWorkers:
         by_rank = [None, None]
         if method in forwards:
             by_rank = [numbers, empty]
-        elif method in (Actor.update, Critic.update, Rollout.sync_weights):
+        elif method in (Actor.update, Critic.update):
             by_rank = [{}, {}]
+        elif method is WeightSource.send_weights:
+            by_rank = [SentWeights({}, {})] * 2
         elif method in (Actor.save_state, Critic.save_state):
             by_rank = [WriteState(is_done=True)] * 2
         elif method is Actor.record_logprobs:
-            by_rank = [(numbers, [None]), (empty, [])]
+            by_rank = [(numbers, {0: None}), (empty, {})]
         elif method is Actor.layer_outputs:
             by_rank = [{0: {}}, {}]
         elif method is Rollout.generate:
@@ -75,7 +82,7 @@ def numbers_of(indices, lengths):
 def cluster_with(offloads):
     placement = colocated(Layout(dp=2), 2, engine_size=1)
     workers = RoomWorkers(offloads)
-    return Cluster.of(workers, placement, CUT, CUT, offloads), workers
+    return Cluster.of(workers, placement, CUT, CUT, offloads=offloads), workers
 
 
 VERBS = {
@@ -169,6 +176,47 @@ def test_what_is_not_to_be_offloaded_never_moves(tmp_path):
     assert {tuple(parts) for _, _, parts in (m for m in workers.moves if len(m) == 3)} == {
         (OPTIMIZER,)
     }
+
+
+class WorkersWithAnEngineApart(RoomWorkers):
+    """Train workers 0 and 1, and an engine on rank 2 that fails when it is asked first."""
+
+    num_failures = 1
+
+    def submit(self, calls):
+        if set(calls) == {0, 1}:
+            return super().submit(calls)
+        assert set(calls) == {2}
+        self.moves.append((calls[2].method, None))
+        if calls[2].method is Rollout.generate and self.num_failures:
+            self.num_failures -= 1
+            failed = Future()
+            failed.set_exception(RolloutError("it died"))
+            return {2: failed}
+        return {2: done([] if calls[2].method is Rollout.generate else None)}
+
+    def restart(self, rank):
+        return done(None)
+
+    def update_address(self, rank):
+        return None
+
+
+def test_an_engine_that_is_started_again_gets_weights_that_are_there():
+    """They come back for it alone, and leave before it is asked again."""
+    offloads = Offloads(actor=TRAINED)
+    placement = engines_apart(Layout(dp=2), 2, 2, 0, 0)
+    workers = WorkersWithAnEngineApart(offloads)
+    cluster = Cluster.of(workers, placement, CUT, max_engine_restarts=1, offloads=offloads)
+    cluster.engines.sync_weights(1)
+    assert cluster.engines.generate([[]]) == [[]]
+    names = [move[1] if len(move) == 3 else move[0].__name__ for move in workers.moves]
+    assert names == [
+        *("restore", "receive_weights", "send_weights", "offload"),
+        "generate",
+        *("restore", "receive_weights", "send_weights", "offload"),
+        "generate",
+    ]
 
 
 def test_the_reference_of_adapters_is_the_weights():
