@@ -82,6 +82,10 @@ class WeightSyncError(RunError):
     """Weights could not be moved to the engine, or the engine holds others than the trainer."""
 
 
+class OffloadError(RunError):
+    """A part of a model is not where it is asked for, or cannot be moved."""
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written or read back."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from operator import attrgetter
 from typing import Any, TypeAlias, overload
 
@@ -448,3 +449,26 @@ class WriteState:
     is_done: bool
     problem: str = ""
     """Why it cannot be written: ".../actor cannot be written: No space left on device"."""
+
+
+class Part(StrEnum):
+    """A part of a model's state that may leave its device for host memory."""
+
+    PARAM = "param"
+    """Weights, frozen ones among them."""
+    GRAD = "grad"
+    """Gradient buffers."""
+    OPTIMIZER = "optimizer"
+    """Float32 masters and moments."""
+    REFERENCE = "reference"
+    """Weights of the frozen copy that the actor keeps of the first model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offloads:
+    """What is in host memory while it is not needed, from the start of the workers."""
+
+    actor: frozenset[Part] = frozenset()
+    critic: frozenset[Part] = frozenset()
+    reference: Part = Part.REFERENCE
+    """Which part of the actor the reference reads: under adapters the weights themselves."""

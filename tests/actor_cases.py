@@ -21,7 +21,7 @@ from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Share, WriteState
+from mcore_rl.types import Offloads, Share, WriteState
 from mcore_rl.workers.spec import WorkerSpec
 
 CPU = torch.device("cpu")
@@ -46,13 +46,21 @@ class SpmdWorkers:
 
 
 @contextlib.contextmanager
-def running_worker(spec, critic=None):
-    """Yield this rank's worker, built from an ActorSpec and, if given, a ModelSpec of a critic."""
+def running_worker(spec, critic=None, offloads=None):
+    """Yield this rank's worker, built from an ActorSpec and, if given, a ModelSpec of a critic and
+    what is offloaded."""
     from mcore_rl.workers.worker import Worker
 
     size = dist.get_world_size()
     placement = colocated(train_layout(spec.megatron, size), size, engine_size=None)
-    worker = Worker(WorkerSpec(placement=placement, actor=spec, engine=None, critic=critic), CPU)
+    whole = WorkerSpec(
+        placement=placement,
+        actor=spec,
+        engine=None,
+        critic=critic,
+        offloads=offloads or Offloads(),
+    )
+    worker = Worker(whole, CPU)
     try:
         yield worker
     finally:
@@ -71,11 +79,11 @@ def running_cluster(spec, cut):
         yield cluster_of(worker, cut), worker
 
 
-def cluster_of(worker, cut, critic_cut=None):
+def cluster_of(worker, cut, critic_cut=None, offloads=None):
     """Return the loop's view of the workers, each of which is its own controller."""
     size = dist.get_world_size()
     placement = colocated(worker.parallel.layout, size, engine_size=None)
-    return Cluster.of(SpmdWorkers(worker), placement, cut, critic_cut)
+    return Cluster.of(SpmdWorkers(worker), placement, cut, critic_cut, offloads=offloads)
 
 
 def exported(worker):

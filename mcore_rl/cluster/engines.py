@@ -15,6 +15,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from mcore_rl.cluster.group import Call, WorkerGroup, call, results
+from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
 from mcore_rl.errors import RolloutError, RunError
@@ -32,13 +33,19 @@ class Engines:
         workers: running workers.
         placement: where they stand.
         routes: what is known of the routes that they hold.
+        phases: what the devices of the trainer hold.
         max_restarts: of engines that are processes of their own, in all.
     """
 
     def __init__(
-        self, workers: WorkerGroup, placement: Placement, routes: Routes, max_restarts: int = 0
+        self,
+        workers: WorkerGroup,
+        placement: Placement,
+        routes: Routes,
+        phases: Phases,
+        max_restarts: int = 0,
     ) -> None:
-        self._workers, self._routes = workers, routes
+        self._workers, self._routes, self._phases = workers, routes, phases
         self._ranks = placement.engine_ranks
         self._are_apart = bool(placement.engines)
         self._num_restarts_left = max_restarts
@@ -59,6 +66,7 @@ class Engines:
         Raises:
             RolloutError: if an engine fails, or answers what cannot be.
         """
+        self._phases.enter(Phase.GENERATE)
         if keep_routes:
             self._routes.expect()
         shares = deal([group_cost(group) for group in groups], self.num_engines)
@@ -90,6 +98,7 @@ class Engines:
                 return answers
             except RunError as error:
                 self._revive(engine, error, "generating")
+            self._phases.enter(Phase.GENERATE)
             futures = self._workers.submit(dict.fromkeys(self._ranks[engine], asked))
 
     def sync_weights(self, version: int) -> Metrics:
@@ -107,6 +116,7 @@ class Engines:
     def _send(self, engines: Sequence[int]) -> tuple[Metrics, Mapping[int, RunError]]:
         """Send the weights to engines inside the workers, or to those named; return the metrics and
         what went wrong, by engine."""
+        self._phases.enter(Phase.SYNC)
         ranks = {engine: self._ranks[engine][0] for engine in engines}
         receive = call(EngineProcess.receive_weights, self._version)
         receiving = self._workers.submit(dict.fromkeys(ranks.values(), receive)) if ranks else {}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mcore_rl.cluster.group import Call, WorkerGroup, call, call_all, results
+from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
 from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch, plan_pass
@@ -32,6 +33,8 @@ from mcore_rl.workers.roles import Actor, Critic
 
 T = TypeVar("T")
 
+_SAVES = {Actor: Phase.SAVE, Critic: Phase.SAVE_CRITIC}
+
 
 class Trainer:
     """The models that are trained.
@@ -40,6 +43,7 @@ class Trainer:
         workers: running workers.
         placement: where they stand.
         routes: what is known of the routes that they hold.
+        phases: what their devices hold.
         cut: how a minibatch of the actor is cut into micro-batches.
         critic_cut: the same of the critic; None: there is none.
     """
@@ -49,10 +53,12 @@ class Trainer:
         workers: WorkerGroup,
         placement: Placement,
         routes: Routes,
+        phases: Phases,
         cut: Cut,
         critic_cut: Cut | None = None,
     ) -> None:
         self._workers, self._placement, self._routes = workers, placement, routes
+        self._phases = phases
         self._cut, self._critic_cut = cut, critic_cut
 
     def logprobs(self, *minibatches: Sequence[TokenSequence]) -> list[Numbers]:
@@ -65,6 +71,7 @@ class Trainer:
         sequences = list(chain.from_iterable(minibatches))
         replays = any(sequence.routed_experts is not None for sequence in sequences)
         parts = minibatches if replays else [sequences]
+        self._phases.enter(Phase.LOGPROBS)
         by_rank = self._forward(Actor.logprobs, parts, self._cut, reads=("routed_experts",))
         return _by_sequence(by_rank)
 
@@ -76,6 +83,7 @@ class Trainer:
         Args:
             minibatches: of the updates to come, whose ranks record what they will replay.
         """
+        self._phases.enter(Phase.LOGPROBS)
         self._routes.expect()
         by_rank = self._forward(Actor.record_logprobs, minibatches, self._cut)
         logprobs = _by_sequence(numbers for numbers, _ in by_rank)
@@ -85,11 +93,13 @@ class Trainer:
     def ref_logprobs(self, *minibatches: Sequence[TokenSequence]) -> list[Numbers]:
         """Return logprobs of every trained token under the reference weights, by sequence."""
         sequences = list(chain.from_iterable(minibatches))
+        self._phases.enter(Phase.REF_LOGPROBS)
         return _by_sequence(self._forward(Actor.ref_logprobs, [sequences], self._cut))
 
     def values(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return the critic's value of every trained token, by sequence."""
         assert self._critic_cut is not None, "there is no critic"
+        self._phases.enter(Phase.VALUES)
         return _by_sequence(self._forward(Critic.values, [sequences], self._critic_cut))
 
     def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
@@ -98,6 +108,7 @@ class Trainer:
         Returns:
             By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
         """
+        self._phases.enter(Phase.LOGPROBS)
         found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
         for outputs_of in self._forward(Actor.layer_outputs, [sequences], self._cut):
             for index, outputs in outputs_of.items():  # each stage has layers of its own
@@ -117,6 +128,7 @@ class Trainer:
         plan = self._plan(sequences, self._cut)
         counts = plan.denominators
         shares = _shares(sequences, plan.micro_batches)
+        self._phases.enter(Phase.TRAIN)
         calls = self._calls(shares, lambda share: call(Actor.update, share, counts, objective))
         return merge([self._update(calls), packing_metrics(plan, self._cut)])
 
@@ -126,6 +138,7 @@ class Trainer:
         plan = self._plan(sequences, self._critic_cut)
         counts = plan.denominators
         shares = _shares(sequences, plan.micro_batches)
+        self._phases.enter(Phase.TRAIN_CRITIC)
         calls = self._calls(shares, lambda share: call(Critic.update, share, counts, objective))
         return self._update(calls)
 
@@ -140,6 +153,7 @@ class Trainer:
         for name, role in self._roles.items():
             of_role = Path(folder) / name
             of_role.mkdir(exist_ok=True)
+            self._phases.enter(_SAVES[role])
             call_all(self._workers, role.begin_save, str(of_role))
 
     def end_save(self, *, wait: bool) -> bool:
@@ -173,10 +187,12 @@ class Trainer:
     def load(self, folder: str) -> None:
         """Read back what was saved into `folder`."""
         for name, role in self._roles.items():
+            self._phases.enter(_SAVES[role])
             call_all(self._workers, role.load, str(Path(folder) / name))
 
     def export_hf(self, folder: str) -> None:
         """Write the actor's weights as a Hugging Face folder."""
+        self._phases.enter(Phase.EXPORT)
         call_all(self._workers, Actor.export_hf, folder)
 
     @property

@@ -97,6 +97,9 @@ class RolloutConfig:
     """Share of a CUDA device's memory for the engine."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache; None: by gpu_memory_utilization on CUDA, 256 MiB on CPU."""
+    sleep_level: int = 0
+    """What an engine gives up while it does not generate: 0, nothing; 1, its cache, and its weights
+    are kept in host memory; 2, both, until the next sync brings weights."""
     enforce_eager: bool | None = None
     """Run without graphs and compilation; None: yes on CPU, no on CUDA."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +126,8 @@ class RolloutConfig:
         trust = self.engine_kwargs.get("trust_remote_code")
         rule = "would run the code of a model's folder"
         require(not trust, "rollout.engine_kwargs.trust_remote_code", trust, rule, "Leave it out.")
+        level = self.sleep_level
+        require(level in (0, 1, 2), "rollout.sleep_level", level, "must be 0, 1 or 2")
         tp = self.tensor_model_parallel_size
         require(tp >= 1, "rollout.tensor_model_parallel_size", tp, "must be at least 1")
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")

@@ -13,13 +13,13 @@ Numbers come back from the ranks that report them; the others return those of no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.metrics import Metrics
-from mcore_rl.types import Denominators, RoutesAt, Share, TokenNumbers, WriteState
+from mcore_rl.types import Denominators, Part, RoutesAt, Share, TokenNumbers, WriteState
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -50,6 +50,14 @@ class Actor(Protocol):
 
     def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
         """Return what comes out of this rank's layers."""
+        ...
+
+    def offload(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state to host memory; none of them is there."""
+        ...
+
+    def restore(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state back to the device; all of them are in host memory."""
         ...
 
     def begin_step(self) -> None:
@@ -86,6 +94,14 @@ class Critic(Protocol):
 
     def values(self, share: Share | None) -> TokenNumbers:
         """Return the value of every trained token."""
+        ...
+
+    def offload(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state to host memory; none of them is there."""
+        ...
+
+    def restore(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state back to the device; all of them are in host memory."""
         ...
 
     def begin_step(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from mcore_rl.cluster.placement import Placement
@@ -10,6 +10,7 @@ from mcore_rl.megatron.config import LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.model_files import find_model
 from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.sockets import Address
+from mcore_rl.types import Offloads
 
 Spec = TypeVar("Spec", "ModelSpec", "ActorSpec", EngineSpec)
 
@@ -58,6 +59,7 @@ class WorkerSpec:
     """None where nothing is generated (supervised fine-tuning)."""
     critic: ModelSpec | None = None
     """None where the advantages need no values."""
+    offloads: Offloads = field(default_factory=Offloads)
 
     def on_this_machine(self) -> WorkerSpec:
         """Return the same with the folders that the models have on this machine; of those of the

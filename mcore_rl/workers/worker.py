@@ -38,8 +38,13 @@ class Worker:
         self.placement = spec.placement
         self.place = spec.placement.places[self.parallel.rank]
         assert self.parallel.coordinates == self.place.coordinates, "Megatron numbers otherwise"
+        # What can leave the device does so at once: the next to be built may need the room.
         self.actor = ActorWorker(spec.actor, self.parallel, device)
-        self.critic = CriticWorker(spec.critic, self.parallel, device) if spec.critic else None
+        self.actor.offload(spec.offloads.actor)
+        self.critic = None
+        if spec.critic:
+            self.critic = CriticWorker(spec.critic, self.parallel, device)
+            self.critic.offload(spec.offloads.critic)
         self.rollout = self.weights = None
         if spec.engine:
             links = self._links(spec.engine)

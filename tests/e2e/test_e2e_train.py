@@ -151,6 +151,27 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, tm
     assert weights[0] == weights[1]
 
 
+def test_a_run_that_offloads_everything_gives_the_same_numbers_also_killed_and_resumed(
+    first, files, tmp_path
+):
+    """Weights, gradients and optimizer are in host memory while vLLM generates, weights alone come
+    back for a sync, and checkpoints are written and read in between."""
+    run_dir = tmp_path / "offloaded"
+    offloads = [f"actor.megatron.{part}_offload=true" for part in ("param", "grad", "optimizer")]
+    argv = files.argv(run_dir, "trainer.save_freq=1", "trainer.logger=[stage_marks]", *offloads)
+    killed = commands.run(*argv, environment=MARKED | {KILL_AT: "train 3 0"})
+    assert killed.returncode == -9
+    done = commands.run(*argv, environment=MARKED)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {run_dir}/checkpoints/global_step_2" in done.stderr
+    assert "not read here" not in done.stderr
+    assert commands.read_metrics(run_dir) == commands.read_metrics(first[0])
+    samples = [commands.read_lines(f / "samples.jsonl") for f in (run_dir, first[0])]
+    assert samples[0] == samples[1]
+    weights = [(f / "hf_model" / "model.safetensors").read_bytes() for f in (run_dir, first[0])]
+    assert weights[0] == weights[1]
+
+
 def test_code_in_a_checkpoint_of_a_foreign_run_folder_is_refused_in_one_line_and_not_run(
     first, files, tmp_path
 ):

@@ -155,8 +155,8 @@ def write_texts(file: Path, rows: list[dict]) -> None:
             FAKE,
             [
                 "ref.log_prob_micro_batch_size_per_gpu (log-probabilities are computed in the "
-                "micro-batches of training); ref.fsdp_config.param_offload (weights, gradients and "
-                "optimizer stay on their device)"
+                "micro-batches of training)",
+                "ref.megatron.param_offload (no frozen copy is kept)",
             ],
         ),
         ("gmpo_dapo", FAKE, []),

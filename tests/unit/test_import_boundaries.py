@@ -122,6 +122,7 @@ MAY_IMPORT = {
     "loop": ("algorithms", "config", "data", "cluster", "observability", "rewards", "rollout.base"),
     # Reads what a run reads before it starts, and counts with the entries of models.
     "plan": (
+        "cluster.phases",
         "cluster.placement",
         "config",
         "data",

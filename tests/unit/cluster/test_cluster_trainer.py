@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.cluster.group import done
+from mcore_rl.cluster.phases import Phases
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.cluster.routes import Routes
 from mcore_rl.cluster.trainer import Trainer
 from mcore_rl.data.packing import SequenceCount, TokenBudget
-from mcore_rl.types import Layout, MicroBatch, RoutesAt, TokenNumbers, TokenSequence
+from mcore_rl.types import Layout, MicroBatch, Offloads, RoutesAt, TokenNumbers, TokenSequence
 from mcore_rl.workers.roles import Actor, RouteHolder
 
 BUDGET = 24
@@ -92,7 +93,8 @@ def steps(draw):
 def trainer_of(layout, cut):
     placement = colocated(layout, layout.world_size, engine_size=1)
     workers = CountingWorkers(layout.world_size)
-    return Trainer(workers, placement, Routes(workers, placement), cut), workers
+    phases = Phases(workers, Offloads())
+    return Trainer(workers, placement, Routes(workers, placement), phases, cut), workers
 
 
 @given(steps(), st.randoms())
