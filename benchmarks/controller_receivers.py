@@ -22,15 +22,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mcore_rl.cluster.placement import Placement
+from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.frames import encode, num_bytes
 from mcore_rl.launch import channel
-from mcore_rl.launch.channel import Address, Listener, Order, WorkerEnd
+from mcore_rl.launch.channel import Listener, Order, WorkerEnd
 from mcore_rl.launch.ending import end_process
 from mcore_rl.launch.folder import PrivateFolder
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.launch.processes import SECRET_VARIABLE, Ended
 from mcore_rl.metrics import Metrics, mean
+from mcore_rl.sockets import Address
 from mcore_rl.types import MicroBatch, Share, TokenNumbers
 from mcore_rl.workers.roles import Actor, RouteHolder
 
@@ -101,12 +102,12 @@ def serve(end: WorkerEnd) -> None:
     while True:
         order = end.next()
         if order.kind == channel.END:
-            end.answer(None)
+            end.answer(order, None)
             end.close()
             return
         value = order.read()
         if order.kind == channel.START:
-            end.answer(None)
+            end.answer(order, None)
             continue
         method, args = value
         answer = handlers[method](*args)
@@ -119,7 +120,7 @@ def serve(end: WorkerEnd) -> None:
                 of_method.checksum += checksum(share.whole)
             if method is RouteHolder.exchange:
                 of_method.tokens += sum(int(taken[:, 1].sum()) for taken in args[1].values())
-        end.answer(answer)
+        end.answer(order, answer)
 
 
 def _size(order: Order) -> int:
@@ -130,7 +131,7 @@ class Receivers:
     """The processes, as `Processes` of the package; they end with this one."""
 
     def __init__(self, placement: Placement, num_processes: int, address: Address) -> None:
-        self.world_size = placement.world_size
+        self.placement = placement
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         for number in range(num_processes):
             shares = placement.share_ranks[number::num_processes]
@@ -148,6 +149,18 @@ class Receivers:
     def state(self, rank: int) -> str:
         """See `Processes`."""
         return f"process {self._processes[rank].pid}"
+
+    def kill_one(self, rank: int) -> None:
+        """See `Processes`."""
+        raise AssertionError("there are no engines")
+
+    def restart(self, engine: EnginePlace) -> None:
+        """See `Processes`."""
+        raise AssertionError("there are no engines")
+
+    def update_address(self, engine: EnginePlace) -> Address:
+        """See `Processes`."""
+        raise AssertionError("there are no engines")
 
     def wait(self, seconds: float) -> bool:
         """See `Processes`."""

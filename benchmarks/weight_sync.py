@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any
     from mcore_rl.rollout.base import EngineSpec, RolloutConfig
     from mcore_rl.weight_sync.base import Link
     from mcore_rl.weight_sync.digest import Manifest
-    from mcore_rl.weight_sync.sync import sync_weights
+    from mcore_rl.weight_sync.sync import sync_one
 
     timer = Timer(args.clock)
     add = Manifest.add
@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any
 
     def sync(version: int) -> None:
         buckets = timer.iterated("export", exporter.buckets(bucket_bytes))
-        sync_weights(buckets, sender, engine, version)
+        sync_one(buckets, sender, engine, version)
 
     sync(0)  # vLLM's first load
     copies: list[float] = []

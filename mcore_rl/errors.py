@@ -64,6 +64,10 @@ class WorkerLostError(RunError):
     """A worker process ended, or cannot be reached any more."""
 
 
+class EngineLostError(WorkerLostError):
+    """An engine that is a process of its own ended, or hangs; it may be started again."""
+
+
 class HangError(RunError):
     """Nothing went on for as long as the run allows."""
 
@@ -76,6 +80,10 @@ class RolloutError(RunError):
 
 class WeightSyncError(RunError):
     """Weights could not be moved to the engine, or the engine holds others than the trainer."""
+
+
+class OffloadError(RunError):
+    """A part of a model is not where it is asked for, or cannot be moved."""
 
 
 class CheckpointError(RunError):

@@ -3,7 +3,8 @@
     [pickle, sizes, small buffers joined, large buffer, large buffer, ...]
 
 Arrays are neither copied nor boxed on the way, but for small ones, which travel joined in one frame
-(each begins at a multiple of 64 bytes, so that arrays over it are aligned).
+(each begins at a multiple of 64 bytes, so that arrays over it are aligned). A value without arrays
+is the pickle alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def encode(value: Any) -> list[Frame]:
     """Return the frames of a value."""
     buffers: list[pickle.PickleBuffer] = []
     body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    if not buffers:
+        return [body]
     views = [buffer.raw() for buffer in buffers]
     small = bytearray()
     for view in views:
@@ -40,6 +43,8 @@ def decode(frames: Sequence[Frame]) -> Any:
 
     Unpickles: whoever receives the frames sees to it that they come from a process of the run.
     """
+    if len(frames) == 1:
+        return pickle.loads(frames[0])
     body, sizes, joined, *large = frames
     # Copied to where it is aligned: a received frame may begin anywhere.
     small, rest, begin = np.array(np.frombuffer(joined, np.uint8)).data, iter(large), 0

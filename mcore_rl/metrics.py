@@ -93,6 +93,28 @@ def masked_min(values_T: Tensor, mask_T: Tensor) -> Metric:
     return Metric(_masked_extreme(values_T, mask_T, float("inf"), torch.min), "min")
 
 
+def masked_sizes(name: str, values_T: Tensor, mask_T: Tensor) -> Metrics:
+    """Return `<name>/mean`, `<name>/abs_mean` and `<name>/max` of the masked values: what
+    `masked_mean` and `masked_max` give of them and of their sizes, with one copy for all three.
+
+    Args:
+        name: section of the keys.
+        values_T: [T] float32, on the host.
+        mask_T: [T] bool.
+    """
+    count = torch.count_nonzero(mask_T).float()
+    kept_T = torch.where(mask_T, values_T, 0.0)
+    total, size = kept_T.sum(), kept_T.abs_().sum()
+    nothing = torch.tensor(-math.inf)
+    torch.where(mask_T, values_T, nothing, out=kept_T)
+    largest = kept_T.max() if len(kept_T) else nothing
+    return {
+        f"{name}/mean": Metric(total, "mean", count),
+        f"{name}/abs_mean": Metric(size, "mean", count),
+        f"{name}/max": Metric(largest, "max"),
+    }
+
+
 def _masked_extreme(values_T: Tensor, mask_T: Tensor, empty: float, pick) -> Tensor:
     values_T = torch.where(mask_T, values_T.detach().float(), empty)
     return pick(values_T) if len(values_T) else values_T.new_tensor(empty)

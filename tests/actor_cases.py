@@ -21,7 +21,7 @@ from mcore_rl.config.run import train_layout
 from mcore_rl.data.packing import plan_minibatch
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Share, WriteState
+from mcore_rl.types import Offloads, Share, WriteState
 from mcore_rl.workers.spec import WorkerSpec
 
 CPU = torch.device("cpu")
@@ -46,13 +46,21 @@ class SpmdWorkers:
 
 
 @contextlib.contextmanager
-def running_worker(spec, critic=None):
-    """Yield this rank's worker, built from an ActorSpec and, if given, a ModelSpec of a critic."""
+def running_worker(spec, critic=None, offloads=None):
+    """Yield this rank's worker, built from an ActorSpec and, if given, a ModelSpec of a critic and
+    what is offloaded."""
     from mcore_rl.workers.worker import Worker
 
     size = dist.get_world_size()
     placement = colocated(train_layout(spec.megatron, size), size, engine_size=None)
-    worker = Worker(WorkerSpec(placement=placement, actor=spec, engine=None, critic=critic), CPU)
+    whole = WorkerSpec(
+        placement=placement,
+        actor=spec,
+        engine=None,
+        critic=critic,
+        offloads=offloads or Offloads(),
+    )
+    worker = Worker(whole, CPU)
     try:
         yield worker
     finally:
@@ -71,11 +79,11 @@ def running_cluster(spec, cut):
         yield cluster_of(worker, cut), worker
 
 
-def cluster_of(worker, cut, critic_cut=None):
+def cluster_of(worker, cut, critic_cut=None, offloads=None):
     """Return the loop's view of the workers, each of which is its own controller."""
     size = dist.get_world_size()
     placement = colocated(worker.parallel.layout, size, engine_size=None)
-    return Cluster.of(SpmdWorkers(worker), placement, cut, critic_cut)
+    return Cluster.of(SpmdWorkers(worker), placement, cut, critic_cut, offloads=offloads)
 
 
 def exported(worker):
@@ -153,9 +161,7 @@ def train_on_recorded(spec, sequences, objective, cut):
         cluster.trainer.begin_step()
         metrics = to_floats(cluster.trainer.update(at, objective))
         first = metrics, lists(cluster.trainer.logprobs(bare))
-        num_moved = sum(rank != dist.get_rank() for rank, _ in worker.actor.routes._held)
-        num_moved = torch.tensor(num_moved)
-        dist.all_reduce(num_moved)
+        num_moved = num_given(worker)
         cluster.enter_step(1)
         assert not worker.actor.routes._held, "a step leaves no routes"
     arrays = [
@@ -166,7 +172,38 @@ def train_on_recorded(spec, sequences, objective, cut):
         cluster.trainer.begin_step()
         metrics = to_floats(cluster.trainer.update(arrays, objective))
         second = metrics, lists(cluster.trainer.logprobs(bare))
-    return first, second, int(num_moved)
+    return first, second, num_moved
+
+
+def ratios_of_first_update(spec, minibatches, objective, cut, records):
+    """Return (least, largest) ratio of new and old logprobs in the first of the updates: of the
+    routes that the sequences carry, or, if `records`, of those that the pass records; then how many
+    routes were given to another rank."""
+    with running_cluster(spec, cut) as (cluster, worker):
+        first = minibatches[0]
+        if records:
+            bare = [[replace(s, routed_experts=None) for s in part] for part in minibatches]
+            known = cluster.trainer.record_logprobs(*bare)[: len(first)]
+            first = [
+                replace(sequence, old_logprobs=old, routed_experts=at)
+                for sequence, (old, at) in zip(first, known, strict=True)
+            ]
+        else:
+            known = cluster.trainer.logprobs(*minibatches)[: len(first)]
+            first = [
+                replace(sequence, old_logprobs=old)
+                for sequence, old in zip(first, known, strict=True)
+            ]
+        cluster.trainer.begin_step()
+        metrics = to_floats(cluster.trainer.update(first, objective))
+        return metrics["actor/ratio/min"], metrics["actor/ratio/max"], num_given(worker)
+
+
+def num_given(worker):
+    """Return how many routes lie in ranks that did not record them."""
+    given = torch.tensor(sum(rank != dist.get_rank() for rank, _ in worker.actor.routes._held))
+    dist.all_reduce(given)
+    return int(given)
 
 
 def replayed_experts(routes):

@@ -53,6 +53,7 @@ _SHORT = {
     "use_distributed_optimizer": "distopt",
     "overlap_grad_reduce": "overlap",
     "dtype": "",
+    "moe_router_freeze": "freeze",
 }
 
 

@@ -48,6 +48,7 @@ from mcore_rl.data.packing import SequenceCount
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.metrics import to_floats
+from mcore_rl.sockets import Address
 from mcore_rl.types import TokenSequence
 from mcore_rl.workers.spec import ActorSpec, WorkerSpec
 
@@ -183,10 +184,19 @@ class OneWorker:
         self.worker = worker
 
     def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
-        return {
-            rank: done(self.worker.handlers[call.method](*call.args))
-            for rank, call in calls.items()
+        answers = {
+            rank: self.worker.handlers[call.method](*call.args) for rank, call in calls.items()
         }
+        return {
+            rank: answer if isinstance(answer, Future) else done(answer)
+            for rank, answer in answers.items()
+        }
+
+    def restart(self, rank: int) -> Future[None]:
+        raise AssertionError("the engine is in this process")
+
+    def update_address(self, rank: int) -> Address:
+        raise AssertionError("the engine is in this process")
 
     def close(self) -> None:
         self.worker.close()

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from mcore_rl.cluster.engines import Engines
 from mcore_rl.cluster.group import WorkerGroup
+from mcore_rl.cluster.phases import Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
 from mcore_rl.cluster.trainer import Trainer
 from mcore_rl.data.packing import Cut
+from mcore_rl.types import Offloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class Cluster:
     trainer: Trainer
     engines: Engines
     routes: Routes
+    phases: Phases
 
     @classmethod
     def of(
@@ -28,11 +31,19 @@ class Cluster:
         placement: Placement,
         cut: Cut,
         critic_cut: Cut | None = None,
+        max_engine_restarts: int = 0,
+        offloads: Offloads | None = None,
     ) -> Cluster:
-        """Return the cluster of running workers; see `Trainer` for the cuts."""
+        """Return the cluster of running workers; see `Trainer` for the cuts, `Engines` for the
+        restarts.
+
+        `offloads` is what the workers were told to offload; None: nothing.
+        """
         routes = Routes(workers, placement)
-        trainer = Trainer(workers, placement, routes, cut, critic_cut)
-        return cls(workers, trainer, Engines(workers, placement, routes), routes)
+        phases = Phases(workers, offloads or Offloads())
+        trainer = Trainer(workers, placement, routes, phases, cut, critic_cut)
+        engines = Engines(workers, placement, routes, phases, max_engine_restarts)
+        return cls(workers, trainer, engines, routes, phases)
 
     def enter_step(self, step: int) -> None:
         """Have failures from here on name `step`; routes of earlier ones are dropped."""

@@ -1,53 +1,206 @@
-"""The fleet of rollout engines: requests go out to all of them, results come back in order."""
+"""The fleet of rollout engines: requests go out to all of them, results come back in order, and
+weights go to all of them.
+
+An engine that is a process of its own and fails is started again where that is allowed: it gets the
+weights that all have, and draws the same samples, since a request brings its seed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
-from mcore_rl.cluster.group import WorkerGroup, call, call_all, results
+import numpy as np
+
+from mcore_rl.cluster.group import Call, WorkerGroup, call, results
+from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
+from mcore_rl.errors import RolloutError, RunError
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.workers.roles import Rollout
+from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
+
+logger = logging.getLogger(__name__)
 
 
 class Engines:
-    """All engines of a run; for now inside the train workers.
+    """All engines of a run.
 
     Args:
         workers: running workers.
         placement: where they stand.
         routes: what is known of the routes that they hold.
+        phases: what the devices of the trainer hold.
+        max_restarts: of engines that are processes of their own, in all.
     """
 
-    def __init__(self, workers: WorkerGroup, placement: Placement, routes: Routes) -> None:
-        self._workers, self._routes = workers, routes
+    def __init__(
+        self,
+        workers: WorkerGroup,
+        placement: Placement,
+        routes: Routes,
+        phases: Phases,
+        max_restarts: int = 0,
+    ) -> None:
+        self._workers, self._routes, self._phases = workers, routes, phases
         self._ranks = placement.engine_ranks
+        self._are_apart = bool(placement.engines)
+        self._num_restarts_left = max_restarts
+        self._version = -1
 
     @property
     def num_engines(self) -> int:
         return len(self._ranks)
 
     def generate(
-        self, requests: Sequence[GenerationRequest], *, keep_routes: bool = False
-    ) -> list[GenerationResult]:
+        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
+    ) -> list[list[GenerationResult]]:
         """Return one result per request, in order, generated on all engines.
 
-        Requests are dealt out one by one, so that neighbours (samples of one prompt, likely of
-        the same length) spread over the engines. All ranks of an engine get the same. Routes, if
-        they are kept, lie where they were recorded.
+        The requests of a group go to one engine, so that a prompt is computed once; all ranks of an
+        engine get the same. Routes, if they are kept, lie where they were recorded.
+
+        Raises:
+            RolloutError: if an engine fails, or answers what cannot be.
         """
+        self._phases.enter(Phase.GENERATE)
         if keep_routes:
             self._routes.expect()
-        calls = {}
-        for number, ranks in enumerate(self._ranks):
-            share = call(Rollout.generate, requests[number :: self.num_engines], keep_routes)
-            calls |= dict.fromkeys(ranks, share)
-        by_rank = results(self._workers.submit(calls))
-        answers = [iter(by_rank[ranks[0]]) for ranks in self._ranks]
-        return [next(answers[number % self.num_engines]) for number in range(len(requests))]
+        shares = deal([group_cost(group) for group in groups], self.num_engines)
+        asked = [[request for g in share for request in groups[g]] for share in shares]
+        calls = [call(Rollout.generate, requests, keep_routes) for requests in asked]
+        futures = self._workers.submit(
+            {rank: calls[engine] for engine, ranks in enumerate(self._ranks) for rank in ranks}
+        )
+        found: list[list[GenerationResult]] = [[] for _ in groups]
+        for engine, share in enumerate(shares):
+            of_engine = {rank: futures[rank] for rank in self._ranks[engine]}
+            answers = iter(self._answer(engine, calls[engine], of_engine, asked[engine]))
+            for g in share:
+                found[g] = [next(answers) for _ in groups[g]]
+        return found
+
+    def _answer(
+        self,
+        engine: int,
+        asked: Call[list[GenerationResult]],
+        futures: Mapping[int, Future[list[GenerationResult]]],
+        requests: Sequence[GenerationRequest],
+    ) -> list[GenerationResult]:
+        """Return the results of an engine, from another one in its place if it fails."""
+        while True:
+            try:
+                answers = results(futures)[self._ranks[engine][0]]
+                _check_results(requests, answers, self._version)
+                return answers
+            except RunError as error:
+                self._revive(engine, error, "generating")
+            self._phases.enter(Phase.GENERATE)
+            futures = self._workers.submit(dict.fromkeys(self._ranks[engine], asked))
 
     def sync_weights(self, version: int) -> Metrics:
-        """Give every engine the actor's weights as `version`."""
-        return merge(call_all(self._workers, Rollout.sync_weights, version))
+        """Give every engine the actor's weights as `version`.
+
+        Raises:
+            WeightSyncError: if an engine does not take them.
+        """
+        self._version = version
+        metrics, problems = self._send(range(self.num_engines) if self._are_apart else ())
+        for engine, problem in problems.items():
+            self._revive(engine, problem, "taking weights")
+        return metrics
+
+    def _send(self, engines: Sequence[int]) -> tuple[Metrics, Mapping[int, RunError]]:
+        """Send the weights to engines inside the workers, or to those named; return the metrics and
+        what went wrong, by engine."""
+        self._phases.enter(Phase.SYNC)
+        ranks = {engine: self._ranks[engine][0] for engine in engines}
+        receive = call(EngineProcess.receive_weights, self._version)
+        receiving = self._workers.submit(dict.fromkeys(ranks.values(), receive)) if ranks else {}
+        addresses = {engine: self._workers.update_address(rank) for engine, rank in ranks.items()}
+        send = call(WeightSource.send_weights, self._version, addresses)
+        sources = dict.fromkeys(range(self._workers.world_size), send)
+        sent = results(self._workers.submit(sources)).values()
+        problems: dict[int, RunError] = {}
+        for of_rank in sent:
+            problems |= of_rank.problems
+        for engine, rank in ranks.items():  # what an engine says itself comes first
+            error = receiving[rank].exception()
+            if isinstance(error, RunError):
+                problems[engine] = error
+            elif error is not None:
+                raise error
+        return merge(of_rank.metrics for of_rank in sent), problems
+
+    def _revive(self, engine: int, error: RunError, doing: str) -> None:
+        """Start a failed engine again and give it the weights.
+
+        Raises:
+            RunError: if that may not be done any more.
+        """
+        message = f"{error.message}, while {doing} (engine {engine}, weights {self._version})"
+        failure = type(error)(message, rank=error.rank, role=error.role, step=error.step)
+        failure.exit_code = error.exit_code
+        while self._are_apart and self._num_restarts_left:
+            self._num_restarts_left -= 1
+            logger.warning(
+                "%s; it is started again, %d more times at most", failure, self._num_restarts_left
+            )
+            try:
+                self._workers.restart(self._ranks[engine][0]).result()
+                _, problems = self._send([engine])
+            except RunError as again:
+                logger.warning("engine %d did not start again: %s", engine, again)
+                continue
+            if not problems:
+                return
+        raise failure from error
+
+
+def group_cost(group: Sequence[GenerationRequest]) -> int:
+    """Return what a group may take, in tokens: its prompt once, and what each response may have."""
+    responses = sum(request.sampling.max_tokens for request in group)
+    return responses + max((len(request.prompt_token_ids) for request in group), default=0)
+
+
+def deal(costs: Sequence[int], num_engines: int) -> list[list[int]]:
+    """Return the groups of each engine, in order: the costliest first, each to the engine with the
+    least to do, the first of these. Groups of one cost go round."""
+    loads = [(0, engine) for engine in range(num_engines)]
+    shares: list[list[int]] = [[] for _ in range(num_engines)]
+    for group in np.argsort(-np.asarray(costs, np.int64), kind="stable").tolist():
+        load, engine = heapq.heappop(loads)
+        shares[engine].append(group)
+        heapq.heappush(loads, (load + costs[group], engine))
+    return [sorted(share) for share in shares]
+
+
+def _check_results(
+    requests: Sequence[GenerationRequest], answers: Sequence[GenerationResult], version: int
+) -> None:
+    """Raise a RolloutError that says what cannot be of an engine's answers."""
+
+    def refuse(what: str) -> None:
+        raise RolloutError(f"the engine answered {what}", role="rollout")
+
+    if len(answers) != len(requests):
+        refuse(f"{len(requests)} requests with {len(answers)} results")
+    for request, result in zip(requests, answers, strict=True):
+        num, most = len(result.token_ids), request.sampling.max_tokens
+        if result.finish_reason not in ("stop", "length", "abort"):
+            refuse(f"with a response that ended by {result.finish_reason!r}")
+        if not (num > 0 or result.finish_reason == "abort") or num > most:
+            refuse(f"with {num} tokens where 1 to {most} were asked for")
+        spans = [(span.version, span.start, span.end) for span in result.versions]
+        if spans != [(version, 0, num)] * (num > 0):
+            refuse(f"{num} tokens of the weights {spans}, not {version}")
+    if not any(len(result.token_ids) for result in answers):
+        return
+    if np.concatenate([result.token_ids for result in answers]).min() < 0:
+        refuse("with a token below 0")
+    logprobs = np.concatenate([result.logprobs for result in answers])
+    if not (np.isfinite(logprobs).all() and logprobs.max() <= 1e-3):
+        refuse("with log-probabilities that are none")

@@ -9,10 +9,13 @@ several to one, may be in flight. `submit` is the only way in: launchers and tes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+
+from mcore_rl.sockets import Address
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,13 +32,26 @@ class Call(Generic[R]):
 
     @property
     def name(self) -> str:
-        """For messages: "actor.update"."""
+        """For messages: "actor.update", "weight_source.send_weights"."""
         role, _, method = self.method.__qualname__.partition(".")
-        return f"{role.lower()}.{method}"
+        return f"{re.sub('(?<!^)(?=[A-Z])', '_', role).lower()}.{method}"
 
 
-def call(method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Call[R]:
-    """Return a call of a role's method; a type checker holds the arguments against it."""
+@overload
+def call(
+    method: Callable[Concatenate[Any, P], Future[R]], *args: P.args, **kwargs: P.kwargs
+) -> Call[R]: ...
+
+
+@overload
+def call(
+    method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
+) -> Call[R]: ...
+
+
+def call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Call[Any]:
+    """Return a call of a role's method; a type checker holds the arguments against it. A method
+    that returns a future is answered when that is done, and other calls may be done before."""
     assert not kwargs, "arguments go by position"
     return Call(method, args)
 
@@ -53,6 +69,15 @@ class WorkerGroup(Protocol):
         A future gives the result or raises what went wrong, with rank, role and step. One that is
         cancelled before its worker has begun with it is not done.
         """
+        ...
+
+    def restart(self, rank: int) -> Future[None]:
+        """Start an engine that is a process of its own again, without weights; the future is done
+        when it is up."""
+        ...
+
+    def update_address(self, rank: int) -> Address:
+        """Return where such an engine takes its weights."""
         ...
 
     def close(self) -> None:

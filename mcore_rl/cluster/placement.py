@@ -2,8 +2,11 @@
 
 The order of the ranks is Megatron-Core's default, "tp-cp-ep-dp-pp" from the fastest axis to the
 slowest (parallel_state.py, RankGenerator). Dense and expert parameters divide the same ranks of a
-pipeline stage in two ways: tp x cp x dp, and etp x ep x expert dp. Engines lie inside the train
-workers: ranks side by side make one.
+pipeline stage in two ways: tp x cp x dp, and etp x ep x expert dp.
+
+Engines lie inside the train workers, ranks side by side making one, or are processes of their own:
+on the devices of the train workers, taking turns with them, or on others. The controller reaches
+those by the ranks that follow the train workers'.
 
 Example: tp 2, ep 2, etp 1 on four ranks: tp 0 1 0 1, dp 0 0 1 1; ep 0 1 0 1, expert dp 0 0 1 1.
 """
@@ -11,7 +14,7 @@ Example: tp 2, ep 2, etp 1 on four ranks: tp 0 1 0 1, dp 0 0 1 1; ep 0 1 0 1, ex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mcore_rl.types import Layout
 
@@ -43,11 +46,28 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlace:
+    """Where an engine stands that is a process of its own."""
+
+    engine: int
+    """Its number."""
+    rank: int
+    """By which the controller reaches it."""
+    node: int
+    devices: tuple[int, ...]
+    """Of the node, one for each of the engine's ranks."""
+    fed_by: int
+    """Rank of the train worker that sends it weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """All workers of a run, by rank."""
 
     layout: Layout
     places: Sequence[Place]
+    engines: Sequence[EnginePlace] = ()
+    """Those that are processes of their own."""
 
     @property
     def world_size(self) -> int:
@@ -69,6 +89,8 @@ class Placement:
     @property
     def engine_ranks(self) -> list[list[int]]:
         """By engine: its ranks, the first of which answers."""
+        if self.engines:
+            return [[place.rank] for place in self.engines]
         found: dict[int, list[int]] = {}
         for place in self.places:
             if place.engine is not None:
@@ -90,6 +112,41 @@ def colocated(layout: Layout, devices_per_node: int, engine_size: int | None) ->
             _place(rank, layout, devices_per_node, engine_size) for rank in range(layout.world_size)
         ],
     )
+
+
+def engines_apart(
+    layout: Layout,
+    devices_per_node: int,
+    engine_size: int,
+    own_nodes: int = 0,
+    own_devices_per_node: int = 0,
+) -> Placement:
+    """Return the placement with engines that are processes of their own.
+
+    Args:
+        layout: of actor and critic.
+        devices_per_node: train workers of a node.
+        engine_size: devices of one engine.
+        own_nodes: that no train worker is on; 0: engines share the train workers' devices.
+        own_devices_per_node: of each of those.
+    """
+    trainer = colocated(layout, devices_per_node, None)
+    num_nodes, per_node = trainer.num_nodes, devices_per_node
+    if own_nodes:
+        num_nodes, per_node = own_nodes, own_devices_per_node
+    engines = []
+    for engine in range(num_nodes * per_node // engine_size):
+        node, first = divmod(engine * engine_size, per_node)
+        engines.append(
+            EnginePlace(
+                engine=engine,
+                rank=layout.world_size + engine,
+                node=node + (trainer.num_nodes if own_nodes else 0),
+                devices=tuple(range(first, first + engine_size)),
+                fed_by=engine % layout.world_size if own_nodes else engine * engine_size,
+            )
+        )
+    return replace(trainer, engines=engines)
 
 
 def _place(rank: int, layout: Layout, devices_per_node: int, engine_size: int | None) -> Place:

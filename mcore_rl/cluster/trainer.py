@@ -7,15 +7,17 @@ first of the ranks that work on it, and puts the results back in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mcore_rl.cluster.group import Call, WorkerGroup, call, call_all, results
+from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
-from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch
+from mcore_rl.data.packing import Cut, packing_metrics, plan_minibatch, plan_pass
 from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import Metrics, merge, of_one_update
 from mcore_rl.types import (
@@ -31,6 +33,8 @@ from mcore_rl.workers.roles import Actor, Critic
 
 T = TypeVar("T")
 
+_SAVES = {Actor: Phase.SAVE, Critic: Phase.SAVE_CRITIC}
+
 
 class Trainer:
     """The models that are trained.
@@ -39,6 +43,7 @@ class Trainer:
         workers: running workers.
         placement: where they stand.
         routes: what is known of the routes that they hold.
+        phases: what their devices hold.
         cut: how a minibatch of the actor is cut into micro-batches.
         critic_cut: the same of the critic; None: there is none.
     """
@@ -48,37 +53,54 @@ class Trainer:
         workers: WorkerGroup,
         placement: Placement,
         routes: Routes,
+        phases: Phases,
         cut: Cut,
         critic_cut: Cut | None = None,
     ) -> None:
         self._workers, self._placement, self._routes = workers, placement, routes
+        self._phases = phases
         self._cut, self._critic_cut = cut, critic_cut
 
-    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
-        """Return logprobs of every trained token under the current weights, by sequence."""
-        by_rank = self._forward(Actor.logprobs, sequences, self._cut, reads=("routed_experts",))
-        return _by_sequence(by_rank, len(sequences))
+    def logprobs(self, *minibatches: Sequence[TokenSequence]) -> list[Numbers]:
+        """Return logprobs of every trained token under the current weights, by sequence.
 
-    def record_logprobs(self, sequences: Sequence[TokenSequence]) -> list[tuple[Numbers, RoutesAt]]:
-        """Return logprobs as `logprobs` does, and where the routes lie, by sequence."""
+        Args:
+            minibatches: of the updates to come. Sequences that carry routes are replayed on the
+                rank that trains on them, so routes go to one rank; others are cut as one minibatch.
+        """
+        sequences = list(chain.from_iterable(minibatches))
+        replays = any(sequence.routed_experts is not None for sequence in sequences)
+        parts = minibatches if replays else [sequences]
+        self._phases.enter(Phase.LOGPROBS)
+        by_rank = self._forward(Actor.logprobs, parts, self._cut, reads=("routed_experts",))
+        return _by_sequence(by_rank)
+
+    def record_logprobs(
+        self, *minibatches: Sequence[TokenSequence]
+    ) -> list[tuple[Numbers, RoutesAt]]:
+        """Return logprobs as `logprobs` does, and where the routes lie, by sequence.
+
+        Args:
+            minibatches: of the updates to come, whose ranks record what they will replay.
+        """
+        self._phases.enter(Phase.LOGPROBS)
         self._routes.expect()
-        by_rank = self._forward(Actor.record_logprobs, sequences, self._cut)
-        logprobs = _by_sequence([numbers for numbers, _ in by_rank], len(sequences))
-        found: dict[int, RoutesAt] = {}
-        for numbers, routes in by_rank:
-            found |= zip(numbers.indices.tolist(), routes, strict=True)
-        return [(logprobs[index], found[index]) for index in range(len(sequences))]
+        by_rank = self._forward(Actor.record_logprobs, minibatches, self._cut)
+        logprobs = _by_sequence(numbers for numbers, _ in by_rank)
+        found = {index: at for _, of_rank in by_rank for index, at in of_rank.items()}
+        return [(numbers, found[index]) for index, numbers in enumerate(logprobs)]
 
-    def ref_logprobs(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
+    def ref_logprobs(self, *minibatches: Sequence[TokenSequence]) -> list[Numbers]:
         """Return logprobs of every trained token under the reference weights, by sequence."""
-        by_rank = self._forward(Actor.ref_logprobs, sequences, self._cut)
-        return _by_sequence(by_rank, len(sequences))
+        sequences = list(chain.from_iterable(minibatches))
+        self._phases.enter(Phase.REF_LOGPROBS)
+        return _by_sequence(self._forward(Actor.ref_logprobs, [sequences], self._cut))
 
     def values(self, sequences: Sequence[TokenSequence]) -> list[Numbers]:
         """Return the critic's value of every trained token, by sequence."""
         assert self._critic_cut is not None, "there is no critic"
-        by_rank = self._forward(Critic.values, sequences, self._critic_cut)
-        return _by_sequence(by_rank, len(sequences))
+        self._phases.enter(Phase.VALUES)
+        return _by_sequence(self._forward(Critic.values, [sequences], self._critic_cut))
 
     def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
         """Return what comes out of embedding, layers and final norm for each sequence.
@@ -86,8 +108,9 @@ class Trainer:
         Returns:
             By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
         """
+        self._phases.enter(Phase.LOGPROBS)
         found: list[dict[str, np.ndarray]] = [{} for _ in sequences]
-        for outputs_of in self._forward(Actor.layer_outputs, sequences, self._cut):
+        for outputs_of in self._forward(Actor.layer_outputs, [sequences], self._cut):
             for index, outputs in outputs_of.items():  # each stage has layers of its own
                 found[index] |= outputs
         return found
@@ -104,7 +127,8 @@ class Trainer:
         """Do one optimizer update of the actor on a minibatch of sequences; return its metrics."""
         plan = self._plan(sequences, self._cut)
         counts = plan.denominators
-        shares = _shares(sequences, plan)
+        shares = _shares(sequences, plan.micro_batches)
+        self._phases.enter(Phase.TRAIN)
         calls = self._calls(shares, lambda share: call(Actor.update, share, counts, objective))
         return merge([self._update(calls), packing_metrics(plan, self._cut)])
 
@@ -113,7 +137,8 @@ class Trainer:
         assert self._critic_cut is not None, "there is no critic"
         plan = self._plan(sequences, self._critic_cut)
         counts = plan.denominators
-        shares = _shares(sequences, plan)
+        shares = _shares(sequences, plan.micro_batches)
+        self._phases.enter(Phase.TRAIN_CRITIC)
         calls = self._calls(shares, lambda share: call(Critic.update, share, counts, objective))
         return self._update(calls)
 
@@ -128,6 +153,7 @@ class Trainer:
         for name, role in self._roles.items():
             of_role = Path(folder) / name
             of_role.mkdir(exist_ok=True)
+            self._phases.enter(_SAVES[role])
             call_all(self._workers, role.begin_save, str(of_role))
 
     def end_save(self, *, wait: bool) -> bool:
@@ -161,10 +187,12 @@ class Trainer:
     def load(self, folder: str) -> None:
         """Read back what was saved into `folder`."""
         for name, role in self._roles.items():
+            self._phases.enter(_SAVES[role])
             call_all(self._workers, role.load, str(Path(folder) / name))
 
     def export_hf(self, folder: str) -> None:
         """Write the actor's weights as a Hugging Face folder."""
+        self._phases.enter(Phase.EXPORT)
         call_all(self._workers, Actor.export_hf, folder)
 
     @property
@@ -174,12 +202,15 @@ class Trainer:
     def _forward(
         self,
         method: Callable[[Any, Share | None], T],
-        sequences: Sequence[TokenSequence],
+        minibatches: Sequence[Sequence[TokenSequence]],
         cut: Cut,
         reads: Collection[str] = (),
     ) -> list[T]:
         """Return what every rank has of a pass that reads tokens, masks and `reads`."""
-        shares = _shares(sequences, self._plan(sequences, cut), reads)
+        layout = self._placement.layout
+        lengths = [[len(sequence.token_ids) for sequence in part] for part in minibatches]
+        planned = plan_pass(lengths, layout.dp, cut, multiple_of=layout.micro_batch_multiple)
+        shares = _shares(list(chain.from_iterable(minibatches)), planned, reads)
         calls = self._calls(shares, lambda share: call(method, share))
         return list(results(self._workers.submit(calls)).values())
 
@@ -207,14 +238,14 @@ class Trainer:
 
 def _shares(
     sequences: Sequence[TokenSequence],
-    plan: MinibatchPlan,
+    micro_batches: Sequence[Sequence[Sequence[int]]],
     reads: Collection[str] = (*NUMBERS, "routed_experts"),
 ) -> list[Share]:
     """Return the share of every data-parallel rank, with the numbers that the pass reads."""
-    return [Share.of(sequences, of_rank, reads) for of_rank in plan.micro_batches]
+    return [Share.of(sequences, of_rank, reads) for of_rank in micro_batches]
 
 
-def _by_sequence(by_rank: Iterable[TokenNumbers], num_sequences: int) -> list[Numbers]:
+def _by_sequence(by_rank: Iterable[TokenNumbers]) -> list[Numbers]:
     """Return the numbers of each sequence, whichever rank has them."""
     found = {index: numbers for of_rank in by_rank for index, numbers in of_rank.by_index()}
-    return [found[index] for index in range(num_sequences)]
+    return [found[index] for index in range(len(found))]

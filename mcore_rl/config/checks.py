@@ -21,7 +21,7 @@ from mcore_rl.config.run import (
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require
 from mcore_rl.megatron.overrides import Circumstances, check_overrides
-from mcore_rl.weight_sync.base import TRANSPORTS, Distance
+from mcore_rl.weight_sync.base import TRANSPORTS
 
 
 def check_run(cfg: RunConfig) -> None:
@@ -40,8 +40,9 @@ def check_run(cfg: RunConfig) -> None:
     a_micro_batch_holds_the_longest_sample(cfg)
     a_micro_batch_of_the_critic_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
-    engines_divide_the_workers(cfg)
+    engines_divide_the_devices(cfg)
     weights_reach_the_engines(cfg)
+    routes_are_recorded_in_train_workers(cfg)
     validation_data_is_named_when_asked_for(cfg)
     responses_are_generated_not_read(cfg)
 
@@ -272,20 +273,26 @@ def the_engine_holds_the_longest_sample(cfg: RunConfig) -> None:
     )
 
 
-def engines_divide_the_workers(cfg: RunConfig) -> None:
-    """Train workers that lie side by side on one node host an engine together."""
-    tp, per_node = cfg.rollout.tensor_model_parallel_size, cfg.trainer.n_gpus_per_node
+def engines_divide_the_devices(cfg: RunConfig) -> None:
+    """An engine's devices lie side by side on one node."""
+    tp, key, per_node = (
+        cfg.rollout.tensor_model_parallel_size,
+        "trainer.n_gpus_per_node",
+        cfg.trainer.n_gpus_per_node,
+    )
+    if cfg.rollout.n_gpus_per_node is not None:
+        key, per_node = "rollout.n_gpus_per_node", cfg.rollout.n_gpus_per_node
     require(
         per_node % tp == 0,
         "rollout.tensor_model_parallel_size",
         tp,
-        f"does not divide trainer.n_gpus_per_node={per_node}",
+        f"does not divide {key}={per_node}",
     )
 
 
 def weights_reach_the_engines(cfg: RunConfig) -> None:
-    """Engines lie inside the train workers (`cluster/placement.py`)."""
-    name, there = cfg.rollout.weight_transport, Distance.SAME_PROCESS
+    """Where engines are, rollout.host says."""
+    name, there = cfg.rollout.transport, cfg.rollout.distance
     others = [other for other in TRANSPORTS if there in TRANSPORTS.get(other).reaches]
     require(
         there in TRANSPORTS.get(name).reaches,
@@ -293,6 +300,18 @@ def weights_reach_the_engines(cfg: RunConfig) -> None:
         name,
         f"does not reach an engine {there.value}",
         f"Those that do: {', '.join(others)}.",
+    )
+
+
+def routes_are_recorded_in_train_workers(cfg: RunConfig) -> None:
+    """Those of an engine elsewhere have no road to the ranks that replay them."""
+    host = cfg.rollout.host
+    require(
+        cfg.actor.router_replay.mode != "R3" or host == "in_process",
+        "rollout.host",
+        host,
+        "keeps no routes, and actor.router_replay.mode=R3 replays the engine's",
+        "Use in_process, or actor.router_replay.mode=R2.",
     )
 
 

@@ -120,12 +120,7 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     composed: Any = None
     try:
         with search_path:
-            if OmegaConf.get_type(hydra_compose(line.config_name)) is not root:
-                raise UserError(
-                    f"--config-name {line.config_name}: the recipe does not build on the typed "
-                    "tree. Begin it with `defaults: [base, _self_]`."
-                )
-            composed = hydra_compose(line.config_name, overrides)
+            composed = _compose(line.config_name, overrides, root)
 
             def value(option: Assignment) -> object:
                 more = [*overrides, _checked_override(option, schema)]
@@ -146,6 +141,29 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     assert isinstance(config, root)
     _check_finite(config, "")
     return config
+
+
+def _compose(recipe: str, overrides: list[str], root: type) -> DictConfig:
+    """Return the recipe with the overrides.
+
+    Raises:
+        UserError: if it is not of type `root`.
+    """
+
+    def checked(composed: DictConfig) -> DictConfig:
+        if OmegaConf.get_type(composed) is not root:
+            raise UserError(
+                f"--config-name {recipe}: the recipe does not build on the typed tree. Begin it "
+                "with `defaults: [base, _self_]`."
+            )
+        return composed
+
+    try:
+        composed = hydra_compose(recipe, overrides)
+    except (HydraException, OmegaConfBaseException):
+        checked(hydra_compose(recipe))  # what is wrong with the recipe itself is said first
+        raise
+    return checked(composed)
 
 
 def _refuse_two_values(

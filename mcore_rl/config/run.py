@@ -21,13 +21,15 @@ from mcore_rl.megatron.config import (
     CriticOptimConfig,
     LoraConfig,
     MegatronConfig,
+    OffloadConfig,
     OptimConfig,
+    RefMegatronConfig,
     RouterReplayConfig,
 )
 from mcore_rl.model_files import fetch_model, find_model
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rollout.base import RolloutConfig
-from mcore_rl.types import Layout
+from mcore_rl.types import Layout, Offloads, Part
 
 MAX_PROCESSES_PER_NODE = 128
 """More than any machine has devices; beyond it a typing error would flood the machine."""
@@ -171,6 +173,13 @@ class ActorConfig(TrainingConfig, ObjectiveConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RefConfig:
+    """`ref`: the frozen copy of the first model, where a KL against it is computed."""
+
+    megatron: RefMegatronConfig = field(default_factory=RefMegatronConfig)
+
+
+@dataclass(kw_only=True, slots=True)
 class CriticModelConfig:
     """`critic.model`: the checkpoint that the critic starts from; all of it trains."""
 
@@ -187,12 +196,14 @@ class CriticModelConfig:
 @dataclass(kw_only=True)
 class CriticConfig(MinibatchConfig):
     """`critic`: the model whose values `algorithm.adv_estimator=gae` reads; otherwise there is none
-    and nothing here is read. It has the layout, type and Megatron options of `actor.megatron`."""
+    and nothing here is read. It has the layout, type and Megatron options of `actor.megatron`, but
+    for what is offloaded."""
 
     SECTION: ClassVar[str] = "critic"
 
     model: CriticModelConfig = field(default_factory=CriticModelConfig)
     optim: CriticOptimConfig = field(default_factory=CriticOptimConfig)
+    megatron: OffloadConfig = field(default_factory=OffloadConfig)
     ppo_mini_batch_size: int | None = None
     """Prompts per optimizer update; None: the actor's."""
     ppo_epochs: int | None = None
@@ -343,6 +354,7 @@ class RunConfig(ComposedConfig):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -365,6 +377,16 @@ class RunConfig(ComposedConfig):
         themselves are that."""
         return self.needs_reference and self.model.lora is None
 
+    @property
+    def offloads(self) -> Offloads:
+        """What is in host memory while it is not needed, of the models that there are."""
+        reference = {Part.REFERENCE} if self.ref.megatron.param_offload else set()
+        return Offloads(
+            actor=self.actor.megatron.parts | (reference if self.keeps_reference else set()),
+            critic=self.critic.megatron.parts,
+            reference=Part.REFERENCE if self.keeps_reference else Part.PARAM,
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class SftRunConfig(ComposedConfig):
@@ -374,6 +396,11 @@ class SftRunConfig(ComposedConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: TrainingConfig = field(default_factory=TrainingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @property
+    def offloads(self) -> Offloads:
+        """What is in host memory while it is not needed."""
+        return Offloads(actor=self.actor.megatron.parts)
 
 
 def with_fetched_models(cfg: RunConfig | SftRunConfig) -> Any:

@@ -59,13 +59,36 @@ _RECOMPUTE = " ".join(
     for option in ("granularity=full", "method=uniform", "num_layers=1")
 )
 
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "use_mbridge",
+    "vanilla_mbridge",
+    "seed",
+)
+"""Options that verl has for the reference and the critic too."""
+
+_OFFLOAD_ALL: Mapping[Hashable, str] = {
+    True: " ".join(
+        f"actor.megatron.{part}_offload=true" for part in ("param", "grad", "optimizer")
+    ),
+    False: "",
+    None: "",
+}
+
 # Reasons and fixes of several rows.
 _CONFIG_JSON = "Change config.json in model.path."
 _CORRECTION = "Set algorithm.rollout_correction."
+_CRITIC_MEGATRON = "A critic has the layout and options of actor.megatron."
 _IN_ORDER = "The minibatches of a step keep the order of its prompts."
 _LOGGED = "the penalty is always logged"
 _LOGPROBS = "log-probabilities are computed in the micro-batches of training"
-_NOT_OFFLOADED = "weights, gradients and optimizer stay on their device"
+_ON_DEVICE = "an update is computed on the device: actor.megatron.optimizer_offload"
 _NO_DROPOUT = "No pass has dropout."
 _NO_RAY = "processes are started by torchrun"
 _NO_REWARD_MODEL = "there is no reward model"
@@ -115,9 +138,9 @@ _ACTOR = (
         "The optimizer's weights are float32.",
         {"fp32": "", "float32": ""},
     ),
-    Unread("actor.fsdp_config.param_offload", _NOT_OFFLOADED, _OFF),
-    Unread("actor.fsdp_config.optimizer_offload", _NOT_OFFLOADED, _OFF),
-    Unread("actor.fsdp_config.offload_policy", _NOT_OFFLOADED, _OFF),
+    Renamed("actor.fsdp_config.param_offload", "actor.megatron.param_offload"),
+    Renamed("actor.fsdp_config.optimizer_offload", "actor.megatron.optimizer_offload"),
+    Refused("actor.fsdp_config.offload_policy", "It is true or false.", _OFFLOAD_ALL),
     Unread("actor.fsdp_config.fsdp_size", _SHARDS),
     Unread("actor.fsdp_config.forward_prefetch", _SHARDS),
     Unread("actor.fsdp_config.reshard_after_forward", _SHARDS),
@@ -132,9 +155,6 @@ _ACTOR = (
 )
 
 _ACTOR_MEGATRON = (
-    Unread("actor.megatron.param_offload", _NOT_OFFLOADED, _OFF),
-    Unread("actor.megatron.grad_offload", _NOT_OFFLOADED, _OFF),
-    Unread("actor.megatron.optimizer_offload", _NOT_OFFLOADED, _OFF),
     Unread("actor.megatron.override_ddp_config.overlap_param_gather", _SPEED),
     Renamed("actor.megatron.router_replay.mode", "actor.router_replay.mode"),
     Renamed(
@@ -156,13 +176,9 @@ _ACTOR_MEGATRON = (
 )
 
 _ACTOR_OPTIM = (
-    Unread("actor.optim.override_optimizer_config.optimizer_cpu_offload", _NOT_OFFLOADED, _OFF),
-    Unread(
-        "actor.optim.override_optimizer_config.optimizer_offload_fraction", _NOT_OFFLOADED, _OFF
-    ),
-    Unread(
-        "actor.optim.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d", _NOT_OFFLOADED, _OFF
-    ),
+    Unread("actor.optim.override_optimizer_config.optimizer_cpu_offload", _ON_DEVICE, _OFF),
+    Unread("actor.optim.override_optimizer_config.optimizer_offload_fraction", _ON_DEVICE, _OFF),
+    Unread("actor.optim.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d", _ON_DEVICE, _OFF),
     Renamed("actor.optim.clip_grad", "actor.grad_clip"),
     Renamed("actor.optim.warmup_style", "actor.optim.lr_decay_style"),
     Renamed("actor.optim.lr_scheduler_type", "actor.optim.lr_decay_style"),
@@ -189,8 +205,7 @@ _ACTOR_OPTIM = (
 )
 
 _REF = (
-    Unread("ref.fsdp_config.param_offload", _NOT_OFFLOADED, _OFF),
-    Unread("ref.megatron.param_offload", _NOT_OFFLOADED, _OFF),
+    Renamed("ref.fsdp_config.param_offload", "ref.megatron.param_offload"),
     Unread("ref.strategy", "the reference is Megatron's", {"megatron": ""}),
     Refused("ref.model", "The reference is the model in model.path.", _UNSET),
     Refused("ref.model.path", "The reference is the model in model.path.", _UNSET),
@@ -199,16 +214,7 @@ _REF = (
     Unread("ref.fsdp_config.forward_prefetch", _REFERENCE),
     Unread("ref.fsdp_config.reshard_after_forward", _REFERENCE),
     Unread("ref.fsdp_config.wrap_policy.*", _REFERENCE),
-    Unread("ref.megatron.tensor_model_parallel_size", _REFERENCE),
-    Unread("ref.megatron.pipeline_model_parallel_size", _REFERENCE),
-    Unread("ref.megatron.virtual_pipeline_model_parallel_size", _REFERENCE),
-    Unread("ref.megatron.context_parallel_size", _REFERENCE),
-    Unread("ref.megatron.expert_model_parallel_size", _REFERENCE),
-    Unread("ref.megatron.expert_tensor_parallel_size", _REFERENCE),
-    Unread("ref.megatron.sequence_parallel", _REFERENCE),
-    Unread("ref.megatron.use_mbridge", _REFERENCE),
-    Unread("ref.megatron.vanilla_mbridge", _REFERENCE),
-    Unread("ref.megatron.seed", _REFERENCE),
+    *(Unread(f"ref.megatron.{name}", _REFERENCE) for name in _LAYOUT),
     Unread("ref.entropy_checkpointing", _SPEED),
     Unread("ref.entropy_from_logits_with_chunking", _SPEED),
     Unread("ref.use_torch_compile", _SPEED),
@@ -220,7 +226,7 @@ _REF = (
 )
 
 _MODEL = (
-    Unread("model.enable_activation_offload", _NOT_OFFLOADED, _OFF),
+    Unread("model.enable_activation_offload", "activations stay on their device", _OFF),
     Unread("model.use_remove_padding", _PACKED, _ON),
     Refused(
         "model.enable_gradient_checkpointing", "It is true or false.", {True: _RECOMPUTE, False: ""}
@@ -404,7 +410,13 @@ _REWARD = (
 
 _CRITIC = (
     Unread("critic.strategy", "actors and critics are Megatron's", {"megatron": ""}),
-    Refused("critic.megatron.*", "A critic has the layout and options of actor.megatron."),
+    *(Refused(f"critic.megatron.{name}", _CRITIC_MEGATRON) for name in _LAYOUT),
+    Refused("critic.megatron.override_transformer_config.*", _CRITIC_MEGATRON),
+    Refused("critic.megatron.override_ddp_config.*", _CRITIC_MEGATRON),
+    Refused("critic.megatron.dtype", _CRITIC_MEGATRON),
+    Refused("critic.megatron.use_distributed_optimizer", _CRITIC_MEGATRON),
+    Refused("critic.megatron.use_dist_checkpointing", _CRITIC_MEGATRON),
+    Refused("critic.megatron.dist_checkpointing_path", _CRITIC_MEGATRON),
     Refused(
         "critic.ulysses_sequence_parallel_size",
         "A critic has the layout of actor.megatron.",
@@ -422,11 +434,8 @@ _CRITIC = (
     Unread("critic.forward_micro_batch_size", _VALUES),
     Unread("critic.forward_micro_batch_size_per_gpu", _VALUES),
     Unread("critic.forward_max_token_len_per_gpu", _VALUES),
-    Unread("critic.megatron.param_offload", _NOT_OFFLOADED, _OFF),
-    Unread("critic.megatron.grad_offload", _NOT_OFFLOADED, _OFF),
-    Unread("critic.megatron.optimizer_offload", _NOT_OFFLOADED, _OFF),
-    Unread("critic.model.fsdp_config.param_offload", _NOT_OFFLOADED, _OFF),
-    Unread("critic.model.fsdp_config.optimizer_offload", _NOT_OFFLOADED, _OFF),
+    Renamed("critic.model.fsdp_config.param_offload", "critic.megatron.param_offload"),
+    Renamed("critic.model.fsdp_config.optimizer_offload", "critic.megatron.optimizer_offload"),
 )
 
 _TRAINER = (

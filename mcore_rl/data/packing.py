@@ -158,6 +158,27 @@ def plan_micro_batches(
     return [[sorted(bin) for bin in rank] for rank in _deal(bins, costs, dp_size)]
 
 
+def plan_pass(
+    minibatches: Sequence[Sequence[int]], dp_size: int, cut: Cut, *, multiple_of: int = 1
+) -> list[list[list[int]]]:
+    """Return the micro-batches of every data-parallel rank in a pass over several minibatches.
+
+    Each is cut as its update cuts it, so a sequence is on the rank that trains on it, in the same
+    micro-batch.
+
+    Args and errors are those of `plan_micro_batches`, but for:
+        minibatches: tokens of the sequences of each; positions count through all of them.
+    """
+    ranks: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    start = 0
+    for lengths in minibatches:
+        planned = plan_micro_batches(lengths, dp_size, cut, multiple_of=multiple_of)
+        for rank, micro_batches in zip(ranks, planned, strict=True):
+            rank += [[start + position for position in bin] for bin in micro_batches]
+        start += len(lengths)
+    return ranks
+
+
 def packing_metrics(plan: MinibatchPlan, cut: Cut) -> Metrics:
     """Return how well a plan uses its micro-batches and its ranks.
 

@@ -4,6 +4,9 @@ One thread owns the socket and watches: a process that has ended is named within
 one that cannot be reached over the network within `SILENCE_S`; when nothing goes on in any call for
 `trainer.hang_timeout_s`, the Python stacks of all ranks are printed. Each ends the run: all futures
 raise the same error, and a controller that is busy elsewhere is ended after `GRACE_S`.
+
+An engine that is a process of its own is lost by itself: the calls to it fail, and it may be
+started again. One that does not answer is killed, so that nobody waits for it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import math
 import sys
 import threading
 import time
@@ -20,12 +24,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mcore_rl.cluster.group import Call
-from mcore_rl.errors import HangError, RunError, UserError, WorkerLostError
+from mcore_rl.errors import EngineLostError, HangError, RunError, UserError, WorkerLostError
 from mcore_rl.frames import Frame, decode, encode, num_bytes
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import Listener, Received
 from mcore_rl.launch.processes import Ended, Processes
 from mcore_rl.printable import printable
+from mcore_rl.sockets import Address
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ HELLO_LIMIT_S = 300.0
 """For a worker to say hello: Python's start and a few imports, on a busy machine."""
 START_LIMIT_S = 3600.0
 """For all workers to import their libraries and load their weights; the hang timeout if longer."""
+ENGINE_SILENCE_S = 6.0
+"""An engine that is a process of its own is not heard of for so long: it hangs."""
 SILENCE_S = 20.0
 """A worker of another machine that is not heard of for so long is lost."""
 STARTING_SILENCE_S = 180.0
@@ -67,7 +74,7 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Rank:
-    """What is known of one worker."""
+    """What is known of one process."""
 
     pending: dict[int, _Pending] = field(default_factory=dict)
     """By number, in the order of submission."""
@@ -76,6 +83,9 @@ class _Rank:
     ticks: int = -1
     is_starting: bool = True
     stacks: str | None = None
+    lost: Exception | None = None
+    """Why an engine is lost, until it is started again."""
+    began_at: float = field(default_factory=time.monotonic)
 
     @property
     def in_flight(self) -> int:
@@ -94,7 +104,7 @@ class ChannelWorkers:
 
     Args:
         listener: bound; this object's from now on.
-        processes: the workers, started; so are these.
+        processes: workers and engines, started; so are these.
         hang_timeout_s: seconds without progress of any call after which the run ends.
         give_up: says an error, ends the workers by the function that it is given and then the
             process; for when the main thread does not.
@@ -107,12 +117,14 @@ class ChannelWorkers:
         hang_timeout_s: float,
         give_up: GiveUp,
     ) -> None:
-        self.world_size = processes.world_size
+        placement = processes.placement
+        self.world_size = placement.world_size
+        self._engines = {place.rank: place for place in placement.engines}
         self.step: int | None = None
         self._listener, self._processes = listener, processes
         self._hang_timeout_s, self._give_up = hang_timeout_s, give_up
-        self._began_at = time.monotonic()
-        self._ranks = [_Rank() for _ in range(self.world_size)]
+        self._engine_frames: dict[int, list[Frame]] = {}
+        self._ranks = [_Rank() for _ in range(self.world_size + len(self._engines))]
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._failure: Exception | None = None
@@ -124,17 +136,42 @@ class ChannelWorkers:
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
         self._thread.start()
 
-    def start(self, spec: Any) -> None:
-        """Have every worker built from `spec`; return when all of them are up."""
+    def start(self, spec: Any, engines: Mapping[int, Any] | None = None) -> None:
+        """Have every process built; return when all of them are up.
+
+        Args:
+            spec: of every worker.
+            engines: by number, of the engines that are processes of their own.
+        """
         frames = encode((spec, self.world_size, self._hang_timeout_s))
         futures = [
             self._send(rank, channel.START, _START, frames) for rank in range(self.world_size)
+        ]
+        self._engine_frames = {
+            rank: encode((engines or {})[place.engine]) for rank, place in self._engines.items()
+        }
+        futures += [
+            self._send(rank, channel.START, _START, frames)
+            for rank, frames in self._engine_frames.items()
         ]
         for future in futures:
             future.result()
         # What was made at the start stays: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
+
+    def restart(self, rank: int) -> Future[None]:
+        """Start an engine again, without weights; the future is done when it is up. Only the main
+        thread may do it."""
+        self._lose(rank, "is started again")
+        self._processes.restart(self._engines[rank])
+        with self._changed:
+            self._ranks[rank] = _Rank()
+        return self._send(rank, channel.START, _START, self._engine_frames[rank])
+
+    def update_address(self, rank: int) -> Address:
+        """Return where the engine of a rank takes its weights."""
+        return self._processes.update_address(self._engines[rank])
 
     def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
         """See `WorkerGroup`. Waits while a worker has more to do than may be in flight."""
@@ -150,7 +187,11 @@ class ChannelWorkers:
         """End all workers in order."""
         self._is_closing = True
         gc.unfreeze()
-        futures = [self._send(rank, channel.END, _CLOSE, []) for rank in range(self.world_size)]
+        futures = [
+            self._send(rank, channel.END, _CLOSE, [])
+            for rank, state in enumerate(self._ranks)
+            if state.lost is None
+        ]
         _, late = wait(futures, CLOSE_LIMIT_S)
         problems = [
             problem for future in futures if future.done() and (problem := future.exception())
@@ -170,7 +211,7 @@ class ChannelWorkers:
     def kill(self) -> None:
         """End all workers at once, and the watch over them."""
         self._is_closing = True
-        for rank in range(self.world_size):
+        for rank in range(len(self._ranks)):
             self._listener.send(rank, channel.DIE, {})
         self._stop()
 
@@ -189,12 +230,16 @@ class ChannelWorkers:
             self._changed.wait_for(
                 lambda: (
                     self._failure is not None
+                    or state.lost is not None
                     or not state.pending
                     or state.in_flight + size <= MAX_BYTES_IN_FLIGHT
                 )
             )
             if self._failure is not None:
                 raise self._failure
+            if state.lost is not None:
+                future.set_exception(state.lost)
+                return future
             number = next(self._numbers)
             if not state.pending:
                 state.progressed_at = time.monotonic()
@@ -240,16 +285,16 @@ class ChannelWorkers:
                     state.ticks, state.progressed_at = message.header["ticks"], now
             case channel.STACKS:
                 state.stacks = bytes(message.frames[0]).decode(errors="replace")
-            case channel.RESULT | channel.ERROR:
+            case channel.RESULT | channel.ERROR if message.header["id"] in state.pending:
                 self._settle(message, state, now)
 
     def _settle(self, message: Received, state: _Rank, now: float) -> None:
         with self._changed:
-            pending = state.pending.pop(message.header["id"], None)
+            pending = state.pending.pop(message.header["id"])
             state.progressed_at = now
             state.is_starting = False
             self._changed.notify_all()
-        if pending is None or pending.future.cancelled() or self._failure is not None:
+        if pending.future.cancelled() or self._failure is not None:
             return
         try:
             value = decode(message.frames)
@@ -263,6 +308,9 @@ class ChannelWorkers:
             return
         error, trace = value
         error.__cause__ = RemoteError(trace)
+        if message.rank in self._engines and not isinstance(error, UserError):
+            pending.future.set_exception(error)  # of this call alone
+            return
         with self._changed:
             state.pending[message.header["id"]] = pending  # raises with the others
         if isinstance(error, UserError):
@@ -272,22 +320,32 @@ class ChannelWorkers:
 
     def _watch(self, now: float) -> None:
         for rank, ended in self._processes.ended().items():
-            if not (self._is_closing and ended.exit_code in (0, None)):
+            is_known = self._is_closing and ended.exit_code in (0, None)
+            if not is_known and self._ranks[rank].lost is None:
                 self._lose(rank, f"the process {ended.text}", ended)
         if self._echo is not None and now > self._echo[0]:
             self._fail(self._echo[1])
         for rank, state in enumerate(self._ranks):
+            if state.lost is not None:
+                continue
             if state.heard_at is not None:
                 self._listener.send(rank, channel.PING, {})
-                limit = STARTING_SILENCE_S if state.is_starting else SILENCE_S
-                if now - state.heard_at > limit and self._is_far(rank):
-                    self._lose(rank, f"was not heard of for {limit:.0f} s")
-            elif now - self._began_at > HELLO_LIMIT_S:
+                if now - state.heard_at > self._silence_s(rank):
+                    where = self._processes.state(rank)
+                    self._lose(rank, f"was not heard of for {now - state.heard_at:.0f} s ({where})")
+            elif now - state.began_at > HELLO_LIMIT_S:
                 self._lose(rank, f"did not say hello within {HELLO_LIMIT_S:.0f} s")
         self._watch_progress(now)
 
-    def _is_far(self, rank: int) -> bool:
-        return self._processes.state(rank).startswith("another machine")
+    def _silence_s(self, rank: int) -> float:
+        """Return for how long a process need not be heard of; the watch over progress finds a
+        worker of this machine that hangs."""
+        is_far = self._processes.state(rank).startswith("another machine")
+        if rank not in self._engines and not is_far:
+            return math.inf
+        if self._ranks[rank].is_starting:
+            return STARTING_SILENCE_S
+        return SILENCE_S if is_far else ENGINE_SILENCE_S
 
     def _watch_progress(self, now: float) -> None:
         waited_for = [(rank, state) for rank, state in enumerate(self._ranks) if state.pending]
@@ -302,9 +360,13 @@ class ChannelWorkers:
             ranks = ", ".join(str(rank) for rank, _ in waited_for)
             what = f"{' and '.join(calls)} of ranks {ranks}"
             self._hang = now + STACKS_S, f"no progress for {limit:g} s while waiting for {what}"
-            for rank in range(self.world_size):
+            for rank in range(len(self._ranks)):
                 self._listener.send(rank, channel.STACKS, {})
-        silent = [rank for rank, state in enumerate(self._ranks) if state.stacks is None]
+        silent = [
+            rank
+            for rank, state in enumerate(self._ranks)
+            if state.stacks is None and state.lost is None
+        ]
         if silent and now < self._hang[0]:
             return
         stacks = "".join(
@@ -322,6 +384,9 @@ class ChannelWorkers:
         self._fail(HangError(message, rank=suspect, role=f"worker, {first.name}", step=first.step))
 
     def _lose(self, rank: int, problem: str, ended: Ended | None = None) -> None:
+        if rank in self._engines and not self._is_closing:
+            self._lose_engine(rank, problem)
+            return
         pending = next(iter(self._ranks[rank].pending.values()), None)
         role = f"worker, {pending.name}" if pending else "worker"
         step = pending.step if pending else self.step
@@ -329,6 +394,24 @@ class ChannelWorkers:
         if ended is not None and ended.exit_code is not None and ended.exit_code < 0:
             error.exit_code = 128 - ended.exit_code  # as the shell has it
         self._fail(error)
+
+    def _lose_engine(self, rank: int, problem: str) -> None:
+        """Have all calls to an engine fail until it is started again; its process is killed."""
+        state, place = self._ranks[rank], self._engines[rank]
+        with self._changed:
+            if state.lost is not None:
+                return
+            calls = list(state.pending.values())
+            role = f"engine {place.engine}" + (f", {calls[0].name}" if calls else "")
+            step = calls[0].step if calls else self.step
+            state.lost = EngineLostError(problem, role=role, step=step)
+            state.pending.clear()
+            self._changed.notify_all()
+        self._processes.kill_one(rank)
+        self._listener.forget(rank)
+        for call in calls:
+            if not call.future.done():
+                call.future.set_exception(state.lost)
 
     def _fail(self, error: Exception) -> None:
         with self._changed:

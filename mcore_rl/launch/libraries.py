@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -16,6 +17,7 @@ def quiet_libraries() -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on it
     }.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until its own configuration is read
     # Megatron says at each import that Apex and Transformer Engine are absent, and torch renames
     # collectives that Megatron calls: nothing that a user could mend.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")

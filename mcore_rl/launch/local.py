@@ -1,4 +1,4 @@
-"""Workers on this machine, as children of the controller.
+"""Workers and engines on this machine, as children of the controller.
 
 Nothing listens but sockets in a folder that only this user may enter, and gloo on the loopback
 interface.
@@ -11,17 +11,62 @@ import secrets
 import socket
 from collections.abc import Mapping
 
-from mcore_rl.launch.channel import Address, Listener
+from mcore_rl.cluster.placement import EnginePlace, Placement
+from mcore_rl.launch import engine_process, worker_process
+from mcore_rl.launch.channel import Listener
 from mcore_rl.launch.folder import PrivateFolder
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
 from mcore_rl.launch.processes import Children, Ended
+from mcore_rl.sockets import Address
+
+
+class EngineProcesses:
+    """Engines as children of the controller, on its machine.
+
+    Args:
+        children: of the controller.
+        name: of the engine: `rollout.name`.
+        folder: of their sockets.
+        placement: of the run.
+    """
+
+    def __init__(
+        self, children: Children, name: str, folder: PrivateFolder, placement: Placement
+    ) -> None:
+        self._children, self._name, self._folder = children, name, folder
+        self._devices_before = 0
+        if any(place.node >= placement.num_nodes for place in placement.engines):
+            self._devices_before = placement.world_size  # devices of their own, on this machine
+        for place in placement.engines:
+            self.start(place)
+
+    def start(self, place: EnginePlace) -> None:
+        """Start the process of an engine, or another one in its place."""
+        first = self._devices_before
+        devices = ",".join(str(first + device) for device in place.devices)
+        environment = {
+            "CUDA_VISIBLE_DEVICES": devices,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "VLLM_HOST_IP": "127.0.0.1",
+            # Several engines and workers share the cores: the system deals them out.
+            "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        }
+        options = {"engine": self._name, "rank": place.rank, "number": place.engine}
+        self._children.start(place.rank, engine_process, environment, options)
+
+    def update_address(self, place: EnginePlace) -> Address:
+        """See `Processes`."""
+        return Address(f"ipc://{self._folder.path}/weights-{place.engine}", b"")
 
 
 class LocalProcesses:
     """See `Processes`; with the folder of their sockets."""
 
-    def __init__(self, world_size: int, address: Address, folder: PrivateFolder, engine: str):
-        self.world_size, self._folder = world_size, folder
+    def __init__(
+        self, placement: Placement, address: Address, folder: PrivateFolder, engine: str
+    ) -> None:
+        self.placement, self._folder = placement, folder
+        world_size = placement.world_size
         environment = {
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
@@ -31,14 +76,28 @@ class LocalProcesses:
         }
         if world_size > 1:
             environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-        store = str(folder.path / "store")
-        self._children = Children(range(world_size), address, store, engine, environment)
+        self._children = Children(address)
+        inside = "" if placement.engines else engine
+        for rank in range(world_size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            options = {"store": folder.path / "store", "engine": inside}
+            self._children.start(rank, worker_process, environment | own, options)
+        self._engines = EngineProcesses(self._children, engine, folder, placement)
 
     def ended(self) -> Mapping[int, Ended]:
         return self._children.ended()
 
     def state(self, rank: int) -> str:
         return self._children.state(rank)
+
+    def kill_one(self, rank: int) -> None:
+        self._children.kill_one(rank)
+
+    def restart(self, engine: EnginePlace) -> None:
+        self._engines.start(engine)
+
+    def update_address(self, engine: EnginePlace) -> Address:
+        return self._engines.update_address(engine)
 
     def wait(self, seconds: float) -> bool:
         return self._children.wait(seconds)
@@ -49,12 +108,12 @@ class LocalProcesses:
 
 
 def open_workers(
-    world_size: int, engine: str, hang_timeout_s: float, give_up: GiveUp
+    placement: Placement, engine: str, hang_timeout_s: float, give_up: GiveUp
 ) -> ChannelWorkers:
-    """Start worker processes and return them; `start` builds the workers in them.
+    """Start the processes of a run and return them; `start` builds the workers in them.
 
     Args:
-        world_size: how many.
+        placement: which they are.
         engine: name of the rollout engine, whose library they import meanwhile; "": none.
         hang_timeout_s: see `ChannelWorkers`.
         give_up: see `ChannelWorkers`.
@@ -62,7 +121,7 @@ def open_workers(
     folder = PrivateFolder()
     address = Address(f"ipc://{folder.path}/calls", secrets.token_bytes(32))
     listener = Listener(address)
-    processes = LocalProcesses(world_size, address, folder, engine)
+    processes = LocalProcesses(placement, address, folder, engine)
     return ChannelWorkers(listener, processes, hang_timeout_s, give_up)
 
 

@@ -9,10 +9,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
-from mcore_rl.launch.channel import Address
+from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.processes import ending, kill
+from mcore_rl.sockets import Address
 
 SECRET_VARIABLE = "MCORE_RL_CHANNEL_SECRET"
 """Environment of a worker: the channel's secret, as hexadecimal digits."""
@@ -36,9 +38,10 @@ class Ended:
 
 
 class Processes(Protocol):
-    """The worker processes of a run."""
+    """The processes of a run: train workers, and after them the engines that are processes of their
+    own."""
 
-    world_size: int
+    placement: Placement
 
     def ended(self) -> Mapping[int, Ended]:
         """Return the ranks that are known to have ended, and how."""
@@ -46,6 +49,18 @@ class Processes(Protocol):
 
     def state(self, rank: int) -> str:
         """Return what is known of a process that does not answer: "process 77, stopped"."""
+        ...
+
+    def kill_one(self, rank: int) -> None:
+        """Kill the process of an engine, and wait until it is gone."""
+        ...
+
+    def restart(self, engine: EnginePlace) -> None:
+        """Start another process in the place of an engine's that is gone."""
+        ...
+
+    def update_address(self, engine: EnginePlace) -> Address:
+        """Return where an engine takes its weights."""
         ...
 
     def wait(self, seconds: float) -> bool:
@@ -58,39 +73,48 @@ class Processes(Protocol):
 
 
 class Children:
-    """Worker processes that this process starts on this machine.
+    """Processes that this process starts on this machine.
 
     They end with it, however it ends: each asks the system for a signal at the end of the thread
-    that started it, so this must be made by the main thread.
+    that started it, so they must be started by the main thread.
 
     Args:
-        ranks: of the workers to start.
         address: of the controller.
-        store: for `--store`: the file in which all workers meet; "": torchrun's store.
-        engine: name of the rollout engine, whose library is imported meanwhile; "": none.
-        environment: added to this process's.
     """
 
-    def __init__(
-        self,
-        ranks: range,
-        address: Address,
-        store: str,
-        engine: str,
-        environment: Mapping[str, str],
-    ) -> None:
+    def __init__(self, address: Address) -> None:
+        self._address = address
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        for rank in ranks:
-            command = [sys.executable, "-m", "mcore_rl.launch.worker_process"]
-            command += ["--endpoint", address.endpoint, "--parent", str(os.getpid())]
-            command += ["--store", store, "--engine", engine]
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank - ranks.start)}
-            secret = {SECRET_VARIABLE: address.secret.hex()}
-            self._processes[rank] = subprocess.Popen(
-                command,
-                env=os.environ | dict(environment) | own | secret,
-                stdin=subprocess.DEVNULL,
-            )
+
+    def start(
+        self,
+        rank: int,
+        module: ModuleType,
+        environment: Mapping[str, str],
+        options: Mapping[str, object],
+    ) -> None:
+        """Start the process of a rank, in place of one that has ended.
+
+        Args:
+            rank: by which the controller reaches it.
+            module: to run.
+            environment: added to this process's.
+            options: of the module's command line, beside where the controller is.
+        """
+        assert module.__spec__ is not None
+        command = [sys.executable, "-m", module.__spec__.name]
+        named = {"endpoint": self._address.endpoint, "parent": os.getpid(), **options}
+        for name, value in named.items():
+            command += [f"--{name}", str(value)]
+        self._processes[rank] = subprocess.Popen(
+            command,
+            env=os.environ | dict(environment) | {SECRET_VARIABLE: self._address.secret.hex()},
+            stdin=subprocess.DEVNULL,
+        )
+
+    def kill_one(self, rank: int) -> None:
+        """See `Processes`."""
+        kill([self._processes[rank]])
 
     def ended(self) -> dict[int, Ended]:
         """See `Processes`."""

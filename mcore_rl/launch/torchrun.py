@@ -20,12 +20,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mcore_rl.errors import UserError
-from mcore_rl.launch.channel import Address, Listener, WorkerEnd
+from mcore_rl.cluster.placement import EnginePlace, Placement
+from mcore_rl.errors import UserError, require
+from mcore_rl.launch import worker_process
+from mcore_rl.launch.channel import Listener, WorkerEnd
 from mcore_rl.launch.folder import PrivateFolder, is_private
 from mcore_rl.launch.group import SILENCE_S, ChannelWorkers, GiveUp
+from mcore_rl.launch.local import EngineProcesses
 from mcore_rl.launch.processes import SECRET_VARIABLE, Children, Ended
-from mcore_rl.launch.worker_process import serve
+from mcore_rl.launch.worker_process import serve_rank
+from mcore_rl.sockets import Address
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -73,14 +77,26 @@ class TorchrunProcesses:
     """See `Processes`: rank 0's worker is a child, the others are known by their connections and,
     on this machine, by their process ids."""
 
-    def __init__(self, address: Address, store: Store, folder: PrivateFolder | None, engine: str):
-        self.world_size = int(os.environ["WORLD_SIZE"])
+    def __init__(
+        self,
+        placement: Placement,
+        address: Address,
+        store: Store,
+        folder: PrivateFolder | None,
+        engine: str,
+    ) -> None:
+        self.placement = placement
         self._store = store  # it may be hosted here
         self._folder = folder
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        environment = {} if folder is None else {"GLOO_SOCKET_IFNAME": "lo"}
-        self._children = Children(range(1), address, "", engine, environment)
-        self._beside = range(1, local)
+        self._children = Children(address)
+        environment = {"RANK": "0", "LOCAL_RANK": "0"}
+        environment |= {} if folder is None else {"GLOO_SOCKET_IFNAME": "lo"}
+        options = {"store": "", "engine": "" if placement.engines else engine}
+        self._children.start(0, worker_process, environment, options)
+        self._engines = None
+        if folder is not None:
+            self._engines = EngineProcesses(self._children, engine, folder, placement)
+        self._beside = range(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pidfds: dict[int, int] = {}
         self._pids: dict[int, int] = {}
 
@@ -98,6 +114,17 @@ class TorchrunProcesses:
         if rank in self._pids:
             return process_state(self._pids[rank])
         return self._children.state(rank)
+
+    def kill_one(self, rank: int) -> None:
+        self._children.kill_one(rank)
+
+    def restart(self, engine: EnginePlace) -> None:
+        assert self._engines is not None, "engines apart are on one machine"
+        self._engines.start(engine)
+
+    def update_address(self, engine: EnginePlace) -> Address:
+        assert self._engines is not None, "engines apart are on one machine"
+        return self._engines.update_address(engine)
 
     def wait(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -127,19 +154,28 @@ class TorchrunProcesses:
 
 
 def open_workers(
-    world_size: int, engine: str, hang_timeout_s: float, give_up: GiveUp
+    placement: Placement, engine: str, hang_timeout_s: float, give_up: GiveUp
 ) -> ChannelWorkers:
     """On rank 0: return all workers, which are starting; `start` builds the workers in them.
 
     Raises:
-        UserError: if another number of processes was launched.
+        UserError: if another number of processes was launched, or engines of their own would be on
+            other machines.
     """
+    world_size = placement.world_size
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != world_size:
         raise UserError(
             f"trainer.n_gpus_per_node * trainer.nnodes = {world_size}, but {launched} processes "
             "were launched. Make them agree."
         )
+    require(
+        not placement.engines or _is_one_machine(),
+        "rollout.host",
+        "process",
+        "starts engines on the controller's machine alone",
+        "Use in_process on several machines.",
+    )
     store = shared_store(is_master=True)
     folder = None
     if _is_one_machine():
@@ -152,7 +188,7 @@ def open_workers(
     listener = Listener(address)
     address = Address(listener.endpoint, address.secret)
     store.set(_ENDPOINT, address.endpoint)
-    processes = TorchrunProcesses(address, store, folder, engine)
+    processes = TorchrunProcesses(placement, address, store, folder, engine)
     return ChannelWorkers(listener, processes, hang_timeout_s, give_up)
 
 
@@ -166,7 +202,7 @@ def serve_controller() -> None:
     endpoint = store.get(_ENDPOINT).decode()
     silence_s = None if _is_one_machine() else SILENCE_S
     end = WorkerEnd(Address(endpoint, _secret_of(endpoint)), rank(), silence_s)
-    serve(end, lambda: store, engine="")
+    serve_rank(end, lambda: store, engine="")
 
 
 def _is_one_machine() -> bool:

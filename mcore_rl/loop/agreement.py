@@ -34,12 +34,16 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         RolloutError: if the engines were asked for routes and return none, or impossible ones.
         WeightSyncError: if they exceed what `rollout.logprob_tolerance` allows.
     """
-    prompts = inputs.prompts.peek(NUM_PROMPTS)
+    # Groups of one cost go round the engines: each is checked on each prompt.
+    prompts = [
+        prompt
+        for prompt in inputs.prompts.peek(NUM_PROMPTS)
+        for _ in range(cluster.engines.num_engines)
+    ]
     groups = generate_groups(
         cluster,
         prompts,
-        # Neighbours go to different engines: each is checked on each prompt.
-        cluster.engines.num_engines,
+        1,
         temperature=cfg.rollout.temperature,
         top_p=cfg.rollout.top_p,
         top_k=cfg.rollout.top_k,

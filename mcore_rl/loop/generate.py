@@ -40,27 +40,29 @@ def generate_groups(
             draws it.
         keep_routes: for a pass that replays them.
     """
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=prompt.token_ids,
-            sampling=SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_tokens=max_tokens,
-                seed=_request_seed(f"{seed}:{prompt.uid}:{index}"),
-            ),
-        )
+    groups = [
+        [
+            GenerationRequest(
+                prompt_token_ids=prompt.token_ids,
+                sampling=SamplingParams(
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    max_tokens=max_tokens,
+                    seed=_request_seed(f"{seed}:{prompt.uid}:{index}"),
+                ),
+            )
+            for index in range(n)
+        ]
         for prompt in prompts
-        for index in range(n)
     ]
-    results = iter(cluster.engines.generate(requests, keep_routes=keep_routes))
+    answered = cluster.engines.generate(groups, keep_routes=keep_routes)
     return [
         SampleGroup(
             prompt=prompt,
-            samples=[_sample(prompt, index, next(results)) for index in range(n)],
+            samples=[_sample(prompt, index, result) for index, result in enumerate(results)],
         )
-        for prompt in prompts
+        for prompt, results in zip(prompts, answered, strict=True)
     ]
 
 
@@ -73,14 +75,16 @@ def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
     assert not isinstance(at, np.ndarray), "routes stay in the worker of their engine"
     num_prompt = len(prompt.token_ids)
     token_ids = np.concatenate([prompt.token_ids, result.token_ids])
-    loss_mask = np.ones(len(token_ids), np.bool_)
-    loss_mask[:num_prompt] = False
+    loss_mask = np.zeros(len(token_ids), np.bool_)
+    loss_mask[num_prompt:] = True
+    logprobs = np.zeros(len(token_ids), np.float32)
+    logprobs[num_prompt:] = result.logprobs
     return Sample(
         prompt=prompt,
         index=index,
         token_ids=token_ids,
         loss_mask=loss_mask,
-        rollout_logprobs=np.concatenate([np.zeros(num_prompt, np.float32), result.logprobs]),
+        rollout_logprobs=logprobs,
         finish_reason=result.finish_reason,
         weight_version=result.weight_version,
         routed_experts=at,

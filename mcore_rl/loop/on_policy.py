@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mcore_rl.algorithms.advantages import assign_advantages
 from mcore_rl.algorithms.kl_in_reward import KlController
@@ -30,7 +31,7 @@ from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.log import open_log
 from mcore_rl.metrics import Metrics, mean, merge, total
 from mcore_rl.observability.samples import SampleLog
-from mcore_rl.types import SampleGroup, with_sample_fields
+from mcore_rl.types import SampleGroup, TokenSequence, with_sample_fields
 
 
 def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) -> None:
@@ -104,16 +105,17 @@ def with_logprobs(
     router replay R2 that pass also records the experts that the updates replay.
     """
     in_reward = cfg.algorithm.use_kl_in_reward
-    sequences = [sample.to_sequence() for group in groups for sample in group.samples]
-    several = len(groups) > cfg.actor.ppo_mini_batch_size or cfg.actor.ppo_epochs > 1
+    minibatches = sequences_of_updates(cfg, groups)
+    several = len(minibatches) * cfg.actor.ppo_epochs > 1
+    found: dict[str, Sequence[Any]] = {}
     if cfg.actor.router_replay.mode == "R2":
-        logprobs, routes = zip(*cluster.trainer.record_logprobs(sequences), strict=True)
-        groups = with_sample_fields(groups, old_logprobs=logprobs, routed_experts=routes)
+        recorded = cluster.trainer.record_logprobs(*minibatches)
+        found["old_logprobs"], found["routed_experts"] = zip(*recorded, strict=True)
     elif in_reward or (several and objective.needs_old_logprobs):
-        groups = with_sample_fields(groups, old_logprobs=cluster.trainer.logprobs(sequences))
+        found["old_logprobs"] = cluster.trainer.logprobs(*minibatches)
     if cfg.needs_reference:
-        groups = with_sample_fields(groups, ref_logprobs=cluster.trainer.ref_logprobs(sequences))
-    return groups
+        found["ref_logprobs"] = cluster.trainer.ref_logprobs(*minibatches)
+    return with_sample_fields(groups, **found) if found else groups
 
 
 def update(
@@ -123,13 +125,22 @@ def update(
     cluster.trainer.begin_step()
     parts = []
     for _ in range(cfg.actor.ppo_epochs):
-        for minibatch in split_minibatches(groups, cfg.actor.ppo_mini_batch_size):
-            sequences = [sample.to_sequence() for group in minibatch for sample in group.samples]
+        for sequences in sequences_of_updates(cfg, groups):
             if parts and sequences[0].old_logprobs is None:
                 # The weights have moved: their distance from the engine's is no longer a mismatch.
                 sequences = [replace(sequence, rollout_logprobs=None) for sequence in sequences]
             parts.append(cluster.trainer.update(sequences, objective))
     return merge(parts)
+
+
+def sequences_of_updates(
+    cfg: RunConfig, groups: Sequence[SampleGroup]
+) -> list[list[TokenSequence]]:
+    """Return the sequences of each update of an epoch."""
+    return [
+        [sample.to_sequence() for group in minibatch for sample in group.samples]
+        for minibatch in split_minibatches(groups, cfg.actor.ppo_mini_batch_size)
+    ]
 
 
 def with_times(metrics: Metrics, times: Metrics) -> Metrics:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
+from mcore_rl.types import Part
 
 ALL_LINEAR = "all-linear"
 """Instead of names of layers: every linear layer of attention, MLPs and experts."""
@@ -14,7 +15,38 @@ TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 
 
 @dataclass(kw_only=True, slots=True)
-class MegatronConfig:
+class RefMegatronConfig:
+    """`ref.megatron`: where the frozen copy of the first model is; laid out as the actor."""
+
+    param_offload: bool = False
+    """Keep its weights in pinned host memory while they are not read."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OffloadConfig:
+    """`critic.megatron`, and the head of `actor.megatron`: what is in pinned host memory while it
+    is not needed. Moves change no number; which moments need what: cluster/phases.py."""
+
+    param_offload: bool = False
+    """Weights: while engines generate and another model trains."""
+    grad_offload: bool = False
+    """Gradient buffers: except in updates."""
+    optimizer_offload: bool = False
+    """Float32 masters and moments: except in updates and checkpoints."""
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """What may leave the device."""
+        chosen = {
+            Part.PARAM: self.param_offload,
+            Part.GRAD: self.grad_offload,
+            Part.OPTIMIZER: self.optimizer_offload,
+        }
+        return frozenset(part for part, leaves in chosen.items() if leaves)
+
+
+@dataclass(kw_only=True, slots=True)
+class MegatronConfig(OffloadConfig):
     """`actor.megatron`: parallel layout and what Megatron-Core is told."""
 
     tensor_model_parallel_size: int = 1

@@ -10,10 +10,12 @@ Narayanan et al., arXiv:2104.04473). That is with fused kernels: the local layer
 communication buffers, fragmentation, temporary tensors. Leave a tenth of a device for them.
 
 Everything is in bytes; T is tokens of a micro-batch on this device (its context-parallel share).
+What is held at the same time is the business of `moments.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ from typing import Any
 
 from mcore_rl.cluster.placement import expert_dp_size
 from mcore_rl.dtypes import BYTES
+from mcore_rl.models.mappings import ParamEntry
 from mcore_rl.plan.parameters import StageParameters
-from mcore_rl.types import Layout
+from mcore_rl.types import Layout, Part
 
 GRADIENT_BYTES = 4
 """`grad_reduce_in_fp32` (megatron/model.py, wrap_for_training): whatever the weights' type."""
@@ -36,24 +39,31 @@ KEPT_LOGIT_BLOCKS = 4
 """Blocks kept for the backward pass (megatron/logprobs.py, KEPT_BLOCKS)."""
 
 
+MIN_BUCKET = 40_000_000
+"""Elements of a gradient bucket; with many copies 1,000,000 for each (Megatron-Core,
+distributed_data_parallel.py, bucket_size)."""
+EXPORT_COPIES = 4
+"""Of the largest layer, whole, while weights are exported (weight_sync/export.py): as gathered, as
+put together, as passed on to the other stages, and with the engine's loader until complete."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """What one device of a pipeline stage holds at its fullest, in bytes."""
+    """What one device of a pipeline stage has at one time or another, in bytes."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    reference: int
-    """Frozen copy of the first model, for a KL term."""
-    critic: int
-    """Weights, gradients and optimizer of the critic; its activations come when the actor's are
-    gone."""
+    actor: Mapping[Part, int]
+    """By part of its state, the frozen copy of the first model among them."""
+    critic: Mapping[Part, int]
     activations: int
+    """Of an update; the critic's are counted as the actor's."""
     logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, name) for name in self.__slots__)
+    forward: int
+    """Of a pass without gradients: one layer at a time."""
+    export: int
+    """Of weights on their way to engines or to a folder."""
+    save: int
+    """Of the actor's optimizer state on its way into a checkpoint."""
+    save_critic: int
 
 
 def state_memory(
@@ -76,6 +86,49 @@ def state_memory(
     )
     trained = stage.dense + stage.experts
     return stage.total * BYTES[dtype], trained * GRADIENT_BYTES, optimizer
+
+
+def save_memory(
+    stage: StageParameters,
+    layout: Layout,
+    *,
+    is_bucketed: bool,
+    largest_parameter: int,
+    use_distributed_optimizer: bool,
+) -> int:
+    """Return the bytes of optimizer state that a device gathers at one time for a checkpoint.
+
+    A sharded state is gathered in float32 over the ranks that hold its parts, one kind of number
+    and one gradient bucket at a time, beside what this rank sends (distrib_optimizer.py,
+    get_parameter_state_dp_zero).
+
+    Args:
+        stage: of the pipeline.
+        layout: sizes of the axes.
+        is_bucketed: gradients are reduced while the backward pass goes on, on the first stage
+            (distributed_data_parallel.py:100); else one bucket holds all that has the same copies.
+        largest_parameter: elements; a bucket ends after the parameter that fills it.
+        use_distributed_optimizer: state is sharded.
+    """
+    if not use_distributed_optimizer:
+        return 0
+    copies = (layout.dp * layout.cp, expert_dp_size(layout))
+    gathered = []
+    for count, num_copies in zip((stage.dense, stage.experts), copies, strict=True):
+        limit = max(MIN_BUCKET, 1_000_000 * copies[0]) + largest_parameter
+        bucket = min(count, limit) if is_bucketed else count
+        gathered.append(BYTES["float32"] * (bucket + bucket // num_copies))
+    return max(gathered)
+
+
+def export_memory(entries: Sequence[ParamEntry], dtype: str) -> int:
+    """Return the bytes of weights that are under way while they are exported layer by layer."""
+    layers = itertools.groupby(entries, key=lambda entry: entry.layer)
+    largest = max(
+        sum(math.prod(hf.shape) for entry in layer for hf in entry.mapping.sources)
+        for _, layer in layers
+    )
+    return EXPORT_COPIES * largest * BYTES[dtype]
 
 
 def activation_memory(

@@ -6,6 +6,7 @@ import functools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
@@ -19,14 +20,17 @@ from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.plan.memory import (
     StageMemory,
     activation_memory,
+    export_memory,
     kv_bytes_per_token,
     logit_memory,
+    save_memory,
     state_memory,
 )
+from mcore_rl.plan.moments import EngineMemory, fullest_moments, most_host_memory, phases_of
 from mcore_rl.plan.parameters import StageParameters, model_size, stage_parameters
 from mcore_rl.plan.step import StepPlan, plan_step
 from mcore_rl.run.inputs import check_model
-from mcore_rl.types import Layout
+from mcore_rl.types import Layout, Offloads, Part
 
 GIB = 2**30
 MAX_RANKS_SHOWN = 128
@@ -68,7 +72,7 @@ def stage_memory(
     stages: Sequence[StageParameters],
     step: StepPlan,
 ) -> list[StageMemory]:
-    """Return what a device of each pipeline stage holds at its fullest."""
+    """Return what a device of each pipeline stage has at one time or another."""
     megatron = cfg.actor.megatron
     arch = model_family(hf_config).transformer_kwargs(hf_config)
     cut = cfg.actor.cut
@@ -81,32 +85,46 @@ def stage_memory(
         dtype=megatron.dtype,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
     )
+    gathered = functools.partial(
+        save_memory,
+        layout=layout,
+        largest_parameter=-(-hf_config.vocab_size // layout.tp) * hf_config.hidden_size,
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+    )
+    activations = functools.partial(
+        activation_memory,
+        arch,
+        layout,
+        stages,
+        tokens=tokens,
+        dtype=megatron.dtype,
+        sequence_parallel=megatron.uses_sequence_parallel,
+    )
+    recomputes = megatron.override_transformer_config.get("recompute_granularity") == "full"
+    export = export_memory(model_family(hf_config).entries(hf_config), megatron.dtype)
     critic = _critic_parameters(cfg, layout) if cfg.has_critic else []
+    parts = (Part.PARAM, Part.GRAD, Part.OPTIMIZER)
     memory = []
     for number, stage in enumerate(stages):
-        weights, gradients, optimizer = state(stage)
+        actor: dict[Part, int] = dict(zip(parts, state(stage), strict=True))
+        if cfg.keeps_reference:
+            actor[Part.REFERENCE] = actor[Part.PARAM]
+        is_bucketed = megatron.overlap_grad_reduce and number == 0
         memory.append(
             StageMemory(
-                weights=weights,
-                gradients=gradients,
-                optimizer=optimizer,
-                reference=weights if cfg.keeps_reference else 0,
-                critic=sum(state(critic[number])) if critic else 0,
-                activations=activation_memory(
-                    arch,
-                    layout,
-                    stages,
+                actor=actor,
+                critic=dict(zip(parts, state(critic[number]), strict=True)) if critic else {},
+                activations=activations(
                     number,
-                    tokens=tokens,
                     num_micro_batches=max(step.micro_batches),
-                    dtype=megatron.dtype,
-                    sequence_parallel=megatron.uses_sequence_parallel,
-                    recomputes_layers=megatron.override_transformer_config.get(
-                        "recompute_granularity"
-                    )
-                    == "full",
+                    recomputes_layers=recomputes,
                 ),
                 logits=logit_memory(layout, number, tokens=tokens, vocab_size=hf_config.vocab_size),
+                # One layer at a time is what recomputation has beside the inputs that it keeps.
+                forward=activations(number, num_micro_batches=0, recomputes_layers=True),
+                export=export,
+                save=gathered(stage, is_bucketed=is_bucketed),
+                save_critic=gathered(critic[number], is_bucketed=is_bucketed) if critic else 0,
             )
         )
     return memory
@@ -162,41 +180,77 @@ def _memory_lines(
     stages: Sequence[StageParameters],
     memory: Sequence[StageMemory],
 ) -> Iterable[str]:
-    engine_dtype = cfg.rollout.dtype or cfg.actor.megatron.dtype
-    engine_ranks = cfg.rollout.tensor_model_parallel_size
-    num_parameters, device = model_size(hf_config), cfg.trainer.device_memory_gib * GIB
-    engine_weights = num_parameters * BYTES[engine_dtype] / engine_ranks
-    kv_cache = cfg.rollout.kv_cache_memory_bytes
-    if kv_cache is None:
-        kv_cache = max(0.0, cfg.rollout.gpu_memory_utilization * device - engine_weights)
+    num_parameters = model_size(hf_config)
     yield (
         f"memory      {num_parameters:,} parameters in {cfg.actor.megatron.dtype}; an estimate, in "
         "GiB per device of each pipeline stage"
     )
-    names = StageMemory.__slots__
-    yield (
-        "  stage  layers     parameters"
-        + "".join(f"{name:>12s}" for name in names)
-        + ("     trainer      engine    kv cache         all")
-    )
+    yield _STAGE_HEADER
     for number, (stage, held) in enumerate(zip(stages, memory, strict=True)):
-        sizes = [getattr(held, name) for name in names]
-        everything = [*sizes, held.total, engine_weights, kv_cache]
-        cells = [*everything, held.total + engine_weights + kv_cache]
+        of_actor = [held.actor.get(part, 0) for part in Part]
+        cells = [*of_actor, sum(held.critic.values()), held.activations, held.logits]
         yield f"{number:7d}{len(stage.layers):8d}{stage.total:15,d}" + "".join(
             f"{size / GIB:12.2f}" for size in cells
         )
+    yield ""
+    yield from _moment_lines(cfg, hf_config, num_parameters, memory)
+
+
+_STAGE_HEADER = "  stage  layers     parameters" + "".join(
+    f"{name:>12s}"
+    for name in (
+        *("weights", "gradients", "optimizer", "reference"),
+        *("critic", "activations", "logits"),
+    )
+)
+
+
+def _moment_lines(
+    cfg: RunConfig,
+    hf_config: PreTrainedConfig,
+    num_parameters: int,
+    memory: Sequence[StageMemory],
+) -> Iterable[str]:
+    engine_dtype = cfg.rollout.dtype or cfg.actor.megatron.dtype
+    engine_ranks, device = cfg.rollout.tensor_model_parallel_size, cfg.trainer.device_memory_gib
+    weights = num_parameters * BYTES[engine_dtype] // engine_ranks
+    kv_cache = cfg.rollout.kv_cache_memory_bytes
+    if kv_cache is None:
+        kv_cache = max(0, int(cfg.rollout.gpu_memory_utilization * device * GIB) - weights)
+    level = cfg.rollout.sleep_level
+    engine = EngineMemory(weights=weights, kv_cache=kv_cache, sleep_level=level)
+    phases, offloads = phases_of(cfg), cfg.offloads
+    moments = fullest_moments(phases, memory, engine, offloads)
+    resident = fullest_moments(phases, memory, replace(engine, sleep_level=0), Offloads())
+    names = [f"actor.{part}" for part in Part if part in offloads.actor]
+    names += [f"critic.{part}" for part in Part if part in offloads.critic and cfg.has_critic]
+    yield (
+        "moments     what the fullest device holds in each, in GiB; in host memory while not "
+        f"needed: {', '.join(names) or 'nothing'}; rollout.sleep_level={level}"
+    )
+    yield (
+        "  phase              actor   reference      critic     its own      engine         all"
+        "    resident"
+    )
+    for moment, all_here in zip(moments, resident, strict=True):
+        held = (moment.actor, moment.reference, moment.critic, moment.own, moment.engine)
+        cells = [*held, moment.total, all_here.total]
+        yield f"  {moment.phase:12s}" + "".join(f"{size / GIB:12.2f}" for size in cells)
+    yield "  resident: if nothing were offloaded and engines never slept"
     arch = model_family(hf_config).transformer_kwargs(hf_config)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     num_tokens = int(kv_cache // kv_bytes_per_token(arch, engine_dtype, engine_ranks))
     yield (
-        f"  kv cache: {num_tokens:,} tokens, {num_tokens // longest} sequences of {longest} at a "
+        f"  engine: {weights / GIB:.2f} GiB of weights, {kv_cache / GIB:.2f} GiB of kv cache: "
+        f"{num_tokens:,} tokens, {num_tokens // longest} sequences of {longest} at a "
         f"time (rollout.max_num_seqs={cfg.rollout.max_num_seqs})"
     )
-    most = max(held.total for held in memory) + engine_weights + kv_cache
-    fits = most <= USABLE * device and num_tokens >= longest
+    host = most_host_memory(phases, memory, engine, offloads) * cfg.trainer.n_gpus_per_node
+    yield f"  host memory: {host / GIB:.1f} GiB per node for what is offloaded"
+    fullest = max(moments, key=lambda moment: moment.total)
+    fits = fullest.total <= USABLE * device * GIB and num_tokens >= longest
     yield (
-        f"  {'fits' if fits else 'does not fit'}: {most / GIB:.1f} of "
-        f"{cfg.trainer.device_memory_gib:g} GiB (trainer.device_memory_gib), of which a tenth is "
-        "left for what is not counted"
+        f"  {'fits' if fits else 'does not fit'}: {fullest.total / GIB:.1f} of {device:g} GiB "
+        f"(trainer.device_memory_gib) in {fullest.phase}, of which a tenth is left for what is not "
+        "counted"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 from mcore_rl.types import Ids, Numbers, RoutesAt, Routing
-from mcore_rl.weight_sync.base import TRANSPORTS, Link, UpdateSession
+from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, UpdateSession
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +62,15 @@ class RolloutConfig:
 
     name: str = "vllm"
     """Engine: vllm, or fake (a deterministic engine without a model, for tests and dry runs)."""
+    host: str = "in_process"
+    """Where an engine runs: in_process (in the train workers' processes) or process (in one of its
+    own, with vLLM's own executor)."""
+    nnodes: int = 0
+    """With host process: nodes that engines have for themselves; 0: they share the trainer's."""
+    n_gpus_per_node: int | None = None
+    """Devices of each of those; with one node they may be of the trainer's machine."""
+    max_engine_restarts: int = 0
+    """With host process: how often engines that fail are started again, in all."""
     n: int = 1
     """Samples per prompt: the size of a group."""
     temperature: float = 1.0
@@ -87,14 +97,17 @@ class RolloutConfig:
     """Share of a CUDA device's memory for the engine."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache; None: by gpu_memory_utilization on CUDA, 256 MiB on CPU."""
+    sleep_level: int = 0
+    """What an engine gives up while it does not generate: 0, nothing; 1, its cache, and its weights
+    are kept in host memory; 2, both, until the next sync brings weights."""
     enforce_eager: bool | None = None
     """Run without graphs and compilation; None: yes on CPU, no on CUDA."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the engine, handed on as they are."""
-    weight_transport: str = "direct"
-    """How weights reach the engine: direct (by reference, engine in the train worker's process),
+    weight_transport: str | None = None
+    """How weights reach the engine: direct (by reference, in the train worker's process),
     shared_memory, gloo or disk (a folder that both see), ipc (another process of the same CUDA
-    device), nccl (CUDA devices of the engine's own)."""
+    device), nccl (CUDA devices of the engine's own); None: by the host."""
     update_weights_bucket_mib: int = 512
     """Most MiB of weights that are gathered and sent at a time; a larger tensor goes alone."""
     logprob_tolerance: float | None = None
@@ -105,7 +118,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("rollout.name", self.name, ENGINES)
-        TRANSPORTS.get(self.weight_transport)
+        require_one_of("rollout.host", self.host, HOSTS)
+        TRANSPORTS.get(self.transport)
+        self._check_placement()
         for text in self.stop:
             require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
         rule = "is not read by an engine without texts"
@@ -114,6 +129,8 @@ class RolloutConfig:
         trust = self.engine_kwargs.get("trust_remote_code")
         rule = "would run the code of a model's folder"
         require(not trust, "rollout.engine_kwargs.trust_remote_code", trust, rule, "Leave it out.")
+        level = self.sleep_level
+        require(level in (0, 1, 2), "rollout.sleep_level", level, "must be 0, 1 or 2")
         tp = self.tensor_model_parallel_size
         require(tp >= 1, "rollout.tensor_model_parallel_size", tp, "must be at least 1")
         require(self.n >= 1, "rollout.n", self.n, "must be at least 1")
@@ -159,6 +176,43 @@ class RolloutConfig:
             "must lie in (0, 1]",
         )
 
+    def _check_placement(self) -> None:
+        if self.host == "in_process":
+            unread = ["nnodes", "n_gpus_per_node", "max_engine_restarts"]
+            refuse_unread(self, "rollout", unread, "host=in_process")
+        nodes, devices = self.nnodes, self.n_gpus_per_node
+        require(nodes >= 0, "rollout.nnodes", nodes, "must be at least 0")
+        rule = "is not set" if nodes else "is not read with rollout.nnodes=0"
+        fix = "Name the devices of a node." if nodes else "Set rollout.nnodes or leave it out."
+        require((devices is None) == (nodes == 0), "rollout.n_gpus_per_node", devices, rule, fix)
+        restarts = self.max_engine_restarts
+        require(restarts >= 0, "rollout.max_engine_restarts", restarts, "must be at least 0")
+
+    @property
+    def transport(self) -> str:
+        """The weight transport, also where the host decides."""
+        return self.weight_transport or HOSTS[self.host].transport
+
+    @property
+    def distance(self) -> Distance:
+        """Where engines are, seen from the train workers that feed them."""
+        return HOSTS[self.host].distance
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What is known of where an engine runs."""
+
+    transport: str
+    """Weight transport, unless another is named."""
+    distance: Distance
+
+
+HOSTS = {
+    "in_process": _Host("direct", Distance.SAME_PROCESS),
+    "process": _Host("shared_memory", Distance.SAME_MACHINE),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -185,6 +239,22 @@ class GenerationRequest:
         object.__setattr__(self, "prompt_token_ids", np.asarray(self.prompt_token_ids, np.int32))
 
 
+class EnginePart(Enum):
+    """What of an engine sleeps and is woken by itself."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Response tokens `start` to `end` - 1, drawn with weights of one version."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationResult:
     """One response."""
@@ -195,8 +265,8 @@ class GenerationResult:
     """Natural log-probability of each response token after temperature."""
     finish_reason: str
     """"stop", "length" or "abort"."""
-    weight_version: int
-    """Version of the weights that produced it."""
+    versions: Sequence[VersionSpan]
+    """Of the weights that produced the tokens, in their order and without a gap."""
     text: str = ""
     """`token_ids` decoded without special tokens, by the engine's host where
     `EngineSpec.with_text` asks for it."""
@@ -208,6 +278,11 @@ class GenerationResult:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
         object.__setattr__(self, "logprobs", np.asarray(self.logprobs, np.float32))
         assert self.logprobs.shape == self.token_ids.shape, "one log-probability for each token"
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the oldest weights that had a part in it; -1 where there is no token."""
+        return min((span.version for span in self.versions), default=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +298,8 @@ class EngineSpec:
     config: RolloutConfig
     run_folder: str
     """As in `weight_sync.base.Link`."""
+    is_apart: bool = False
+    """In a process of its own; otherwise in a train worker's, or a part in each of several."""
     routing: Routing | None = None
     """The model's experts, to have results carry those of every token; None: they do not."""
     with_text: bool = False
@@ -232,14 +309,33 @@ class EngineSpec:
 
 
 class RolloutEngine(UpdateSession, Protocol):
-    """What the loop asks of an engine. Every call blocks until it is done."""
+    """What a host asks of an engine. Every call blocks until it is done, and all come from one
+    thread; `serving.py` sees to their order. New weights hold for requests that are running, too:
+    what was computed of them under other weights is computed again.
+    """
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Return one result per request, in order.
+    def add(self, number: int, request: GenerationRequest) -> None:
+        """Take a request, whose number no other unfinished one has."""
+        ...
+
+    def step(self) -> Sequence[tuple[int, GenerationResult]]:
+        """Draw at least one token of some requests; return those that have ended, by number.
 
         Raises:
-            RolloutError: if a result is missing or malformed, or the weights are not complete.
+            RolloutError: if a result is missing or malformed.
         """
+        ...
+
+    def abort(self, numbers: Sequence[int]) -> Sequence[tuple[int, GenerationResult]]:
+        """Forget requests; return what they have so far, ended by "abort"."""
+        ...
+
+    def sleep(self, level: int) -> None:
+        """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them."""
+        ...
+
+    def wake(self, part: EnginePart) -> None:
+        """Take the memory of a part back; the weights hold what they held, unless forgotten."""
         ...
 
     def loaded_digests(self) -> list[dict[str, str]]:

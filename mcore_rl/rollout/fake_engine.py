@@ -11,13 +11,19 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import EngineSpec, GenerationRequest, GenerationResult
+from mcore_rl.rollout.base import (
+    EnginePart,
+    EngineSpec,
+    GenerationRequest,
+    GenerationResult,
+    VersionSpan,
+)
 from mcore_rl.weight_sync.base import Link, NamedTensors
 from mcore_rl.weight_sync.digest import Manifest, full_digest
 from mcore_rl.weight_sync.intake import Intake, refuse
@@ -38,6 +44,42 @@ def _length(source: random.Random, max_tokens: int) -> int:
     return source.randint(1, max_tokens + 1)
 
 
+def _pass_by(tensors: NamedTensors) -> None:
+    """Load nothing."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A response that comes token by token; what it will be is known."""
+
+    whole: GenerationResult
+    num_drawn: int = 0
+    versions: list[VersionSpan] = field(default_factory=list)
+
+    def draw(self, version: int) -> bool:
+        """Draw one more token; return whether it was the last."""
+        span = VersionSpan(version, self.num_drawn, self.num_drawn + 1)
+        if self.versions and self.versions[-1].version == version:
+            span = replace(self.versions.pop(), end=span.end)
+        self.versions.append(span)
+        self.num_drawn += 1
+        return self.num_drawn == len(self.whole.token_ids)
+
+    def drawn(self, finish_reason: str) -> GenerationResult:
+        """Return what has been drawn."""
+        num, routes = self.num_drawn, self.whole.routed_experts
+        unused = len(self.whole.token_ids) - num
+        if isinstance(routes, np.ndarray) and unused:
+            routes = routes[:-unused]
+        return GenerationResult(
+            token_ids=self.whole.token_ids[:num],
+            logprobs=self.whole.logprobs[:num],
+            finish_reason=finish_reason,
+            versions=self.versions,
+            routed_experts=routes,
+        )
+
+
 class FakeEngine:
     """A `RolloutEngine` that draws tokens uniformly; counts what it is given."""
 
@@ -46,16 +88,34 @@ class FakeEngine:
         self.vocab_size = int(config["vocab_size"])
         self.weight_version = -1
         self.num_updated_tensors = 0
-        self._intake = Intake(link, self._load)
+        self._running: dict[int, _Running] = {}
+        # It is one process, also where an engine of this size would be several.
+        self._intakes = [
+            Intake(replace(link, receiver=number), self._load if number == 0 else _pass_by)
+            for number in range(link.num_receivers)
+        ]
         self._digests: dict[str, str] = {}
         self._stop_token_ids = list(spec.stop_token_ids)
         self._routing = spec.routing
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Return one drawn response per request."""
-        if self.weight_version < 0:
-            raise RolloutError("generate was called without complete weights", role="rollout")
-        return [self._draw(request) for request in requests]
+    def add(self, number: int, request: GenerationRequest) -> None:
+        self._running[number] = _Running(self._draw(request))
+
+    def step(self) -> list[tuple[int, GenerationResult]]:
+        """Draw one token of every request."""
+        ended = [n for n, running in self._running.items() if running.draw(self.weight_version)]
+        found = [(n, self._running.pop(n)) for n in ended]
+        return [(n, running.drawn(running.whole.finish_reason)) for n, running in found]
+
+    def abort(self, numbers: Sequence[int]) -> list[tuple[int, GenerationResult]]:
+        return [(number, self._running.pop(number).drawn("abort")) for number in numbers]
+
+    def sleep(self, level: int) -> None:
+        if level > 1:
+            self.weight_version = -1
+
+    def wake(self, part: EnginePart) -> None:
+        pass
 
     def _draw(self, request: GenerationRequest) -> GenerationResult:
         sampling = request.sampling
@@ -72,7 +132,7 @@ class FakeEngine:
             token_ids=np.array(tokens, np.int32),
             logprobs=np.full(len(tokens), -math.log(self.vocab_size), np.float32),
             finish_reason=finish_reason,
-            weight_version=self.weight_version,
+            versions=(),
             routed_experts=self._draw_routes(source, num_inputs),
         )
 
@@ -92,10 +152,12 @@ class FakeEngine:
         self.weight_version = -1
         self.num_updated_tensors = 0
         self._coming_version, self._with_digests, self._digests = version, with_digests, {}
-        self._intake.begin(version)
+        for intake in self._intakes:
+            intake.begin(version)
 
     def update_weights(self, update: Any) -> None:
-        self._intake.receive(update)
+        for intake in self._intakes:
+            intake.receive(update)
 
     def _load(self, tensors: NamedTensors) -> None:
         self.num_updated_tensors += len(tensors)
@@ -103,15 +165,18 @@ class FakeEngine:
             self._digests |= {name: full_digest(tensor) for name, tensor in tensors}
 
     def finish_weight_update(self, manifest: Manifest) -> None:
-        refuse(self._intake.differences(manifest), self._coming_version)
-        self._intake.end()
+        for intake in self._intakes:
+            refuse(intake.differences(manifest), self._coming_version)
+            intake.end()
         self.weight_version = self._coming_version
 
     def abort_weight_update(self) -> None:
-        self._intake.end()
+        for intake in self._intakes:
+            intake.end()
 
     def loaded_digests(self) -> list[dict[str, str]]:
         return [self._digests]
 
     def close(self) -> None:
-        self._intake.close()
+        for intake in self._intakes:
+            intake.close()

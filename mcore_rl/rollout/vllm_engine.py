@@ -1,23 +1,20 @@
-"""vLLM in the process of the train worker, or a part of it in each of several.
+"""vLLM, stepped in the process that calls it.
 
-With tensor parallelism every rank of the engine has an `LLM` of its own that schedules the same
-requests in the same order; the forward passes meet in vLLM's process group.
+In a process of its own the engine starts vLLM's workers for tensor parallelism. In the train
+workers' processes each of its ranks has an `LLM` that schedules the same requests in the same
+order; the forward passes meet in vLLM's process group.
 
 The engine starts without weights (`load_format="dummy"`) and without a tokenizer; weights arrive
 by its native update lifecycle. Log-probabilities are those after temperature. Routed experts, when
-asked for, are vLLM's own on CUDA and those of `vllm_routes.py` on CPU. vLLM seeds and consumes
-torch's global random state and replaces `torch.set_num_threads`; both are put back, so a trainer in
-the same process does not notice it.
+asked for, are vLLM's own on CUDA and those of `vllm_routes.py` on CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +36,15 @@ if not torch.cuda.is_available():
 import vllm
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.v1.engine import FinishReason
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import (
+    EnginePart,
     EngineSpec,
     GenerationRequest,
     GenerationResult,
+    VersionSpan,
 )
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
@@ -56,23 +56,9 @@ CPU_KV_CACHE_BYTES = 256 << 20
 CPU_TOKENS_PER_FORWARD = 4096
 
 
-@contextlib.contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Put back the global random states and the thread setter that vLLM changes."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    torch_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        torch.set_num_threads = set_num_threads
-
-
 class VllmEngine:
-    """A `RolloutEngine` on `vllm.LLM`; start it after the process group of the trainer exists,
-    or vLLM makes a default group of its own.
+    """A `RolloutEngine` on `vllm.LLM`; beside a trainer start it after the trainer's process group
+    exists, or vLLM makes a default group of its own.
 
     Args:
         spec: model, limits and the `rollout` section.
@@ -84,7 +70,8 @@ class VllmEngine:
         self._stop_token_ids, self._stop = list(spec.stop_token_ids), list(spec.config.stop)
         self._routing = spec.routing
         cfg = spec.config
-        self._is_part = cfg.tensor_model_parallel_size > 1
+        size = cfg.tensor_model_parallel_size
+        self._is_part = size > 1 and not spec.is_apart
         self._on_cpu = on_cpu = not torch.cuda.is_available()
         settings: dict[str, Any] = {
             "model": spec.model_path,
@@ -94,9 +81,8 @@ class VllmEngine:
             "skip_tokenizer_init": not cfg.stop,  # token ids come in and go out
             "max_model_len": spec.max_model_len,
             "max_num_seqs": cfg.max_num_seqs,
-            "tensor_parallel_size": cfg.tensor_model_parallel_size,
-            # Ranks of the default process group that lie side by side make an engine.
-            "distributed_executor_backend": "external_launcher" if self._is_part else "uni",
+            "tensor_parallel_size": size,
+            "distributed_executor_backend": _executor(size, spec.is_apart),
             "enforce_eager": on_cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": WeightTransferConfig(backend="linked"),  # pyright: ignore
@@ -128,33 +114,51 @@ class VllmEngine:
         else:
             settings["gpu_memory_utilization"] = cfg.gpu_memory_utilization
         if on_cpu and self._is_part:
-            _remove_shared_memory(cfg.tensor_model_parallel_size)
-        with _process_state_kept():
-            self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
+            _remove_shared_memory(size)
+        self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
+        self._engine = self._llm.llm_engine
+        self._requests: dict[int, str] = {}
+        """By number: vLLM's own name of an unfinished request."""
+        self._drawn = hashlib.sha256()
         self._llm.init_weight_transfer_engine({"init_info": {"link": link}})
         if spec.routing is not None and on_cpu:
             self._llm.collective_rpc("record_routes", args=(spec.routing.layers,))
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Return one result per request, in order; see `RolloutEngine.generate`."""
-        if self.weight_version < 0:
-            raise RolloutError("generate was called without complete weights", role="rollout")
-        if not requests:
-            return []
-        prompts: Any = [{"prompt_token_ids": r.prompt_token_ids.tolist()} for r in requests]
-        params = [self._sampling_params(request) for request in requests]
-        with _process_state_kept():
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        if len(outputs) != len(requests):
-            raise RolloutError(f"{len(requests)} requests, {len(outputs)} results", role="rollout")
-        routes = self._routed_experts(outputs)
-        results = [
-            self._result(output.outputs[0], experts)
-            for output, experts in zip(outputs, routes, strict=True)
-        ]
+    def add(self, number: int, request: GenerationRequest) -> None:
+        """See `RolloutEngine`."""
+        prompt: Any = {"prompt_token_ids": request.prompt_token_ids.tolist()}
+        name = self._engine.add_request(str(number), prompt, self._sampling_params(request))
+        self._requests[number] = name
+
+    def step(self) -> list[tuple[int, GenerationResult]]:
+        """See `RolloutEngine`."""
+        outputs: list[Any] = [output for output in self._engine.step() if output.finished]
+        ended = self._results(outputs)
         if self._is_part:
-            _check_lockstep(results)
-        return results
+            self._check_lockstep(ended)
+        return ended
+
+    def abort(self, numbers: Sequence[int]) -> list[tuple[int, GenerationResult]]:
+        """See `RolloutEngine`. vLLM hands out what an aborted request has only to a queue of its
+        own front end; this is the call by which it makes that (output_processor.py,
+        abort_requests)."""
+        names = [self._requests[number] for number in numbers]
+        states = [self._engine.output_processor.request_states[name] for name in names]
+        outputs: list[Any] = [
+            state.make_request_output([], None, FinishReason.ABORT, None) for state in states
+        ]
+        self._engine.abort_request(names, internal=True)
+        return self._results(outputs)
+
+    def _results(self, outputs: Sequence[Any]) -> list[tuple[int, GenerationResult]]:
+        """Return the results of requests that have ended, by number; they are forgotten."""
+        numbers = [int(output.request_id) for output in outputs]
+        names = [self._requests.pop(number) for number in numbers]
+        routes = self._routed_experts(names, outputs)
+        return [
+            (number, self._result(output.outputs[0], experts))
+            for number, output, experts in zip(numbers, outputs, routes, strict=True)
+        ]
 
     def _sampling_params(self, request: GenerationRequest) -> vllm.SamplingParams:
         sampling = request.sampling
@@ -171,15 +175,15 @@ class VllmEngine:
             detokenize=bool(self._stop),
         )
 
-    def _routed_experts(self, outputs: Sequence[Any]) -> list[np.ndarray | None]:
+    def _routed_experts(
+        self, names: Sequence[str], outputs: Sequence[Any]
+    ) -> Sequence[np.ndarray | None]:
         """Return the experts of each output's tokens but the last, None where vLLM has none."""
-        if self._routing is None:
+        if self._routing is None or not outputs:
             return [None] * len(outputs)
         if self._on_cpu:
-            recorded = self._llm.collective_rpc("take_routes")[0]
-            # vLLM appends a suffix to the id that it gave a request.
-            by_id = {name.rpartition("-")[0]: routes for name, routes in recorded.items()}
-            found = [by_id.get(output.request_id) for output in outputs]
+            recorded = self._llm.collective_rpc("take_routes", args=(list(names),))[0]
+            found = [recorded.get(name) for name in names]
         else:
             layers = list(self._routing.layers)  # vLLM has a row for every layer
             found = [output.outputs[0].routed_experts for output in outputs]
@@ -191,13 +195,40 @@ class VllmEngine:
         ]
 
     def _result(self, output: Any, routed_experts: np.ndarray | None) -> GenerationResult:
+        spans = output.weight_versions or []
         return GenerationResult(
             token_ids=np.array(output.token_ids, np.int32),
             logprobs=np.array(output.logprobs.logprobs, np.float32),
             finish_reason=output.finish_reason or "abort",
-            weight_version=self.weight_version,
+            versions=[VersionSpan(int(span.version), span.start, span.end) for span in spans],
             routed_experts=routed_experts,
         )
+
+    def _check_lockstep(self, ended: Sequence[tuple[int, GenerationResult]]) -> None:
+        """Raise a RolloutError unless all ranks of the engine drew the same tokens; collective, at
+        the end of the last request."""
+        for number, result in ended:
+            self._drawn.update(repr((number, len(result.token_ids))).encode())
+            self._drawn.update(result.token_ids.tobytes())
+        if self._requests:
+            return
+        group = get_tp_group()
+        found: list[Any] = [None] * group.world_size
+        dist.all_gather_object(found, self._drawn.hexdigest(), group=group.cpu_group)
+        if len(set(found)) > 1:
+            raise RolloutError(
+                f"the ranks {group.ranks} of one engine drew different tokens", role="rollout"
+            )
+
+    def sleep(self, level: int) -> None:
+        """See `RolloutEngine`. On CPU vLLM accepts it and frees nothing."""
+        self._llm.sleep(level)
+        if level > 1:
+            self.weight_version = -1
+
+    def wake(self, part: EnginePart) -> None:
+        """See `RolloutEngine`."""
+        self._llm.wake_up([part.value])
 
     def start_weight_update(self, version: int, with_digests: bool = False) -> None:
         self.weight_version = -1
@@ -212,7 +243,8 @@ class VllmEngine:
         for differences in self._llm.collective_rpc("differences_from", args=(manifest,)):
             refuse(differences, self._coming_version)
         self._llm.finish_weight_update(weight_version=str(self._coming_version))
-        if not self._llm.reset_prefix_cache():
+        # Requests that are running are computed again up to where they are.
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RolloutError("cached keys and values survived a weight update", role="rollout")
         self.weight_version = self._coming_version
 
@@ -230,7 +262,15 @@ class VllmEngine:
         return self._llm.collective_rpc("load_folder", args=(folder,))
 
     def close(self) -> None:
-        del self._llm
+        del self._engine, self._llm
+
+
+def _executor(size: int, is_apart: bool) -> str:
+    """Return how vLLM runs its ranks; beside the trainer the engine is ranks of the default process
+    group that lie side by side."""
+    if size == 1:
+        return "uni"
+    return "mp" if is_apart else "external_launcher"
 
 
 def _remove_shared_memory(engine_size: int) -> None:
@@ -245,18 +285,3 @@ def _remove_shared_memory(engine_size: int) -> None:
     for file in Path("/dev/shm").iterdir() if place == 0 else ():
         if f"[{ranks}]-cpushm" in file.name and file.stat().st_uid == os.getuid():
             file.unlink(missing_ok=True)
-
-
-def _check_lockstep(results: Sequence[GenerationResult]) -> None:
-    """Raise a RolloutError unless all ranks of the engine drew the same tokens; collective."""
-    group = get_tp_group()
-    drawn = hashlib.sha256(repr([len(result.token_ids) for result in results]).encode())
-    for result in results:
-        drawn.update(result.token_ids.tobytes())
-    own = drawn.hexdigest()
-    found: list[Any] = [None] * group.world_size
-    dist.all_gather_object(found, own, group=group.cpu_group)
-    if len(set(found)) > 1:
-        raise RolloutError(
-            f"the ranks {group.ranks} of one engine drew different tokens", role="rollout"
-        )

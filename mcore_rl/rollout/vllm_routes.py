@@ -55,14 +55,14 @@ class RouteRecorder:
 
         model_runner.execute_model = execute_model
 
-    def take(self) -> dict[str, np.ndarray]:
-        """Return the experts of each request since the last call, by vLLM's internal request id.
+    def take(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the experts of requests that have ended, by vLLM's internal request id, and forget
+        them.
 
         [computed tokens, layers, topk] uint8, or uint16 with more than 256 experts.
         """
-        taken = {name: np.concatenate(parts) for name, parts in self._of_request.items()}
-        self._of_request = {}
-        return taken
+        found = {name: self._of_request.pop(name) for name in names if name in self._of_request}
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _captured(self, num_tokens: int) -> np.ndarray:
         """Return the experts of the forward's first tokens, [num_tokens, layers, topk]."""

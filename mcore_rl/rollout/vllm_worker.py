@@ -202,6 +202,6 @@ class WorkerExtension:
         """Record the experts of everything computed from now on; see `RouteRecorder`."""
         self._routes = RouteRecorder(self.model_runner, self.vllm_config, layers)
 
-    def take_routes(self) -> dict[str, np.ndarray]:
-        """Return what was recorded since the last call; see `RouteRecorder.take`."""
-        return self._routes.take()
+    def take_routes(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return what was recorded of requests; see `RouteRecorder.take`."""
+        return self._routes.take(names)

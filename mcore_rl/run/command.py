@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from mcore_rl.cluster.placement import Placement
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import with_fetched_models
 from mcore_rl.errors import UserError, require
@@ -21,10 +22,12 @@ from mcore_rl.launch.ending import end_process, run_with_workers
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
 from mcore_rl.launch.libraries import quiet_libraries
 from mcore_rl.observability.log_setup import setup_logging
+from mcore_rl.run.specs import placement_of
 
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
+OpenWorkers: TypeAlias = Callable[[Placement, str, float, GiveUp], ChannelWorkers]
 
 
 def run_command(
@@ -73,9 +76,9 @@ def run_command(
                 plan(config)
             return
         open_workers = _launcher(config, module)
-        size, limit_s = config.trainer.world_size, config.trainer.hang_timeout_s
+        placement, limit_s = placement_of(config), config.trainer.hang_timeout_s
         run_with_workers(
-            lambda give_up: open_workers(size, engine(config), limit_s, give_up),
+            lambda give_up: open_workers(placement, engine(config), limit_s, give_up),
             lambda workers: program(config, workers),
             echo_s=torchrun.AGENT_ECHO_S if torchrun.is_launched() else 0.0,
         )
@@ -83,7 +86,7 @@ def run_command(
         end_process(error)
 
 
-def _launcher(config: Any, module: str) -> Callable[[int, str, float, GiveUp], ChannelWorkers]:
+def _launcher(config: Any, module: str) -> OpenWorkers:
     """Return what starts the worker processes."""
     trainer = config.trainer
     if torchrun.is_launched():

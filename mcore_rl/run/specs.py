@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 from mcore_rl.cluster.cluster import Cluster
-from mcore_rl.cluster.placement import Placement, colocated
+from mcore_rl.cluster.placement import Placement, colocated, engines_apart
 from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
+from mcore_rl.errors import require
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.rollout.base import EngineSpec
-from mcore_rl.workers.spec import ActorSpec, ModelSpec, WorkerSpec
+from mcore_rl.workers.spec import ActorSpec, EngineWorkerSpec, ModelSpec, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 
-def placement_of(cfg: RunConfig | SftRunConfig, engine: EngineSpec | None) -> Placement:
+def placement_of(cfg: RunConfig | SftRunConfig) -> Placement:
     """Return where the processes of a run stand."""
-    return colocated(
-        train_layout(cfg.actor.megatron, cfg.trainer.world_size),
-        cfg.trainer.n_gpus_per_node,
-        engine and engine.config.tensor_model_parallel_size,
-    )
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    per_node = cfg.trainer.n_gpus_per_node
+    if not isinstance(cfg, RunConfig):
+        return colocated(layout, per_node, None)
+    rollout, size = cfg.rollout, cfg.rollout.tensor_model_parallel_size
+    if rollout.host == "in_process":
+        return colocated(layout, per_node, size)
+    return engines_apart(layout, per_node, size, rollout.nnodes, rollout.n_gpus_per_node or 0)
 
 
 def start_cluster(
@@ -56,7 +65,33 @@ def start_cluster(
         grad_clip=critic.grad_clip,
         total_steps=total_steps,
     )
-    placement = placement_of(cfg, engine)
-    workers.start(WorkerSpec(placement=placement, actor=actor, critic=critic_spec, engine=engine))
+    if isinstance(cfg, RunConfig) and cfg.ref.megatron.param_offload and not cfg.keeps_reference:
+        logger.warning("not read here: ref.megatron.param_offload (no frozen copy is kept)")
+    if engine is not None:
+        level = engine.config.sleep_level
+        rule = "is planned for (trainer.dry_run=true) and not yet done by engines"
+        require(level == 0, "rollout.sleep_level", level, rule, "Leave it at 0.")
+    placement = placement_of(cfg)
+    engines = {}
+    if engine is not None:
+        engines = {
+            place.engine: EngineWorkerSpec(
+                engine=replace(engine, is_apart=True),
+                number=place.engine,
+                updates=workers.update_address(place.rank),
+            )
+            for place in placement.engines
+        }
+    spec = WorkerSpec(
+        placement=placement,
+        actor=actor,
+        critic=critic_spec,
+        engine=engine,
+        offloads=cfg.offloads,
+    )
+    workers.start(spec, engines)
     critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
-    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut)
+    max_restarts = cfg.rollout.max_engine_restarts if isinstance(cfg, RunConfig) else 0
+    return Cluster.of(
+        workers, placement, cfg.actor.cut, critic_cut, max_restarts, offloads=cfg.offloads
+    )

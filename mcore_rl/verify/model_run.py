@@ -129,20 +129,23 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
 def _generate(cluster: Cluster, prompts: Prompts) -> list[Response]:
     """Return what the engines add to each prompt after a weight sync."""
     cluster.engines.sync_weights(0)
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=np.array(prompt, np.int32),
-            sampling=SamplingParams(
-                temperature=1.0,
-                top_p=1.0,
-                top_k=-1,
-                max_tokens=prompts.max_tokens,
-                seed=prompts.seed + number,
-            ),
-        )
+    groups = [
+        [
+            GenerationRequest(
+                prompt_token_ids=np.array(prompt, np.int32),
+                sampling=SamplingParams(
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=-1,
+                    max_tokens=prompts.max_tokens,
+                    seed=prompts.seed + number,
+                ),
+            )
+        ]
         for number, prompt in enumerate(prompts.token_ids)
     ]
-    return [(r.token_ids.tolist(), r.logprobs.tolist()) for r in cluster.engines.generate(requests)]
+    answered = cluster.engines.generate(groups)
+    return [(r.token_ids.tolist(), r.logprobs.tolist()) for (r,) in answered]
 
 
 def _write_layers(folder: Path, cluster: Cluster, sequences: Sequence[TokenSequence]) -> None:

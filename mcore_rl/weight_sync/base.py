@@ -155,8 +155,10 @@ TRANSPORTS: Registry[Transport[Any]] = Registry("weight transport", "rollout.wei
 class UpdateSession(Protocol):
     """How an engine takes new weights; it cannot generate from the start to the finish."""
 
-    weight_version: int
-    """Version of the weights; -1 before the first session is finished and while one is open."""
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights; -1 before the first session is finished and while one is open."""
+        ...
 
     def start_weight_update(self, version: int, with_digests: bool = False) -> None:
         """Open a session for the weights of a version.

@@ -34,7 +34,7 @@ from mcore_rl.weight_sync.base import (
 )
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.intake import Intake, refuse
-from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.weight_sync.sync import sync_one
 
 
 class RecordingEngine:
@@ -138,9 +138,9 @@ def _check_syncs(name: str, run_folder: Path, num_receivers: int, keeps: bool, i
     for version in range(4):
         if version == 2:  # what broke off is of no consequence for what comes next
             with contextlib.suppress(_BrokenOffError):
-                sync_weights(_broken_buckets(version), sender, engine, version)
+                sync_one(_broken_buckets(version), sender, engine, version)
             assert engine.weight_version == -1
-        sync_weights(random_buckets(version), sender, engine, version)
+        sync_one(random_buckets(version), sender, engine, version)
         sent = [named for bucket in random_buckets(version) for named in bucket]
         for loaded in engine.loaded:
             _check_same(sent, loaded, f"{name}, sync {version}")

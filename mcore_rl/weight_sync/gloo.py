@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import socket
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,12 @@ class GlooSender(Sender[Broadcast]):
                 self._group = _join(self._store, self.link.address, rank=0, size=size)
             _broadcast(self._group, buffer)
             delivering.result()
+        except RuntimeError as error:
+            self._group = None  # so that receivers wait no longer
+            wait([delivering], DEADLINE.total_seconds())
+            if delivering.done():
+                delivering.result()  # says why
+            raise WeightSyncError(f"a broadcast broke off: {error}", role="rollout") from error
         finally:
             pool.shutdown(wait=False)
 

@@ -1,9 +1,10 @@
-"""One weight sync: export, sender, engine, in the order that vLLM's lifecycle asks for."""
+"""One weight sync: export, senders, engines, in the order that vLLM's lifecycle asks for."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mcore_rl.errors import RunError, WeightSyncError
@@ -12,51 +13,113 @@ from mcore_rl.weight_sync.base import NamedTensors, Sender, UpdateSession
 from mcore_rl.weight_sync.digest import Manifest
 
 
+@dataclass(slots=True)
+class Target:
+    """An engine that takes the weights, and the sender that feeds it."""
+
+    sender: Sender[Any]
+    session: UpdateSession
+    problem: WeightSyncError | None = None
+    """Why it does not have them; the others do."""
+    sends: bool = False
+    """Whether the sender has begun and not ended."""
+
+
 def sync_weights(
     export: Iterable[NamedTensors],
-    sender: Sender[Any],
-    engine: UpdateSession,
+    targets: Sequence[Target],
     version: int,
     with_digests: bool = False,
 ) -> Metrics:
-    """Give `engine` the exported weights as `version` and return how much was moved.
+    """Give every target the exported weights as `version` and return how much was moved.
+
+    A target that fails, or got other weights than were exported, is left out from there on, and its
+    session given up; the export, which others take part in, goes on. If that fails, all are.
 
     Args:
         export: buckets of full tensors.
-        sender: whose receivers are the engine's.
-        engine: takes the weights; one whose session breaks off cannot generate afterwards.
+        targets: are told in `problem`.
         version: of the weights.
         with_digests: as in `UpdateSession.start_weight_update`.
-
-    Raises:
-        WeightSyncError: if the engine got other weights than were exported, or does not report the
-            new version afterwards.
     """
     num_buckets = num_bytes = 0
     manifest = Manifest()
-    engine.start_weight_update(version, with_digests)
     try:
-        try:
-            sender.begin(version)
-            for bucket in export:
+        for target in targets:
+            _attempt(target, lambda t: t.session.start_weight_update(version, with_digests))
+            _attempt(target, lambda t: _begin(t, version))
+        for bucket in export:
+            if targets:
                 manifest.add(bucket)
-                sender.send(bucket, engine.update_weights)
-                num_buckets += 1
-                num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-                del bucket  # before the next is made
-            engine.finish_weight_update(manifest)
-        finally:
-            sender.end()
+            for target in targets:
+                _attempt(target, lambda t, b=bucket: t.sender.send(b, t.session.update_weights))
+            num_buckets += 1
+            num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+            del bucket  # before the next is made
+        for target in targets:
+            _attempt(target, lambda t: t.session.finish_weight_update(manifest))
+            _attempt(target, _end)
+            _attempt(target, lambda t: _check_version(t.session, version))
     except BaseException:
-        with contextlib.suppress(RunError):  # an engine that is gone needs no telling
-            engine.abort_weight_update()
+        for target in targets:
+            if target.problem is None:
+                _give_up(target)
         raise
-    if engine.weight_version != version:
-        raise WeightSyncError(
-            f"engine reports weights {engine.weight_version} after a sync of {version}",
-            role="rollout",
-        )
     return {
         "weight_sync/bytes": maximum(num_bytes),
         "weight_sync/num_buckets": maximum(num_buckets),
     }
+
+
+def sync_one(
+    export: Iterable[NamedTensors],
+    sender: Sender[Any],
+    session: UpdateSession,
+    version: int,
+    with_digests: bool = False,
+) -> Metrics:
+    """Do `sync_weights` for one engine.
+
+    Raises:
+        WeightSyncError: if it has not got the weights.
+    """
+    target = Target(sender, session)
+    metrics = sync_weights(export, [target], version, with_digests)
+    if target.problem is not None:
+        raise target.problem
+    return metrics
+
+
+def _attempt(target: Target, act: Callable[[Target], None]) -> None:
+    if target.problem is not None:
+        return
+    try:
+        act(target)
+    except WeightSyncError as error:
+        target.problem = error
+        _give_up(target)
+
+
+def _begin(target: Target, version: int) -> None:
+    target.sends = True
+    target.sender.begin(version)
+
+
+def _end(target: Target) -> None:
+    if target.sends:
+        target.sends = False
+        target.sender.end()
+
+
+def _give_up(target: Target) -> None:
+    _end(target)
+    with contextlib.suppress(RunError):  # an engine that is gone needs no telling
+        target.session.abort_weight_update()
+
+
+def _check_version(session: UpdateSession, version: int) -> None:
+    if session.weight_version != version:
+        raise WeightSyncError(
+            f"engine reports weights {session.weight_version} after a sync of {version}",
+            role="rollout",
+        )

@@ -6,7 +6,7 @@ come in and go out; weights leave through `export`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mcore_rl.megatron.model import (
     load_weights,
     named_local_parameters,
 )
+from mcore_rl.megatron.offload import parameters_of
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import ModelRouters
 from mcore_rl.metrics import Metrics, to_host
@@ -42,9 +43,9 @@ from mcore_rl.models.safetensors_io import (
     write_shards,
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
-from mcore_rl.types import Denominators, RoutesAt, Share, TokenNumbers
+from mcore_rl.types import Denominators, Part, RoutesAt, Share, TokenNumbers
 from mcore_rl.weight_sync.export import WeightExporter
-from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
+from mcore_rl.workers.model_worker import ModelWorker, TrainObjective, reads
 from mcore_rl.workers.roles import Actor
 from mcore_rl.workers.routes import RouteStore
 from mcore_rl.workers.spec import ActorSpec
@@ -91,28 +92,40 @@ class ActorWorker(ModelWorker, Actor):
             freeze_routers(chunks)
         saved = self.lora or WholeModel(chunks, parallel)
         super().__init__(spec, parallel, device, chunks, config, saved)
+        if self.reference:
+            frozen = self.reference
+            self._add_part(Part.REFERENCE, lambda: parameters_of(frozen))
+        else:  # under adapters the reference is the weights without them
+            self.parts[Part.REFERENCE] = self.parts[Part.PARAM]
         self.params = params
+        weights = self.parts[Part.PARAM].while_here("the export of weights", weights)
         self.exporter = WeightExporter(weights, self.entries, parallel)
 
+    @reads(Part.PARAM)
     def logprobs(self, share: Share | None) -> TokenNumbers:
         """Return logprobs of every token under the current weights."""
         micro_batches = spread(self.routes.filled(share), self.parallel.share)
         with self.routers.replaying(micro_batches) as routes:
             return forward_tokens(self.chunks, micro_batches, self.parallel, self.device, routes)
 
-    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Sequence[RoutesAt]]:
-        """Return logprobs and where the routes of these sequences lie: the experts that the routers
-        chose."""
+    @reads(Part.PARAM)
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Mapping[int, RoutesAt]]:
+        """Return logprobs and, on the rank that was given the share, where the routes of its
+        sequences lie, by planned index: the experts that the routers chose."""
         micro_batches = spread(share, self.parallel.share)
         with self.routers.recording() as recording:
             logprobs = forward_tokens(
                 self.chunks, micro_batches, self.parallel, self.device, recording
             )
         routes = recording.routes()
-        # On ranks that report no sequence there is no length.
-        parts = np.split(routes, np.cumsum(logprobs.lengths - 1))[: len(logprobs.lengths)]
-        return logprobs, [self.routes.keep(part) for part in parts]
+        if share is None:
+            return logprobs, {}
+        *parts, _ = np.split(routes, np.cumsum(share.whole.lengths - 1))
+        indices = share.whole.indices.tolist()
+        kept = {index: self.routes.keep(part) for index, part in zip(indices, parts, strict=True)}
+        return logprobs, kept
 
+    @reads(Part.REFERENCE)
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:
         """Return logprobs of every token under the reference weights.
 
@@ -125,6 +138,7 @@ class ActorWorker(ModelWorker, Actor):
         assert self.reference is not None, "built without a reference model"
         return forward_tokens(self.reference, micro_batches, self.parallel, self.device)
 
+    @reads(Part.PARAM)
     def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
         """Return what comes out of this rank's layers under the current weights, by planned index
         and module; see `LayerRecording.by_index`."""
@@ -149,6 +163,7 @@ class ActorWorker(ModelWorker, Actor):
             metrics |= replay_metrics
         return to_host(metrics)
 
+    @reads(Part.PARAM)
     def export_hf(self, folder: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write the weights as a Hugging Face folder with config and tokenizer.
 

@@ -22,8 +22,8 @@ from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.models.value_head import OUTPUT_LAYER, value_entries
-from mcore_rl.types import Denominators, Share, TokenNumbers
-from mcore_rl.workers.model_worker import ModelWorker, TrainObjective
+from mcore_rl.types import Denominators, Part, Share, TokenNumbers
+from mcore_rl.workers.model_worker import ModelWorker, TrainObjective, reads
 from mcore_rl.workers.roles import Critic
 from mcore_rl.workers.spec import ModelSpec
 from mcore_rl.workers.spread import spread
@@ -56,6 +56,7 @@ class CriticWorker(ModelWorker, Critic):
             freeze_routers(chunks)
         super().__init__(spec, parallel, device, chunks, config, WholeModel(chunks, parallel))
 
+    @reads(Part.PARAM)
     def values(self, share: Share | None) -> TokenNumbers:
         """Return the value of every trained token under the current weights."""
         micro_batches = spread(share, self.parallel.share)

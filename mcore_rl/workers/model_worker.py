@@ -6,9 +6,10 @@ come in and go out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +23,39 @@ from mcore_rl.megatron.checkpoint import (
 )
 from mcore_rl.megatron.forward_backward import forward_backward
 from mcore_rl.megatron.model import wrap_for_training
+from mcore_rl.megatron.offload import (
+    Offloadable,
+    gradients_of,
+    optimizer_tensors,
+    parameters_of,
+)
 from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import Routes, own_routes
 from mcore_rl.metrics import Metrics, maximum, mean, total
-from mcore_rl.types import Denominators, MicroBatch, WriteState
+from mcore_rl.types import Denominators, MicroBatch, Part, WriteState
 from mcore_rl.workers.spec import ModelSpec
+
+W = TypeVar("W", bound="ModelWorker")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reads(
+    *parts: Part,
+) -> Callable[[Callable[Concatenate[W, P], R]], Callable[Concatenate[W, P], R]]:
+    """Have a method of a worker refuse to run while one of these parts is in host memory."""
+
+    def checked(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[W, P], R]:
+        @functools.wraps(method)
+        def run(self: W, *args: P.args, **kwargs: P.kwargs) -> R:
+            for part in parts:
+                self.parts[part].check_is_here(method.__name__)
+            return method(self, *args, **kwargs)
+
+        return run
+
+    return checked
 
 
 class TrainObjective(Protocol):
@@ -84,11 +112,38 @@ class ModelWorker:
         )
         self.trained = trained
         self._pending_save: PendingSave | None = None
+        self.parts: dict[Part, Offloadable] = {}
+        """What can be moved to host memory, of what there is."""
+        self._add_part(Part.PARAM, lambda: parameters_of(self.chunks))
+        self._add_part(Part.GRAD, lambda: gradients_of(self.chunks))
+        self._add_part(Part.OPTIMIZER, lambda: optimizer_tensors(self.optimizer.inner, self.chunks))
+
+    def _add_part(self, part: Part, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        self.parts[part] = Offloadable(f"{self.role}.{part}", tensors)
+
+    def offload(self, parts: Collection[Part]) -> None:
+        """Move these parts of the state to host memory.
+
+        Raises:
+            OffloadError: if one is there already or cannot be moved.
+        """
+        for part in parts:
+            self.parts[part].offload()
+
+    def restore(self, parts: Collection[Part]) -> None:
+        """Move these parts of the state back to the device.
+
+        Raises:
+            OffloadError: if one is there already.
+        """
+        for part in parts:
+            self.parts[part].restore()
 
     def begin_step(self) -> None:
         """Move the learning-rate schedule to the coming step."""
         self.optimizer.advance_schedule()
 
+    @reads(Part.PARAM, Part.GRAD, Part.OPTIMIZER)
     def train_on(
         self,
         micro_batches: Sequence[MicroBatch],
@@ -119,6 +174,7 @@ class ModelWorker:
                 metrics[f"{self.role}/grad_norm"] = mean(grad_norm)
         return metrics
 
+    @reads(Part.PARAM, Part.OPTIMIZER)
     def begin_save(self, folder: str) -> None:
         """Copy weights, optimizer and schedule, and begin to write them into `folder`."""
         assert self._pending_save is None, "one checkpoint at a time"
@@ -135,6 +191,7 @@ class ModelWorker:
         self._pending_save.finish()
         self._pending_save = None
 
+    @reads(Part.PARAM, Part.OPTIMIZER)
     def load(self, folder: str) -> None:
         """Read back what was saved, in this or another layout."""
         load_checkpoint(Path(folder), self.trained, self.optimizer, self.parallel)

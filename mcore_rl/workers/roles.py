@@ -13,16 +13,22 @@ Numbers come back from the ranks that report them; the others return those of no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mcore_rl.errors import WeightSyncError
 from mcore_rl.metrics import Metrics
-from mcore_rl.types import Denominators, RoutesAt, Share, TokenNumbers, WriteState
+from mcore_rl.types import Denominators, Part, RoutesAt, Share, TokenNumbers, WriteState
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import numpy as np
 
-    from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+    from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult
+    from mcore_rl.rollout.serving import Health, PauseMode
+    from mcore_rl.sockets import Address
 
 
 class Actor(Protocol):
@@ -32,9 +38,10 @@ class Actor(Protocol):
         """Return log-probabilities of every trained token."""
         ...
 
-    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Sequence[RoutesAt]]:
-        """Return them with where the routes of these sequences lie: the experts that the routers
-        chose."""
+    def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Mapping[int, RoutesAt]]:
+        """Return them with where the routes of the share's sequences lie, by their positions in the
+        list that was planned: the experts that the routers chose. The rank that was given the share
+        keeps them, which is the one that would be given them to replay."""
         ...
 
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:
@@ -43,6 +50,14 @@ class Actor(Protocol):
 
     def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
         """Return what comes out of this rank's layers."""
+        ...
+
+    def offload(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state to host memory; none of them is there."""
+        ...
+
+    def restore(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state back to the device; all of them are in host memory."""
         ...
 
     def begin_step(self) -> None:
@@ -81,6 +96,14 @@ class Critic(Protocol):
         """Return the value of every trained token."""
         ...
 
+    def offload(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state to host memory; none of them is there."""
+        ...
+
+    def restore(self, parts: Collection[Part]) -> None:
+        """Move these parts of its state back to the device; all of them are in host memory."""
+        ...
+
     def begin_step(self) -> None:
         """Move the learning-rate schedule to the coming step."""
         ...
@@ -106,18 +129,60 @@ class Critic(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SentWeights:
+    """What came of sending weights."""
+
+    metrics: Metrics
+    problems: Mapping[int, WeightSyncError]
+    """By number of an engine of its own process that did not take them."""
+
+
+class WeightSource(Protocol):
+    """The actor's weights, for the engines."""
+
+    def send_weights(self, version: int, engines: Mapping[int, Address]) -> SentWeights:
+        """Send them as `version` to the engine in this process, or to those of `engines` (by
+        number: where they listen) that this rank feeds; collective."""
+        ...
+
+
 class Rollout(Protocol):
     """A rollout engine, or one rank of it."""
 
     def generate(
         self, requests: Sequence[GenerationRequest], keep_routes: bool
-    ) -> list[GenerationResult]:
+    ) -> Future[list[GenerationResult]]:
         """Return one result per request, in order; nothing on ranks but the engine's first, which
         all must be given the same requests. Routes to be replayed are kept."""
         ...
 
-    def sync_weights(self, version: int) -> Metrics:
-        """Take the actor's weights as `version`; collective."""
+    def pause(self, mode: PauseMode) -> None:
+        """Draw no token from here on."""
+        ...
+
+    def resume(self) -> None:
+        """End a pause."""
+        ...
+
+    def sleep(self, level: int) -> None:
+        """Free the device's memory."""
+        ...
+
+    def wake(self, part: EnginePart) -> None:
+        """Take the memory of a part back."""
+        ...
+
+    def health(self) -> Health:
+        """Return how the engine is."""
+        ...
+
+
+class EngineProcess(Protocol):
+    """The process of an engine by itself."""
+
+    def receive_weights(self, version: int) -> None:
+        """Take the weights that a train worker sends as `version` meanwhile."""
         ...
 
 
@@ -136,3 +201,13 @@ class RouteHolder(Protocol):
     def drop(self) -> None:
         """Forget all routes."""
         ...
+
+
+def handlers(roles: Mapping[type, Any]) -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """Return what does each method of each role, `Actor.update`, of those who answer to it."""
+    return {
+        method: getattr(holder, name)
+        for role, holder in roles.items()
+        for name, method in vars(role).items()
+        if callable(method) and not name.startswith("_")
+    }

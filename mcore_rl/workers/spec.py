@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.megatron.config import LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.model_files import find_model
 from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.sockets import Address
+from mcore_rl.types import Offloads
+
+Spec = TypeVar("Spec", "ModelSpec", "ActorSpec", EngineSpec)
+
+
+def with_found_model(spec: Spec) -> Spec:
+    """Return the same with the folder that its model has on this machine.
+
+    Raises:
+        UserError: if the model is not there.
+    """
+    return replace(spec, model_path=str(find_model(spec.model_path, download=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +59,7 @@ class WorkerSpec:
     """None where nothing is generated (supervised fine-tuning)."""
     critic: ModelSpec | None = None
     """None where the advantages need no values."""
+    offloads: Offloads = field(default_factory=Offloads)
 
     def on_this_machine(self) -> WorkerSpec:
         """Return the same with the folders that the models have on this machine; of those of the
@@ -56,10 +70,19 @@ class WorkerSpec:
         """
 
         def found(spec: Any) -> Any:
-            if spec is None:
-                return None
-            return replace(spec, model_path=str(find_model(spec.model_path, download=True)))
+            return None if spec is None else with_found_model(spec)
 
         return replace(
             self, actor=found(self.actor), engine=found(self.engine), critic=found(self.critic)
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineWorkerSpec:
+    """What the process of an engine is built from."""
+
+    engine: EngineSpec
+    number: int
+    """Of the engine."""
+    updates: Address
+    """Where it listens for weights."""

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from mcore_rl.megatron import cpu, parallel
+from mcore_rl.rollout.base import EngineSpec
+from mcore_rl.rollout.hosts.in_process import InProcessEngine
+from mcore_rl.weight_sync.base import Link
 from mcore_rl.workers.actor_worker import ActorWorker
 from mcore_rl.workers.critic_worker import CriticWorker
-from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder
+from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder, WeightSource, handlers
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.spec import WorkerSpec
+from mcore_rl.workers.weight_source import WeightSourceWorker
 
 
 class Worker:
@@ -31,15 +35,43 @@ class Worker:
         cpu.install()
         spec = spec.on_this_machine()
         self.parallel = parallel.initialize(spec.placement.layout, spec.actor.megatron.seed)
+        self.placement = spec.placement
         self.place = spec.placement.places[self.parallel.rank]
         assert self.parallel.coordinates == self.place.coordinates, "Megatron numbers otherwise"
+        # What can leave the device does so at once: the next to be built may need the room.
         self.actor = ActorWorker(spec.actor, self.parallel, device)
-        self.critic = CriticWorker(spec.critic, self.parallel, device) if spec.critic else None
-        self.rollout = None
+        self.actor.offload(spec.offloads.actor)
+        self.critic = None
+        if spec.critic:
+            self.critic = CriticWorker(spec.critic, self.parallel, device)
+            self.critic.offload(spec.offloads.critic)
+        self.rollout = self.weights = None
         if spec.engine:
-            self.rollout = RolloutWorker(
-                spec.engine, self.place, self.actor.exporter, self.actor.routes
+            links = self._links(spec.engine)
+            engine = None
+            if self.place.engine is not None:
+                engine = InProcessEngine(spec.engine, links[self.place.engine])
+                is_first = self.place.engine_rank == 0
+                self.rollout = RolloutWorker(spec.engine, engine, is_first, self.actor.routes)
+            bucket_bytes = spec.engine.config.update_weights_bucket_mib << 20
+            self.weights = WeightSourceWorker(self.actor.exporter, links, engine, bucket_bytes)
+
+    def _links(self, spec: EngineSpec) -> Mapping[int, Link]:
+        """Return the links to the engines that this rank feeds, by number."""
+        feeds = {e.engine: 0 for e in self.placement.engines if e.fed_by == self.place.rank}
+        num_receivers = spec.config.tensor_model_parallel_size
+        if self.place.engine is not None:  # a part of it for each of its ranks
+            feeds, num_receivers = {self.place.engine: self.place.engine_rank}, 1
+        return {
+            engine: Link(
+                transport=spec.config.transport,
+                run_folder=spec.run_folder,
+                engine=engine,
+                engine_rank=engine_rank,
+                num_receivers=num_receivers,
             )
+            for engine, engine_rank in feeds.items()
+        }
 
     @property
     def roles(self) -> Mapping[type, Any]:
@@ -49,21 +81,19 @@ class Worker:
             Critic: self.critic,
             Rollout: self.rollout,
             RouteHolder: self.actor.routes,
+            WeightSource: self.weights,
         }
         return {role: holder for role, holder in found.items() if holder is not None}
 
     @property
     def handlers(self) -> Mapping[Callable[..., Any], Callable[..., Any]]:
         """By method of a role, `Actor.update`: what does it here."""
-        return {
-            method: getattr(holder, name)
-            for role, holder in self.roles.items()
-            for name, method in vars(role).items()
-            if callable(method) and not name.startswith("_")
-        }
+        return handlers(self.roles)
 
     def close(self) -> None:
-        """Free engine and process groups."""
+        """Free engine, senders and process groups."""
         if self.rollout is not None:
             self.rollout.close()
+        if self.weights is not None:
+            self.weights.close()
         parallel.shut_down()

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -41,7 +41,21 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+class Command(Protocol):
+    """What is needed of `subprocess.Popen`."""
+
+    args: Any
+    pid: int
+    returncode: Any
+
+    def poll(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]: ...
+
+
+def finish(process: Command) -> subprocess.CompletedProcess[str]:
     """Wait for the command; one that does not end is killed with its children."""
     try:
         stdout, stderr = process.communicate(timeout=LIMIT_S)
@@ -55,7 +69,7 @@ def run(*argv: str, **how: Any) -> subprocess.CompletedProcess[str]:
     return finish(start(*argv, **how))
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: Command) -> None:
     """kill -9 of the command and everything that it started."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -66,7 +80,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Command) -> None:
     """Return as soon as the condition holds; fail if the command ends or takes too long before."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():

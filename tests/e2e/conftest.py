@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prepared import PreparedProcess
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -98,3 +99,11 @@ def files(tmp_path_factory) -> Files:
     broken = pq.read_table(made.data / "train.parquet")["ground_truth"][0].as_py()
     made.reward.write_text(REWARD.format(broken=broken))
     return made
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """Return the process that forks commands: `prepared.run(*argv)`."""
+    process = PreparedProcess(tmp_path_factory.mktemp("huggingface"))
+    yield process
+    process.close()

@@ -1,7 +1,6 @@
 """Bad input to the real command: exit code 2, one line that names the culprit, nothing touched.
 
-All cases run in one process that has imported the command once and forks for each; a case ends
-before any worker starts.
+A case ends before any worker has begun to work.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import gzip
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -483,9 +480,9 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes(files, tmp_path_factory) -> dict[str, Outcome]:
+def outcomes(files, prepared, tmp_path_factory) -> dict[str, Outcome]:
     """What became of each case."""
-    folders, asked = {}, []
+    found = {}
     for name, case in CASES.items():
         folder = tmp_path_factory.mktemp("case")
         overrides = [text.replace("{dir}", str(folder)) for text in case.overrides]
@@ -495,21 +492,10 @@ def outcomes(files, tmp_path_factory) -> dict[str, Outcome]:
         case.prepare(folder)
         if case.is_used_with is not None:
             use_run_folder(folder / "run", [*argv, *case.is_used_with])
-        folders[name] = folder, commands.hash_files(folder)
-        asked.append({"name": name, "argv": argv})
-    driver = Path(__file__).parent / "fork_driver.py"
-    done = subprocess.run(
-        [sys.executable, str(driver)],
-        input=json.dumps({"model": str(files.model), "cases": asked}),
-        # As the command sets it before its first import; the driver has imported by then.
-        env=commands.ENVIRONMENT | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3 * commands.LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    return {name: Outcome(**results[name], folder=f, before=b) for name, (f, b) in folders.items()}
+        before = commands.hash_files(folder)
+        done = prepared.run(*argv)
+        found[name] = Outcome(done.returncode, done.stdout, done.stderr, folder, before)
+    return found
 
 
 @pytest.mark.timeout(4 * commands.LIMIT_S)

@@ -51,7 +51,7 @@ def argv_of(files, run_dir, engine, *overrides):
     ],
 )
 def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
-    files, tmp_path, engine, num_kills, seed
+    files, prepared, tmp_path, engine, num_kills, seed
 ):
     """Each stage is aimed at as often as the others, at a random moment of it, in the first or
     second step after a start; every other start saves asynchronously, so that its checkpoints are
@@ -65,7 +65,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
     length = f"trainer.total_training_steps={num_kills + 4}"
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = commands.run(*argv_of(files, whole, engine, length), environment=MARKED)
+    done = prepared.run(*argv_of(files, whole, engine, length), environment=MARKED)
     assert done.returncode == 0, done.stderr
     marks = read_stages(whole)
     lasted = {
@@ -81,14 +81,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
         delay = source.random() * lasted[stage]
         kill_at = {KILL_AT: f"{stage} {source.choice((1, 2))} {delay}"}
         argv = argv_of(files, killed, engine, length, asynchronous)
-        process = commands.run(*argv, environment=MARKED | kill_at)
+        process = prepared.run(*argv, environment=MARKED | kill_at)
         assert process.returncode == -9
         assert not (killed / "hf_model").exists()
         killed_in[read_stages(killed)[-1][0]] += 1
         killed_in["half-written checkpoint"] += any(killed.glob("checkpoints/*.partial"))
     logger.info("killed %d times: %s", num_kills, dict(killed_in))
 
-    done = commands.run(*argv_of(files, killed, engine, length), environment=MARKED)
+    done = prepared.run(*argv_of(files, killed, engine, length), environment=MARKED)
     assert done.returncode == 0, done.stderr
     assert commands.read_metrics(killed) == commands.read_metrics(whole)
     samples = [commands.read_lines(run / "samples.jsonl") for run in (killed, whole)]
@@ -105,7 +105,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
 
 @pytest.mark.timeout(commands.TEST_LIMIT_S)
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
-    files, tmp_path
+    files, prepared, tmp_path
 ):
     """The ranks may write no file of more than 128 KiB once the first checkpoint is there: in the
     background, like all of a checkpoint here. Its tensors are in files of more than 200 KiB;
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     argv = argv_of(
         files, run_dir, "fake", "trainer.async_save=true", "trainer.total_training_steps=1000"
     )
-    process = commands.start(*argv, environment=MARKED)
+    process = prepared.start(*argv, environment=MARKED)
     commands.wait_for(lambda: (run_dir / POINTER).exists(), process)
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(ProcessLookupError):  # it has ended in the meantime
@@ -127,6 +127,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     assert error.endswith("/actor cannot be written: OSError: [Errno 27] File too large")
 
     step = int((run_dir / POINTER).read_text())
-    resumed = commands.run(*argv, f"trainer.total_training_steps={step + 1}", environment=MARKED)
+    resumed = prepared.run(*argv, f"trainer.total_training_steps={step + 1}", environment=MARKED)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from {run_dir}/checkpoints/global_step_{step}" in resumed.stderr

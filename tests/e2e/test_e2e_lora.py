@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
 
-def test_adapters_train_and_the_engine_gets_them_merged(files, tmp_path):
+def test_adapters_train_and_the_engine_gets_them_merged(files, prepared, tmp_path):
     """Two processes with expert parallelism, the KL term against the base, three steps."""
     run_dir = tmp_path / "run"
     argv = files.argv(
@@ -22,7 +22,7 @@ def test_adapters_train_and_the_engine_gets_them_merged(files, tmp_path):
         "trainer.test_freq=-1",
         "trainer.val_before_train=false",
     )
-    done = commands.run(*argv)
+    done = prepared.run(*argv)
     assert done.returncode == 0, done.stderr
     assert "LoRA: 20 modules of 20" in done.stderr
     metrics = commands.read_metrics(run_dir)

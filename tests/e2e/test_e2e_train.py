@@ -119,29 +119,31 @@ def test_a_second_run_under_torchrun_gives_the_same_numbers(first, files, tmp_pa
         assert mine.read_bytes() == theirs.read_bytes()
 
 
-def test_weights_that_come_by_a_transport_of_ones_own_give_the_same_numbers(first, files, tmp_path):
+def test_weights_that_come_by_a_transport_of_ones_own_give_the_same_numbers(
+    first, files, prepared, tmp_path
+):
     """Through files, into the same vLLM engines by the same session."""
     plugin = {"MCORE_RL_PLUGINS": "safetensors_files", "PYTHONPATH": str(CUSTOM_TRANSPORT)}
     if "PYTHONPATH" in os.environ:
         plugin["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
     run_dir = tmp_path / "files"
     argv = files.argv(run_dir, "rollout.weight_transport=safetensors_files")
-    done = commands.run(*argv, environment=plugin)
+    done = prepared.run(*argv, environment=plugin)
     assert done.returncode == 0, done.stderr
     assert commands.read_metrics(run_dir) == commands.read_metrics(first[0])
     assert not list(run_dir.glob("weights_*"))
 
 
-def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, tmp_path):
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, prepared, tmp_path):
     """kill -9 of all its processes while step 2 trains, then once more."""
     run_dir = tmp_path / "killed"
     argv = files.argv(run_dir, "trainer.save_freq=1", "trainer.logger=[stage_marks]")
-    killed = commands.run(*argv, environment=MARKED | {KILL_AT: "train 3 0"})
+    killed = prepared.run(*argv, environment=MARKED | {KILL_AT: "train 3 0"})
     assert killed.returncode == -9
     assert not (run_dir / "hf_model").exists()
     assert len(commands.read_lines(run_dir / "metrics.jsonl")) == 2
 
-    done = commands.run(*argv, environment=MARKED)
+    done = prepared.run(*argv, environment=MARKED)
     assert done.returncode == 0, done.stderr
     assert f"resumed from {run_dir}/checkpoints/global_step_2" in done.stderr
     assert commands.read_metrics(run_dir) == commands.read_metrics(first[0])
@@ -151,8 +153,29 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_numbers(first, files, tm
     assert weights[0] == weights[1]
 
 
-def test_code_in_a_checkpoint_of_a_foreign_run_folder_is_refused_in_one_line_and_not_run(
+def test_a_run_that_offloads_everything_gives_the_same_numbers_also_killed_and_resumed(
     first, files, tmp_path
+):
+    """Weights, gradients and optimizer are in host memory while vLLM generates, weights alone come
+    back for a sync, and checkpoints are written and read in between."""
+    run_dir = tmp_path / "offloaded"
+    offloads = [f"actor.megatron.{part}_offload=true" for part in ("param", "grad", "optimizer")]
+    argv = files.argv(run_dir, "trainer.save_freq=1", "trainer.logger=[stage_marks]", *offloads)
+    killed = commands.run(*argv, environment=MARKED | {KILL_AT: "train 3 0"})
+    assert killed.returncode == -9
+    done = commands.run(*argv, environment=MARKED)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {run_dir}/checkpoints/global_step_2" in done.stderr
+    assert "not read here" not in done.stderr
+    assert commands.read_metrics(run_dir) == commands.read_metrics(first[0])
+    samples = [commands.read_lines(f / "samples.jsonl") for f in (run_dir, first[0])]
+    assert samples[0] == samples[1]
+    weights = [(f / "hf_model" / "model.safetensors").read_bytes() for f in (run_dir, first[0])]
+    assert weights[0] == weights[1]
+
+
+def test_code_in_a_checkpoint_of_a_foreign_run_folder_is_refused_in_one_line_and_not_run(
+    first, files, prepared, tmp_path
 ):
     """Whoever made the folder has fitted the list of sizes to it."""
     run_dir, called = tmp_path / "foreign", tmp_path / "called"
@@ -163,7 +186,7 @@ def test_code_in_a_checkpoint_of_a_foreign_run_folder_is_refused_in_one_line_and
     state = json.loads(controller.read_text())
     state["files"]["actor/.metadata"] = metadata.stat().st_size
     controller.write_text(json.dumps(state))
-    done = commands.run(*files.argv(run_dir, "trainer.total_training_steps=5"))
+    done = prepared.run(*files.argv(run_dir, "trainer.total_training_steps=5"))
     assert not called.exists()
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -174,7 +197,7 @@ def test_code_in_a_checkpoint_of_a_foreign_run_folder_is_refused_in_one_line_and
     )
 
 
-def test_two_processes_host_one_engine_and_train_actor_and_critic(files, tmp_path):
+def test_two_processes_host_one_engine_and_train_actor_and_critic(files, prepared, tmp_path):
     """Every rank draws the same tokens, or the run ends; vLLM cuts the weights of each sync."""
     argv = files.argv(
         tmp_path / "run",
@@ -183,7 +206,7 @@ def test_two_processes_host_one_engine_and_train_actor_and_critic(files, tmp_pat
         "actor.policy_loss.loss_mode=vanilla",
         "trainer.total_training_steps=2",
     )
-    done = commands.run(*argv)
+    done = prepared.run(*argv)
     assert done.returncode == 0, done.stderr
     lines = commands.read_metrics(tmp_path / "run")[:2]
     for line in lines:
@@ -196,7 +219,7 @@ def test_two_processes_host_one_engine_and_train_actor_and_critic(files, tmp_pat
     assert {path.name for path in checkpoint.iterdir()} == {"actor", "critic", "controller.json"}
 
 
-def test_a_reward_that_fails_stops_the_run_and_names_the_sample(files, tmp_path):
+def test_a_reward_that_fails_stops_the_run_and_names_the_sample(files, prepared, tmp_path):
     """One process is enough: what several do with a mistake is tested with the launcher."""
     argv = files.argv(
         tmp_path / "run",
@@ -206,7 +229,7 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_sample(files, tmp_path)
         "data.shuffle=false",
         "trainer.val_before_train=false",
     )
-    done = commands.run(*argv)
+    done = prepared.run(*argv)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert errors == [

@@ -27,13 +27,13 @@ PLUGIN = """
 """
 
 
-def verify(model, tmp_path, *argv, **environment):
+def verify(prepared, model, tmp_path, *argv, **environment):
     """Run the command with its temporary files in `tmp_path`; return how it ended, its rows by
     layout, and the JSON that it wrote."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     numbers = tmp_path / "numbers.json"
-    done = commands.run(
+    done = prepared.run(
         "layouts",
         *("--model", str(model), "--json", str(numbers), *argv),
         module="mcore_rl.verify",
@@ -46,12 +46,12 @@ def verify(model, tmp_path, *argv, **environment):
     return done, {line.split()[0]: line for line in lines}, json.loads(numbers.read_text())
 
 
-def test_a_tiny_mixture_of_experts_is_the_same_in_every_layout(tiny_checkpoint, tmp_path):
+def test_a_tiny_mixture_of_experts_is_the_same_in_every_layout(prepared, tiny_checkpoint, tmp_path):
     """Proves that expert, tensor and expert-tensor parallelism agree with one process through the
     command itself; test_distributed_invariance proves all layouts and losses."""
     layouts = ("ep2", "tp2etp1")
     done, rows, numbers = verify(
-        tiny_checkpoint("qwen3_moe"), tmp_path, "--layouts", ",".join(layouts)
+        prepared, tiny_checkpoint("qwen3_moe"), tmp_path, "--layouts", ",".join(layouts)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(rows) == ["one", *layouts]
@@ -73,9 +73,12 @@ def test_a_tiny_mixture_of_experts_is_the_same_in_every_layout(tiny_checkpoint, 
         assert 0 < row["differences"][3]["size"] < 1e-3
 
 
-def test_a_loss_that_hangs_on_the_cut_departs_and_a_crash_is_a_row(tiny_checkpoint, tmp_path):
+def test_a_loss_that_hangs_on_the_cut_departs_and_a_crash_is_a_row(
+    prepared, tiny_checkpoint, tmp_path
+):
     (tmp_path / "local_mean.py").write_text(textwrap.dedent(PLUGIN))
     done, rows, numbers = verify(
+        prepared,
         tiny_checkpoint("qwen3"),
         tmp_path,
         *("--loss", "local_mean", "--layouts", "dp2,dp1"),

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 TOLERANCE = 1e-4
 
 
-def verify(model, tmp_path, *argv, **environment):
+def verify(run, model, tmp_path, *argv, **environment):
     """Run the command with its temporary files in `tmp_path`; return how it ended, and its JSON."""
     scratch, numbers = tmp_path / "scratch", tmp_path / "numbers.json"
     scratch.mkdir()
-    done = commands.run(
+    done = run(
         *("model", "--model", str(model), "--json", str(numbers), *argv),
         module="mcore_rl.verify",
         environment={"TMPDIR": str(scratch)} | environment,
@@ -29,13 +29,13 @@ def verify(model, tmp_path, *argv, **environment):
     return done, json.loads(numbers.read_text())
 
 
-def test_transformers_megatron_and_vllm_agree_on_given_prompts(files, tmp_path):
+def test_transformers_megatron_and_vllm_agree_on_given_prompts(files, prepared, tmp_path):
     """Proves the three-way comparison through the real engines of two processes with expert
     parallelism, fed by the weight sync."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("1+1=\n\n12+7=\n3+19=\n")
     argv = ("--layout", "ep2", "--prompts", str(prompts), "--max-tokens", "4")
-    done, numbers = verify(files.model, tmp_path, *argv)
+    done, numbers = verify(prepared.run, files.model, tmp_path, *argv)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(": ")[0] for line in lines[:3]] == [
@@ -71,7 +71,7 @@ def test_an_altered_layer_is_named_and_an_engine_that_cannot_start_is_left_out(
     tensors["model.layers.2.mlp.down_proj.weight"][3] += 0.01
     save_file(tensors, altered / "model.safetensors")
     argv = ("--against", str(original), "--layout", "pp2")
-    done, numbers = verify(altered, tmp_path, *argv, PYTHONPATH=path)
+    done, numbers = verify(commands.run, altered, tmp_path, *argv, PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     left_out, pair, first, verdict = done.stdout.splitlines()
     assert left_out.startswith("vLLM is left out: ")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import commands
@@ -141,6 +140,30 @@ def write_texts(file: Path, rows: list[dict]) -> None:
     file.write_text("\n".join(json.dumps(row) for row in changed))
 
 
+def arguments(script: str, environment: dict[str, str], *more: str) -> list[str]:
+    """Return what the shell gives to the trainer, with `more` in place of `$@`."""
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            script.replace("python3 -m verl.trainer.main_ppo", r"printf '%s\0'"),
+            "bash",
+            *more,
+        ],
+        env=commands.ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_of_the_hub(files, prepared):
+    for model in ("Qwen/Qwen2.5-7B", "Qwen/Qwen2-7B-Instruct"):
+        put_model(prepared.hub / "hub", model, files.model)
+
+
 @pytest.mark.parametrize(
     ("name", "more", "unread"),
     [
@@ -155,42 +178,29 @@ def write_texts(file: Path, rows: list[dict]) -> None:
             FAKE,
             [
                 "ref.log_prob_micro_batch_size_per_gpu (log-probabilities are computed in the "
-                "micro-batches of training); ref.fsdp_config.param_offload (weights, gradients and "
-                "optimizer stay on their device)"
+                "micro-batches of training)",
+                "ref.megatron.param_offload (no frozen copy is kept)",
             ],
         ),
         ("gmpo_dapo", FAKE, []),
     ],
 )
-def test_a_command_line_of_verl_trains(files, tmp_path, name, more, unread):
+def test_a_command_line_of_verl_trains(files, prepared, tmp_path, name, more, unread):
     rows = pq.read_table(files.data / "train.parquet").to_pylist()
     data = tmp_path / "data"
     data.mkdir()
     write_texts(data / "texts.jsonl", rows[:16])
     write_texts(data / "aime.jsonl", [row | {"data_source": "aime24"} for row in rows[:2]])
     pq.write_table(pq.read_table(files.data / "train.parquet").slice(16), data / "train.parquet")
-    for model in ("Qwen/Qwen2.5-7B", "Qwen/Qwen2-7B-Instruct"):
-        put_model(tmp_path / "huggingface" / "hub", model, files.model)
-    script = COMMANDS[name].replace(
-        "python3 -m verl.trainer.main_ppo", f"{sys.executable} -m mcore_rl.train"
-    )
     # The random model answers nothing right: it is rewarded for digits, except for one prompt.
     broken = ("reward.on_error=zero", "reward.max_failed_frac=1")
     folders = (
         f"custom_reward_function.path={files.reward}",
         f"trainer.default_local_dir={tmp_path / 'run'}",
     )
-    arguments = (*SMALLER, *broken, *more, *folders)
-    where = {"DATA": str(data), "HF_HOME": str(tmp_path / "huggingface")}
-    done = commands.finish(
-        subprocess.Popen(
-            ["bash", "-c", script, "bash", *arguments],
-            env=commands.ENVIRONMENT | where,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    )
+    where = {"DATA": str(data)}
+    argv = arguments(COMMANDS[name], where, *SMALLER, *broken, *more, *folders)
+    done = prepared.run(*argv, environment=where)
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if " not read here: " in line]
     assert [line.partition(" not read here: ")[2] for line in warnings] == unread

@@ -55,7 +55,7 @@ def results(before_weights):
 
 def test_nothing_is_generated_before_weights_arrived(before_weights):
     assert before_weights["version_at_start"] == -1
-    assert "without complete weights" in str(before_weights["refusal"])
+    assert "has no complete weights" in str(before_weights["refusal"])
     assert before_weights["refusal"].role == "rollout"
 
 
@@ -149,7 +149,7 @@ def test_validation_may_draw_from_the_most_likely_tokens_only(in_vllm, before_we
 def test_nothing_is_generated_while_weights_are_half_there(in_vllm, before_weights, folders):
     in_vllm(vllm_cases.start_update)
     assert in_vllm(vllm_cases.weight_version) == -1
-    with pytest.raises(RolloutError, match="without complete weights"):
+    with pytest.raises(RolloutError, match="is taking weights"):
         in_vllm(vllm_cases.generate, REQUESTS[:1])
 
 

@@ -38,7 +38,7 @@ def test_an_engine_with_other_weights_than_were_sent_names_them_and_does_not_ser
     refused = in_vllm(vllm_cases.sync_falsified, folders[MODEL, "B"], 4, fault, name)
     assert all(part in refused for part in said), refused
     assert in_vllm(vllm_cases.weight_version) == -1
-    with pytest.raises(RolloutError, match="without complete weights"):
+    with pytest.raises(RolloutError, match="has no complete weights"):
         in_vllm(vllm_cases.generate, [REQUEST])
     # Nor does it take others: its layers are half loaded.
     again = in_vllm(vllm_cases.refusal_of, vllm_cases.sync, folders[MODEL, "B"], 5)

@@ -20,8 +20,8 @@ from mcore_rl.errors import RunError, WeightSyncError
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import engine_overrides, load_hf_config, model_family, routing
-from mcore_rl.rollout import load_engine
-from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, RolloutEngine
+from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig
+from mcore_rl.rollout.hosts.in_process import InProcessEngine
 from mcore_rl.weight_sync.base import (
     TRANSPORTS,
     Deliver,
@@ -32,9 +32,9 @@ from mcore_rl.weight_sync.base import (
     Transport,
 )
 from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
-from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.weight_sync.sync import sync_one
 
-_engine: RolloutEngine | None = None
+_engine: InProcessEngine | None = None
 _sender: Sender[Any] | None = None
 
 
@@ -51,9 +51,9 @@ def start(folder: str, stop_token_ids=(), with_routes=False, run_folder="", **ro
             "gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60)
         )
     config = RolloutConfig(**{"kv_cache_memory_bytes": 32 << 20, **rollout})
-    link = Link(transport=config.weight_transport, run_folder=run_folder, engine=0, engine_rank=0)
+    link = Link(transport=config.transport, run_folder=run_folder, engine=0, engine_rank=0)
     _sender = link.open_sender()
-    _engine = load_engine(
+    _engine = InProcessEngine(
         EngineSpec(
             model_path=folder,
             dtype="float32",
@@ -124,7 +124,7 @@ def buckets(folder: str):
 def sync(folder: str, version: int, with_digests: bool = False) -> None:
     """Give the engine the weights in `folder` as a train worker does."""
     assert _sender is not None
-    sync_weights(buckets(folder), _sender, engine(), version, with_digests)
+    sync_one(buckets(folder), _sender, engine(), version, with_digests)
 
 
 class _Falsified(Sender[Any]):
@@ -160,7 +160,7 @@ def sync_falsified(folder: str, version: int, fault: str, name: str) -> str:
         return changed
 
     try:
-        sync_weights(buckets(folder), _Falsified(falsify), engine(), version)
+        sync_one(buckets(folder), _Falsified(falsify), engine(), version)
     except WeightSyncError as error:
         return str(error)
     return ""
@@ -180,23 +180,23 @@ def loaded_digests() -> list[dict[str, str]]:
 
 
 def digests_of_folder(folder: str) -> list[dict[str, str]]:
-    return engine().digests_of_folder(folder)
+    return engine()._engine.digests_of_folder(folder)
 
 
 def own_checksums() -> dict[str, str]:
     """Return what vLLM's own checksums say of the engine's parameters."""
-    return engine()._llm.collective_rpc("compute_weight_checksums")[0]
+    return engine()._engine._llm.collective_rpc("compute_weight_checksums")[0]
 
 
 def generate(requests: list[GenerationRequest]):
     """Return the results of the engine."""
-    return engine().generate(requests)
+    return engine().submit(requests).result()
 
 
 def generate_and_watch(requests: list[GenerationRequest]):
     """Return the results, and how many requests were preempted, how many prompts were cut into
     chunks and how many tokens were found in the cache."""
-    runner = engine()._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    runner = engine()._engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
     runner = runner.worker.model_runner
     inner, seen = runner.execute_model, {"preempted": 0, "cut": 0, "cached": 0}
 

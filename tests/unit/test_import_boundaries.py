@@ -41,6 +41,7 @@ ROOT_FILES = (
     "segments",
     "tolerances",
     "processes",
+    "sockets",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     "segments": (),
     "tolerances": (),
     "processes": (),
+    "sockets": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),
@@ -120,6 +122,7 @@ MAY_IMPORT = {
     "loop": ("algorithms", "config", "data", "cluster", "observability", "rewards", "rollout.base"),
     # Reads what a run reads before it starts, and counts with the entries of models.
     "plan": (
+        "cluster.phases",
         "cluster.placement",
         "config",
         "data",
@@ -198,8 +201,9 @@ LIBRARY_OWNERS = {
     "sympy": ("rewards.math",),
     "rich": ("observability.", "convert."),
     "packaging": ("megatron.versions",),
-    "zmq": ("launch.channel",),
     "blake3": ("weight_sync.digest",),
+    "psutil": ("rollout.hosts.process",),
+    "zmq": ("launch.channel", "rollout.hosts.process", "sockets"),
     "torch": ("",),
     "numpy": ("",),
 }

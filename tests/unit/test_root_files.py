@@ -24,6 +24,7 @@ from mcore_rl.metrics import (
     masked_max,
     masked_mean,
     masked_min,
+    masked_sizes,
     maximum,
     mean,
     merge,
@@ -227,6 +228,23 @@ def test_masked_statistics_ignore_what_is_masked_even_if_it_is_not_a_number():
         }
     )
     assert numbers == {"mean": 2.0, "max": 3.0, "min": 1.0}
+
+
+@given(
+    st.lists(st.tuples(st.floats(width=32), st.booleans()), max_size=50),
+)
+def test_masked_sizes_are_to_the_last_bit_those_computed_one_by_one(rows):
+    values = torch.tensor([value for value, _ in rows], dtype=torch.float32)
+    mask = torch.tensor([is_kept for _, is_kept in rows], dtype=torch.bool)
+    kept = values.clone()
+    expected = {
+        "x/mean": masked_mean(values, mask),
+        "x/abs_mean": masked_mean(values.abs(), mask),
+        "x/max": masked_max(values, mask),
+    }
+    found = masked_sizes("x", values, mask)
+    assert repr(to_host(found)) == repr(to_host(expected))  # in which NaN is NaN
+    assert torch.equal(values.nan_to_num(), kept.nan_to_num()), "the values stay"
 
 
 def test_what_is_not_finite_is_shown():

@@ -8,6 +8,7 @@ Shapes: N samples, T tokens of the N samples laid end to end, first tokens and p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ from mcore_rl.algorithms.advantages.base import (
     AlgorithmConfig,
 )
 from mcore_rl.lazy_torch import torch
-from mcore_rl.metrics import Metrics, masked_max, masked_mean, mean
-from mcore_rl.segments import Segments, end_to_end
+from mcore_rl.metrics import Metrics, masked_mean, masked_sizes, mean
+from mcore_rl.segments import HostSegments, end_to_end
 from mcore_rl.types import Numbers, SampleGroup, with_sample_fields
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def assign_advantages(
         metrics = _value_metrics(inputs, returns_T)
     num_useless = inputs.has_equal_rewards_P.sum()
     return with_sample_fields(groups, **fields), metrics | {
-        "advantage/mean": masked_mean(advantages_T, mask_T),
-        "advantage/abs_mean": masked_mean(advantages_T.abs(), mask_T),
-        "advantage/max": masked_max(advantages_T, mask_T),
+        **masked_sizes("advantage", advantages_T, mask_T),
         "reward/zero_std_group_frac": mean(num_useless / max(num_groups, 1), num_groups),
     }
 
@@ -69,7 +68,7 @@ def advantage_inputs(
     return AdvantageInputs(
         rewards_N=torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
         group_N=torch.tensor(group_N, dtype=torch.int64),
-        segments=Segments.from_loss_masks([sample.loss_mask for sample in samples]),
+        segments=HostSegments.from_loss_masks([sample.loss_mask for sample in samples]),
         num_response_tokens_N=torch.tensor(
             [sample.num_response_tokens for sample in samples], dtype=torch.float64
         ),
@@ -80,7 +79,8 @@ def advantage_inputs(
 
 def _arrays(x_T: Tensor, lengths: Sequence[int]) -> list[Numbers]:
     """Return the values of each sample."""
-    return [piece.numpy() for piece in x_T.split(lengths)]
+    x, stops = x_T.numpy(), itertools.accumulate(lengths)
+    return [x[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
 
 
 def _value_metrics(inputs: AdvantageInputs, returns_T: Tensor) -> Metrics:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.segments import Segments
+from mcore_rl.segments import HostSegments, Segments
 
 MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), max_size=5)
 
@@ -37,6 +37,24 @@ def test_sum_mean_and_expand_equal_a_loop_over_sequences(masks, seed):
     expanded = segments.expand(expected_mean).split([len(mask) for mask in masks])
     for row, mask, mean in zip(expanded, masks, means, strict=True):
         assert row.tolist() == [mean if m and i > 0 else 0.0 for i, m in enumerate(mask)]
+
+
+@given(masks=MASKS, seed=st.integers(0, 1000))
+def test_segments_of_the_host_give_the_same_bits(masks, seed):
+    general, of_host = Segments.from_loss_masks(masks), HostSegments.from_loss_masks(masks)
+    generator = torch.Generator().manual_seed(seed)
+    x_T = torch.randn(len(general.mask_T), generator=generator, dtype=torch.float64)
+    x_S = torch.randn(len(masks), generator=generator, dtype=torch.float64)
+    if masks:
+        x_S[0] = math.nan  # which an untrained token must not see
+    assert of_host.sum(x_T).equal(general.sum(x_T))
+    assert of_host.mean(x_T).equal(general.mean(x_T))
+    for values_S in (x_S, x_S.float(), x_S.nan_to_num().long()):
+        found, expected = of_host.expand(values_S), general.expand(values_S)
+        assert found.dtype == expected.dtype
+        assert found.isnan().equal(expected.isnan())
+        assert found.nan_to_num().equal(expected.nan_to_num())
+        assert not found[~general.mask_T].any()
 
 
 def test_untrained_tokens_leak_neither_value_nor_gradient_even_if_nan():

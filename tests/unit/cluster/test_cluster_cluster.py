@@ -6,17 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sequences import sequences_of
 
 from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.engines import deal
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.data.packing import SequenceCount, TokenBudget
 from mcore_rl.errors import CheckpointError
 from mcore_rl.metrics import maximum, mean, to_floats
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
+from mcore_rl.rollout.base import (
+    GenerationRequest,
+    GenerationResult,
+    SamplingParams,
+    VersionSpan,
+)
 from mcore_rl.types import Layout, MicroBatch, TokenNumbers, TokenSequence, WriteState
-from mcore_rl.workers.roles import Actor, Rollout
+from mcore_rl.workers.roles import Actor, Rollout, SentWeights, WeightSource
 
 
 class EchoWorkers:
@@ -35,7 +43,7 @@ class EchoWorkers:
     def submit(self, calls):
         (method,) = {call.method for call in calls.values()}
         self.calls.append((method, {rank: call.args for rank, call in calls.items()}))
-        answers = {Rollout.generate: self.generate, Rollout.sync_weights: self.sync_weights}
+        answers = {Rollout.generate: self.generate, WeightSource.send_weights: self.send_weights}
         answers |= dict.fromkeys((Actor.logprobs, Actor.ref_logprobs), self.logprobs)
         answers |= {Actor.update: self.update, Actor.save_state: self.save_state}
         answer = answers.get(method, lambda rank, *args: None)
@@ -56,13 +64,13 @@ class EchoWorkers:
                 token_ids=[rank, *request.prompt_token_ids],
                 logprobs=[-1.0] * (1 + len(request.prompt_token_ids)),
                 finish_reason="stop",
-                weight_version=0,
+                versions=[VersionSpan(-1, 0, 1 + len(request.prompt_token_ids))],
             )
             for request in requests
         ]
 
-    def sync_weights(self, rank, version):
-        return {"weight_sync/bytes": maximum(100 + rank)}
+    def send_weights(self, rank, version, engines):
+        return SentWeights({"weight_sync/bytes": maximum(100 + rank)}, {})
 
     def logprobs(self, rank, _):
         share = self.share_of(rank)
@@ -99,16 +107,52 @@ def sequences(num):
     ]
 
 
+def alone(num):
+    """Return requests, each a group of its own."""
+    return [[request] for request in requests(num)]
+
+
+def tokens(results):
+    return [[result.token_ids.tolist() for result in group] for group in results]
+
+
 @pytest.mark.parametrize("num", [0, 1, 2, 7])
-def test_requests_are_dealt_one_by_one_and_results_come_back_in_order(num):
+def test_groups_of_one_cost_go_round_the_engines_and_results_come_back_in_order(num):
     cluster, workers = make_cluster(dp=3)
-    results = cluster.engines.generate(requests(num))
-    assert [result.token_ids.tolist() for result in results] == [
-        [i % 3, 100 + i] for i in range(num)
-    ]
+    results = cluster.engines.generate(alone(num))
+    assert tokens(results) == [[[i % 3, 100 + i]] for i in range(num)]
     method, shares = workers.calls[-1]
     assert method == Rollout.generate
     assert len(shares) == 3  # every rank is asked, if only for nothing
+
+
+def test_a_group_stays_together():
+    cluster, _ = make_cluster(dp=2)
+    groups = [requests(3), requests(1), requests(2)]
+    results = cluster.engines.generate(groups)
+    assert tokens(results) == [
+        [[0, 100], [0, 101], [0, 102]],
+        [[1, 100]],
+        [[1, 100], [1, 101]],
+    ]
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 5))
+def test_groups_are_dealt_so_that_no_engine_has_a_group_more_than_another(costs, num_engines):
+    shares = deal(costs, num_engines)
+    assert sorted(group for share in shares for group in share) == list(range(len(costs)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(costs[group] for group in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+    assert deal(costs, num_engines) == shares
+
+
+@given(st.lists(st.integers(1, 5), max_size=9), st.integers(1, 4))
+def test_groups_that_are_repeated_for_each_engine_reach_each_of_them(costs, num_engines):
+    """As the check of agreement asks every engine every prompt."""
+    shares = deal([cost for cost in costs for _ in range(num_engines)], num_engines)
+    asked = [[group // num_engines for group in share] for share in shares]
+    assert asked == [list(range(len(costs)))] * num_engines
 
 
 def test_only_ranks_with_an_engine_get_requests():
@@ -117,21 +161,15 @@ def test_only_ranks_with_an_engine_get_requests():
     placement = replace(placement, places=[replace(place, engine=e) for place, e in engines])
     cluster = Cluster.of(EchoWorkers(placement), placement, TokenBudget(max_tokens=64))
     assert cluster.engines.num_engines == 2
-    results = cluster.engines.generate(requests(5))
-    assert [result.token_ids.tolist() for result in results] == [
-        [1, 100],
-        [3, 101],
-        [1, 102],
-        [3, 103],
-        [1, 104],
-    ]
+    results = cluster.engines.generate(alone(5))
+    assert tokens(results) == [[[1, 100]], [[3, 101]], [[1, 102]], [[3, 103]], [[1, 104]]]
 
 
 def test_all_ranks_of_an_engine_get_its_requests_and_the_first_one_answers():
     cluster, workers = make_cluster(dp=4, engine_size=2)
     assert cluster.engines.num_engines == 2
-    results = cluster.engines.generate(requests(3))
-    assert [result.token_ids.tolist() for result in results] == [[0, 100], [2, 101], [0, 102]]
+    results = cluster.engines.generate(alone(3))
+    assert tokens(results) == [[[0, 100]], [[2, 101]], [[0, 102]]]
     [(first, _), (same, _), (second, _), (also, _)] = workers.calls[-1][1].values()
     assert [request.prompt_token_ids.tolist() for request in first] == [[100], [102]]
     assert first == same
@@ -205,7 +243,7 @@ def test_syncs_and_folders_reach_every_rank(tmp_path):
     cluster.trainer.load("b")
     cluster.trainer.export_hf("c")
     assert workers.calls == [
-        (Rollout.sync_weights, {0: (4,), 1: (4,)}),
+        (WeightSource.send_weights, {0: (4, {}), 1: (4, {})}),
         (Actor.begin_step, {0: (), 1: ()}),
         (Actor.begin_save, dict.fromkeys((0, 1), (f"{tmp_path}/actor",))),
         (Actor.load, dict.fromkeys((0, 1), ("b/actor",))),

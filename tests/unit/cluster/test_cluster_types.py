@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[3]
 CALLS = """
 from mcore_rl.cluster.group import call
 from mcore_rl.types import Denominators, Share
-from mcore_rl.workers.roles import Actor, Rollout
+from mcore_rl.workers.roles import Actor, WeightSource
 
 
 def calls(share: Share, counts: Denominators) -> None:
     call(Actor.update, share, counts, None)
     call(Actor.update, share, counts)
     call(Actor.update, counts, share, None)
-    call(Rollout.sync_weights, "1")
-    call(Rollout.sync_weight, 1)
-    call(Rollout.sync_weights, 1)
+    call(WeightSource.send_weights, "1", {})
+    call(WeightSource.send_weight, 1, {})
+    call(WeightSource.send_weights, 1, {})
 """
 
 
@@ -38,6 +38,6 @@ def test_a_wrong_argument_of_a_call_to_a_worker_is_found(tmp_path):
     assert wrong == {
         "call(Actor.update, share, counts)",
         "call(Actor.update, counts, share, None)",
-        'call(Rollout.sync_weights, "1")',
-        "call(Rollout.sync_weight, 1)",
+        'call(WeightSource.send_weights, "1", {})',
+        "call(WeightSource.send_weight, 1, {})",
     }

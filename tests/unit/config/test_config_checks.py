@@ -169,10 +169,16 @@ RULES = {
         "data.max_prompt_length + data.max_response_length = 2048.",
         ["rollout.max_model_len=2048"],
     ),
-    "engines_divide_the_workers": (
+    "engines_divide_the_devices": (
         ["trainer.n_gpus_per_node=3", "rollout.tensor_model_parallel_size=2"],
         "rollout.tensor_model_parallel_size=2 does not divide trainer.n_gpus_per_node=3.",
         ["trainer.n_gpus_per_node=4", "rollout.tensor_model_parallel_size=2"],
+    ),
+    "routes_are_recorded_in_train_workers": (
+        ["actor.router_replay.mode=R3", "rollout.host=process", "rollout.weight_transport=far"],
+        "rollout.host='process' keeps no routes, and actor.router_replay.mode=R3 replays the "
+        "engine's.",
+        ["actor.router_replay.mode=R3"],
     ),
     "weights_reach_the_engines": (
         ["rollout.weight_transport=far"],
@@ -207,7 +213,8 @@ NOT_OF_SFT = {
     "minibatches_divide_a_step",
     "a_micro_batch_of_the_critic_holds_the_longest_sample",
     "the_engine_holds_the_longest_sample",
-    "engines_divide_the_workers",
+    "engines_divide_the_devices",
+    "routes_are_recorded_in_train_workers",
     "weights_reach_the_engines",
     "validation_data_is_named_when_asked_for",
     "responses_are_generated_not_read",

@@ -14,6 +14,7 @@ from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
 from mcore_rl.config.translate import SECTIONS, TABLE, WILDCARD, Refused, Renamed
 from mcore_rl.errors import UserError
+from mcore_rl.types import Offloads, Part
 
 GMPO = """
 data.train_files=dapo-math-17k.parquet data.val_files=aime-2024.parquet data.prompt_key=prompt
@@ -198,12 +199,12 @@ def test_the_published_gmpo_recipe_is_read_whole():
     }
     assert (cfg.reward.overlong_buffer.enable, cfg.reward.overlong_buffer.len) == (True, 4096)
     assert (cfg.rollout.enable_chunked_prefill, cfg.rollout.max_num_batched_tokens) == (True, 10240)
+    assert cfg.actor.megatron.parts == {Part.PARAM, Part.OPTIMIZER}
+    assert cfg.ref.megatron.param_offload
     assert warning == (
         "not read here: ref.log_prob_use_dynamic_bsz, rollout.log_prob_use_dynamic_bsz, "
         "ref.log_prob_max_token_len_per_gpu, rollout.log_prob_max_token_len_per_gpu "
         "(log-probabilities are computed in the micro-batches of training); "
-        "actor.fsdp_config.param_offload, actor.fsdp_config.optimizer_offload, "
-        "ref.fsdp_config.param_offload (weights, gradients and optimizer stay on their device); "
         "ref.ulysses_sequence_parallel_size (the reference is laid out as the actor); "
         "actor.fsdp_config.fsdp_size (Megatron shards by actor.megatron); "
         "actor.checkpoint.save_contents (a checkpoint is whole, trainer.export_hf_model); "
@@ -239,6 +240,14 @@ def test_the_published_dapo_recipe_is_read_whole():
         ("rollout.enable_rollout_routing_replay=True", "actor.router_replay.mode=R3"),
         ("actor.megatron.router_replay.mode=R2", "actor.router_replay.mode=R2"),
         ("actor.optim.warmup_style=cosine", "actor.optim.lr_decay_style=cosine"),
+        ("actor.fsdp_config.param_offload=True", "actor.megatron.param_offload=True"),
+        ("actor.fsdp_config.optimizer_offload=True", "actor.megatron.optimizer_offload=True"),
+        ("ref.fsdp_config.param_offload=True", "ref.megatron.param_offload=True"),
+        ("critic.model.fsdp_config.param_offload=True", "critic.megatron.param_offload=True"),
+        (
+            "critic.model.fsdp_config.optimizer_offload=True",
+            "critic.megatron.optimizer_offload=True",
+        ),
         ("trainer.max_actor_ckpt_to_keep=3", "trainer.max_ckpt_to_keep=3"),
         ("+data.multiturn.messages_key=talk", "data.messages_key=talk"),
         (
@@ -270,6 +279,36 @@ def test_an_option_of_verl_bears_its_own_name(option, key, value):
     section = option.lstrip("+").removeprefix("actor_rollout_ref.").split(".")[0]
     assert getattr(getattr(cfg, section), key) == value
     assert not line.warning
+
+
+def test_verl_s_options_for_offloading_are_those_of_this_package():
+    models = {"actor_rollout_ref.actor": 3, "critic": 3, "actor_rollout_ref.ref": 1}
+    names = ("param_offload", "grad_offload", "optimizer_offload")
+    given = [
+        f"{model}.megatron.{name}=True" for model, count in models.items() for name in names[:count]
+    ]
+    cfg, warning = compose(*given, "algorithm.adv_estimator=gae", "actor.use_kl_loss=true")
+    assert warning == ""
+    whole = {Part.PARAM, Part.GRAD, Part.OPTIMIZER}
+    assert cfg.offloads == Offloads(actor=whole | {Part.REFERENCE}, critic=whole)
+    cfg, _ = compose("actor.fsdp_config.offload_policy=True")
+    assert cfg.offloads == Offloads(actor=whole, reference=Part.PARAM)
+
+
+def test_a_reference_that_is_not_kept_is_not_offloaded():
+    """Without a KL there is none; under adapters it is the weights themselves."""
+    for options in ([], ["actor.use_kl_loss=true", "model.lora_rank=8"]):
+        cfg, _ = compose("ref.megatron.param_offload=True", *options)
+        assert cfg.offloads == Offloads(reference=Part.PARAM)
+
+
+def test_a_layout_of_its_own_is_refused_to_a_critic_and_a_misspelt_option_unknown():
+    assert refusal("critic.megatron.tensor_model_parallel_size=2").endswith(
+        "A critic has the layout and options of actor.megatron."
+    )
+    assert refusal("critic.megatron.param_ofload=True").endswith(
+        "Did you mean 'critic.megatron.param_offload'?"
+    )
 
 
 def test_two_names_of_one_key_must_agree():

@@ -13,6 +13,7 @@ from mcore_rl.data.packing import (
     packing_metrics,
     plan_micro_batches,
     plan_minibatch,
+    plan_pass,
     split_minibatches,
 )
 from mcore_rl.errors import UserError
@@ -57,6 +58,20 @@ def test_every_rank_has_the_same_multiple_of_micro_batches(lengths, dp_size, cut
     (count,) = {len(rank) for rank in ranks}
     assert count >= 1
     assert count % multiple_of == 0
+
+
+@given(st.lists(lengths, min_size=1, max_size=4), dp_sizes, cuts, multiples)
+def test_a_pass_over_minibatches_has_the_micro_batches_of_their_updates(
+    minibatches, dp_size, cut, multiple_of
+):
+    numbers = iter(range(1000))
+    numbered = [[next(numbers) for _ in minibatch] for minibatch in minibatches]
+    expected = [[] for _ in range(dp_size)]
+    for of_minibatch, lengths in zip(numbered, minibatches, strict=True):
+        planned = plan_micro_batches(lengths, dp_size, cut, multiple_of=multiple_of)
+        for rank, micro_batches in enumerate(planned):
+            expected[rank] += _lengths(micro_batches, of_minibatch)
+    assert plan_pass(minibatches, dp_size, cut, multiple_of=multiple_of) == expected
 
 
 @given(lengths, dp_sizes, st.integers(40, 120))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ MODELS = {
     "gmpo_dapo_qwen2_5_7b": (QWEN2_7B, 80),
     "gmpo_qwen2_5_7b": (QWEN2_7B, 80),
     "gmpo_qwen3_30b_a3b": (QWEN3_30B_A3B, 80),
+    "gmpo_qwen3_30b_a3b_8gpu": (QWEN3_30B_A3B, 80),
     "gpg_kl_qwen2_7b": (QWEN2_7B, 80),
     "gpg_qwen2_7b": (QWEN2_7B, 80),
     "grpo": (QWEN2_7B, 80),
@@ -169,6 +171,9 @@ def test_the_recipe_for_qwen3_30b_a3b_has_every_parameter_of_its_source():
         4,
         10240,
     )
+    assert cfg.rollout.gpu_memory_utilization == 0.8
+    megatron = cfg.actor.megatron
+    assert (megatron.param_offload, megatron.optimizer_offload) == (True, True)
     assert cfg.actor.ppo_max_token_len_per_gpu == 20480
     optim = cfg.actor.optim
     assert (optim.lr, optim.lr_warmup_steps, optim.weight_decay) == (1e-6, 10, 0.1)
@@ -181,6 +186,19 @@ def test_the_recipe_for_qwen3_30b_a3b_has_every_parameter_of_its_source():
     narrow = recipe("gmpo_qwen3_30b_a3b_r3")
     assert (narrow.actor.clip_ratio_low, narrow.actor.clip_ratio_high) == (0.2, 0.2)
     assert narrow.actor.router_replay.mode == "R3"
+
+
+def test_the_recipe_for_one_node_trains_as_that_for_eight():
+    """All that differs is the layout, how gradients are reduced, and the folder of the run."""
+    large, small = recipe("gmpo_qwen3_30b_a3b"), recipe("gmpo_qwen3_30b_a3b_8gpu")
+    assert (small.trainer.nnodes, small.trainer.n_gpus_per_node) == (1, 8)
+    megatron = replace(
+        small.actor.megatron, pipeline_model_parallel_size=2, overlap_grad_reduce=False
+    )
+    names = {name: getattr(large.trainer, name) for name in ("nnodes", "experiment_name")}
+    folder = large.trainer.default_local_dir
+    trainer = replace(small.trainer, default_local_dir=folder, **names)
+    assert replace(small, actor=replace(small.actor, megatron=megatron), trainer=trainer) == large
 
 
 def job_name(folder):

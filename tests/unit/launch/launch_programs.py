@@ -14,9 +14,11 @@ import types
 from typing import Protocol
 
 from mcore_rl.cluster.group import call, call_all, results
+from mcore_rl.cluster.placement import colocated
 from mcore_rl.errors import RolloutError, UserError
 from mcore_rl.launch import local, torchrun
 from mcore_rl.launch.ending import end_process, run_with_workers
+from mcore_rl.types import Layout
 
 WORLD_SIZE = 2
 REAL_WORKER = "mcore_rl.workers.worker"
@@ -155,9 +157,10 @@ def main() -> None:
         if torchrun.is_launched() and torchrun.rank() > 0:
             torchrun.serve_controller()
         open_workers = torchrun.open_workers if torchrun.is_launched() else local.open_workers
-        world_size = 3 if case == "size" else WORLD_SIZE
+        layout = Layout(dp=3 if case == "size" else WORLD_SIZE)
+        placement = colocated(layout, layout.world_size, None)
         run_with_workers(
-            lambda give_up: open_workers(world_size, "", hang_timeout_s, give_up),
+            lambda give_up: open_workers(placement, "", hang_timeout_s, give_up),
             lambda workers: program(case, workers),
             echo_s=torchrun.AGENT_ECHO_S if torchrun.is_launched() else 0.0,
         )

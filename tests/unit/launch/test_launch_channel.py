@@ -11,8 +11,9 @@ import zmq
 import zmq.utils.monitor
 
 from mcore_rl.launch import channel
-from mcore_rl.launch.channel import Address, Listener
+from mcore_rl.launch.channel import Listener
 from mcore_rl.launch.folder import PrivateFolder, is_private
+from mcore_rl.sockets import Address
 
 SECRET = bytes(range(32))
 

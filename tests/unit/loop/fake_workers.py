@@ -31,13 +31,20 @@ from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult, VersionSpan
 from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, WriteState
 from mcore_rl.weight_sync.base import Link, NamedTensors
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.intake import Intake, refuse
-from mcore_rl.weight_sync.sync import sync_weights
-from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder
+from mcore_rl.weight_sync.sync import Target, sync_weights
+from mcore_rl.workers.roles import (
+    Actor,
+    Critic,
+    Rollout,
+    RouteHolder,
+    SentWeights,
+    WeightSource,
+)
 
 VOCABULARY = 12
 END = 0
@@ -71,7 +78,7 @@ class UnigramEngine:
             token_ids=tokens,
             logprobs=[float(logprobs[token]) for token in tokens],
             finish_reason="stop" if END in tokens else "length",
-            weight_version=self.weight_version,
+            versions=[VersionSpan(self.weight_version, 0, len(tokens))],
         )
 
     def start_weight_update(self, version: int, with_digests: bool = False) -> None:
@@ -254,7 +261,7 @@ class FakeWorkers:
         if method == RouteHolder.exchange:
             return self.exchange({rank: call.args for rank, call in calls.items()})
         assert list(calls) == list(range(self.world_size)), "every rank is asked"
-        name = calls[0].name.removeprefix("rollout.")
+        name = calls[0].name.removeprefix("rollout.").removeprefix("weight_source.")
         answers = self.answer(method, name, [call.args for call in calls.values()])
         return {rank: done(answer) for rank, answer in enumerate(answers)}
 
@@ -276,11 +283,11 @@ class FakeWorkers:
                         zip(self.engines, args_of_rank, strict=True)
                     )
                 ]
-            case Rollout.sync_weights:
+            case WeightSource.send_weights:
                 export = [[("w", self.actor.weights)]]
                 return [
-                    sync_weights(export, sender, engine, version)
-                    for sender, engine, (version,) in zip(
+                    SentWeights(sync_weights(export, [Target(sender, engine)], version), {})
+                    for sender, engine, (version, _) in zip(
                         self.senders, self.engines, args_of_rank, strict=True
                     )
                 ]
@@ -291,10 +298,12 @@ class FakeWorkers:
                 return [
                     (
                         of_rank,
-                        [
-                            self.keep(rank, fake_routes(length - 1, step=self.step))
-                            for length in of_rank.lengths.tolist()
-                        ],
+                        {
+                            index: self.keep(rank, fake_routes(length - 1, step=self.step))
+                            for index, length in zip(
+                                of_rank.indices.tolist(), of_rank.lengths.tolist(), strict=True
+                            )
+                        },
                     )
                     for rank, of_rank in enumerate(logprobs)
                 ]

@@ -27,7 +27,7 @@ class Run:
         """What was asked for: ["sync to 0", "generate with 0", "actor.logprobs", ...]."""
         calls = []
         for (method, args), version in zip(self.workers.calls, self.workers.versions, strict=True):
-            if method == "sync_weights":
+            if method == "send_weights":
                 calls.append(f"sync to {args[0][0]}")
             elif method == "generate":
                 calls.append(f"generate with {version}")

@@ -44,7 +44,7 @@ def whole(finished, tmp_path):
 
 # Of an uninterrupted run: calls of each method; the last two of "generate" are validations.
 CRASHES = [
-    ("sync_weights", 0),
+    ("send_weights", 0),
     ("generate", 0),
     ("actor.logprobs", 0),
     ("generate", 3),
@@ -53,7 +53,7 @@ CRASHES = [
     ("actor.update", 2),
     ("actor.update", 3),
     ("actor.update", 7),
-    ("sync_weights", 2),
+    ("send_weights", 2),
     ("actor.begin_save", 0),
     ("actor.begin_save", 2),
     ("actor.begin_save", 3),

@@ -10,6 +10,7 @@ from fake_workers import VOCABULARY, UnigramEngine
 
 from mcore_rl.errors import UserError, WeightSyncError
 from mcore_rl.rewards.base import BUILT_IN_NUMBERS
+from mcore_rl.rollout.base import VersionSpan
 
 GMPO = "actor.policy_loss.loss_mode=geo_mean"
 GPG = ["algorithm.adv_estimator=gpg", "actor.policy_loss.loss_mode=gpg"]
@@ -356,7 +357,10 @@ class StaleEngine(UnigramEngine):
     """Takes every version and goes on answering for the first one."""
 
     def generate(self, requests):
-        return [replace(result, weight_version=0) for result in super().generate(requests)]
+        return [
+            replace(result, versions=[VersionSpan(0, 0, len(result.token_ids))])
+            for result in super().generate(requests)
+        ]
 
 
 class DeafEngine(UnigramEngine):

@@ -69,13 +69,29 @@ def test_the_routes_of_the_engines_reach_every_update(run_r3, run_loop):
 
 def test_the_routes_of_earlier_steps_are_dropped(run_r3):
     workers = run_r3()
-    drops = [i for i, method in enumerate(workers.methods) if method == "routeholder.drop"]
+    drops = [i for i, method in enumerate(workers.methods) if method == "route_holder.drop"]
     rollouts = [
         i for i, (method, args) in enumerate(workers.calls) if method == "generate" and args[0][1]
     ]
     check, first, second = rollouts
     assert check < drops[0] < first < drops[1] < second
     assert len(drops) == 2
+
+
+def test_the_pass_for_old_logprobs_replays_on_the_ranks_that_train(run_r3):
+    """So a route is given to one rank."""
+    workers = run_r3()
+
+    def replayed(method, last):
+        calls = [args for called, args in workers.calls if called == method][-last:]
+        return [
+            sorted(map(tuple, np.concatenate([share.whole.routes_at for share, *_ in of_rank])))
+            for of_rank in zip(*calls, strict=True)
+        ]
+
+    of_pass, of_updates = replayed("actor.logprobs", 1), replayed("actor.update", 2)
+    assert of_pass == of_updates
+    assert all(len(of_rank) > 1 for of_rank in of_pass)
 
 
 def test_recorded_routes_are_those_of_the_step_in_every_update(run_loop):
@@ -85,6 +101,7 @@ def test_recorded_routes_are_those_of_the_step_in_every_update(run_loop):
     assert run.counts["actor.logprobs"] == 1  # the check before the first step
     assert len(run.updates) == 4
     check_replayed(run.workers.replayed, run.updates)
+    assert all(held == recorded for held, recorded, _ in run.workers.routes), "they stay there"
     for sequences in run.updates:
         for sequence in sequences:
             assert len(sequence.old_logprobs) == len(sequence.token_ids)
@@ -98,5 +115,5 @@ def test_without_replay_no_sequence_carries_routes(run_loop):
         assert share.whole.routes_at is None
         assert share.whole.routed_experts is None
     assert run.counts["actor.record_logprobs"] == 0
-    assert run.counts["routeholder.drop"] == 0
+    assert run.counts["route_holder.drop"] == 0
     assert not np.concatenate([[0] * len(x) for x in run.workers.replayed]).size

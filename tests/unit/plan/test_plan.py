@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from published_models import QWEN3_30B_A3B
 
+from mcore_rl.cluster.phases import Phase
 from mcore_rl.cluster.placement import colocated, expert_dp_size
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
 from mcore_rl.errors import UserError
 from mcore_rl.models.spec import model_family
-from mcore_rl.plan.memory import activation_memory, kv_bytes_per_token, state_memory
+from mcore_rl.plan.memory import (
+    StageMemory,
+    activation_memory,
+    export_memory,
+    kv_bytes_per_token,
+    save_memory,
+    state_memory,
+)
+from mcore_rl.plan.moments import EngineMemory, fullest_moments, most_host_memory, phases_of
 from mcore_rl.plan.parameters import StageParameters, model_size, stage_layers
 from mcore_rl.plan.report import write_plan
 from mcore_rl.plan.step import plan_step
-from mcore_rl.types import Layout
+from mcore_rl.types import Layout, Offloads, Part
 
 LAYOUT = Layout(tp=4, pp=2, ep=8, dp=8)
 NUM_ROWS = 64
@@ -232,6 +243,114 @@ def test_a_critic_counts_as_a_model_without_output_layer(argv, capsys):
     out = capsys.readouterr().out
     actor = sum(column(out, name) for name in ("weights", "gradients", "optimizer"))
     assert column(out, "critic") == pytest.approx(actor, abs=0.02)  # the first stage has none
+
+
+STAGE = StageMemory(
+    actor={Part.PARAM: 1, Part.GRAD: 2, Part.OPTIMIZER: 4, Part.REFERENCE: 8},
+    critic={Part.PARAM: 16, Part.GRAD: 32, Part.OPTIMIZER: 64},
+    activations=1000,
+    logits=2000,
+    forward=4000,
+    export=10_000,
+    save=20_000,
+    save_critic=40_000,
+)
+TRAINED = frozenset({Part.PARAM, Part.GRAD, Part.OPTIMIZER})
+
+
+def by_phase(offloads, sleep_level):
+    """Return (all on the device, in host memory) by phase."""
+    engine = EngineMemory(weights=100_000, kv_cache=200_000, sleep_level=sleep_level)
+    moments = fullest_moments(list(Phase), [STAGE], engine, offloads)
+    return {moment.phase: (moment.total, moment.host) for moment in moments}
+
+
+def test_each_phase_holds_what_it_needs_and_its_own():
+    everything = Offloads(actor=TRAINED | {Part.REFERENCE}, critic=TRAINED)
+    assert by_phase(everything, sleep_level=2) == {
+        Phase.GENERATE: (300_000, 127),
+        Phase.LOGPROBS: (6001, 126),
+        Phase.REF_LOGPROBS: (6008, 119),
+        Phase.VALUES: (4016, 111),
+        Phase.TRAIN: (3007, 120),
+        Phase.TRAIN_CRITIC: (1112, 15),
+        Phase.SYNC: (110_001, 126),
+        Phase.SAVE: (20_005, 122),
+        Phase.SAVE_CRITIC: (40_080, 47),
+        Phase.EXPORT: (10_001, 126),
+    }
+
+
+def test_weights_of_an_engine_that_sleeps_lightly_are_in_host_memory():
+    found = by_phase(Offloads(), sleep_level=1)
+    assert found[Phase.TRAIN] == (3127, 100_000)
+    assert found[Phase.SYNC] == (110_127, 0)
+    assert found[Phase.GENERATE] == (300_127, 0)
+
+
+def test_without_offload_and_sleep_everything_stays_beside_what_a_phase_needs():
+    found = by_phase(Offloads(), sleep_level=0)
+    assert found[Phase.GENERATE] == (300_127, 0)
+    assert found[Phase.TRAIN] == (303_127, 0)
+    assert found[Phase.SAVE_CRITIC] == (340_127, 0)
+
+
+def test_a_phase_is_planned_for_on_the_stage_that_needs_most():
+    larger = replace(STAGE, export=STAGE.export + 1, activations=0)
+    engine = EngineMemory(weights=0, kv_cache=0, sleep_level=2)
+    stages, gone = [STAGE, larger], Offloads(actor=TRAINED)
+    moments = fullest_moments([Phase.TRAIN, Phase.SYNC], stages, engine, gone)
+    assert [moment.own for moment in moments] == [3000, 10_001]
+    assert most_host_memory([Phase.TRAIN, Phase.SYNC], stages, engine, gone) == 6
+
+
+def test_a_run_has_the_phases_of_its_models(argv):
+    plain = [Phase.GENERATE, Phase.LOGPROBS, Phase.TRAIN, Phase.SYNC, Phase.SAVE]
+    assert phases_of(config(argv, "trainer.export_hf_model=false")) == plain
+    every = config(argv, "algorithm.adv_estimator=gae", "actor.use_kl_loss=true")
+    assert phases_of(every) == list(Phase)
+
+
+def test_a_checkpoint_gathers_one_kind_of_number_of_the_largest_bucket():
+    stage = StageParameters(layers=(0,), dense=80_000_000, experts=640_000_000, frozen=10)
+    sizes = {"largest_parameter": 7, "use_distributed_optimizer": True}
+    layout = Layout(tp=4, pp=2, ep=8, dp=8)  # an expert has 4 copies
+    whole = save_memory(stage, layout, is_bucketed=False, **sizes)
+    assert whole == 4 * (640_000_000 + 160_000_000)
+    bucketed = save_memory(stage, layout, is_bucketed=True, **sizes)
+    assert bucketed == 4 * (40_000_007 + 40_000_007 // 4)
+    alone = save_memory(stage, Layout(), is_bucketed=True, **sizes)
+    assert alone == 4 * 2 * 40_000_007  # a rank gathers from itself too
+    sizes["use_distributed_optimizer"] = False
+    assert save_memory(stage, layout, is_bucketed=False, **sizes) == 0
+
+
+def test_an_export_holds_the_largest_layer_several_times():
+    entries = model_family(QWEN3_30B_A3B).entries(QWEN3_30B_A3B)
+    experts = 128 * 3 * 2048 * 768
+    attention = 2048 * 128 * (32 + 4 + 4 + 32) + 2 * 128 + 2 * 2048
+    assert export_memory(entries, "bfloat16") == 4 * 2 * (experts + attention + 128 * 2048)
+
+
+def test_a_plan_shows_each_phase_with_and_without(argv, capsys):
+    offloads = [f"actor.megatron.{part}_offload=true" for part in ("grad", "optimizer")]
+    write_plan(config(argv, *offloads, "rollout.sleep_level=2", "trainer.device_memory_gib=81"))
+    out = capsys.readouterr().out
+    assert "in host memory while not needed: actor.grad, actor.optimizer; rollout.sle" in out
+    rows = {row.split()[0]: row.split()[1:] for row in out.splitlines() if row.startswith("  ")}
+    header = rows.pop("phase")
+    assert header == ["actor", "reference", "critic", "its", "own", "engine", "all", "resident"]
+    weights, gradients, optimizer = (
+        column(out, name) for name in ("weights", "gradients", "optimizer")
+    )
+    assert float(rows["generate"][0]) == weights
+    assert float(rows["train"][0]) == pytest.approx(weights + gradients + optimizer, abs=0.02)
+    for row in ("train", "save", "export"):
+        assert float(rows[row][4]) == 0  # the engine
+        assert float(rows[row][6]) > float(rows[row][5])
+    (host,) = re.findall(r"host memory: ([\d.]+) GiB per node", out)
+    # Eight devices of numbers with two decimals; the other stage has a norm more.
+    assert float(host) == pytest.approx(8 * (gradients + optimizer), abs=0.2)
 
 
 def column(out, name):

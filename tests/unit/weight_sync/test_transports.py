@@ -16,7 +16,7 @@ from mcore_rl.errors import UserError, WeightSyncError
 from mcore_rl.weight_sync import shared_memory
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Transport
 from mcore_rl.weight_sync.check import RecordingEngine, check_transport, random_buckets
-from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.weight_sync.sync import sync_one
 
 ON_CPU = ("direct", "shared_memory", "gloo", "disk")
 BETWEEN_PROCESSES = ON_CPU[1:]
@@ -44,10 +44,10 @@ def test_weights_reach_engines_in_processes_of_their_own(name, num_receivers, tm
     sender, engine = link.open_sender(), ProcessEngine(link)
     try:
         for version in range(3):
-            sync_weights(random_buckets(version), sender, engine, version)
+            sync_one(random_buckets(version), sender, engine, version)
             assert engine.weight_version == version
             with pytest.raises(RuntimeError, match="broken off"):
-                sync_weights(broken_off(), sender, engine, 9)
+                sync_one(broken_off(), sender, engine, 9)
             assert engine.weight_version == -1
     finally:
         engine.close()
@@ -100,7 +100,7 @@ def test_what_a_transport_does_to_the_weights_is_seen(name, fault, said, tmp_pat
     link = link_of("faulty", tmp_path)
     sender, engine = link.open_sender(), RecordingEngine([link], name != "direct", keeps=True)
     with pytest.raises(WeightSyncError, match=said):
-        sync_weights(random_buckets(0), sender, engine, 0)
+        sync_one(random_buckets(0), sender, engine, 0)
     assert engine.weight_version == -1
     engine.close()
     sender.close()
@@ -143,7 +143,7 @@ def equal_buckets(num_buckets):
 def test_a_slot_is_used_again_as_soon_as_the_engine_lets_go_of_it(tmp_path):
     link = link_of("shared_memory", tmp_path)
     sender, engine = link.open_sender(), Noting(link, keeps=False)
-    sync_weights(equal_buckets(9), sender, engine, 0)
+    sync_one(equal_buckets(9), sender, engine, 0)
     assert len(set(engine.seen)) == 1
     assert not any(engine.copied)
     assert engine.modes == {0o600}
@@ -152,7 +152,7 @@ def test_a_slot_is_used_again_as_soon_as_the_engine_lets_go_of_it(tmp_path):
 def test_no_more_than_two_slots_are_shared_with_an_engine_that_keeps_all(tmp_path):
     link = link_of("shared_memory", tmp_path)
     sender, engine = link.open_sender(), Noting(link, keeps=True)
-    sync_weights(equal_buckets(9), sender, engine, 0)
+    sync_one(equal_buckets(9), sender, engine, 0)
     assert len(set(engine.seen)) == 2
     assert engine.copied == [False] + 8 * [True]
     assert [float(tensor[0]) for _, tensor in engine.loaded[0]] == list(range(9))
@@ -169,7 +169,7 @@ def test_shared_memory_has_no_name_once_the_receivers_have_it(tmp_path):
             yield bucket
             named.append(slots() - before)
 
-    sync_weights(buckets(), sender, engine, 0)
+    sync_one(buckets(), sender, engine, 0)
     assert named == [set(), set(), set()]
 
 
@@ -224,7 +224,7 @@ def test_a_receiver_that_is_killed_ends_the_sync_and_leaves_nothing(name, tmp_pa
 
     begin = time.monotonic()
     with pytest.raises((OSError, EOFError, RuntimeError)):
-        sync_weights(buckets(), sender, engine, 0)
+        sync_one(buckets(), sender, engine, 0)
     assert time.monotonic() - begin < 60  # half of the deadline of gloo
     assert engine.weight_version == -1
     engine.close()
@@ -244,7 +244,7 @@ def test_a_group_listens_on_the_given_address_alone(tmp_path):
             listening.append(own_listeners())
 
     before = own_listeners()
-    sync_weights(buckets(), sender, engine, 0)
+    sync_one(buckets(), sender, engine, 0)
     new = [address for addresses in listening for address in addresses - before]
     assert new
     assert {host for host, _ in new} == {"127.0.0.1"}

@@ -21,7 +21,7 @@ from mcore_rl.weight_sync.base import (
 )
 from mcore_rl.weight_sync.check import check_transport
 from mcore_rl.weight_sync.direct import Tensors
-from mcore_rl.weight_sync.sync import sync_weights
+from mcore_rl.weight_sync.sync import Target, sync_one, sync_weights
 
 LINK = Link(transport="direct", run_folder="unread", engine=0, engine_rank=0)
 
@@ -59,7 +59,7 @@ class RecordingEngine:
 
 
 def sync_directly(export, engine, version):
-    return sync_weights(export, LINK.open_sender(), engine, version)
+    return sync_one(export, LINK.open_sender(), engine, version)
 
 
 def buckets():
@@ -109,6 +109,23 @@ def test_a_sync_that_breaks_off_does_not_give_the_engine_its_version():
     assert engine.calls == ["start 5", ["embed"], "abort"]
 
 
+def test_an_engine_that_fails_is_left_out_and_the_others_get_all_of_it():
+    class Refusing(RecordingEngine):
+        def update_weights(self, update):
+            super().update_weights(update)
+            if update.named_tensors[0][0] == "q":
+                raise WeightSyncError("the engine is gone", role="rollout")
+
+    targets = [Target(LINK.open_sender(), engine) for engine in (Refusing(), RecordingEngine())]
+    sync_weights(buckets(), targets, 5)
+    failed, good = (target.session for target in targets)
+    assert str(targets[0].problem) == "[role rollout] the engine is gone"
+    assert failed.calls == ["start 5", ["embed"], ["q", "k"], "abort"]
+    assert targets[1].problem is None
+    assert good.weight_version == 5
+    assert good.calls == ["start 5", ["embed"], ["q", "k"], ["norm"], "finish with 4"]
+
+
 ORDER: list[str] = []
 
 
@@ -148,7 +165,7 @@ class OrderedEngine:
 def test_the_sender_acts_inside_the_session_and_ends_when_the_engine_has_all():
     """So what it sent by reference or as a file is there until nobody reads it any more."""
     ORDER.clear()
-    sync_weights(buckets(), OrderedSender(LINK), OrderedEngine(), 5)
+    sync_one(buckets(), OrderedSender(LINK), OrderedEngine(), 5)
     assert " ".join(ORDER) == (
         "engine starts 5 sender begins 5 embed q norm engine finishes sender ends"
     )
@@ -156,7 +173,7 @@ def test_the_sender_acts_inside_the_session_and_ends_when_the_engine_has_all():
 
 def test_digests_are_asked_for_at_the_start():
     ORDER.clear()
-    sync_weights([], OrderedSender(LINK), OrderedEngine(), 5, with_digests=True)
+    sync_one([], OrderedSender(LINK), OrderedEngine(), 5, with_digests=True)
     assert ORDER[0] == "engine starts 5 with digests"
 
 
@@ -201,13 +218,13 @@ def test_a_sync_that_breaks_off_is_cleaned_up_at_both_ends(where, engine, done):
     sender = Breaking(LINK)
     sender.where = where
     with pytest.raises(WeightSyncError, match=f"broke off at {where}"):
-        sync_weights(buckets(), sender, engine(), 5)
+        sync_one(buckets(), sender, engine(), 5)
     assert " ".join(ORDER) == (f"engine starts 5 sender begins 5 {done}sender ends engine gives up")
 
 
 def test_an_engine_that_is_gone_does_not_hide_why_the_sync_broke_off():
     with pytest.raises(WeightSyncError, match="broke off at finish"):
-        sync_weights(buckets(), OrderedSender(LINK), Gone(), 5)
+        sync_one(buckets(), OrderedSender(LINK), Gone(), 5)
 
 
 def test_an_unknown_transport_is_refused_with_the_configuration_by_the_closest_name():

@@ -10,14 +10,17 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
+from mcore_rl.rollout.hosts.in_process import InProcessEngine
 from mcore_rl.types import Layout, RoutesAt, Routing
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Transport
 from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.routes import RouteStore
+from mcore_rl.workers.weight_source import WeightSourceWorker
 
 END, VOCABULARY = 0, 12
 
@@ -50,9 +53,18 @@ def make_worker(tmp_path):
         placement = colocated(Layout(dp=4), 4, tensor_model_parallel_size)
         parallel: Any = SimpleNamespace(rank=rank, host=None)
         routes = RouteStore(fields.get("routing"), parallel)
+        place = placement.places[rank]
+        link = Link(
+            transport=weight_transport,
+            run_folder=str(tmp_path),
+            engine=place.engine,
+            engine_rank=place.engine_rank,
+        )
+        engine = InProcessEngine(spec, link)
+        worker = RolloutWorker(spec, engine, place.engine_rank == 0, routes)
         exporter: Any = SimpleNamespace(buckets=lambda max_bytes: [])
-        worker = RolloutWorker(spec, placement.places[rank], exporter, routes)
-        worker.sync_weights(0)
+        worker.source = WeightSourceWorker(exporter, {place.engine: link}, engine, 1 << 20)
+        worker.source.send_weights(0, {})
         return worker
 
     return make
@@ -69,7 +81,7 @@ def requests(num):
 
 
 def test_answers_are_decoded_where_they_are_made_without_special_tokens(make_worker):
-    results = make_worker(with_text=True).generate(requests(20), False)
+    results = make_worker(with_text=True).generate(requests(20), False).result()
     assert any(result.token_ids[-1] == END for result in results)
     for result in results:
         words = [f"w{token}" for token in result.token_ids.tolist() if token != END]
@@ -77,13 +89,13 @@ def test_answers_are_decoded_where_they_are_made_without_special_tokens(make_wor
 
 
 def test_nothing_is_decoded_where_nobody_reads_it(make_worker):
-    assert {result.text for result in make_worker().generate(requests(3), False)} == {""}
+    assert {result.text for result in make_worker().generate(requests(3), False).result()} == {""}
 
 
 def test_the_first_rank_of_an_engine_answers_alone(make_worker):
     first, second = (make_worker(rank, tensor_model_parallel_size=2) for rank in (2, 3))
-    assert len(first.generate(requests(3), False)) == 3
-    assert second.generate(requests(3), False) == []
+    assert len(first.generate(requests(3), False).result()) == 3
+    assert second.generate(requests(3), False).result() == []
 
 
 ROUTING = Routing(layers=[1, 3], num_experts=4, topk=2)
@@ -108,15 +120,17 @@ def answering(make_worker, monkeypatch):
 
     def make(routes):
         worker = make_worker(routing=ROUTING)
-        generate = worker.engine.generate
+        submit = worker.engine.submit
 
         def with_routes(asked):
-            return [
-                replace(result, routed_experts=routes(1 + len(result.token_ids)))
-                for result in generate(asked)
-            ]
+            return done(
+                [
+                    replace(result, routed_experts=routes(1 + len(result.token_ids)))
+                    for result in submit(asked).result()
+                ]
+            )
 
-        monkeypatch.setattr(worker.engine, "generate", with_routes)
+        monkeypatch.setattr(worker.engine, "submit", with_routes)
         return worker
 
     return make
@@ -124,14 +138,14 @@ def answering(make_worker, monkeypatch):
 
 def test_routes_stay_in_the_worker_and_results_say_where(make_worker):
     worker = make_worker(rank=2, routing=ROUTING)
-    drawn = worker.engine.generate(requests(3))
-    results = worker.generate(requests(3), True)
+    drawn = worker.engine.submit(requests(3)).result()
+    results = worker.generate(requests(3), True).result()
     assert [r.routed_experts for r in results] == [RoutesAt(rank=2, key=key) for key in range(3)]
     for key, result in enumerate(drawn):
         held = worker._routes.get(2, key)
         assert held.dtype == np.uint8
         assert np.array_equal(held, result.routed_experts)
-    assert {r.routed_experts for r in worker.generate(requests(3), False)} == {None}
+    assert {r.routed_experts for r in worker.generate(requests(3), False).result()} == {None}
 
 
 WRONG_SHAPES = {
@@ -151,16 +165,16 @@ def test_routes_that_are_missing_or_of_no_expert_are_refused_in_any_step(answeri
     routes, message = WRONG_SHAPES[case]
     found = [good_routes, routes]
     worker = answering(lambda num_inputs: found[0](num_inputs))
-    worker.generate(requests(2), True)
+    worker.generate(requests(2), True).result()
     found.pop(0)
     with pytest.raises(RolloutError, match=message):
-        worker.generate(requests(2), True)
+        worker.generate(requests(2), True).result()
 
 
 def test_routes_that_name_an_expert_twice_are_refused_at_the_start(answering):
     worker = answering(with_one_row_changed([2, 2]))
     with pytest.raises(RolloutError, match=r"the experts \[2, 2\] .* not 2 different ones below 4"):
-        worker.generate(requests(2), True)
+        worker.generate(requests(2), True).result()
 
 
 def test_both_ends_are_those_of_the_chosen_transport_by_one_link_and_close_with_the_worker(
@@ -181,5 +195,6 @@ def test_both_ends_are_those_of_the_chosen_transport_by_one_link_and_close_with_
     worker = make_worker(rank=3, tensor_model_parallel_size=2, weight_transport="own")
     assert worker.engine.weight_version == 0
     worker.close()
+    worker.source.close()
     link = Link(transport="own", run_folder=str(tmp_path), engine=1, engine_rank=1)
     assert closed == [("receiver", link), ("sender", link)]

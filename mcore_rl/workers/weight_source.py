@@ -1,0 +1,60 @@
+"""The weights of the actor on their way to the engines that this train worker feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mcore_rl.metrics import to_host
+from mcore_rl.rollout.hosts.process import RemoteSession
+from mcore_rl.sockets import Address
+from mcore_rl.weight_sync.base import Link, UpdateSession
+from mcore_rl.weight_sync.export import WeightExporter
+from mcore_rl.weight_sync.sync import Target, sync_weights
+from mcore_rl.workers.roles import SentWeights, WeightSource
+
+
+class WeightSourceWorker(WeightSource):
+    """Owns the senders of one train worker.
+
+    Args:
+        exporter: of the actor's weights in this process.
+        links: of the engines that it feeds, by their number.
+        inside: the session of the engine of this process, if it has one; it is fed every time.
+        bucket_bytes: most that is sent at a time.
+    """
+
+    def __init__(
+        self,
+        exporter: WeightExporter,
+        links: Mapping[int, Link],
+        inside: UpdateSession | None,
+        bucket_bytes: int,
+    ) -> None:
+        self._exporter, self._inside, self._bucket_bytes = exporter, inside, bucket_bytes
+        self._senders = {engine: link.open_sender() for engine, link in links.items()}
+
+    def send_weights(self, version: int, engines: Mapping[int, Address]) -> SentWeights:
+        """See `WeightSource`."""
+        targets: dict[int, Target] = {}
+        sessions: list[RemoteSession] = []
+        for engine, sender in self._senders.items():
+            if self._inside is not None:
+                targets[engine] = Target(sender, self._inside)
+            elif engine in engines:
+                sessions.append(RemoteSession(engines[engine]))
+                targets[engine] = Target(sender, sessions[-1])
+        buckets = self._exporter.buckets(self._bucket_bytes)
+        metrics = sync_weights(buckets, list(targets.values()), version)
+        for session in sessions:
+            session.close()
+        if self._inside is not None:
+            for target in targets.values():
+                if target.problem is not None:
+                    raise target.problem
+        problems = {n: t.problem for n, t in targets.items() if t.problem is not None}
+        return SentWeights(to_host(metrics), problems)
+
+    def close(self) -> None:
+        """Free the senders."""
+        for sender in self._senders.values():
+            sender.close()
