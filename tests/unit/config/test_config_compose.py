@@ -157,6 +157,7 @@ def test_a_misspelt_key_names_itself_and_the_closest(override, closest):
         ("actor.optim=3", "actor.optim: Invalid type assigned: int"),
         ("data.train_files=3", "data.train_files=3 must be a path or a list of paths."),
         ("rollout.n=0", "rollout.n=0 must be at least 1."),
+        ("rollout.sleep_level=3", "rollout.sleep_level=3 must be 0, 1 or 2."),
         ("trainer.resume_mode=resume_path", "trainer.resume_from_path=None does not fit"),
         ("trainer.resume_from_path=a", "trainer.resume_from_path='a' does not fit"),
         ("trainer.best_ckpt_metric=m", "trainer.best_ckpt_metric='m' has no effect"),

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from mcore_rl.config.assignments import Assignment, find_row, translate
-from mcore_rl.config.checks import check_run
+from mcore_rl.config.checks import a_critic_is_described_only_where_there_is_one, check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
 from mcore_rl.config.translate import SECTIONS, TABLE, WILDCARD, Refused, Renamed
@@ -300,6 +300,12 @@ def test_a_reference_that_is_not_kept_is_not_offloaded():
     for options in ([], ["actor.use_kl_loss=true", "model.lora_rank=8"]):
         cfg, _ = compose("ref.megatron.param_offload=True", *options)
         assert cfg.offloads == Offloads(reference=Part.PARAM)
+
+
+def test_nothing_of_a_critic_is_offloaded_where_there_is_none():
+    cfg, _ = compose("critic.model.fsdp_config.param_offload=True")
+    with pytest.raises(UserError, match=r"^critic\.megatron\.param_offload=True is not read with"):
+        a_critic_is_described_only_where_there_is_one(cfg)
 
 
 def test_a_layout_of_its_own_is_refused_to_a_critic_and_a_misspelt_option_unknown():

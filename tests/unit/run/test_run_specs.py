@@ -8,8 +8,11 @@ import pytest
 
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig
+from mcore_rl.errors import UserError
 from mcore_rl.launch.group import ChannelWorkers
+from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.run.specs import start_cluster
+from mcore_rl.types import Offloads, Part
 
 
 class Started:
@@ -18,16 +21,16 @@ class Started:
     world_size = 1
     spec: Any = None
 
-    def start(self, spec):
+    def start(self, spec, engines):
         self.spec = spec
 
 
-def actor_spec(root, *overrides):
+def worker_spec(root, *overrides):
     argv = ["model.path=m", "data.train_files=d", *overrides]
     cfg = compose_config(root, parse_command_line("train", "", argv))
     workers = Started()
     start_cluster(cfg, cast(ChannelWorkers, workers), total_steps=3, temperature=1.0, engine=None)
-    return workers.spec.actor
+    return workers.spec
 
 
 @pytest.mark.parametrize(
@@ -40,8 +43,43 @@ def actor_spec(root, *overrides):
     ],
 )
 def test_a_copy_of_the_first_weights_is_kept_where_a_kl_is_computed(overrides, is_kept):
-    assert actor_spec(RunConfig, *overrides).with_reference == is_kept
+    assert worker_spec(RunConfig, *overrides).actor.with_reference == is_kept
 
 
 def test_fine_tuning_keeps_no_copy_of_the_first_weights():
-    assert not actor_spec(SftRunConfig).with_reference
+    assert not worker_spec(SftRunConfig).actor.with_reference
+
+
+def test_workers_are_told_what_leaves_the_device():
+    offloads = ["actor.megatron.grad_offload=true", "ref.megatron.param_offload=true"]
+    found = worker_spec(RunConfig, *offloads, "actor.use_kl_loss=true").offloads
+    assert found == Offloads(actor=frozenset({Part.GRAD, Part.REFERENCE}))
+    found = worker_spec(SftRunConfig, "actor.megatron.optimizer_offload=true").offloads
+    assert found == Offloads(actor=frozenset({Part.OPTIMIZER}))
+
+
+def test_a_reference_that_is_not_kept_cannot_be_offloaded_which_is_said_once(caplog):
+    found = worker_spec(RunConfig, "ref.megatron.param_offload=true").offloads
+    assert found.actor == frozenset()
+    assert [record.getMessage() for record in caplog.records] == [
+        "not read here: ref.megatron.param_offload (no frozen copy is kept)"
+    ]
+
+
+def test_an_engine_that_would_not_sleep_as_asked_is_not_started():
+    argv = ["model.path=m", "data.train_files=d", "rollout.sleep_level=2"]
+    cfg = compose_config(RunConfig, parse_command_line("train", "", argv))
+    engine = EngineSpec(
+        model_path="m",
+        dtype="float32",
+        max_model_len=8,
+        stop_token_ids=[0],
+        config=cfg.rollout,
+        run_folder="r",
+    )
+    workers = Started()
+    with pytest.raises(UserError, match=r"^rollout\.sleep_level=2 is planned for"):
+        start_cluster(
+            cfg, cast(ChannelWorkers, workers), total_steps=3, temperature=1.0, engine=engine
+        )
+    assert workers.spec is None
