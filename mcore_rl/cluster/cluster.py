@@ -33,14 +33,16 @@ class Cluster:
         critic_cut: Cut | None = None,
         max_engine_restarts: int = 0,
         offloads: Offloads | None = None,
+        sleep_level: int = 0,
     ) -> Cluster:
-        """Return the cluster of running workers; see `Trainer` for the cuts, `Engines` for the
-        restarts.
+        """Return the cluster of running workers; see `Trainer` for the cuts, `Phases` for the
+        sleep, `Engines` for the restarts.
 
         `offloads` is what the workers were told to offload; None: nothing.
         """
         routes = Routes(workers, placement)
-        phases = Phases(workers, offloads or Offloads())
+        engine_ranks = [rank for ranks in placement.engine_ranks for rank in ranks]
+        phases = Phases(workers, offloads or Offloads(), engine_ranks, sleep_level)
         trainer = Trainer(workers, placement, routes, phases, cut, critic_cut)
         engines = Engines(workers, placement, routes, phases, max_engine_restarts)
         return cls(workers, trainer, engines, routes, phases)

@@ -66,6 +66,11 @@ class Engines:
         Raises:
             RolloutError: if an engine fails, or answers what cannot be.
         """
+        if self._phases.engines_forgot:
+            if self._phases.has_trained:
+                message = f"weights {self._version} are wanted, which the trainer has left"
+                raise RolloutError(message, role="controller")
+            self.sync_weights(self._version)
         self._phases.enter(Phase.GENERATE)
         if keep_routes:
             self._routes.expect()
@@ -97,7 +102,7 @@ class Engines:
                 _check_results(requests, answers, self._version)
                 return answers
             except RunError as error:
-                self._revive(engine, error, "generating")
+                self._revive(engine, error, "generating", Phase.REVIVE)
             self._phases.enter(Phase.GENERATE)
             futures = self._workers.submit(dict.fromkeys(self._ranks[engine], asked))
 
@@ -107,16 +112,17 @@ class Engines:
         Raises:
             WeightSyncError: if an engine does not take them.
         """
+        self._phases.enter(Phase.SYNC)
         self._version = version
         metrics, problems = self._send(range(self.num_engines) if self._are_apart else ())
         for engine, problem in problems.items():
-            self._revive(engine, problem, "taking weights")
+            self._revive(engine, problem, "taking weights", Phase.SYNC)
+        self._phases.engines_forgot = self._phases.has_trained = False
         return metrics
 
     def _send(self, engines: Sequence[int]) -> tuple[Metrics, Mapping[int, RunError]]:
         """Send the weights to engines inside the workers, or to those named; return the metrics and
         what went wrong, by engine."""
-        self._phases.enter(Phase.SYNC)
         ranks = {engine: self._ranks[engine][0] for engine in engines}
         receive = call(EngineProcess.receive_weights, self._version)
         receiving = self._workers.submit(dict.fromkeys(ranks.values(), receive)) if ranks else {}
@@ -135,7 +141,7 @@ class Engines:
                 raise error
         return merge(of_rank.metrics for of_rank in sent), problems
 
-    def _revive(self, engine: int, error: RunError, doing: str) -> None:
+    def _revive(self, engine: int, error: RunError, doing: str, phase: Phase) -> None:
         """Start a failed engine again and give it the weights.
 
         Raises:
@@ -150,7 +156,10 @@ class Engines:
                 "%s; it is started again, %d more times at most", failure, self._num_restarts_left
             )
             try:
-                self._workers.restart(self._ranks[engine][0]).result()
+                rank = self._ranks[engine][0]
+                self._workers.restart(rank).result()
+                self._phases.join(rank)
+                self._phases.enter(phase)
                 _, problems = self._send([engine])
             except RunError as again:
                 logger.warning("engine %d did not start again: %s", engine, again)
@@ -203,4 +212,4 @@ def _check_results(
         refuse("with a token below 0")
     logprobs = np.concatenate([result.logprobs for result in answers])
     if not (np.isfinite(logprobs).all() and logprobs.max() <= 1e-3):
-        refuse("with log-probabilities that are none")
+        refuse("with log-probabilities that are no numbers of at most 0")

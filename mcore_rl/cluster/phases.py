@@ -12,13 +12,14 @@ already, or needs what the last one did, moves nothing. Loops know nothing of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
-from mcore_rl.cluster.group import WorkerGroup, call_all
+from mcore_rl.cluster.group import WorkerGroup, call, call_all, results
+from mcore_rl.rollout.base import EnginePart
 from mcore_rl.types import Offloads, Part
-from mcore_rl.workers.roles import Actor, Critic
+from mcore_rl.workers.roles import Actor, Critic, Rollout
 
 
 class Phase(StrEnum):
@@ -32,6 +33,8 @@ class Phase(StrEnum):
     TRAIN_CRITIC = "train_critic"
     SYNC = "sync"
     """Weights go from the actor to the engines."""
+    REVIVE = "revive"
+    """Weights go from the actor to one engine while others generate."""
     SAVE = "save"
     """A checkpoint of the actor is written or read; its files may be written later, from copies."""
     SAVE_CRITIC = "save_critic"
@@ -68,10 +71,14 @@ NEEDS: Mapping[Phase, Needs] = {
     Phase.TRAIN: Needs(actor=_ALL),
     Phase.TRAIN_CRITIC: Needs(critic=_ALL),
     Phase.SYNC: Needs(actor=_WEIGHTS, engine=EngineNeeds.WEIGHTS),
+    Phase.REVIVE: Needs(actor=_WEIGHTS, engine=EngineNeeds.ALL),
     Phase.SAVE: Needs(actor=_STATE),
     Phase.SAVE_CRITIC: Needs(critic=_STATE),
     Phase.EXPORT: Needs(actor=_WEIGHTS),
 }
+
+
+_WAKES = {EngineNeeds.WEIGHTS: EnginePart.WEIGHTS, EngineNeeds.ALL: EnginePart.KV_CACHE}
 
 
 def away(phase: Phase, offloads: Offloads) -> tuple[frozenset[Part], frozenset[Part]]:
@@ -85,24 +92,61 @@ class Phases:
     """The phase that a run is in.
 
     Args:
-        workers: running workers, with everything that may be offloaded in host memory.
+        workers: running workers, with everything that may be offloaded in host memory, and the
+            engines awake.
         offloads: what that is.
+        engine_ranks: of all engines.
+        sleep_level: at which they sleep; 0: never. At 2 they forget their weights.
     """
 
-    def __init__(self, workers: WorkerGroup, offloads: Offloads) -> None:
+    def __init__(
+        self,
+        workers: WorkerGroup,
+        offloads: Offloads,
+        engine_ranks: Sequence[int] = (),
+        sleep_level: int = 0,
+    ) -> None:
         self._workers, self._offloads = workers, offloads
+        self._engine_ranks, self._sleep_level = engine_ranks, sleep_level
         self._away = offloads.actor, offloads.critic
+        self._engines_have = EngineNeeds.ALL
+        self.engines_forgot = False
+        """Whether the engines have slept so that they need weights before they generate."""
+        self.has_trained = False
+        """Whether the actor's weights may be others than those of the last sync."""
 
     def enter(self, phase: Phase) -> None:
         """Have on the device what the phase needs, and nothing else of what may be offloaded."""
         before, after = self._away, away(phase, self._offloads)
         self._away = after
-        # Engines have their place here: those that sleep do so with what leaves, before anything
-        # comes or wakes.
+        self.has_trained |= phase is Phase.TRAIN
         roles = (Actor, Critic)
+        needed = NEEDS[phase].engine if self._sleep_level else EngineNeeds.ALL
+        if needed.value < self._engines_have.value:
+            self._sleep(self._engine_ranks)
+            self._engines_have = EngineNeeds.NOTHING
+            self.engines_forgot = self._sleep_level > 1
         for role, was, will in zip(roles, before, after, strict=True):
             if leaves := will - was:
                 call_all(self._workers, role.offload, sorted(leaves))
         for role, was, will in zip(roles, before, after, strict=True):
             if comes := was - will:
                 call_all(self._workers, role.restore, sorted(comes))
+        self._wake(self._engine_ranks, self._engines_have, needed)
+        self._engines_have = max(self._engines_have, needed, key=lambda has: has.value)
+
+    def join(self, rank: int) -> None:
+        """Have an engine that was started again, all of it awake, be as the others are."""
+        if self._engines_have is not EngineNeeds.ALL:
+            self._sleep([rank])
+            self._wake([rank], EngineNeeds.NOTHING, self._engines_have)
+
+    def _sleep(self, ranks: Sequence[int]) -> None:
+        asleep = call(Rollout.sleep, self._sleep_level)
+        results(self._workers.submit(dict.fromkeys(ranks, asleep)))
+
+    def _wake(self, ranks: Sequence[int], have: EngineNeeds, needed: EngineNeeds) -> None:
+        for has, part in _WAKES.items():
+            if have.value < has.value <= needed.value:
+                awake = call(Rollout.wake, part)
+                results(self._workers.submit(dict.fromkeys(ranks, awake)))

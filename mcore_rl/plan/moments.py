@@ -63,6 +63,7 @@ def phases_of(cfg: RunConfig) -> list[Phase]:
         Phase.TRAIN_CRITIC: cfg.has_critic,
         Phase.SAVE_CRITIC: cfg.has_critic,
         Phase.EXPORT: cfg.trainer.export_hf_model,
+        Phase.REVIVE: cfg.rollout.max_engine_restarts > 0,
     }
     return [phase for phase in Phase if wanted.get(phase, True)]
 
@@ -121,7 +122,7 @@ def _own(phase: Phase, stage: StageMemory) -> int:
             return stage.activations + stage.logits
         case Phase.TRAIN_CRITIC:
             return stage.activations
-        case Phase.SYNC | Phase.EXPORT:
+        case Phase.SYNC | Phase.REVIVE | Phase.EXPORT:
             return stage.export
         case Phase.SAVE:
             return stage.save

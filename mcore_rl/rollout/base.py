@@ -185,6 +185,11 @@ class RolloutConfig:
         rule = "is not set" if nodes else "is not read with rollout.nnodes=0"
         fix = "Name the devices of a node." if nodes else "Set rollout.nnodes or leave it out."
         require((devices is None) == (nodes == 0), "rollout.n_gpus_per_node", devices, rule, fix)
+        rule = f"frees devices that the trainer does not use (rollout.nnodes={nodes})"
+        fix = "Leave it at 0."
+        require(
+            nodes == 0 or not self.sleep_level, "rollout.sleep_level", self.sleep_level, rule, fix
+        )
         restarts = self.max_engine_restarts
         require(restarts >= 0, "rollout.max_engine_restarts", restarts, "must be at least 0")
 

@@ -152,7 +152,7 @@ class ServingEngine:
     def sleep(self, level: int) -> None:
         """Free the device's memory; see `RolloutEngine.sleep`."""
         self._refuse_if(self._is_open, "sleep", "is taking weights")
-        self._refuse_if(bool(self._asleep), "sleep", "is asleep already")
+        self._refuse_if(self._asleep == frozenset(EnginePart), "sleep", "is asleep already")
         self._refuse_if(bool(self._unfinished), "sleep", "has unfinished requests")
         self._engine.sleep(level)
         self._asleep = frozenset(EnginePart)

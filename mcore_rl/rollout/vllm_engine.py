@@ -90,6 +90,7 @@ class VllmEngine:
             "generation_config": "vllm",  # sampling comes from the request alone
             "hf_overrides": dict(spec.config_overrides),
             "enable_return_routed_experts": spec.routing is not None and not on_cpu,
+            "enable_sleep_mode": cfg.sleep_level > 0 and not on_cpu,
             "disable_log_stats": True,
             "seed": 0,
         }

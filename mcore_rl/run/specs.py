@@ -8,7 +8,6 @@ from dataclasses import replace
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.placement import Placement, colocated, engines_apart
 from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
-from mcore_rl.errors import require
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.workers.spec import ActorSpec, EngineWorkerSpec, ModelSpec, WorkerSpec
@@ -67,10 +66,6 @@ def start_cluster(
     )
     if isinstance(cfg, RunConfig) and cfg.ref.megatron.param_offload and not cfg.keeps_reference:
         logger.warning("not read here: ref.megatron.param_offload (no frozen copy is kept)")
-    if engine is not None:
-        level = engine.config.sleep_level
-        rule = "is planned for (trainer.dry_run=true) and not yet done by engines"
-        require(level == 0, "rollout.sleep_level", level, rule, "Leave it at 0.")
     placement = placement_of(cfg)
     engines = {}
     if engine is not None:
@@ -91,7 +86,12 @@ def start_cluster(
     )
     workers.start(spec, engines)
     critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
-    max_restarts = cfg.rollout.max_engine_restarts if isinstance(cfg, RunConfig) else 0
     return Cluster.of(
-        workers, placement, cfg.actor.cut, critic_cut, max_restarts, offloads=cfg.offloads
+        workers,
+        placement,
+        cfg.actor.cut,
+        critic_cut,
+        offloads=cfg.offloads,
+        sleep_level=engine.config.sleep_level if engine else 0,
+        max_engine_restarts=engine.config.max_engine_restarts if engine else 0,
     )

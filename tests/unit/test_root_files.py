@@ -42,7 +42,9 @@ from mcore_rl.types import Layout
 RUN_ERRORS = [
     RunError,
     errors.WorkerLostError,
+    errors.EngineLostError,
     errors.HangError,
+    errors.OffloadError,
     errors.RolloutError,
     errors.WeightSyncError,
     errors.CheckpointError,

@@ -14,6 +14,7 @@ from mcore_rl.cluster.phases import NEEDS, EngineNeeds, Phase, Phases, away
 from mcore_rl.cluster.placement import colocated, engines_apart
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.errors import RolloutError
+from mcore_rl.rollout.base import EnginePart
 from mcore_rl.types import Layout, Offloads, Part, TokenNumbers, TokenSequence, WriteState
 from mcore_rl.workers.roles import Actor, Critic, EngineProcess, Rollout, SentWeights, WeightSource
 
@@ -238,3 +239,69 @@ def test_every_phase_has_its_needs_and_engines_are_wanted_in_two():
     assert set(NEEDS) == set(Phase)
     wanted = {phase: needs.engine for phase, needs in NEEDS.items() if needs.engine.value}
     assert wanted == {Phase.GENERATE: EngineNeeds.ALL, Phase.SYNC: EngineNeeds.WEIGHTS}
+
+
+class SleepingWorkers(RoomWorkers):
+    """Keeps what of the engines is awake, too, and their weights."""
+
+    def __init__(self):
+        super().__init__(Offloads())
+        self.awake, self.has_weights, self.told = set(EnginePart), False, []
+
+    def submit(self, calls):
+        method, args = calls[0].method, calls[0].args
+        if method is Rollout.sleep:
+            assert self.awake
+            self.awake, self.has_weights = set(), self.has_weights and args[0] == 1
+        elif method is Rollout.wake:
+            assert args[0] not in self.awake
+            self.awake.add(args[0])
+        elif method is WeightSource.send_weights:
+            assert EnginePart.WEIGHTS in self.awake
+            self.has_weights = True
+        elif method is Rollout.generate:
+            assert self.awake == set(EnginePart)
+            assert self.has_weights
+        elif method in (Actor.update, Actor.logprobs, Actor.begin_save):
+            assert not self.awake
+        self.told.append(method.__name__)
+        return super().submit(calls)
+
+
+def sleeping_cluster(level):
+    workers = SleepingWorkers()
+    placement = colocated(Layout(dp=2), 2, engine_size=1)
+    return Cluster.of(workers, placement, CUT, sleep_level=level), workers
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_engines_sleep_while_the_trainer_works_and_wake_in_two_steps(level, tmp_path):
+    cluster, workers = sleeping_cluster(level)
+    cluster.engines.sync_weights(0)
+    cluster.engines.generate([])
+    assert workers.told == ["sleep", "wake", "send_weights", "wake", "generate"]
+    workers.told.clear()
+    cluster.trainer.logprobs(SEQUENCES)
+    cluster.trainer.update(SEQUENCES, None)
+    cluster.engines.sync_weights(1)
+    assert workers.told == ["sleep", "logprobs", "update", "wake", "send_weights"]
+    workers.told.clear()
+    cluster.trainer.begin_save(str(tmp_path))
+    cluster.engines.generate([])
+    again = ["wake", "send_weights", "wake"] if level == 2 else ["wake", "wake"]
+    assert workers.told == ["sleep", "begin_save", *again, "generate"]
+
+
+def test_engines_that_forgot_their_weights_do_not_get_newer_ones_by_the_old_name():
+    cluster, _ = sleeping_cluster(2)
+    cluster.engines.sync_weights(0)
+    cluster.trainer.update(SEQUENCES, None)
+    with pytest.raises(RolloutError, match="weights 0 are wanted, which the trainer has left"):
+        cluster.engines.generate([])
+
+
+def test_engines_that_do_not_sleep_are_told_nothing():
+    cluster, workers = sleeping_cluster(0)
+    workers.has_weights = True
+    cluster.engines.generate([])
+    assert workers.told == ["generate"]

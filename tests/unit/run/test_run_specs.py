@@ -8,9 +8,7 @@ import pytest
 
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig
-from mcore_rl.errors import UserError
 from mcore_rl.launch.group import ChannelWorkers
-from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.run.specs import start_cluster
 from mcore_rl.types import Offloads, Part
 
@@ -64,22 +62,3 @@ def test_a_reference_that_is_not_kept_cannot_be_offloaded_which_is_said_once(cap
     assert [record.getMessage() for record in caplog.records] == [
         "not read here: ref.megatron.param_offload (no frozen copy is kept)"
     ]
-
-
-def test_an_engine_that_would_not_sleep_as_asked_is_not_started():
-    argv = ["model.path=m", "data.train_files=d", "rollout.sleep_level=2"]
-    cfg = compose_config(RunConfig, parse_command_line("train", "", argv))
-    engine = EngineSpec(
-        model_path="m",
-        dtype="float32",
-        max_model_len=8,
-        stop_token_ids=[0],
-        config=cfg.rollout,
-        run_folder="r",
-    )
-    workers = Started()
-    with pytest.raises(UserError, match=r"^rollout\.sleep_level=2 is planned for"):
-        start_cluster(
-            cfg, cast(ChannelWorkers, workers), total_steps=3, temperature=1.0, engine=engine
-        )
-    assert workers.spec is None
