@@ -106,7 +106,8 @@ class GlooReceiver(Receiver[Broadcast]):
     def receive(self, update: Broadcast, load: Load) -> None:
         number = self.link.receiver
         if self._store is None:
-            self._store = _distributed().TCPStore(
+            distributed: Any = torch.distributed
+            self._store = distributed.TCPStore(
                 update.address, update.port, is_master=False, timeout=DEADLINE
             )
         self._store.set(_key(update.number, number), "")
@@ -137,7 +138,8 @@ def _serve(address: str) -> Any:
     """Return a store that listens on one address alone."""
     listener = socket.create_server((address, 0))
     port = listener.getsockname()[1]
-    return _distributed().TCPStore(
+    distributed: Any = torch.distributed
+    return distributed.TCPStore(
         address,
         port,
         is_master=True,
@@ -147,16 +149,12 @@ def _serve(address: str) -> Any:
     )
 
 
-def _distributed() -> Any:
-    """Return torch's module, whose names a type checker takes for private."""
-    return torch.distributed
-
-
 def _join(store: Any, address: str, rank: int, size: int) -> Any:
-    options = _distributed().ProcessGroupGloo._Options()
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = DEADLINE
-    options._devices = [_distributed().ProcessGroupGloo.create_device(hostname=address)]
-    return _distributed().ProcessGroupGloo(store, rank, size, options)
+    options._devices = [gloo.create_device(hostname=address)]
+    return gloo(store, rank, size, options)
 
 
 def _broadcast(group: Any, buffer: torch.Tensor) -> None:

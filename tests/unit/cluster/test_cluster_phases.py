@@ -238,7 +238,11 @@ def test_a_phase_that_is_entered_again_moves_nothing():
 def test_every_phase_has_its_needs_and_engines_are_wanted_in_two():
     assert set(NEEDS) == set(Phase)
     wanted = {phase: needs.engine for phase, needs in NEEDS.items() if needs.engine.value}
-    assert wanted == {Phase.GENERATE: EngineNeeds.ALL, Phase.SYNC: EngineNeeds.WEIGHTS}
+    assert wanted == {
+        Phase.GENERATE: EngineNeeds.ALL,
+        Phase.SYNC: EngineNeeds.WEIGHTS,
+        Phase.REVIVE: EngineNeeds.ALL,
+    }
 
 
 class SleepingWorkers(RoomWorkers):

@@ -183,7 +183,7 @@ RULES = {
     "weights_reach_the_engines": (
         ["rollout.weight_transport=far"],
         "rollout.weight_transport='far' does not reach an engine in the train worker's process. "
-        "Those that do: direct.",
+        "Those that do: direct, disk, gloo, shared_memory.",
         ["rollout.weight_transport=direct"],
     ),
     "validation_data_is_named_when_asked_for": (

@@ -36,7 +36,7 @@ from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, WriteS
 from mcore_rl.weight_sync.base import Link, NamedTensors
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.intake import Intake, refuse
-from mcore_rl.weight_sync.sync import Target, sync_weights
+from mcore_rl.weight_sync.sync import sync_one
 from mcore_rl.workers.roles import (
     Actor,
     Critic,
@@ -286,7 +286,7 @@ class FakeWorkers:
             case WeightSource.send_weights:
                 export = [[("w", self.actor.weights)]]
                 return [
-                    SentWeights(sync_weights(export, [Target(sender, engine)], version), {})
+                    SentWeights(sync_one(export, sender, engine, version), {})
                     for sender, engine, (version, _) in zip(
                         self.senders, self.engines, args_of_rank, strict=True
                     )

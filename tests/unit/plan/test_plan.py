@@ -273,6 +273,7 @@ def test_each_phase_holds_what_it_needs_and_its_own():
         Phase.REF_LOGPROBS: (6008, 119),
         Phase.VALUES: (4016, 111),
         Phase.TRAIN: (3007, 120),
+        Phase.REVIVE: (310_001, 126),
         Phase.TRAIN_CRITIC: (1112, 15),
         Phase.SYNC: (110_001, 126),
         Phase.SAVE: (20_005, 122),
@@ -308,7 +309,9 @@ def test_a_run_has_the_phases_of_its_models(argv):
     plain = [Phase.GENERATE, Phase.LOGPROBS, Phase.TRAIN, Phase.SYNC, Phase.SAVE]
     assert phases_of(config(argv, "trainer.export_hf_model=false")) == plain
     every = config(argv, "algorithm.adv_estimator=gae", "actor.use_kl_loss=true")
-    assert phases_of(every) == list(Phase)
+    assert phases_of(every) == [phase for phase in Phase if phase is not Phase.REVIVE]
+    restarts = config(argv, "rollout.host=process", "rollout.max_engine_restarts=1")
+    assert Phase.REVIVE in phases_of(restarts)
 
 
 def test_a_checkpoint_gathers_one_kind_of_number_of_the_largest_bucket():
