@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 from mcore_rl.metrics import to_host
 from mcore_rl.rollout.hosts.process import RemoteSession
@@ -21,6 +22,7 @@ class WeightSourceWorker(WeightSource):
         links: of the engines that it feeds, by their number.
         inside: the session of the engine of this process, if it has one; it is fed every time.
         bucket_bytes: most that is sent at a time.
+        senders: ranks that feed engines, to which alone the weights are gathered; None: all.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class WeightSourceWorker(WeightSource):
         links: Mapping[int, Link],
         inside: UpdateSession | None,
         bucket_bytes: int,
+        senders: AbstractSet[int] | None,
     ) -> None:
-        self._exporter, self._inside, self._bucket_bytes = exporter, inside, bucket_bytes
+        self._exporter, self._inside = exporter, inside
+        self._bucket_bytes, self._sending_ranks = bucket_bytes, senders
         self._senders = {engine: link.open_sender() for engine, link in links.items()}
 
     def send_weights(self, version: int, engines: Mapping[int, Address]) -> SentWeights:
@@ -43,7 +47,7 @@ class WeightSourceWorker(WeightSource):
             elif engine in engines:
                 sessions.append(RemoteSession(engines[engine]))
                 targets[engine] = Target(sender, sessions[-1])
-        buckets = self._exporter.buckets(self._bucket_bytes)
+        buckets = self._exporter.buckets(self._bucket_bytes, self._sending_ranks)
         metrics = sync_weights(buckets, list(targets.values()), version)
         for session in sessions:
             session.close()

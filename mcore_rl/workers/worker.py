@@ -54,7 +54,10 @@ class Worker:
                 is_first = self.place.engine_rank == 0
                 self.rollout = RolloutWorker(spec.engine, engine, is_first, self.actor.routes)
             bucket_bytes = spec.engine.config.update_weights_bucket_mib << 20
-            self.weights = WeightSourceWorker(self.actor.exporter, links, engine, bucket_bytes)
+            senders = {place.fed_by for place in self.placement.engines} or None
+            self.weights = WeightSourceWorker(
+                self.actor.exporter, links, engine, bucket_bytes, senders
+            )
 
     def _links(self, spec: EngineSpec) -> Mapping[int, Link]:
         """Return the links to the engines that this rank feeds, by number."""

@@ -31,13 +31,16 @@ def send_garbage(address: tuple[str, int]) -> None:
 
 
 @pytest.mark.timeout(2 * commands.TEST_LIMIT_S)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "host"), [(1, "in_process"), (2, "in_process"), (2, "process")]
+)
 def test_a_local_run_listens_on_loopback_alone_and_strangers_do_not_disturb_it(
-    files, prepared, tmp_path, processes
+    files, prepared, tmp_path, processes, host
 ):
     overrides = [
         f"trainer.n_gpus_per_node={processes}",
         f"actor.megatron.expert_model_parallel_size={processes}",
+        f"rollout.host={host}",
     ]
     process = prepared.start(*files.argv(tmp_path / "run", *overrides))
     seen: set[tuple[str, int]] = set()

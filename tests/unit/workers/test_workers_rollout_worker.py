@@ -62,8 +62,8 @@ def make_worker(tmp_path):
         )
         engine = InProcessEngine(spec, link)
         worker = RolloutWorker(spec, engine, place.engine_rank == 0, routes)
-        exporter: Any = SimpleNamespace(buckets=lambda max_bytes: [])
-        worker.source = WeightSourceWorker(exporter, {place.engine: link}, engine, 1 << 20)
+        exporter: Any = SimpleNamespace(buckets=lambda max_bytes, ranks: [])
+        worker.source = WeightSourceWorker(exporter, {place.engine: link}, engine, 1 << 20, None)
         worker.source.send_weights(0, {})
         return worker
 
