@@ -19,6 +19,8 @@ LIST = "an unpickler that admits the classes of a list"
 WEIGHTS_ONLY = "weights_only: torch's unpickler of tensors"
 PARENT = "a socket pair of this process and the one that started it; no other has an end"
 CHANNEL = "from the processes of the same run: over the channel, which drops strangers unread"
+BYTES = "bytes of a socket of ZeroMQ, which unpickles nothing"
+TENSOR = "a tensor that is there, filled"
 RANKS = "from the processes of the same run, over their process group"
 
 UNPICKLING = {
@@ -30,6 +32,9 @@ UNPICKLING = {
     ("rollout.vllm_engine", "dist.all_gather_object"): RANKS,
     ("megatron.parallel", "dist.all_gather_object"): RANKS,
     ("frames", "pickle.loads"): CHANNEL,
+    ("launch.channel", "socket.recv"): BYTES,
+    ("rollout.hosts.process", "socket.recv"): BYTES,
+    ("weight_sync.export", "dist.recv"): TENSOR,
 }
 """(module, what is called or subclassed) -> guard."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -243,15 +245,23 @@ def own_address() -> str:
         return probe.getsockname()[0]
 
 
+def free_port(address: str) -> int:
+    """Return a port that nothing has, below those that the system gives to whoever asks: another
+    test's process would have it by the time that torchrun asks for it."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((address, port))
+            return port
+    raise AssertionError("no port is free")
+
+
 @pytest.mark.parametrize("secret", ["environment", "home"])
 def test_between_nodes_calls_go_over_an_encrypted_connection(secret, tmp_path):
     """Two agents of one process each, as on two nodes of one network."""
     address, environment = own_address(), ENVIRONMENT | {"HOME": str(tmp_path)}
     if secret == "environment":
         environment |= {"MCORE_RL_CHANNEL_SECRET": "07" * 32}
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = probe.getsockname()[1]
+    port = free_port(address)
     nodes = [
         subprocess.Popen(
             [
