@@ -265,7 +265,8 @@ class ChannelWorkers:
                     self._give_up(self._failure, self.kill)
                 continue
             for rank in unreachable if not self._is_closing else ():
-                self._lose(rank, "cannot be reached any more")
+                if self._is_far(rank):  # how one of this machine ended is known in a moment
+                    self._lose(rank, "cannot be reached any more")
             if now >= next_beat or self._echo is not None:
                 self._watch(now)
                 next_beat = now + channel.BEAT_S
@@ -340,12 +341,15 @@ class ChannelWorkers:
     def _silence_s(self, rank: int) -> float:
         """Return for how long a process need not be heard of; the watch over progress finds a
         worker of this machine that hangs."""
-        is_far = self._processes.state(rank).startswith("another machine")
+        is_far = self._is_far(rank)
         if rank not in self._engines and not is_far:
             return math.inf
         if self._ranks[rank].is_starting:
             return STARTING_SILENCE_S
         return SILENCE_S if is_far else ENGINE_SILENCE_S
+
+    def _is_far(self, rank: int) -> bool:
+        return self._processes.state(rank).startswith("another machine")
 
     def _watch_progress(self, now: float) -> None:
         waited_for = [(rank, state) for rank, state in enumerate(self._ranks) if state.pending]
