@@ -2,7 +2,7 @@
 
     controller -> worker   START(spec)  CALL(id, step, method, arguments)  CANCEL(id)  PING  STACKS
                            END  DIE
-    worker -> controller   HELLO(rank, token, code)  RESULT(id)  ERROR(id)  BEAT(call, ticks)
+    worker -> controller   HELLO(rank, token, code)  RESULT(id)  ERROR(id)  BEAT(ticks)
                            STACKS(text)
 
 Both ends have a thread that owns the socket, so that heartbeats and stacks go beside the work. On

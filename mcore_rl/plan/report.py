@@ -142,7 +142,7 @@ def _placement_lines(cfg: RunConfig, layout: Layout) -> Iterable[str]:
         f"{layout.cp} x dp {layout.dp} x pp {layout.pp}"
         + (f" (vpp {layout.vpp})" if layout.vpp > 1 else "")
         + f"; experts etp {layout.etp} x ep {layout.ep} x dp {expert_dp_size(layout)} x pp "
-        f"{layout.pp}; {layout.world_size // engine_ranks} engines of {engine_ranks}"
+        f"{layout.pp}; {_engines(cfg)}"
     )
     yield "  node  rank    tp    cp    dp    pp    ep   etp   edp  engine"
     for place in colocated(layout, layout.world_size, None).places[:MAX_RANKS_SHOWN]:
@@ -152,9 +152,19 @@ def _placement_lines(cfg: RunConfig, layout: Layout) -> Iterable[str]:
             *(place.ep, place.etp, place.expert_dp),
         )
         row = "".join(f"{number:6d}" for number in numbers)
-        yield f"{row}{place.rank // engine_ranks:8d}"
+        yield row if cfg.rollout.nnodes else f"{row}{place.rank // engine_ranks:8d}"
     if layout.world_size > MAX_RANKS_SHOWN:
         yield f"  ... and {layout.world_size - MAX_RANKS_SHOWN} more"
+
+
+def _engines(cfg: RunConfig) -> str:
+    rollout, devices = cfg.rollout, cfg.trainer.world_size
+    where = "" if rollout.host == "in_process" else " in processes of their own"
+    if rollout.nnodes:
+        devices = rollout.nnodes * (rollout.n_gpus_per_node or 0)
+        where += f" on {devices} devices of their own"
+    size = rollout.tensor_model_parallel_size
+    return f"{devices // size} engines of {size}{where}"
 
 
 def _step_lines(cfg: RunConfig, layout: Layout, step: StepPlan) -> Iterable[str]:
@@ -219,6 +229,8 @@ def _moment_lines(
         kv_cache = max(0, int(cfg.rollout.gpu_memory_utilization * device * GIB) - weights)
     level = cfg.rollout.sleep_level
     engine = EngineMemory(weights=weights, kv_cache=kv_cache, sleep_level=level)
+    if cfg.rollout.nnodes:  # not on the devices that are counted here
+        engine = EngineMemory(weights=0, kv_cache=0, sleep_level=0)
     phases, offloads = phases_of(cfg), cfg.offloads
     moments = fullest_moments(phases, memory, engine, offloads)
     resident = fullest_moments(phases, memory, replace(engine, sleep_level=0), Offloads())

@@ -362,3 +362,22 @@ def column(out, name):
     number = next(i for i, line in enumerate(lines) if line.startswith("  stage "))
     names, cells = lines[number].replace("kv cache", "kv_cache").split(), lines[number + 1].split()
     return float(cells[names.index(name)])
+
+
+def test_engines_on_devices_of_their_own_take_no_room_of_the_trainers(argv, capsys):
+    write_plan(config(argv, "rollout.host=process"))
+    together = capsys.readouterr().out
+    assert "engines of 1 in processes of their own\n" in together
+    own = ["rollout.host=process", "rollout.nnodes=2", "rollout.n_gpus_per_node=8"]
+    write_plan(config(argv, *own, "rollout.tensor_model_parallel_size=2"))
+    apart = capsys.readouterr().out
+    assert "; 8 engines of 2 in processes of their own on 16 devices of their own\n" in apart
+    assert of_engines(together) > 0
+    assert of_engines(apart) == 0
+
+
+def of_engines(out):
+    """Return the most GiB that an engine has on the fullest device in any phase."""
+    names = [str(phase) for phase in Phase]
+    cells = [line.split() for line in out.splitlines()]
+    return max(float(row[-3]) for row in cells if row and row[0] in names and len(row) == 8)
