@@ -9,6 +9,7 @@ have the run's secret: of the environment (MCORE_RL_CHANNEL_SECRET) or of a file
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import select
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.errors import UserError, require
 from mcore_rl.launch import worker_process
-from mcore_rl.launch.channel import Listener, WorkerEnd
+from mcore_rl.launch.channel import Listener, WorkerEnd, end_now
 from mcore_rl.launch.folder import PrivateFolder, is_private
 from mcore_rl.launch.group import SILENCE_S, ChannelWorkers, GiveUp
 from mcore_rl.launch.local import EngineProcesses
@@ -214,9 +215,12 @@ def _secret_of(endpoint: str) -> bytes:
     if not endpoint.startswith("ipc://"):
         return _user_secret()
     folder = Path(endpoint.removeprefix("ipc://")).parent
-    if not is_private(folder):
-        raise UserError(f"{folder}, where the controller is said to listen, is not private.")
-    return (folder / _SECRET_FILE).read_bytes()
+    if is_private(folder):
+        with contextlib.suppress(FileNotFoundError):
+            return (folder / _SECRET_FILE).read_bytes()
+    if not folder.exists():
+        end_now()  # the controller has ended already, and has said why
+    raise UserError(f"{folder}, where the controller is said to listen, is not private.")
 
 
 def _user_secret() -> bytes:
