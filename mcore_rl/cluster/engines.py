@@ -18,7 +18,7 @@ from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
-from mcore_rl.errors import RolloutError, RunError
+from mcore_rl.errors import HangError, RolloutError, RunError
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
@@ -117,7 +117,7 @@ class Engines:
         metrics, problems = self._send(range(self.num_engines) if self._are_apart else ())
         for engine, problem in problems.items():
             self._revive(engine, problem, "taking weights", Phase.SYNC)
-        self._phases.engines_forgot = self._phases.has_trained = False
+        self._phases.synced()
         return metrics
 
     def _send(self, engines: Sequence[int]) -> tuple[Metrics, Mapping[int, RunError]]:
@@ -145,8 +145,10 @@ class Engines:
         """Start a failed engine again and give it the weights.
 
         Raises:
-            RunError: if that may not be done any more.
+            RunError: if that may not be done any more, or it is not the engine that has failed.
         """
+        if _is_of_the_run(error):
+            raise error
         message = f"{error.message}, while {doing} (engine {engine}, weights {self._version})"
         failure = type(error)(message, rank=error.rank, role=error.role, step=error.step)
         failure.exit_code = error.exit_code
@@ -162,11 +164,19 @@ class Engines:
                 self._phases.enter(phase)
                 _, problems = self._send([engine])
             except RunError as again:
+                if _is_of_the_run(again):
+                    raise
                 logger.warning("engine %d did not start again: %s", engine, again)
                 continue
             if not problems:
                 return
         raise failure from error
+
+
+def _is_of_the_run(error: RunError) -> bool:
+    """Return whether a worker, which has a rank, or the whole run has failed: all calls fail then,
+    and no engine is to be started again."""
+    return error.rank is not None or isinstance(error, HangError)
 
 
 def group_cost(group: Sequence[GenerationRequest]) -> int:

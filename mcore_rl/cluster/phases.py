@@ -135,6 +135,10 @@ class Phases:
         self._wake(self._engine_ranks, self._engines_have, needed)
         self._engines_have = max(self._engines_have, needed, key=lambda has: has.value)
 
+    def synced(self) -> None:
+        """Take note that all engines have the actor's weights."""
+        self.engines_forgot = self.has_trained = False
+
     def join(self, rank: int) -> None:
         """Have an engine that was started again, all of it awake, be as the others are."""
         if self._engines_have is not EngineNeeds.ALL:

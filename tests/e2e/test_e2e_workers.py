@@ -69,7 +69,7 @@ def test_a_worker_that_is_killed_at_any_stage_ends_the_run_with_its_name(files, 
         # Between two calls, as while rewards are computed, there is none to name.
         assert re.fullmatch(
             rf"error: \[role worker(, \w+\.\w+)?, rank {rank}, step 1\] "
-            r"the process was ended by SIGKILL(, while generating \(engine \d, weights 1\))?",
+            "the process was ended by SIGKILL",
             line,
         ), line
         logger.warning("%s, rank %d: %.1f s: %s", stage, rank, seconds, line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,15 @@ from sequences import sequences_of
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.engines import deal
 from mcore_rl.cluster.group import done
-from mcore_rl.cluster.placement import colocated
+from mcore_rl.cluster.placement import colocated, engines_apart
 from mcore_rl.data.packing import SequenceCount, TokenBudget
-from mcore_rl.errors import CheckpointError
+from mcore_rl.errors import (
+    CheckpointError,
+    EngineLostError,
+    HangError,
+    RunError,
+    WorkerLostError,
+)
 from mcore_rl.metrics import maximum, mean, to_floats
 from mcore_rl.rollout.base import (
     GenerationRequest,
@@ -24,7 +31,7 @@ from mcore_rl.rollout.base import (
     VersionSpan,
 )
 from mcore_rl.types import Layout, MicroBatch, TokenNumbers, TokenSequence, WriteState
-from mcore_rl.workers.roles import Actor, Rollout, SentWeights, WeightSource
+from mcore_rl.workers.roles import Actor, EngineProcess, Rollout, SentWeights, WeightSource
 
 
 class EchoWorkers:
@@ -274,3 +281,79 @@ def test_the_first_rank_that_cannot_write_is_named():
     assert str(caught.value) == (
         "[role worker, actor.save, rank 1, step 7] a cannot be written: disk full"
     )
+
+
+class FailingWorkers(EchoWorkers):
+    """Answers the first call to generate with an error; says which ranks are started again."""
+
+    def __init__(self, placement, error):
+        super().__init__(placement)
+        self.error, self.restarted = error, []
+
+    def submit(self, calls):
+        (method,) = {call.method for call in calls.values()}
+        if method is Rollout.generate and self.error is not None:
+            future = Future()
+            future.set_exception(self.error)
+            self.error = None
+            return dict.fromkeys(calls, future)
+        return super().submit(calls)
+
+    def generate(self, rank, requests, keep_routes):
+        return [
+            GenerationResult(
+                token_ids=[rank],
+                logprobs=[-1.0],
+                finish_reason="stop",
+                versions=[VersionSpan(-1, 0, 1)],
+            )
+            for _ in requests
+        ]
+
+    def restart(self, rank):
+        self.restarted.append(rank)
+        return done(None)
+
+    def update_address(self, rank):
+        return f"address of {rank}"
+
+
+def failing(error, restarts):
+    placement = engines_apart(Layout(dp=2), 2, engine_size=2)
+    workers = FailingWorkers(placement, error)
+    cluster = Cluster.of(
+        workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=restarts
+    )
+    return cluster, workers
+
+
+def test_an_engine_that_is_lost_is_started_again_gets_the_weights_and_is_asked_again():
+    cluster, workers = failing(EngineLostError("it was ended by SIGKILL", role="engine 0"), 1)
+    assert tokens(cluster.engines.generate(alone(2))) == [[[2]], [[2]]]
+    assert workers.restarted == [2]
+    methods = [method for method, _ in workers.calls]
+    assert methods == [EngineProcess.receive_weights, WeightSource.send_weights, Rollout.generate]
+    assert workers.calls[1][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}))
+
+
+def test_a_lost_engine_that_may_not_be_started_again_is_named_with_what_it_did():
+    cluster, workers = failing(EngineLostError("it was ended by SIGKILL", role="engine 0"), 0)
+    with pytest.raises(EngineLostError, match=r"SIGKILL, while generating \(engine 0, weights -1"):
+        cluster.engines.generate(alone(2))
+    assert workers.restarted == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WorkerLostError("the process was ended by SIGKILL", rank=1, role="worker, actor.update"),
+        RunError("RuntimeError: in a kernel", rank=0, role="worker"),
+        HangError("no progress for 20 s"),
+    ],
+)
+def test_when_a_worker_or_the_run_has_failed_no_engine_is_started_again(error):
+    cluster, workers = failing(error, 3)
+    with pytest.raises(type(error)) as caught:
+        cluster.engines.generate(alone(2))
+    assert caught.value is error
+    assert workers.restarted == []
