@@ -34,18 +34,18 @@ class EngineProcesses:
         self, children: Children, name: str, folder: PrivateFolder, placement: Placement
     ) -> None:
         self._children, self._name, self._folder = children, name, folder
-        self._devices_before = 0
-        if any(place.node >= placement.num_nodes for place in placement.engines):
-            self._devices_before = placement.world_size  # devices of their own, on this machine
+        self._placement = placement
         for place in placement.engines:
             self.start(place)
 
     def start(self, place: EnginePlace) -> None:
         """Start the process of an engine, or another one in its place."""
-        first = self._devices_before
-        devices = ",".join(str(first + device) for device in place.devices)
+        devices = list(place.devices)
+        if place.node >= self._placement.num_nodes:  # its own are those behind the trainer's here
+            first = self._placement.world_size + place.engine * len(devices)
+            devices = list(range(first, first + len(devices)))
         environment = {
-            "CUDA_VISIBLE_DEVICES": devices,
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "VLLM_HOST_IP": "127.0.0.1",
             # Several engines and workers share the cores: the system deals them out.

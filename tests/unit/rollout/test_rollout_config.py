@@ -89,3 +89,37 @@ def test_an_engine_that_would_run_a_model_s_code_is_refused():
         UserError, match=r"^rollout\.engine_kwargs\.trust_remote_code=True would run"
     ):
         RolloutConfig(engine_kwargs={"trust_remote_code": True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"host": "proces"}, r"rollout\.host='proces' is not one of .* Did you mean 'process'\?"),
+        ({"nnodes": 1}, r"rollout\.nnodes=1 is not read with rollout\.host=in_process"),
+        ({"n_gpus_per_node": 2}, r"rollout\.n_gpus_per_node=2 is not read with rollout\.host=in_p"),
+        ({"max_engine_restarts": 1}, r"rollout\.max_engine_restarts=1 is not read with rollout\.h"),
+        ({"host": "process", "nnodes": -1}, r"rollout\.nnodes=-1 must be at least 0"),
+        ({"host": "process", "nnodes": 1}, r"rollout\.n_gpus_per_node=None is not set"),
+        (
+            {"host": "process", "n_gpus_per_node": 2},
+            r"rollout\.n_gpus_per_node=2 is not read with rollout\.nnodes=0",
+        ),
+        (
+            {"host": "process", "max_engine_restarts": -1},
+            r"rollout\.max_engine_restarts=-1 must be at least 0",
+        ),
+        (
+            {"host": "process", "nnodes": 1, "n_gpus_per_node": 2, "sleep_level": 1},
+            r"rollout\.sleep_level=1 frees devices that the trainer does not use",
+        ),
+    ],
+)
+def test_where_engines_run_refuses_what_is_not_read_or_cannot_be(fields, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        RolloutConfig(**fields)
+
+
+def test_weights_take_the_way_of_the_host_unless_another_is_named():
+    assert RolloutConfig().transport == "direct"
+    assert RolloutConfig(host="process").transport == "shared_memory"
+    assert RolloutConfig(host="process", weight_transport="disk").transport == "disk"
