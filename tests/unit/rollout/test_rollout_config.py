@@ -94,7 +94,7 @@ def test_an_engine_that_would_run_a_model_s_code_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"host": "proces"}, r"rollout\.host='proces' is not one of .* Did you mean 'process'\?"),
+        ({"host": "procss"}, r"rollout\.host='procss' is not one of .* Did you mean 'process'\?"),
         ({"nnodes": 1}, r"rollout\.nnodes=1 is not read with rollout\.host=in_process"),
         ({"n_gpus_per_node": 2}, r"rollout\.n_gpus_per_node=2 is not read with rollout\.host=in_p"),
         ({"max_engine_restarts": 1}, r"rollout\.max_engine_restarts=1 is not read with rollout\.h"),
