@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -18,9 +18,10 @@ from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
-from mcore_rl.errors import HangError, RolloutError, RunError
+from mcore_rl.errors import HangError, RolloutError, RunError, WeightSyncError
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.weight_sync.digest import digest_differences
 from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -106,28 +107,76 @@ class Engines:
             self._phases.enter(Phase.GENERATE)
             futures = self._workers.submit(dict.fromkeys(self._ranks[engine], asked))
 
-    def sync_weights(self, version: int) -> Metrics:
+    def sync_weights(self, version: int, with_digests: bool = False) -> Metrics:
         """Give every engine the actor's weights as `version`.
+
+        Args:
+            version: of the weights.
+            with_digests: as in `UpdateSession.start_weight_update`.
 
         Raises:
             WeightSyncError: if an engine does not take them.
         """
         self._phases.enter(Phase.SYNC)
         self._version = version
-        metrics, problems = self._send(range(self.num_engines) if self._are_apart else ())
+        engines = range(self.num_engines) if self._are_apart else ()
+        metrics, problems = self._send(engines, with_digests)
         for engine, problem in problems.items():
-            self._revive(engine, problem, "taking weights", Phase.SYNC)
+            self._revive(engine, problem, "taking weights", Phase.SYNC, with_digests)
         self._phases.synced()
         return metrics
 
-    def _send(self, engines: Sequence[int]) -> tuple[Metrics, Mapping[int, RunError]]:
+    def digests_of_model(self) -> list[dict[str, str]]:
+        """Return what the parts of an engine load from the model's folder by their own reader; see
+        `RolloutEngine.loaded_digests`. The first engine is then without weights."""
+        self._phases.enter(Phase.SYNC)
+        return self._digests(Rollout.digests_of_model, 1)[0]
+
+    def sync_and_compare(
+        self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
+    ) -> int:
+        """Give every engine the actor's weights as `version`, and compare what all have loaded, bit
+        by bit and before their libraries pack it; return of how many parameters.
+
+        Args:
+            version: of the weights.
+            wanted: what each part of an engine is to have loaded; None: what the first engine has.
+
+        Raises:
+            WeightSyncError: if an engine has loaded others, or does not take them.
+        """
+        self.sync_weights(version, with_digests=True)
+        found = self._digests(Rollout.loaded_digests, self.num_engines)
+        where = "in the first engine" if wanted is None else "in the model's folder"
+        for engine, of_engine in enumerate(found):
+            for of_part, wanted_part in zip(of_engine, wanted or found[0], strict=True):
+                if lines := digest_differences(wanted_part, of_part):
+                    more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
+                    message = f"weights {version} are not loaded as {where}: {lines[0]}{more}"
+                    raise WeightSyncError(message, role=f"engine {engine}")
+        return sum(len(of_part) for of_part in found[0])
+
+    def _digests(
+        self, method: Callable[..., list[dict[str, str]]], num_engines: int
+    ) -> list[list[dict[str, str]]]:
+        """Return what each part of the first engines answers, by engine."""
+        asked = self._ranks[:num_engines]
+        futures = self._workers.submit(
+            dict.fromkeys([rank for ranks in asked for rank in ranks], call(method))
+        )
+        answers = results(futures)
+        return [[part for rank in ranks for part in answers[rank]] for ranks in asked]
+
+    def _send(
+        self, engines: Sequence[int], with_digests: bool
+    ) -> tuple[Metrics, Mapping[int, RunError]]:
         """Send the weights to engines inside the workers, or to those named; return the metrics and
         what went wrong, by engine."""
         ranks = {engine: self._ranks[engine][0] for engine in engines}
         receive = call(EngineProcess.receive_weights, self._version)
         receiving = self._workers.submit(dict.fromkeys(ranks.values(), receive)) if ranks else {}
         addresses = {engine: self._workers.update_address(rank) for engine, rank in ranks.items()}
-        send = call(WeightSource.send_weights, self._version, addresses)
+        send = call(WeightSource.send_weights, self._version, addresses, with_digests)
         sources = dict.fromkeys(range(self._workers.world_size), send)
         sent = results(self._workers.submit(sources)).values()
         problems: dict[int, RunError] = {}
@@ -141,7 +190,9 @@ class Engines:
                 raise error
         return merge(of_rank.metrics for of_rank in sent), problems
 
-    def _revive(self, engine: int, error: RunError, doing: str, phase: Phase) -> None:
+    def _revive(
+        self, engine: int, error: RunError, doing: str, phase: Phase, with_digests: bool = False
+    ) -> None:
         """Start a failed engine again and give it the weights.
 
         Raises:
@@ -162,7 +213,7 @@ class Engines:
                 self._workers.restart(rank).result()
                 self._phases.join(rank)
                 self._phases.enter(phase)
-                _, problems = self._send([engine])
+                _, problems = self._send([engine], with_digests)
             except RunError as again:
                 if _is_of_the_run(again):
                     raise

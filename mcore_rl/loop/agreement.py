@@ -1,8 +1,9 @@
-"""The check before the first step: engine and trainer give the same log-probabilities.
+"""The checks before the first step: engines have loaded the trainer's weights, and give the same
+log-probabilities.
 
-It runs right after a weight sync, on a few prompts. A difference beyond rounding means wrong or
-stale weights, another temperature or another tokenization, and every later update would be wrong.
-How far they may be apart stands in `tolerances.py`.
+The second runs right after the weight sync, on a few prompts. A difference beyond rounding means
+wrong or stale weights, another temperature or another tokenization, and every later update would be
+wrong. How far they may be apart stands in `tolerances.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,20 @@ logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 8
 MAX_TOKENS = 32
+
+
+def bring_weights(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> None:
+    """Give the engines the first weights, as version `step`, and check that they have them."""
+    if cfg.rollout.compare_loaded_weights:
+        # A merged adapter that adds zeros turns a -0.0 into 0.0.
+        is_of_folder = step == 0 and cfg.model.lora is None
+        wanted = cluster.engines.digests_of_model() if is_of_folder else None
+        num = cluster.engines.sync_and_compare(step, wanted)
+        where = "as the model's folder has them" if is_of_folder else "the same in all engines"
+        logger.info("%d loaded parameters of an engine are %s, bit by bit", num, where)
+    else:
+        cluster.engines.sync_weights(step)
+    check_agreement(cfg, inputs, cluster, step)
 
 
 def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> float:

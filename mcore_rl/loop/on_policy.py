@@ -22,7 +22,7 @@ from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.data.packing import split_minibatches
-from mcore_rl.loop.agreement import check_agreement
+from mcore_rl.loop.agreement import bring_weights
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.collect import collect_groups
 from mcore_rl.loop.critic import update_critic, with_values
@@ -48,8 +48,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
     start = checkpoints.resume()
     samples = SampleLog(run_dir, start, trainer.log_val_generations)
 
-    cluster.engines.sync_weights(version=start)
-    check_agreement(cfg, inputs, cluster, start)
+    bring_weights(cfg, inputs, cluster, start)
 
     with open_log(trainer, run_dir, start, total_steps) as log:
         for step in range(start, total_steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
-from mcore_rl.loop.agreement import check_agreement
+from mcore_rl.loop.agreement import bring_weights
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.inputs import RunInputs
@@ -24,8 +24,7 @@ def validate(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path)
     folder = run_dir / "validation" / f"global_step_{step}"
     folder.mkdir(parents=True, exist_ok=True)
     samples = SampleLog(folder, step, cfg.trainer.log_val_generations)
-    cluster.engines.sync_weights(version=step)
-    check_agreement(cfg, inputs, cluster, step)
+    bring_weights(cfg, inputs, cluster, step)
     with open_log(cfg.trainer, folder, step, step) as log:
         with log.stage("eval"):
             metrics = evaluate(cfg, inputs, cluster, step, samples)

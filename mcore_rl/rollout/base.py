@@ -110,6 +110,10 @@ class RolloutConfig:
     device), nccl (CUDA devices of the engine's own); None: by the host."""
     update_weights_bucket_mib: int = 512
     """Most MiB of weights that are gathered and sent at a time; a larger tensor goes alone."""
+    compare_loaded_weights: bool = True
+    """Before the first step, compare what all engines have loaded from the sync, parameter by
+    parameter and bit by bit; in a run that starts from the model's folder also with what the first
+    engine loads from there. Reads the model once more."""
     logprob_tolerance: float | None = None
     """Largest difference of log-probabilities between engine and trainer that the check before
     step 0 accepts; None: that of the actor's dtype in `tolerances.py`, where also stands what the
@@ -348,6 +352,11 @@ class RolloutEngine(UpdateSession, Protocol):
         name of a parameter, as the engine calls it, -> type, shape and blake3 of its bits before
         the engine packed it. Empty unless the session was opened with digests.
         """
+        ...
+
+    def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
+        """Return what `loaded_digests` would be for an engine that starts from a Hugging Face
+        folder, which it loads by its own reader; it is without weights afterwards."""
         ...
 
     def close(self) -> None:

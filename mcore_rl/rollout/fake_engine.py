@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mcore_rl.dtypes import torch_dtype
+from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.rollout.base import (
     EnginePart,
     EngineSpec,
@@ -96,7 +98,7 @@ class FakeEngine:
         ]
         self._digests: dict[str, str] = {}
         self._stop_token_ids = list(spec.stop_token_ids)
-        self._routing = spec.routing
+        self._routing, self._dtype = spec.routing, torch_dtype(spec.dtype)
 
     def add(self, number: int, request: GenerationRequest) -> None:
         self._running[number] = _Running(self._draw(request))
@@ -176,6 +178,11 @@ class FakeEngine:
 
     def loaded_digests(self) -> list[dict[str, str]]:
         return [self._digests]
+
+    def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
+        self.weight_version = -1
+        reader = CheckpointReader(folder)
+        return [{name: full_digest(reader.read(name).to(self._dtype)) for name in reader.names()}]
 
     def close(self) -> None:
         for intake in self._intakes:

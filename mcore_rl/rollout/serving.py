@@ -193,6 +193,13 @@ class ServingEngine:
         """See `RolloutEngine`."""
         return self._engine.loaded_digests()
 
+    def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
+        """See `RolloutEngine`."""
+        self._refuse_if(self._is_open, "digests_of_folder", "is taking weights")
+        self._refuse_if(EnginePart.WEIGHTS in self._asleep, "digests_of_folder", "is asleep")
+        self._refuse_if(bool(self._unfinished), "digests_of_folder", "has unfinished requests")
+        return self._engine.digests_of_folder(folder)
+
     def close(self) -> None:
         """Free the engine."""
         self._engine.close()

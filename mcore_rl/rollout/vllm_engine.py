@@ -257,8 +257,6 @@ class VllmEngine:
         return self._llm.collective_rpc("loaded_digests")
 
     def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
-        """Return what `loaded_digests` would be for an engine that starts from a Hugging Face
-        folder; this one is without weights afterwards."""
         self.weight_version = -1
         return self._llm.collective_rpc("load_folder", args=(folder,))
 

@@ -11,6 +11,14 @@ between Megatron and transformers, in the layout itself, relative to the largest
 out of the module. That does not decide whether the check passes, which log-probabilities do; it
 says where a departure begins. Where none of these modules departs, it is the output layer.
 
+Weights are synced twice. Each time vLLM has to have loaded the parameters, before it packs them,
+that it loads from the folder by its own reader, bit by bit.
+
+    mcore-rl verify model --model /models/Qwen3-0.6B rollout.host=process \\
+        rollout.tensor_model_parallel_size=2
+
+takes further keys of a run's `rollout` section: where the engine is, its size, the transport.
+
 An engine that cannot start leaves the other two to be compared. One that starts and then fails is
 a failure. A number that is not finite departs from everything.
 """
@@ -46,6 +54,7 @@ from mcore_rl.verify.model_compare import (
 )
 from mcore_rl.verify.model_run import (
     LAYERS_FOLDER,
+    LOADED_FILE,
     MODULE,
     STARTED_FILE,
     Prompts,
@@ -80,6 +89,7 @@ def add_parser(parsers: Any) -> None:
     add("--max-processes", type=int, help="of the layout; default: GPUs, or cores and at least 4")
     add("--timeout", type=float, default=1800, help="seconds that the processes may take")
     add("--json", type=Path, help="write all log-probabilities into this file")
+    add("overrides", nargs="*", metavar="rollout.key=value", help="keys of a run, of the engine")
     parser.set_defaults(run=run)
 
 
@@ -112,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(f"failed: {ended.reason}{hint}\n")
             return 1
         scored = read_scored(work)
+        num_loaded = (work / LOADED_FILE).read_text() if not left_out else ""
         logprobs, layers = compare_with_transformers(
             TransformersModel(against, args.dtype), scored, CheckpointReader(work / LAYERS_FOLDER)
         )
@@ -120,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"vLLM is left out: {left_out}\n")
     else:
         sides["vLLM"] = [row.engine for row in scored]
+        sys.stdout.write(
+            f"vLLM: {num_loaded} parameters from two syncs are the folder's, bit by bit\n"
+        )
     if args.json:
         tokens = [row.token_ids for row in scored]
         text = json.dumps({"token_ids": tokens, "logprobs": sides}, indent=1)
@@ -155,6 +169,11 @@ def check_numbers(args: argparse.Namespace) -> None:
         "has no tolerance of its own: how far it rounds hangs on the model",
         "Give --tolerance.",
     )
+    for override in args.overrides:
+        is_of_engine = override.startswith("rollout.") and "=" in override
+        rule = "is no key of the engine"
+        require(is_of_engine, "argument", override, rule, "Write rollout.key=value.")
+        require(not args.no_engine, override, "given", "has no effect with --no-engine")
     folder = args.json and args.json.absolute().parent
     require(not folder or folder.is_dir(), "--json", str(args.json), "is in no existing folder")
 
@@ -180,6 +199,7 @@ def overrides(args: argparse.Namespace, layout: NamedLayout) -> list[str]:
         f"actor.megatron.dtype={args.dtype}",
         "actor.ppo_micro_batch_size_per_gpu=2",  # several rows of several sequences
         *layout.overrides,
+        *args.overrides,
     ]
 
 
@@ -227,6 +247,7 @@ def score(
     if ended.exit_code == 0 or (work / STARTED_FILE).exists():
         return ended, ""
     alone = Prompts(token_ids=prompts.token_ids, max_tokens=0, seed=prompts.seed)
+    args = argparse.Namespace(**{**vars(args), "overrides": []})  # they are of the engine
     return score(args, layout, alone, work)[0], ended.reason
 
 

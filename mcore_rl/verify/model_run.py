@@ -3,9 +3,9 @@
     python -m mcore_rl.verify.model_run model.path=... trainer.default_local_dir=WORK ...
 
 The configuration, the launcher, the workers and the weight sync are those of a training run. The
-prompts are read from `WORK/prompts.json`; where an engine is wanted, it continues them after a sync
-and its tokens become part of the sequences. Log-probabilities and outputs of layers are left in
-`WORK`. Nothing here compares (`model.py` does).
+prompts are read from `WORK/prompts.json`; where an engine is wanted, it continues them after two
+syncs and its tokens become part of the sequences. Log-probabilities and outputs of layers are left
+in `WORK`, and compared by `model.py`; what an engine has loaded is compared here.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from mcore_rl.verify.runs import check_sizes
 MODULE = "mcore_rl.verify.model_run"
 STARTED_FILE = "started"
 """Is there as soon as all workers are up, the engines too."""
+LOADED_FILE = "loaded"
+"""How many parameters of an engine are those of the folder, after both syncs."""
 LAYERS_FOLDER = "layers"
 """Outputs of the modules, as `layer_output_name` calls them."""
 _PROMPTS_FILE, _SCORED_FILE = "prompts.json", "scored.json"
@@ -103,6 +105,10 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     (work / STARTED_FILE).touch()
     responses: list[Response] = [([], [])] * len(prompts.token_ids)
     if prompts.max_tokens:
+        wanted = cluster.engines.digests_of_model()
+        for version in (0, 1):  # one may be right only into an engine that has no weights
+            num_compared = cluster.engines.sync_and_compare(version, wanted)
+        (work / LOADED_FILE).write_text(str(num_compared), encoding="utf-8")
         responses = _generate(cluster, prompts)
     sequences = [
         TokenSequence(
@@ -126,9 +132,14 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     (work / _SCORED_FILE).write_text(text, encoding="utf-8")
 
 
+def _engine(cfg: RunConfig) -> str:
+    """Return the name of the engine that is started; "": none."""
+    prompts = Prompts.read(Path(cfg.trainer.default_local_dir))
+    return cfg.rollout.name if prompts.max_tokens else ""
+
+
 def _generate(cluster: Cluster, prompts: Prompts) -> list[Response]:
-    """Return what the engines add to each prompt after a weight sync."""
-    cluster.engines.sync_weights(0)
+    """Return what the engines add to each prompt."""
     groups = [
         [
             GenerationRequest(
@@ -166,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunConfig,
         check_sizes,
         run,
+        engine=_engine,
     )
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from mcore_rl.config.checks import (
+    engines_divide_the_devices,
     parallel_sizes_divide_the_workers,
     pipelines_are_interleaved_only_with_stages,
+    weights_reach_the_engines,
 )
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.errors import require
-from mcore_rl.models.layout import check_layout
+from mcore_rl.models.layout import check_engine_layout, check_layout
 
 
 def quoted(path: Path) -> str:
@@ -25,8 +27,10 @@ def quoted(path: Path) -> str:
 
 
 def check_sizes(cfg: RunConfig) -> None:
-    """Raise a UserError if the sizes of the layout cannot stand together."""
+    """Raise a UserError if the sizes of trainer and engines cannot stand together."""
     parallel_sizes_divide_the_workers(cfg)
+    engines_divide_the_devices(cfg)
+    weights_reach_the_engines(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
 
 
@@ -48,6 +52,8 @@ def check_fits(
         train_layout(cfg.actor.megatron, cfg.trainer.world_size),
         sequence_parallel=cfg.actor.megatron.uses_sequence_parallel,
     )
+    key = "rollout.tensor_model_parallel_size"
+    check_engine_layout(hf_config, cfg.rollout.tensor_model_parallel_size, key)
     most = max_processes or torch.cuda.device_count() or max(4, os.cpu_count() or 1)
     rule = f"is less than the {cfg.trainer.world_size} processes that the layout needs"
     require(cfg.trainer.world_size <= most, "--max-processes", most, rule)

@@ -17,7 +17,7 @@ The full form is `full_digest`, blake3 over the same bits: 5 times as slow, so o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,21 @@ def full_digest(tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     bits = _bytes_of(tensor).cpu().numpy()
     return f"{dtype}{list(tensor.shape)}:{blake3(bits.data).hexdigest()}"
+
+
+def digest_differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Return which parameters of `found` are not those of `wanted`, a line each; both by name, of
+    what `full_digest` returns."""
+    lines = []
+    for name in sorted(wanted.keys() | found.keys()):
+        want, have = wanted.get(name), found.get(name)
+        if want is None or have is None:
+            lines.append(f"{name} is there in one alone")
+        elif want != have:
+            (want, _), (have, _) = want.split(":"), have.split(":")
+            kind = "other bits" if want == have else f"{have}, not {want}"
+            lines.append(f"{name} holds {kind}")
+    return lines
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -141,9 +141,12 @@ class SentWeights:
 class WeightSource(Protocol):
     """The actor's weights, for the engines."""
 
-    def send_weights(self, version: int, engines: Mapping[int, Address]) -> SentWeights:
+    def send_weights(
+        self, version: int, engines: Mapping[int, Address], with_digests: bool
+    ) -> SentWeights:
         """Send them as `version` to the engine in this process, or to those of `engines` (by
-        number: where they listen) that this rank feeds; collective."""
+        number: where they listen) that this rank feeds, which then know what they loaded if
+        `with_digests`; collective."""
         ...
 
 
@@ -175,6 +178,14 @@ class Rollout(Protocol):
 
     def health(self) -> Health:
         """Return how the engine is."""
+        ...
+
+    def loaded_digests(self) -> list[dict[str, str]]:
+        """Return what the engine's parts hosted here have loaded; see `RolloutEngine`."""
+        ...
+
+    def digests_of_model(self) -> list[dict[str, str]]:
+        """Return what they load from the model's folder; afterwards they are without weights."""
         ...
 
 

@@ -34,6 +34,7 @@ class RolloutWorker(Rollout):
     ) -> None:
         self.engine, self._is_first = engine, is_first
         self._routes, self._routing = routes, spec.routing
+        self._model_path = spec.model_path
         self._knows_experts_differ = False
         self._tokenizer = load_tokenizer(spec.model_path) if spec.with_text else None
 
@@ -93,6 +94,14 @@ class RolloutWorker(Rollout):
     def health(self) -> Health:
         """See `Rollout`."""
         return self.engine.health()
+
+    def loaded_digests(self) -> list[dict[str, str]]:
+        """See `Rollout`."""
+        return self.engine.loaded_digests()
+
+    def digests_of_model(self) -> list[dict[str, str]]:
+        """See `Rollout`."""
+        return self.engine.digests_of_folder(self._model_path)
 
     def close(self) -> None:
         """Free the engine."""

@@ -37,7 +37,9 @@ class WeightSourceWorker(WeightSource):
         self._bucket_bytes, self._sending_ranks = bucket_bytes, senders
         self._senders = {engine: link.open_sender() for engine, link in links.items()}
 
-    def send_weights(self, version: int, engines: Mapping[int, Address]) -> SentWeights:
+    def send_weights(
+        self, version: int, engines: Mapping[int, Address], with_digests: bool
+    ) -> SentWeights:
         """See `WeightSource`."""
         targets: dict[int, Target] = {}
         sessions: list[RemoteSession] = []
@@ -48,7 +50,7 @@ class WeightSourceWorker(WeightSource):
                 sessions.append(RemoteSession(engines[engine]))
                 targets[engine] = Target(sender, sessions[-1])
         buckets = self._exporter.buckets(self._bucket_bytes, self._sending_ranks)
-        metrics = sync_weights(buckets, list(targets.values()), version)
+        metrics = sync_weights(buckets, list(targets.values()), version, with_digests)
         for session in sessions:
             session.close()
         if self._inside is not None:

@@ -22,7 +22,8 @@ from typing import NoReturn
 
 from mcore_rl.launch.libraries import quiet_libraries
 
-PACKAGE = "mcore_rl."
+MODULES = ("mcore_rl.", "agreement_run")
+"""What commands and workers may be: the package, and the program of a test."""
 LIBRARIES = (
     "mcore_rl.workers.worker",
     "mcore_rl.rollout.vllm_engine",
@@ -41,13 +42,13 @@ _set_by_libraries: dict[str, str] = {}
 
 
 class ForkingPopen(subprocess.Popen):
-    """Starts `python -m` with a module of the package as a fork of this process.
+    """Starts `python -m` with one of MODULES as a fork of this process.
 
     It takes the place of `subprocess.Popen`, so that a command starts its workers like this too.
     """
 
     def __init__(self, args, *, env=None, pass_fds=(), **how):
-        if list(args[:2]) == [sys.executable, "-m"] and args[2].startswith(PACKAGE):
+        if list(args[:2]) == [sys.executable, "-m"] and args[2].startswith(MODULES):
             environment = dict(os.environ if env is None else env)
             # Called in the fork in place of what is executed there: it does not return.
             how["restore_signals"] = False  # for an interpreter, which ignores some of them again

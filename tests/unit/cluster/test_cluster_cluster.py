@@ -21,6 +21,7 @@ from mcore_rl.errors import (
     EngineLostError,
     HangError,
     RunError,
+    WeightSyncError,
     WorkerLostError,
 )
 from mcore_rl.metrics import maximum, mean, to_floats
@@ -76,7 +77,7 @@ class EchoWorkers:
             for request in requests
         ]
 
-    def send_weights(self, rank, version, engines):
+    def send_weights(self, rank, version, engines, with_digests):
         return SentWeights({"weight_sync/bytes": maximum(100 + rank)}, {})
 
     def logprobs(self, rank, _):
@@ -250,7 +251,7 @@ def test_syncs_and_folders_reach_every_rank(tmp_path):
     cluster.trainer.load("b")
     cluster.trainer.export_hf("c")
     assert workers.calls == [
-        (WeightSource.send_weights, {0: (4, {}), 1: (4, {})}),
+        (WeightSource.send_weights, {0: (4, {}, False), 1: (4, {}, False)}),
         (Actor.begin_step, {0: (), 1: ()}),
         (Actor.begin_save, dict.fromkeys((0, 1), (f"{tmp_path}/actor",))),
         (Actor.load, dict.fromkeys((0, 1), ("b/actor",))),
@@ -333,7 +334,7 @@ def test_an_engine_that_is_lost_is_started_again_gets_the_weights_and_is_asked_a
     assert workers.restarted == [2]
     methods = [method for method, _ in workers.calls]
     assert methods == [EngineProcess.receive_weights, WeightSource.send_weights, Rollout.generate]
-    assert workers.calls[1][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}))
+    assert workers.calls[1][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}, False))
 
 
 def test_a_lost_engine_that_may_not_be_started_again_is_named_with_what_it_did():
@@ -357,3 +358,56 @@ def test_when_a_worker_or_the_run_has_failed_no_engine_is_started_again(error):
         cluster.engines.generate(alone(2))
     assert caught.value is error
     assert workers.restarted == []
+
+
+class LoadingWorkers(EchoWorkers):
+    """Engines of two ranks that have loaded what `loaded` says, by rank."""
+
+    loaded = ({"a": "float32[2]:1"}, {"a": "float32[2]:2", "b": "float32[1]:3"}) * 2
+
+    def submit(self, calls):
+        (method,) = {call.method for call in calls.values()}
+        if method not in (Rollout.loaded_digests, Rollout.digests_of_model):
+            return super().submit(calls)
+        self.calls.append((method, {rank: call.args for rank, call in calls.items()}))
+        return {rank: done([self.loaded[rank]]) for rank in calls}
+
+
+def loading_cluster():
+    placement = colocated(Layout(dp=4), 4, engine_size=2)
+    workers = LoadingWorkers(placement)
+    return Cluster.of(workers, placement, TokenBudget(max_tokens=64)), workers
+
+
+def test_engines_that_have_loaded_the_same_are_as_the_first_and_as_the_folder():
+    cluster, workers = loading_cluster()
+    of_folder = cluster.engines.digests_of_model()
+    assert of_folder == list(workers.loaded[:2])
+    assert cluster.engines.sync_and_compare(3) == 3
+    assert cluster.engines.sync_and_compare(3, of_folder) == 3
+    asked, (sent, by_rank), told = workers.calls[:3]
+    assert asked == (Rollout.digests_of_model, {0: (), 1: ()})
+    assert (sent, by_rank[0]) == (WeightSource.send_weights, (3, {}, True))
+    assert told == (Rollout.loaded_digests, dict.fromkeys(range(4), ()))
+
+
+@pytest.mark.parametrize(
+    ("of_rank_3", "said"),
+    [
+        ({"a": "float32[2]:2", "b": "float32[1]:4"}, "b holds other bits"),
+        ({"a": "float32[2]:9", "b": "float32[1]:4"}, "a holds other bits, and 1 more"),
+        ({"a": "bfloat16[2]:2", "b": "float32[1]:3"}, r"a holds bfloat16\[2\], not float32\[2\]"),
+        ({"a": "float32[2]:2"}, "b is there in one alone"),
+        ({}, "a is there in one alone, and 1 more"),
+    ],
+)
+@pytest.mark.parametrize("where", ["the first engine", "the model's folder"])
+def test_an_engine_that_has_loaded_something_else_is_named_with_the_parameter(
+    of_rank_3, said, where
+):
+    cluster, workers = loading_cluster()
+    wanted = None if where == "the first engine" else workers.loaded[:2]
+    workers.loaded = (*workers.loaded[:3], of_rank_3)
+    message = rf"\[role engine 1\] weights 3 are not loaded as in {where}: {said}$"
+    with pytest.raises(WeightSyncError, match=message):
+        cluster.engines.sync_and_compare(3, wanted)

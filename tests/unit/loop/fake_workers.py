@@ -102,7 +102,11 @@ class UnigramEngine:
         self.intake.end()
 
     def loaded_digests(self) -> list[dict[str, str]]:
-        return [{}]
+        return [{"w": str(self.weights.tolist())}]
+
+    def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
+        self.weight_version = -1
+        return [{"w": str(torch.linspace(0.0, 1.0, VOCABULARY).tolist())}]
 
     def close(self) -> None:
         pass
@@ -260,7 +264,10 @@ class FakeWorkers:
         (method,) = {call.method for call in calls.values()}
         if method == RouteHolder.exchange:
             return self.exchange({rank: call.args for rank, call in calls.items()})
-        assert list(calls) == list(range(self.world_size)), "every rank is asked"
+        if method == Rollout.digests_of_model:
+            assert list(calls) == [0], "one engine reads the folder"
+        else:
+            assert list(calls) == list(range(self.world_size)), "every rank is asked"
         name = calls[0].name.removeprefix("rollout.").removeprefix("weight_source.")
         answers = self.answer(method, name, [call.args for call in calls.values()])
         return {rank: done(answer) for rank, answer in enumerate(answers)}
@@ -286,11 +293,15 @@ class FakeWorkers:
             case WeightSource.send_weights:
                 export = [[("w", self.actor.weights)]]
                 return [
-                    SentWeights(sync_one(export, sender, engine, version), {})
-                    for sender, engine, (version, _) in zip(
+                    SentWeights(sync_one(export, sender, engine, version, with_digests), {})
+                    for sender, engine, (version, _, with_digests) in zip(
                         self.senders, self.engines, args_of_rank, strict=True
                     )
                 ]
+            case Rollout.digests_of_model | Rollout.loaded_digests:
+                if called == Rollout.digests_of_model:
+                    return [self.engines[0].digests_of_folder("")]
+                return [engine.loaded_digests() for engine in self.engines]
             case Actor.logprobs:
                 return [self.actor.forward(mb, self.actor.weights) for (mb,) in args_of_rank]
             case Actor.record_logprobs:

@@ -8,7 +8,7 @@ GAE = "algorithm.adv_estimator=gae"
 
 def test_values_come_before_the_advantages_and_the_critic_trains_first(run_loop):
     run = run_loop(GAE, "critic.ppo_mini_batch_size=4", "critic.ppo_epochs=3", steps=1)
-    assert run.calls[4:] == [
+    assert run.calls[6:] == [
         "actor.logprobs",
         "critic.values",
         "critic.begin_step",

@@ -21,7 +21,9 @@ def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
     run = run_loop(GMPO, steps=2)
     trained = ["actor.logprobs", "actor.begin_step", "actor.update", "actor.update"]
     assert run.calls == [
+        "digests_of_model",
         "sync to 0",
+        "loaded_digests",
         "generate with 0",  # the agreement check
         "actor.logprobs",
         "generate with 0",
@@ -36,9 +38,14 @@ def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
     ]
 
 
+def test_loaded_weights_are_compared_only_if_wanted(run_loop):
+    run = run_loop(GMPO, "rollout.compare_loaded_weights=false", steps=1)
+    assert run.calls[:2] == ["sync to 0", "generate with 0"]
+
+
 def test_a_failure_would_name_the_step_of_its_call(run_loop):
     workers = run_loop(GMPO, steps=2).workers
-    assert workers.steps == [None] * 3 + [0] * 6 + [1] * 9
+    assert workers.steps == [None] * 5 + [0] * 6 + [1] * 9
 
 
 def test_samples_of_a_step_carry_the_version_of_its_weights(run_loop):
@@ -158,7 +165,7 @@ def test_kl_in_the_reward_is_taken_off_before_advantages_and_not_from_the_logged
     overrides = ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.kl_coef=0.5", ONE_UPDATE]
     run = run_loop(GMPO, *overrides, steps=2)
     plain = run_loop(GMPO, ONE_UPDATE, steps=2, folder="plain")
-    assert run.calls[4:7] == ["actor.logprobs", "actor.ref_logprobs", "actor.begin_step"]
+    assert run.calls[6:9] == ["actor.logprobs", "actor.ref_logprobs", "actor.begin_step"]
     first, second = run.metrics
     assert first["reward/kl"] == 0.0
     assert first["advantage/abs_mean"] == plain.metrics[0]["advantage/abs_mean"]
