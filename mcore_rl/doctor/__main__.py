@@ -26,7 +26,6 @@ from mcore_rl.doctor.rows import is_healthy
 from mcore_rl.doctor.site import Node, Site, node_of_torchrun
 from mcore_rl.doctor.table import print_differences, print_mends, print_rows
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError, closest_hint, require
-from mcore_rl.launch.torchrun import is_launched
 
 DEADLINE_S = 180.0
 """Ten times what the longest probe takes on two idle cores."""
@@ -73,9 +72,10 @@ def _check(args: argparse.Namespace) -> None:
     require(not unread, "--quick", True, "is not read beside names of checks", "Leave it out.")
     require(args.deadline > 0, "--deadline", args.deadline, "must be > 0")
     command = "torchrun --nnodes N --nproc-per-node 1 ... -m mcore_rl.cli doctor --nodes"
+    is_launched = "RANK" in os.environ
     fix = f"On every node: {command}"
-    require(is_launched() or not args.nodes, "--nodes", True, "needs torchrun", fix)
-    if is_launched() and not args.nodes:
+    require(is_launched or not args.nodes, "--nodes", True, "needs torchrun", fix)
+    if is_launched and not args.nodes:
         raise UserError("torchrun started this process: add --nodes, or start one without it.")
 
 

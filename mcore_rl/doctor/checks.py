@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from mcore_rl.doctor import devices, live, network, symptoms, system, versions
-from mcore_rl.doctor.rows import Row, Status
+from mcore_rl.doctor.rows import Row, Status, explained_by
 from mcore_rl.doctor.site import Site
 
 Check = Callable[[Site], list[Row]]
@@ -21,13 +21,12 @@ CHECKS: Mapping[str, Check] = {
     "torchvision": partial(versions.companion, "torchvision"),
     "torchaudio": partial(versions.companion, "torchaudio"),
     "torchcodec": partial(versions.companion, "torchcodec"),
-    "transformers": partial(versions.library, versions.TRANSFORMERS),
-    "megatron-core": partial(versions.library, versions.MEGATRON),
-    "transformer-engine": partial(versions.library, versions.TRANSFORMER_ENGINE),
-    "apex": partial(versions.library, versions.APEX),
-    "vllm": partial(versions.library, versions.VLLM),
-    "flash-attention": partial(versions.library, versions.FLASH_ATTENTION),
-    "ray": partial(versions.library, versions.RAY),
+    **{
+        one.name: partial(versions.library, one)
+        for one in versions.LIBRARIES
+        if one is not versions.TORCH
+    },
+    "dependencies": versions.dependencies,
     "driver": devices.driver,
     "cuda-toolkit": devices.toolkit,
     "nccl": devices.nccl,
@@ -74,5 +73,7 @@ def _run(name: str, site: Site) -> list[Row]:
     except Exception as error:  # noqa: BLE001  a check that fails is a finding
         found = f"the check failed: {type(error).__name__}: {error}"
         line = symptoms.line_of(found)  # no room for a probe's log, no file left to open
-        mend = f"what the line {line} says" if line and line != name else ""
+        if isinstance(error, ModuleNotFoundError):
+            line = "dependencies"
+        mend = explained_by(line) if line and line != name else ""
         return [Row(name=name, found=found, status=Status.FAULT, mend=mend)]

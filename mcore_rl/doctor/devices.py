@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-from mcore_rl.doctor.rows import Row, Status, not_needed
+from mcore_rl.doctor.rows import Row, Status, explained_by, not_needed
 from mcore_rl.doctor.site import Site
 
 _FREE_SHARE = 0.9
@@ -50,7 +50,7 @@ def toolkit(site: Site) -> list[Row]:
     found = release[1] if release else said.stdout.strip() or said.stderr.strip()
     if found.partition(".")[0] == major:
         return [Row(name="cuda-toolkit", found=found, wanted=wanted, alike=found)]
-    mend = f"export PATH=/usr/local/cuda-{major}/bin:$PATH, where the toolkit of CUDA {major} is"
+    mend = f"export PATH=/usr/local/cuda-{major}/bin:$PATH  # where CUDA {major} is"
     status = Status.WARNING
     return [
         Row(name="cuda-toolkit", found=found, wanted=wanted, status=status, mend=mend, alike=found)
@@ -63,7 +63,8 @@ def nccl(site: Site) -> list[Row]:
         return [not_needed("nccl")]
     if site.devices.values is None:
         failure = site.devices.failure
-        return [Row(name="nccl", found=f"unknown: {failure}", status=Status.WARNING)]
+        mend = explained_by("driver")
+        return [Row(name="nccl", found=f"unknown: {failure}", status=Status.WARNING, mend=mend)]
     loaded = str(site.devices.values["nccl"])
     asked = [Requirement(text) for text in requires("torch") or ()]
     of_nccl = [r for r in asked if r.name.startswith("nvidia-nccl-")]
@@ -87,7 +88,7 @@ def devices(site: Site) -> list[Row]:
     if site.cuda is None:
         return [not_needed("device")]
     if site.devices.values is None:
-        mend = "what the line driver says"
+        mend = explained_by("driver")
         failure = site.devices.failure
         return [Row(name="device", found=failure, status=Status.FAULT, mend=mend)]
     kinds = site.devices.values["kinds"]
@@ -96,7 +97,7 @@ def devices(site: Site) -> list[Row]:
         free, total = device["free"] / 2**30, device["total"] / 2**30
         status, mend = Status.OK, ""
         if free < _FREE_SHARE * total:
-            status, mend = Status.WARNING, "nvidia-smi shows who uses it"
+            status, mend = Status.WARNING, "nvidia-smi  # shows who uses it"
         if not _has_code_for(device["kind"], kinds):
             status, mend = Status.FAULT, f"install a torch that is built for {device['kind']}"
         rows.append(

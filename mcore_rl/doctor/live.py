@@ -9,7 +9,7 @@ from pathlib import Path
 from mcore_rl import tolerances
 from mcore_rl.doctor import symptoms
 from mcore_rl.doctor.children import Answer, ask_together
-from mcore_rl.doctor.rows import Row, Status
+from mcore_rl.doctor.rows import Row, Status, explained_by
 from mcore_rl.doctor.site import Site
 
 _ALONE = 2
@@ -43,7 +43,9 @@ def forward(site: Site) -> list[Row]:
                 found=f"log-probabilities differ by {difference:.1e} on {answer.values['device']}",
                 wanted=wanted,
                 status=Status.OK if is_close else Status.FAULT,
-                mend="" if is_close else "mcore-rl verify model says in which layer, of a model",
+                mend=""
+                if is_close
+                else "mcore-rl verify model --model MODEL  # says in which layer",
                 alike="close" if is_close else "apart",
             )
         rows.append(row)
@@ -94,7 +96,7 @@ def _mend(name: str, failure: str, site: Site) -> str:
     do it."""
     line = symptoms.line_of(failure)
     if line and line != name.partition(" ")[0]:
-        return f"what the line {line} says"
+        return explained_by(line)
     if site.cuda is None:
         return "pip install --no-deps --force-reinstall -r requirements/cpu.lock"
     return 'pip install --force-reinstall -e ".[cuda]"'

@@ -7,8 +7,6 @@ import os
 import socket
 from collections.abc import Iterable
 
-import psutil
-
 from mcore_rl.doctor.rows import Row, Status
 from mcore_rl.doctor.site import Site
 
@@ -27,7 +25,7 @@ def host_name(site: Site) -> list[Row]:
     wanted = "an address that other nodes reach" if several else "an address"
     own = _reachable_addresses()
     address = next(iter(own.values()), "ADDRESS")
-    mend = f'echo "{address} {name}" >> /etc/hosts, in place of the line that names it'
+    mend = f'echo "{address} {name}" >> /etc/hosts  # in place of the line that has it'
     try:
         found = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
     except OSError as error:
@@ -37,7 +35,7 @@ def host_name(site: Site) -> list[Row]:
     text = f"{name} is {', '.join(found)}"
     if all(_is_loopback(one) for one in found):
         if several:
-            mend += f"; or export GLOO_SOCKET_IFNAME={next(iter(own), 'INTERFACE')}"
+            mend = f"export GLOO_SOCKET_IFNAME={next(iter(own), 'INTERFACE')}  # or: {mend}"
             return [
                 Row(name="host-name", found=text, wanted=wanted, status=Status.FAULT, mend=mend)
             ]
@@ -59,7 +57,7 @@ def interfaces(site: Site) -> list[Row]:
     """The interfaces that have addresses, and those that are named for collectives."""
     own = _reachable_addresses()
     text = ", ".join(f"{name} {address}" for name, address in own.items()) or "loopback only"
-    names = psutil.net_if_addrs().keys()
+    names = [name for _, name in socket.if_nameindex()]
     for variable in _INTERFACE_VARIABLES:
         value = os.environ.get(variable, "")
         if missing := _missing_interfaces(value, names):
@@ -71,7 +69,7 @@ def interfaces(site: Site) -> list[Row]:
                 Row(name="interfaces", found=found, wanted=wanted, status=Status.FAULT, mend=mend)
             ]
     if site.is_several and not own:
-        mend = "ip link set INTERFACE up; ip addr shows them"
+        mend = "ip link set INTERFACE up  # ip addr shows them"
         wanted = "one that other nodes reach"
         return [Row(name="interfaces", found=text, wanted=wanted, status=Status.FAULT, mend=mend)]
     return [Row(name="interfaces", found=text)]
@@ -89,7 +87,7 @@ def port(site: Site) -> list[Row]:
             probe.bind(("", number))
         except OSError as error:
             found = f"{number}: {error.strerror}"
-            mend = f"torchrun --master-port {_free_port()} ...; ss -ltnp shows who has {number}"
+            mend = f"torchrun --master-port {_free_port()} ...  # ss -ltnp shows who has {number}"
             return [Row(name="port", found=found, wanted="free", status=Status.WARNING, mend=mend)]
     return [Row(name="port", found=f"{number}, free", wanted="free, for torchrun")]
 
@@ -108,6 +106,8 @@ def _is_loopback(address: str) -> bool:
 def _reachable_addresses() -> dict[str, str]:
     """Return the IPv4 address, or another where there is none, of each interface that is up and not
     the loopback."""
+    import psutil  # it may be missing
+
     states, found = psutil.net_if_stats(), {}
     for name, addresses in psutil.net_if_addrs().items():
         usable = [

@@ -17,7 +17,6 @@ from mcore_rl.doctor.rows import Row, Status
 from mcore_rl.doctor.site import Node
 from mcore_rl.errors import RunError
 from mcore_rl.foreign_json import parse_json
-from mcore_rl.launch.torchrun import shared_store
 
 _REPORT, _VERDICT = "doctor/report", "doctor/verdict"
 
@@ -64,6 +63,8 @@ class Meeting:
     """
 
     def __init__(self, node: Node, limit_s: float) -> None:
+        from mcore_rl.launch.torchrun import shared_store  # torch and ZeroMQ, which may be broken
+
         self._node, self._limit = node, timedelta(seconds=limit_s)
         try:
             self._store = shared_store(is_master=node.number == 0)
@@ -139,5 +140,7 @@ def _told(report: Report, name: str) -> tuple[str, str]:
 
 def _read(number: int, text: bytes) -> Report:
     value = parse_json(text)
-    rows = [Row.from_json(row) for row in value["rows"]]
-    return Report(number, str(value["host"]), rows)
+    try:
+        return Report(number, str(value["host"]), [Row.from_json(row) for row in value["rows"]])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no report: {error}") from error

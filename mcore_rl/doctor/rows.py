@@ -30,7 +30,7 @@ class Row:
     wanted: str = ""
     status: Status = Status.OK
     mend: str = ""
-    """A command, or a sentence where none would do; only beside a warning or a fault."""
+    """A command, what else there is to say behind a "#"; only beside a warning or a fault."""
     alike: str = ""
     """What all nodes are to have alike; "": nothing but the status."""
 
@@ -45,10 +45,17 @@ class Row:
         Raises:
             ValueError: if it is something else.
         """
+        if not all(isinstance(value, str) for value in fields.values()):
+            raise ValueError(f"no row, for it holds what is no text: {fields}")
         try:
             return cls(**{**fields, "status": Status(fields["status"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"no row: {error}") from error
+
+
+def explained_by(line: str) -> str:
+    """Return the mend where another line says what is wrong."""
+    return f"mcore-rl doctor {line}  # what it says comes first"
 
 
 def not_needed(name: str, found: str = "none") -> Row:

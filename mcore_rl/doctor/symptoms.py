@@ -41,7 +41,7 @@ _SYMPTOMS = (
     (r"No space left on device.*/dev/shm|ended by SIGBUS|Bus error", "shared-memory"),
     (r"No space left on device|Disk quota exceeded|Read-only file system", "disk"),
     (r"Too many open files", "open-files"),
-    (r"EADDRINUSE|[Aa]ddress already in use", "port"),
+    (r"EADDRINUSE|(?i:address already in use)", "port"),
     (
         r"Unable to find (address|interface)|[Nn]o socket interface|SOCKET_IFNAME"
         r"|unsupported gloo device|connectFullMesh",

@@ -1,4 +1,7 @@
-"""The machine beside its devices: memory, shared memory, disk, open files, the sandbox's kernel."""
+"""The machine beside its devices: memory, shared memory, disk, open files, the sandbox's kernel.
+
+What is not of the standard library is imported where it is used: it may be what is missing.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
-
 from mcore_rl.doctor.rows import Row, Status
 from mcore_rl.doctor.site import Site
 from mcore_rl.errors import UserError
-from mcore_rl.rewards.base import SandboxConfig
-from mcore_rl.rewards.sandbox import check_sandbox
-from mcore_rl.rollout.base import RolloutConfig
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_OPEN_FILES = 1024
@@ -30,6 +28,8 @@ _PROBE_BYTES = 1 << 20
 
 def memory(site: Site) -> list[Row]:
     """Memory of the host that is free, within the limit of a container."""
+    import psutil
+
     found = psutil.virtual_memory()
     total, free = found.total / 2**30, found.available / 2**30
     text = f"{free:.1f} of {total:.1f} GiB free"
@@ -40,6 +40,8 @@ def memory(site: Site) -> list[Row]:
 
 def shared_memory(site: Site) -> list[Row]:
     """Room in /dev/shm, through which engines and the rewards' processes get arrays."""
+    from mcore_rl.rollout.base import RolloutConfig
+
     bucket_mib = RolloutConfig().update_weights_bucket_mib
     least = 2 * bucket_mib / 1024  # the sender's slots: weight_sync/shared_memory.py
     wanted = f"{least:g} GiB free: two buckets of weights"
@@ -55,11 +57,9 @@ def shared_memory(site: Site) -> list[Row]:
     status, mend = Status.OK, ""
     if usage.free < least * 2**30:
         status = Status.FAULT
-        mend = (
-            f"mount -o remount,size=16G {SHARED_MEMORY}; of a container: docker run --shm-size 16g"
-        )
+        mend = f"mount -o remount,size=16G {SHARED_MEMORY}  # of a container: --shm-size 16g"
         if usage.total >= least * 2**30:
-            mend = f"ls -l {SHARED_MEMORY} shows what processes that were killed have left there"
+            mend = f"ls -l {SHARED_MEMORY}  # shows what killed processes have left there"
     return [Row(name="shared-memory", found=text, wanted=wanted, status=status, mend=mend)]
 
 
@@ -74,8 +74,8 @@ def open_files(site: Site) -> list[Row]:
         mend = f"ulimit -n {most}"
         if most < LEAST_OPEN_FILES:
             mend = (
-                f"raise nofile to {GOOD_OPEN_FILES} in /etc/security/limits.conf and log in again; "
-                f"of a container: docker run --ulimit nofile={GOOD_OPEN_FILES}"
+                f"docker run --ulimit nofile={GOOD_OPEN_FILES} ...  # elsewhere: nofile in "
+                "/etc/security/limits.conf, and log in again"
             )
     text = "unlimited" if soft == unlimited else str(soft)
     return [Row(name="open-files", found=text, wanted=wanted, status=status, mend=mend, alike=text)]
@@ -114,12 +114,15 @@ def _room(name: str, folder: Path, key: str) -> Row:
         problem = f"{problem or text}: {error.strerror}"
     if not problem:
         return Row(name=name, found=text, wanted=wanted)
-    mend = f"du -xh -d1 {folder} shows what to remove; or name another folder by {key}"
+    mend = f"du -xh -d1 {folder}  # shows what to remove; or name another folder by {key}"
     return Row(name=name, found=problem, wanted=wanted, status=Status.FAULT, mend=mend)
 
 
 def sandbox(site: Site) -> list[Row]:
     """Whether the kernel has what shuts in the programs that rewards of code run."""
+    from mcore_rl.rewards.base import SandboxConfig
+    from mcore_rl.rewards.sandbox import check_sandbox
+
     system = f"{platform.system()} {platform.release()}"
     wanted = "Landlock (Linux 5.13) and seccomp, for rewards of code"
     try:

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 import mcore_rl
 from mcore_rl.doctor import symptoms
-from mcore_rl.doctor.rows import Row, Status, not_needed
+from mcore_rl.doctor.rows import Row, Status, explained_by, not_needed
 from mcore_rl.doctor.site import Site
 
 _OWN = "mcore-rl"
@@ -83,6 +83,16 @@ FLASH_ATTENTION = Library(
     purpose="for the layers of Transformer Engine",
     is_for_cuda=True,
 )
+LIBRARIES = (
+    TORCH,
+    TRANSFORMERS,
+    MEGATRON,
+    TRANSFORMER_ENGINE,
+    APEX,
+    VLLM,
+    FLASH_ATTENTION,
+    RAY,
+)
 
 
 def python(site: Site) -> list[Row]:
@@ -90,7 +100,8 @@ def python(site: Site) -> list[Row]:
     found, wanted = platform.python_version(), SpecifierSet("")
     if _is_installed(_OWN):
         wanted = SpecifierSet(metadata(_OWN)["Requires-Python"] or "")
-    mend = "" if wanted.contains(found, prereleases=True) else f"python3 -m venv, of {wanted}"
+    is_wanted = wanted.contains(found, prereleases=True)
+    mend = "" if is_wanted else f"python3 -m venv .venv  # by a Python {wanted}"
     status = Status.FAULT if mend else Status.OK
     return [_row("python", found, str(wanted), status, mend)]
 
@@ -122,6 +133,28 @@ def torch(site: Site) -> list[Row]:
         wanted, mend = "a CUDA build, for the devices here", 'pip install -e ".[cuda]"'
         return [_row(row.name, found, wanted, Status.WARNING, mend)]
     return [_row(row.name, found, row.wanted)]
+
+
+def dependencies(site: Site) -> list[Row]:
+    """Everything else that this package itself requires."""
+    others = [name for one in LIBRARIES for name in one.distributions]
+    found, wrong = [], []
+    for requirement in _requirements(_OWN, "cpu" if site.cuda is None else "cuda"):
+        name = canonicalize_name(requirement.name)
+        if name in others:
+            continue
+        number = version(name) if _is_installed(name) else "none"
+        found.append(f"{name} {number}")
+        if number == "none" or not requirement.specifier.contains(number, prereleases=True):
+            wrong.append((f"{name} {number}", f'"{name}{requirement.specifier}"'))
+    alike = ", ".join(found)
+    if not wrong:
+        text = f"{len(found)} as asked for"
+        return [_row("dependencies", text, "what pyproject.toml asks for", alike=alike)]
+    text = ", ".join(has for has, _ in wrong)
+    mend = " ".join(["pip install --no-deps", *(asked for _, asked in wrong)])
+    wanted = "what pyproject.toml asks for"
+    return [_row("dependencies", text, wanted, Status.FAULT, mend, alike)]
 
 
 def library(what: Library, site: Site) -> list[Row]:
@@ -220,8 +253,8 @@ def _requirement(what: Library, site: Site) -> Requirement | None:
         for requirement in _requirements(_OWN, extra)
         if canonicalize_name(requirement.name) in what.distributions
     ]
-    for other in found[1:]:
-        found[0].specifier &= other.specifier
+    # An exact version is all there is to say.
+    found.sort(key=lambda requirement: not str(requirement.specifier).startswith("=="))
     return found[0] if found else None
 
 
@@ -240,7 +273,7 @@ def _install(what: Library, requirement: Requirement | None, site: Site) -> str:
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
     command = f'pip install {options}"{requirement.name}{extras}{requirement.specifier}"'
     is_cpu_torch = what is TORCH and site.cuda is None
-    return f"{command}, from PyTorch's CPU wheel index" if is_cpu_torch else command
+    return f"{command}  # from PyTorch's CPU wheel index" if is_cpu_torch else command
 
 
 def _import_failure(what: Library, site: Site) -> str:
@@ -256,6 +289,5 @@ def _mend_of_import(what: Library, failure: str, install: str) -> str:
     """Return how to mend an import: another library may be what is broken."""
     line = symptoms.line_of(failure)
     if line and line != what.name:
-        return f"what the line {line} says"
-    command = install.replace("pip install", "pip install --force-reinstall", 1)
-    return command
+        return explained_by(line)
+    return install.replace("pip install", "pip install --force-reinstall", 1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
 import pytest
 from doctor_command import LIMIT_S, environment, package
 
+from mcore_rl.doctor.__main__ import main
 from mcore_rl.doctor.checks import ALL_CHECKS
-from mcore_rl.doctor.nodes import Report, differences
+from mcore_rl.doctor.nodes import Meeting, Report, differences
 from mcore_rl.doctor.rows import Row, Status
+from mcore_rl.doctor.site import Node
 from mcore_rl.doctor.symptoms import hint, line_of
 
 
@@ -34,11 +37,16 @@ def run(*argv: str, path=(), **variables: str) -> subprocess.CompletedProcess[st
         (["--deadline", "0"], {}, "--deadline=0.0 must be > 0."),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(argv, variables, line):
-    done = run(*argv, **variables)
-    assert (done.returncode, done.stdout) == (2, "")
-    (said,) = done.stderr.splitlines()
-    assert said.startswith(f"error: {line}")
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, argv, variables, line):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    said = capsys.readouterr()
+    assert (caught.value.code, said.out) == (2, "")
+    (found,) = said.err.splitlines()
+    assert found.startswith(f"error: {line}")
 
 
 def test_the_table_keeps_to_100_columns_and_a_mend_to_one_line(tmp_path):
@@ -136,5 +144,25 @@ def test_nodes_differ_by_the_status_of_what_they_need_not_have_alike():
 def test_what_is_no_row_is_refused(fields):
     with pytest.raises(ValueError):
         Row.from_json(fields)
+    with pytest.raises(ValueError, match="no text"):
+        Row.from_json({"name": "x", "found": ["y"], "status": "ok"})
     row = Row(name="a", found="b", status=Status.WARNING, mend="c", alike="d")
     assert Row.from_json(row.to_json()) == row
+
+
+def test_a_node_that_does_not_report_or_says_nonsense_is_a_fault(monkeypatch):
+    """The store of torchrun is open to whoever reaches its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    meeting = Meeting(Node(number=0, count=4, master="127.0.0.1", port=port), limit_s=0.2)
+    for number, text in ((1, '{"host": "a", "rows": [7]}'), (2, "[" * 200)):
+        meeting._store.set(f"doctor/report/{number}", text)
+    first, *others = meeting.reports([Row(name="disk", found="1 GiB")])
+    assert [row.status for row in first.rows] == [Status.OK]
+    for report in others:
+        (row,) = report.rows
+        assert (row.name, row.status) == ("report", Status.FAULT)
+    assert others[2].rows[0].found.startswith("no report within 0.2 s: ")

@@ -7,9 +7,10 @@ import shutil
 from importlib.metadata import requires, version
 from pathlib import Path
 
-import pytest
-from doctor_command import doctor, package, without
+from doctor_command import ROOT, doctor, package, without
 from packaging.requirements import Requirement
+
+from mcore_rl.doctor.rows import explained_by
 
 NO_OPERATOR = 'raise RuntimeError("operator torchvision::nms does not exist")'
 NO_DRIVER = not Path("/proc/driver/nvidia/version").exists()
@@ -38,15 +39,22 @@ def test_a_broken_torchvision_is_found_and_what_it_breaks_refers_to_it(tmp_path)
     }
     row = found.rows["transformers"]
     assert row["found"].endswith("RuntimeError: operator torchvision::nms does not exist")
-    assert (row["status"], row["mend"]) == ("fault", "what the line torchvision says")
+    assert (row["status"], row["mend"]) == (
+        "fault",
+        "mcore-rl doctor torchvision  # what it says comes first",
+    )
 
 
-@pytest.mark.parametrize("name", ["torchvision", "torchaudio", "torchcodec"])
-def test_a_companion_for_another_torch_is_found(tmp_path, name):
-    path = package(tmp_path, name, "0.9.0", "", ("torch==1.8.0",))
-    row = doctor(name, path=(path,)).rows[name]
-    assert row["found"] == "0.9.0, for torch ==1.8.0"
-    assert (row["status"], row["mend"]) == ("fault", f"pip uninstall {name}")
+def test_companions_for_another_torch_are_found(tmp_path):
+    names = ["torchvision", "torchaudio", "torchcodec"]
+    for name in names:
+        package(tmp_path, name, "0.9.0", "", ("torch==1.8.0",))
+    found = doctor(*names, path=(tmp_path,))
+    assert found.exit_code == 1
+    for name in names:
+        row = found.rows[name]
+        assert (row["found"], row["status"]) == ("0.9.0, for torch ==1.8.0", "fault")
+        assert row["mend"] == f"pip uninstall {name}"
 
 
 def test_a_vllm_of_another_version_is_found_with_the_command_for_the_one_of_pyproject(tmp_path):
@@ -77,25 +85,63 @@ def test_a_missing_ray_is_no_fault_and_a_missing_vllm_is_one(tmp_path):
     assert doctor("ray", path=(path,), python="-S").exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("source", "failure"),
-    [
-        ("import os; print('x'); os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
-        ("import time; time.sleep(600)", "no answer within 3 s"),
-        (
-            "raise ImportError('libcuda.so.1: cannot open')",
-            "ImportError: libcuda.so.1: cannot open",
-        ),
-        ("import os; os._exit(3)", "exit code 3"),
-    ],
-)
-def test_a_library_that_crashes_hangs_or_fails_is_a_finding(tmp_path, source, failure):
-    path = package(tmp_path, "ray", "2.60.0", source)
-    deadline = "3" if "sleep" in source else "200"
-    found = doctor("ray", "python", "--deadline", deadline, path=(path,))
-    assert found.statuses() == {"ray": "fault", "python": "ok"}
-    assert failure in found.rows["ray"]["found"]
+def test_the_doctor_works_where_libraries_are_missing_and_names_them(tmp_path):
+    """Not even numpy, ZeroMQ and psutil; and of rich another version."""
+    missing = ("numpy", "pyzmq", "zmq", "psutil", "torch", "einops")
+    path = without(tmp_path / "installed", *missing)
+    package(tmp_path / "first", "rich", "0.1", source=None)
+    names = ["dependencies", "torch", "disk", "host-name", "sandbox", "shared-memory"]
+    found = doctor(*names, path=(tmp_path / "first", path), python="-S")
+    row = found.rows["dependencies"]
+    assert (row["found"], row["status"]) == (
+        "numpy none, rich 0.1, psutil none, einops none",
+        "fault",
+    )
+    assert row["mend"] == ('pip install --no-deps "numpy" "rich>=13" "psutil>=5.9" "einops>=0.8"')
+    assert (found.rows["torch"]["found"], found.rows["torch"]["status"]) == ("none", "fault")
+    assert found.rows["shared-memory"]["found"].endswith("No module named 'numpy'")
+    assert found.rows["shared-memory"]["mend"] == explained_by("dependencies")
+    assert found.rows["disk (runs)"]["status"] == "ok"
+
+
+def test_an_installation_without_this_package_is_found(tmp_path):
+    path = without(tmp_path / "installed", "mcore_rl", "__editable__")
+    found = doctor("mcore-rl", "python", "apex", path=(path,), python="-S")
+    row = found.rows["mcore-rl"]
+    assert row["found"].endswith(", not installed")
+    assert (row["status"], row["mend"]) == ("fault", "pip install --no-deps -e .")
+    assert found.rows["python"]["status"] == "ok"
+
+
+FAILING = {
+    "ray": ("import os; print('x'); os.kill(os.getpid(), 11)", "ended by SIGSEGV, last: x"),
+    "torchvision": (
+        "raise ImportError('libcuda.so.1: not found')",
+        "ImportError: libcuda.so.1: not",
+    ),
+    "torchaudio": ("import os; os._exit(3)", "exit code 3"),
+    "torchcodec": (
+        "try: 1 / 0\nexcept ZeroDivisionError as e: raise ImportError('x') from e",
+        "ZeroDivisionError: division by zero",
+    ),
+}
+
+
+def test_libraries_that_crash_or_fail_are_findings(tmp_path):
+    for name, (source, _) in FAILING.items():
+        package(tmp_path, name, "0.9.0", source)
+    found = doctor(*FAILING, "python", path=(tmp_path,))
+    assert found.statuses() == {**dict.fromkeys(FAILING, "fault"), "python": "ok"}
+    for name, (_, failure) in FAILING.items():
+        assert f"cannot be imported: {failure}" in found.rows[name]["found"]
     assert found.rows["ray"]["mend"].startswith("pip install --force-reinstall ")
+
+
+def test_a_library_that_hangs_is_a_finding_when_its_time_is_up(tmp_path):
+    path = package(tmp_path, "torchcodec", "0.9.0", "import time; time.sleep(600)")
+    found = doctor("torchcodec", "--deadline", "2", path=(path,))
+    assert (found.exit_code, found.statuses()) == (1, {"torchcodec": "fault"})
+    assert "cannot be imported: no answer within 2 s" in found.rows["torchcodec"]["found"]
 
 
 def test_a_python_and_sources_that_are_not_those_of_the_installed_package_are_found(tmp_path):
@@ -110,16 +156,13 @@ def test_a_python_and_sources_that_are_not_those_of_the_installed_package_are_fo
 
 def test_the_sources_have_a_sum_that_one_line_changes(tmp_path):
     """Nodes with other sources give other numbers, whatever version they say that they are."""
-    before = doctor("mcore-rl").rows["mcore-rl"]["alike"]
     copy = tmp_path / "mcore_rl"
-    shutil.copytree(Path(__file__).parents[3] / "mcore_rl", copy)
-    assert (
-        doctor("mcore-rl", path=(tmp_path,), before=f"cd {tmp_path}").rows["mcore-rl"]["alike"]
-        == before
-    )
+    shutil.copytree(ROOT / "mcore_rl", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    there = {"path": (tmp_path,), "before": f"cd {tmp_path}"}
+    before = doctor("mcore-rl", **there).rows["mcore-rl"]["alike"]
     with (copy / "tolerances.py").open("a") as file:
         file.write("#\n")
-    after = doctor("mcore-rl", path=(tmp_path,), before=f"cd {tmp_path}").rows["mcore-rl"]["alike"]
+    after = doctor("mcore-rl", **there).rows["mcore-rl"]["alike"]
     assert after.partition("sources")[0] == before.partition("sources")[0]
     assert after != before
 
@@ -186,3 +229,12 @@ def test_beside_a_cpu_build_the_cuda_lines_are_not_needed():
             "not needed here",
         )
         assert found.rows[name]["status"] == "absent"
+
+
+def test_a_computation_that_fails_is_a_finding_with_its_last_line(tmp_path):
+    path = package(tmp_path, "torch", "2.13.0+cpu", "raise RuntimeError('no torch\\nat all')")
+    found = doctor("all-reduce", "python", path=(path,))
+    row = found.rows["all-reduce gloo"]
+    assert (row["found"], row["status"]) == ("RuntimeError: no torch", "fault")
+    assert row["wanted"] == "the sum of 2 processes"
+    assert row["mend"] == "pip install --no-deps --force-reinstall -r requirements/cpu.lock"
