@@ -21,7 +21,7 @@ def host_name(site: Site) -> list[Row]:
     """Whether the machine's name is an address that others can reach: gloo and NCCL's bootstrap
     listen at it where no interface is named."""
     name = socket.gethostname()
-    several = site.is_several
+    several = site.is_several and not os.environ.get("GLOO_SOCKET_IFNAME")
     wanted = "an address that other nodes reach" if several else "an address"
     own = _reachable_addresses()
     address = next(iter(own.values()), "ADDRESS")

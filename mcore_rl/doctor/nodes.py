@@ -28,6 +28,8 @@ class Report:
     number: int
     host: str
     rows: Sequence[Row]
+    has_come: bool = True
+    """False: the node said nothing, and the only row says that."""
 
     @property
     def name(self) -> str:
@@ -83,7 +85,7 @@ class Meeting:
                 what = str(error).splitlines()[0]
                 text = f"no report within {self._limit.total_seconds():g} s: {what}"
                 row = Row(name="report", found=text, status=Status.FAULT, mend="see its own output")
-                found.append(Report(number, "unknown", [row]))
+                found.append(Report(number, "unknown", [row], has_come=False))
         return found
 
     def send(self, rows: Sequence[Row]) -> bool:
@@ -110,7 +112,9 @@ def _no_meeting(error: Exception) -> RunError:
 
 
 def differences(reports: Sequence[Report]) -> list[Difference]:
-    """Return the lines that not all nodes have alike, in the order of the first node's."""
+    """Return the lines that not all nodes that have come have alike, in the order of the first
+    node's."""
+    reports = [report for report in reports if report.has_come]
     names = dict.fromkeys(row.name for report in reports for row in report.rows)
     found = []
     for name in names:

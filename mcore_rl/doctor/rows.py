@@ -30,7 +30,8 @@ class Row:
     wanted: str = ""
     status: Status = Status.OK
     mend: str = ""
-    """A command, what else there is to say behind a "#"; only beside a warning or a fault."""
+    """A command, what else there is to say behind a "#"; beside what is absent, what installs
+    it."""
     alike: str = ""
     """What all nodes are to have alike; "": nothing but the status."""
 

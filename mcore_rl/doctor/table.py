@@ -46,7 +46,8 @@ def print_mends(reports: Sequence[Report]) -> None:
 def print_differences(differences: Sequence[Difference], reports: Sequence[Report]) -> None:
     """Print what nodes have otherwise than the others, by name."""
     if not differences:
-        _write(f"the {len(reports)} nodes are alike")
+        count = sum(report.has_come for report in reports)
+        _write(f"{count} of {len(reports)} nodes have come, and are alike")
         return
     table = _table("what differs", "most nodes", "others")
     for one in differences:

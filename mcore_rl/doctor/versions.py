@@ -168,7 +168,7 @@ def library(what: Library, site: Site) -> list[Row]:
             return [not_needed(what.name)]
         if what.purpose:
             wanted = ", ".join(part for part in (wanted, what.purpose) if part)
-            return [_row(what.name, "none", wanted, Status.ABSENT)]
+            return [_row(what.name, "none", wanted, Status.ABSENT, install)]
         return [_row(what.name, "none", wanted, Status.FAULT, install)]
     text = ", ".join(
         number if len(what.distributions) == 1 else f"{name} {number}"

@@ -166,3 +166,4 @@ def test_a_node_that_does_not_report_or_says_nonsense_is_a_fault(monkeypatch):
         (row,) = report.rows
         assert (row.name, row.status) == ("report", Status.FAULT)
     assert others[2].rows[0].found.startswith("no report within 0.2 s: ")
+    assert differences([first, *others]) == []

