@@ -29,6 +29,7 @@ _IMPORTS = re.compile(
     r"|operator (torchvision|torchaudio)::"
     r"|\blib(torchvision|torchaudio|torchcodec)"
 )
+_AN_IMPORT = re.compile(r"\b(ImportError|ModuleNotFoundError): |undefined symbol")
 _SYMPTOMS = (
     (r"megatron-core \S+ is not supported", "megatron-core"),
     (r"driver version is insufficient|no NVIDIA driver|driver on your system is too old", "driver"),
@@ -38,7 +39,10 @@ _SYMPTOMS = (
         "device",
     ),
     (r"can't allocate memory|Cannot allocate memory|not enough memory: you tried", "memory"),
-    (r"No space left on device.*/dev/shm|ended by SIGBUS|Bus error", "shared-memory"),
+    (
+        r"No space left on device.*/dev/shm|/dev/shm has \d+ MiB left|ended by SIGBUS|Bus error",
+        "shared-memory",
+    ),
     (r"No space left on device|Disk quota exceeded|Read-only file system", "disk"),
     (r"Too many open files", "open-files"),
     (r"EADDRINUSE|(?i:address already in use)", "port"),
@@ -64,6 +68,9 @@ def line_of(failure: str) -> str:
 
 
 def hint(failure: str) -> str:
-    """Return "; mcore-rl doctor LINE says more" where a line explains the failure, or ""."""
+    """Return "; mcore-rl doctor LINE says more" where a line explains the failure, the same without
+    a line where it is an import, or ""."""
     line = line_of(failure)
-    return f"; mcore-rl doctor {line} says more" if line else ""
+    if line:
+        return f"; mcore-rl doctor {line} says more"
+    return "; mcore-rl doctor says more" if _AN_IMPORT.search(failure) else ""

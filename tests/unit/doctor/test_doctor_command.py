@@ -87,6 +87,7 @@ def test_the_table_keeps_to_100_columns_and_a_mend_to_one_line(tmp_path):
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to", "memory"),
         ("OSError: [Errno 28] No space left on device: '/dev/shm/mcore_rl'", "shared-memory"),
         ("worker of rank 0 was ended by SIGBUS", "shared-memory"),
+        ("/dev/shm has 1 MiB left, a bucket of weights takes 512: enlarge it", "shared-memory"),
         ("OSError: [Errno 28] No space left on device: 'outputs/x'", "disk"),
         ("OSError: [Errno 24] Too many open files", "open-files"),
         ("DistNetworkError: The server socket has failed ... name: EADDRINUSE", "port"),
@@ -104,6 +105,12 @@ def test_a_failure_names_the_line_that_explains_it_or_none(failure, line):
     assert line_of(failure) == line
     assert hint(failure) == (f"; mcore-rl doctor {line} says more" if line else "")
     assert line in ("", *ALL_CHECKS)
+
+
+def test_an_import_that_no_line_explains_names_the_doctor():
+    failure = "[role worker, start, rank 0] ImportError: libfoo.so: undefined symbol: x"
+    assert line_of(failure) == ""
+    assert hint(failure) == "; mcore-rl doctor says more"
 
 
 def report(number: int, **found: str) -> Report:
