@@ -78,7 +78,7 @@ APEX = Library(
 )
 FLASH_ATTENTION = Library(
     name="flash-attention",
-    distributions=("flash-attn", "flash-attn-3", "flash-attn-4"),
+    distributions=("flash-attn",),
     imports="flash_attn",
     purpose="for the layers of Transformer Engine",
     is_for_cuda=True,
