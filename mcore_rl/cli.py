@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "convert": ("mcore_rl.convert.__main__",),
     "report": ("mcore_rl.report",),
     "verify": ("mcore_rl.verify.__main__",),
+    "doctor": ("mcore_rl.doctor.__main__",),
 }
 """Module of each command, and arguments that go with it."""
 

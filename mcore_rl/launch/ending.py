@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from mcore_rl.doctor.symptoms import hint
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError, WorkerLostError
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
 from mcore_rl.printable import printable
@@ -70,6 +71,8 @@ def end_process(error: BaseException, end_workers: Callable[[], None] = lambda: 
             error = RunError(f"{type(error).__name__}: {error}", role="controller")
         code = error.exit_code
     line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
+    if isinstance(error, RunError) and error.step is None:  # nothing has been trained yet
+        line += hint(line)
     sys.stderr.write(printable(f"{trace}error: {line}\n"))
     sys.stderr.flush()
     sys.stdout.flush()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,13 @@ class Ended:
         return ending(self.exit_code)
 
 
-def run_module(module: str, argv: Sequence[str], log_file: Path, timeout_s: float) -> Ended:
+def run_module(
+    module: str,
+    argv: Sequence[str],
+    log_file: Path,
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+) -> Ended:
     """Run `python -m module argv` until it ends or its time is up.
 
     Args:
@@ -45,6 +52,7 @@ def run_module(module: str, argv: Sequence[str], log_file: Path, timeout_s: floa
         argv: its arguments.
         log_file: written here meanwhile.
         timeout_s: seconds.
+        environment: added to this process's.
     """
     with log_file.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -52,6 +60,7 @@ def run_module(module: str, argv: Sequence[str], log_file: Path, timeout_s: floa
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env=os.environ | dict(environment or {}),
         )
         try:
             exit_code = process.wait(timeout_s)

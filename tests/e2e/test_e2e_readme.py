@@ -66,6 +66,7 @@ RUN_ELSEWHERE = (
     "make test",  # is what runs this test
     "make lint",
     "make quickstart",  # tests/unit/examples/test_examples_quickstart.py
+    "mcore-rl doctor",  # tests/e2e/test_e2e_doctor.py
     "python benchmarks/algorithms.py",  # 54 trainings; tests/unit/tools has its parts
 )
 RUN_HERE = (

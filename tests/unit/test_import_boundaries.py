@@ -99,7 +99,8 @@ MAY_IMPORT = {
         "rollout",
         "weight_sync",
     ),
-    "launch": ("cluster", "workers", "observability.log_setup", "rollout"),
+    # What the doctor knows of failures, for the last words of a run.
+    "launch": ("cluster", "workers", "observability.log_setup", "rollout", "doctor.symptoms"),
     # A run from its configuration.
     "run": (
         "algorithms.filter_groups",
@@ -161,6 +162,21 @@ MAY_IMPORT = {
         "rollout.base",
         "run",
     ),
+    # Its probes do in small what a run does.
+    "doctor": (
+        "launch.libraries",
+        "launch.torchrun",
+        "megatron",
+        "models.reference",
+        "models.safetensors_io",
+        "models.spec",
+        "rewards.base",
+        "rewards.sandbox",
+        "rollout",
+        "verify.processes",
+        "weight_sync.base",
+        "weight_sync.sync",
+    ),
     # A model is built for --verify alone.
     "convert": (
         "data.vocabulary",
@@ -191,6 +207,7 @@ LIBRARY_OWNERS = {
         "run.",
         "convert.",
         "verify.",
+        "doctor.probe",
     ),
     "huggingface_hub": ("hub.", "models."),
     "safetensors": ("models.", "weight_sync.disk"),
@@ -199,10 +216,10 @@ LIBRARY_OWNERS = {
     "matplotlib": ("observability.",),
     "math_verify": ("rewards.math",),
     "sympy": ("rewards.math",),
-    "rich": ("observability.", "convert."),
-    "packaging": ("megatron.versions",),
+    "rich": ("observability.", "convert.", "doctor.table"),
+    "packaging": ("megatron.versions", "doctor.devices", "doctor.versions"),
     "blake3": ("weight_sync.digest",),
-    "psutil": ("rollout.hosts.process",),
+    "psutil": ("rollout.hosts.process", "doctor.network", "doctor.system"),
     "zmq": ("launch.channel", "rollout.hosts.process", "sockets"),
     "torch": ("",),
     "numpy": ("",),

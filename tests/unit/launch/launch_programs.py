@@ -52,6 +52,8 @@ class ProbeWorker:
         }
         if spec == "fail_at_start" and self.rank == 1:
             raise OSError("no weights here")
+        if spec == "lack_at_start" and self.rank == 1:
+            raise RuntimeError("operator torchvision::nms does not exist")
 
     def add_ranks(self):
         import torch.distributed as dist

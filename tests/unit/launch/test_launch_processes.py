@@ -180,6 +180,36 @@ def test_a_worker_that_cannot_start_ends_the_run():
     ]
 
 
+def test_a_failure_that_the_installation_explains_names_the_doctors_line():
+    """The seam of all commands that start workers: the last words of the controller."""
+    done = run("lack_at_start")
+    assert done.returncode == 1
+    assert error_lines(done.stderr) == [
+        "error: [role worker, start, rank 1] RuntimeError: operator torchvision::nms does not exist"
+        "; mcore-rl doctor torchvision says more"
+    ]
+
+
+def test_a_port_that_is_taken_names_the_doctors_line():
+    """Rank 0 as Slurm starts it, without an agent of torchrun that hosts the store."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        done = subprocess.run(
+            command("works"),
+            env=ENVIRONMENT | where | ranks,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+    assert done.returncode == 1
+    (line,) = error_lines(done.stderr)
+    assert "EADDRINUSE" in line
+    assert line.endswith("; mcore-rl doctor port says more")
+
+
 def test_a_failure_of_the_loop_is_the_controller_s():
     done = run("controller_fails")
     assert done.returncode == 1

@@ -1,0 +1,150 @@
+"""Several nodes: what each found, brought together, and who differs from the others.
+
+Reports travel through the store of torchrun as JSON: nothing that comes from there is run.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from mcore_rl.doctor.rows import Row, Status
+from mcore_rl.doctor.site import Node
+from mcore_rl.errors import RunError
+from mcore_rl.foreign_json import parse_json
+
+_REPORT, _VERDICT = "doctor/report", "doctor/verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one node found."""
+
+    number: int
+    host: str
+    rows: Sequence[Row]
+    has_come: bool = True
+    """False: the node said nothing, and the only row says that."""
+
+    @property
+    def name(self) -> str:
+        """As people are told: "node 1 (gpu-07)"."""
+        return f"node {self.number} ({self.host})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as an object."""
+        rows = [row.to_json() for row in self.rows]
+        return {"node": self.number, "host": self.host, "rows": rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A line that nodes have otherwise than the others."""
+
+    name: str
+    usual: str
+    """What more than half of the nodes have; "": nothing is."""
+    others: Sequence[tuple[str, str]]
+    """(node, what it has) of the others."""
+
+
+class Meeting:
+    """The nodes of one `mcore-rl doctor --nodes`, as one of them sees them.
+
+    Args:
+        node: this one.
+        limit_s: how long the others may take.
+
+    Raises:
+        RunError: if the store of torchrun cannot be reached.
+    """
+
+    def __init__(self, node: Node, limit_s: float) -> None:
+        from mcore_rl.launch.torchrun import shared_store  # torch and ZeroMQ, which may be broken
+
+        self._node, self._limit = node, timedelta(seconds=limit_s)
+        try:
+            self._store = shared_store(is_master=node.number == 0)
+        except RuntimeError as error:
+            raise _no_meeting(error) from error
+
+    def reports(self, rows: Sequence[Row]) -> list[Report]:
+        """On node 0: return the reports of all nodes; one that does not come is a fault."""
+        found = [Report(0, socket.gethostname(), rows)]
+        for number in range(1, self._node.count):
+            key = f"{_REPORT}/{number}"
+            try:
+                self._store.wait([key], self._limit)
+                found.append(_read(number, self._store.get(key)))
+            except (RuntimeError, ValueError) as error:
+                what = str(error).splitlines()[0]
+                text = f"no report within {self._limit.total_seconds():g} s: {what}"
+                row = Row(name="report", found=text, status=Status.FAULT, mend="see its own output")
+                found.append(Report(number, "unknown", [row], has_come=False))
+        return found
+
+    def send(self, rows: Sequence[Row]) -> bool:
+        """On another node: hand in its report; return whether all are healthy and alike.
+
+        Raises:
+            RunError: if node 0 is gone, or says nothing.
+        """
+        report = Report(self._node.number, socket.gethostname(), rows)
+        try:
+            self._store.set(f"{_REPORT}/{report.number}", json.dumps(report.to_json()))
+            self._store.wait([_VERDICT], self._limit)
+            return self._store.get(_VERDICT) == b"healthy"
+        except RuntimeError as error:
+            raise _no_meeting(error) from error
+
+    def tell(self, is_healthy: bool) -> None:
+        """On node 0: say how it is, for the exit codes of all."""
+        self._store.set(_VERDICT, "healthy" if is_healthy else "not healthy")
+
+
+def _no_meeting(error: Exception) -> RunError:
+    return RunError(f"node 0 does not answer: {str(error).splitlines()[0]}", role="doctor")
+
+
+def differences(reports: Sequence[Report]) -> list[Difference]:
+    """Return the lines that not all nodes that have come have alike, in the order of the first
+    node's."""
+    reports = [report for report in reports if report.has_come]
+    names = dict.fromkeys(row.name for report in reports for row in report.rows)
+    found = []
+    for name in names:
+        has = {report.name: _told(report, name) for report in reports}
+        counts = Counter(has.values())
+        if len(counts) == 1:
+            continue
+        ((usual, count),) = counts.most_common(1)
+        usual = usual if 2 * count > len(reports) else ("", "")
+        others = [(node, text) for node, (_, text) in _unlike(has, usual)]
+        found.append(Difference(name, usual[1], others))
+    return found
+
+
+def _unlike(has: dict[str, tuple[str, str]], usual: tuple[str, str]) -> list[Any]:
+    return [(node, value) for node, value in has.items() if value != usual]
+
+
+def _told(report: Report, name: str) -> tuple[str, str]:
+    """Return (status, text) of a line: what it is compared by and shown as."""
+    for row in report.rows:
+        if row.name == name:
+            text = row.alike or row.status
+            return row.status, text if row.status is Status.OK else f"{row.status}: {text}"
+    return "", "no such line"
+
+
+def _read(number: int, text: bytes) -> Report:
+    value = parse_json(text)
+    try:
+        return Report(number, str(value["host"]), [Row.from_json(row) for row in value["rows"]])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no report: {error}") from error
