@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 8
 MAX_TOKENS = 32
+_COUNTED = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Differences from which tokens are counted."""
 
 
 def bring_weights(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> None:
@@ -77,14 +79,16 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     if problem:
         raise WeightSyncError(
             f"engine and trainer differ in the log-probabilities of tokens right after a weight "
-            f"sync: {problem} (rollout.logprob_tolerance). {_next_step(cfg)}",
+            f"sync: {problem} (rollout.logprob_tolerance); {counts(differences)}. "
+            f"{_next_step(cfg)}",
             role="controller",
             step=step,
         )
     logger.info(
-        "engine and trainer agree: log-probabilities differ by at most %.2g, %.2g in the mean",
+        "engine and trainer agree: log-probabilities differ by at most %.2g, %.2g in the mean; %s",
         found["the largest"],
         found["the mean"],
+        counts(differences),
     )
     return found["the largest"]
 
@@ -106,6 +110,19 @@ def summary(differences: ArrayLike) -> dict[str, float]:
     median, nine_of_ten = np.quantile(array, (0.5, 0.9))
     numbers = (median, array.mean(), nine_of_ten, array.max())
     return {name: float(number) for name, number in zip(SHARES, numbers, strict=True)}
+
+
+def counts(differences: np.ndarray) -> str:
+    """Return how many tokens are apart by how much: "of 200 tokens 31 by more than 0.01".
+
+    Args:
+        differences: [tokens], absolute.
+    """
+    over = [(int((differences > limit).sum()), limit) for limit in _COUNTED]
+    texts = [f"{num} by more than {limit:g}" for num, limit in over if num]
+    return (
+        f"of {len(differences)} tokens {', '.join(texts) or f'none by more than {_COUNTED[0]:g}'}"
+    )
 
 
 def disagreement(found: Mapping[str, float], dtype: str, tolerance: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import commands
@@ -29,15 +30,21 @@ def verify(run, model, tmp_path, *argv, **environment):
     return done, json.loads(numbers.read_text())
 
 
-def test_transformers_megatron_and_vllm_agree_on_given_prompts(files, prepared, tmp_path):
+@pytest.mark.parametrize("of_engine", [(), ("rollout.host=process",)])
+def test_transformers_megatron_and_vllm_agree_on_given_prompts(
+    files, prepared, tmp_path, of_engine
+):
     """Proves the three-way comparison through the real engines of two processes with expert
     parallelism, fed by the weight sync."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("1+1=\n\n12+7=\n3+19=\n")
-    argv = ("--layout", "ep2", "--prompts", str(prompts), "--max-tokens", "4")
+    argv = ("--layout", "ep2", "--prompts", str(prompts), "--max-tokens", "4", *of_engine)
     done, numbers = verify(prepared.run, files.model, tmp_path, *argv)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    loaded, *lines = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"vLLM: \d\d parameters from two syncs are the folder's, bit by bit", loaded
+    )
     assert [line.split(": ")[0] for line in lines[:3]] == [
         "Megatron - transformers",
         "vLLM - transformers",
@@ -75,7 +82,7 @@ def test_an_altered_layer_is_named_and_an_engine_that_cannot_start_is_left_out(
     assert done.returncode == 1, done.stdout + done.stderr
     left_out, pair, first, verdict = done.stdout.splitlines()
     assert left_out.startswith("vLLM is left out: ")
-    assert left_out.endswith("ImportError: no vLLM on this machine")
+    assert left_out.endswith("ImportError: no vLLM on this machine; mcore-rl doctor says more")
     assert pair.startswith("Megatron - transformers: ")
     assert " log-probabilities DEPART, by " in pair
     assert first.startswith("first module that departs: model.layers.2, by ")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_checkpoints import save_tiny_checkpoint
 
-from mcore_rl.loop.agreement import disagreement, summary
+from mcore_rl.loop.agreement import counts, disagreement, summary
 
 SCALE = 0.3
 """Of the matrices, so that logits spread over a unit, as those of a trained model do of its own
@@ -77,3 +78,12 @@ def test_every_token_by_half_a_unit_is_a_fault_though_none_is_far_off():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_number_that_is_none_is_a_fault(dtype):
     assert disagreement(summary([0.0, math.nan, 0.0]), dtype, None) != ""
+
+
+def test_tokens_are_counted_by_how_far_they_are_apart():
+    differences = np.array([0.0, 5e-5, 2e-4, 0.02, 0.03, 3.0])
+    assert counts(differences) == (
+        "of 6 tokens 4 by more than 0.0001, 3 by more than 0.001, 3 by more than 0.01, "
+        "1 by more than 0.1, 1 by more than 1"
+    )
+    assert counts(differences[:2]) == "of 2 tokens none by more than 0.0001"

@@ -69,6 +69,14 @@ def other_models(tiny_checkpoint, tmp_path_factory):
         (["--dtype", "bfloat16"], "--dtype='bfloat16' has no tolerance of its own"),
         (["--dtype", "float16", "--tolerance", "1"], "actor.megatron.dtype='float16' is not one"),
         (["--json", "/none/at/all.json"], "--json='/none/at/all.json' is in no existing folder"),
+        (["rollout.host"], "argument='rollout.host' is no key of the engine"),
+        (["actor.optim.lr=1"], "argument='actor.optim.lr=1' is no key of the engine"),
+        (["rollout.host=procss"], "rollout.host='procss' is not one of"),
+        (["rollout.tensor_model_parallel_size=3"], "rollout.tensor_model_parallel_size=3 does not"),
+        (
+            ["--no-engine", "rollout.host=process"],
+            "rollout.host=process='given' has no effect with --no-engine",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(
