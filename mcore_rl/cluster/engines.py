@@ -21,7 +21,6 @@ from mcore_rl.cluster.routes import Routes
 from mcore_rl.errors import HangError, RolloutError, RunError, WeightSyncError
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.weight_sync.digest import digest_differences
 from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class Engines:
         where = "in the first engine" if wanted is None else "in the model's folder"
         for engine, of_engine in enumerate(found):
             for of_part, wanted_part in zip(of_engine, wanted or found[0], strict=True):
-                if lines := digest_differences(wanted_part, of_part):
+                if lines := _differences(wanted_part, of_part):
                     more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
                     message = f"weights {version} are not loaded as {where}: {lines[0]}{more}"
                     raise WeightSyncError(message, role=f"engine {engine}")
@@ -246,6 +245,21 @@ def deal(costs: Sequence[int], num_engines: int) -> list[list[int]]:
         shares[engine].append(group)
         heapq.heappush(loads, (load + costs[group], engine))
     return [sorted(share) for share in shares]
+
+
+def _differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Return which parameters of `found` are not those of `wanted`, a line each; both by name, of
+    what `full_digest` returns."""
+    lines = []
+    for name in sorted(wanted.keys() | found.keys()):
+        want, have = wanted.get(name), found.get(name)
+        if want is None or have is None:
+            lines.append(f"{name} is there in one alone")
+        elif want != have:
+            (want, _), (have, _) = want.split(":"), have.split(":")
+            kind = "other bits" if want == have else f"{have}, not {want}"
+            lines.append(f"{name} holds {kind}")
+    return lines
 
 
 def _check_results(

@@ -55,7 +55,8 @@ class EnginePlace:
     """By which the controller reaches it."""
     node: int
     devices: tuple[int, ...]
-    """Of the node, one for each of the engine's ranks."""
+    """Of the node, one for each of the engine's ranks; none of a server, whose process here only
+    speaks to it."""
     fed_by: int
     """Rank of the train worker that sends it weights."""
 
@@ -146,6 +147,30 @@ def engines_apart(
                 fed_by=engine % layout.world_size if own_nodes else engine * engine_size,
             )
         )
+    return replace(trainer, engines=engines)
+
+
+def servers_apart(layout: Layout, devices_per_node: int, num_servers: int) -> Placement:
+    """Return the placement with servers as engines; the processes that speak to them are on the
+    first node, and so are the train workers that feed them.
+
+    Args:
+        layout: of actor and critic.
+        devices_per_node: train workers of a node.
+        num_servers: each an engine.
+    """
+    trainer = colocated(layout, devices_per_node, None)
+    on_first_node = min(devices_per_node, layout.world_size)
+    engines = [
+        EnginePlace(
+            engine=engine,
+            rank=layout.world_size + engine,
+            node=0,
+            devices=(),
+            fed_by=engine % on_first_node,
+        )
+        for engine in range(num_servers)
+    ]
     return replace(trainer, engines=engines)
 
 

@@ -274,7 +274,9 @@ def the_engine_holds_the_longest_sample(cfg: RunConfig) -> None:
 
 
 def engines_divide_the_devices(cfg: RunConfig) -> None:
-    """An engine's devices lie side by side on one node."""
+    """An engine's devices lie side by side on one node; a server has its own."""
+    if cfg.rollout.host == "server":
+        return
     tp, key, per_node = (
         cfg.rollout.tensor_model_parallel_size,
         "trainer.n_gpus_per_node",
@@ -293,9 +295,15 @@ def engines_divide_the_devices(cfg: RunConfig) -> None:
 def weights_reach_the_engines(cfg: RunConfig) -> None:
     """Where engines are, rollout.host says."""
     name, there = cfg.rollout.transport, cfg.rollout.distance
-    others = [other for other in TRANSPORTS if there in TRANSPORTS.get(other).reaches]
+    is_server = cfg.rollout.host == "server"
+    others = [
+        other
+        for other in TRANSPORTS
+        if there in TRANSPORTS.get(other).reaches
+        and (TRANSPORTS.get(other).update or not is_server)
+    ]
     require(
-        there in TRANSPORTS.get(name).reaches,
+        name in others,
         "rollout.weight_transport",
         name,
         f"does not reach an engine {there.value}",

@@ -37,7 +37,8 @@ def main() -> None:
 def _import_library(engine: str) -> None:
     from mcore_rl.rollout import import_engine
 
-    import_engine(engine)
+    if engine:
+        import_engine(engine)
 
 
 def _start(spec: Any) -> Servant:

@@ -51,7 +51,8 @@ class EngineProcesses:
             # Several engines and workers share the cores: the system deals them out.
             "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         }
-        options = {"engine": self._name, "rank": place.rank, "number": place.engine}
+        library = self._name if place.devices else ""  # a server has it
+        options = {"engine": library, "rank": place.rank, "number": place.engine}
         self._children.start(place.rank, engine_process, environment, options)
 
     def update_address(self, place: EnginePlace) -> Address:

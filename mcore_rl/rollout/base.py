@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -63,8 +64,10 @@ class RolloutConfig:
     name: str = "vllm"
     """Engine: vllm, or fake (a deterministic engine without a model, for tests and dry runs)."""
     host: str = "in_process"
-    """Where an engine runs: in_process (in the train workers' processes) or process (in one of its
-    own, with vLLM's own executor)."""
+    """Where an engine runs: in_process (in the train workers' processes), process (in one of its
+    own, with vLLM's own executor) or server (a vLLM server that runs already)."""
+    server_urls: list[str] = field(default_factory=list)
+    """With host server: where the servers are, "http://10.0.0.5:8000", an engine each."""
     nnodes: int = 0
     """With host process: nodes that engines have for themselves; 0: they share the trainer's."""
     n_gpus_per_node: int | None = None
@@ -181,9 +184,10 @@ class RolloutConfig:
         )
 
     def _check_placement(self) -> None:
-        if self.host == "in_process":
+        if self.host != "process":
             unread = ["nnodes", "n_gpus_per_node", "max_engine_restarts"]
-            refuse_unread(self, "rollout", unread, "host=in_process")
+            refuse_unread(self, "rollout", unread, f"host={self.host}")
+        self._check_servers()
         nodes, devices = self.nnodes, self.n_gpus_per_node
         require(nodes >= 0, "rollout.nnodes", nodes, "must be at least 0")
         rule = "is not set" if nodes else "is not read with rollout.nnodes=0"
@@ -197,6 +201,24 @@ class RolloutConfig:
         restarts = self.max_engine_restarts
         require(restarts >= 0, "rollout.max_engine_restarts", restarts, "must be at least 0")
 
+    def _check_servers(self) -> None:
+        urls, is_server = self.server_urls, self.host == "server"
+        rule = "is not set" if is_server else f"is not read with rollout.host={self.host}"
+        require(bool(urls) == is_server, "rollout.server_urls", urls, rule)
+        for url in urls:
+            parts = urlsplit(url)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+            rule = f"holds {url!r}, which is no http address"
+            require(is_url, "rollout.server_urls", urls, rule, "Write http://host:port.")
+        rule = "names a server twice"
+        require(len(set(urls)) == len(urls), "rollout.server_urls", urls, rule)
+        if is_server:
+            require(self.name == "vllm", "rollout.name", self.name, "is no server", "Use vllm.")
+            refuse_unread(self, "rollout", _DECIDED_BY_SERVERS, "host=server")
+            rule = "is not read with rollout.host=server, which has its own"
+            kwargs = self.engine_kwargs
+            require(not kwargs, "rollout.engine_kwargs", kwargs, rule, "Remove them.")
+
     @property
     def transport(self) -> str:
         """The weight transport, also where the host decides."""
@@ -205,6 +227,8 @@ class RolloutConfig:
     @property
     def distance(self) -> Distance:
         """Where engines are, seen from the train workers that feed them."""
+        if self.host == "server" and all(urlsplit(u).hostname in _HERE for u in self.server_urls):
+            return Distance.SAME_MACHINE
         return HOSTS[self.host].distance
 
 
@@ -220,7 +244,19 @@ class _Host:
 HOSTS = {
     "in_process": _Host("direct", Distance.SAME_PROCESS),
     "process": _Host("shared_memory", Distance.SAME_MACHINE),
+    "server": _Host("disk", Distance.OTHER_MACHINE),
 }
+
+_HERE = ("localhost", "127.0.0.1", "::1")
+_DECIDED_BY_SERVERS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enable_chunked_prefill",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "sleep_level",
+    "enforce_eager",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,6 +345,8 @@ class EngineSpec:
     """As in `weight_sync.base.Link`."""
     is_apart: bool = False
     """In a process of its own; otherwise in a train worker's, or a part in each of several."""
+    url: str = ""
+    """Of the server that it is; "": it is none."""
     routing: Routing | None = None
     """The model's experts, to have results carry those of every token; None: they do not."""
     with_text: bool = False

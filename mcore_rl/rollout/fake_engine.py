@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 
 from mcore_rl.dtypes import torch_dtype
-from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.rollout.base import (
     EnginePart,
     EngineSpec,
@@ -181,8 +181,10 @@ class FakeEngine:
 
     def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
         self.weight_version = -1
-        reader = CheckpointReader(folder)
-        return [{name: full_digest(reader.read(name).to(self._dtype)) for name in reader.names()}]
+        tensors = {}
+        for file in Path(folder).glob("*.safetensors"):
+            tensors |= load_file(file)
+        return [{name: full_digest(x.to(self._dtype)) for name, x in tensors.items()}]
 
     def close(self) -> None:
         for intake in self._intakes:

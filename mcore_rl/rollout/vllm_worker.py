@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -44,16 +45,17 @@ from vllm.model_executor.model_loader.reload import (
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.rollout.vllm_digests import LoadedDigests, tensors_of_folder
 from mcore_rl.rollout.vllm_routes import RouteRecorder
-from mcore_rl.weight_sync.base import Link
+from mcore_rl.weight_sync.base import TRANSPORTS, Link
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.intake import Intake
 
 
 @dataclass
 class LinkInfo(WeightTransferInitInfo):
-    """What the receiver is opened by."""
+    """What the receiver is opened by; from HTTP, where it is the fields of a link, as the updates
+    are then those of an update."""
 
-    link: Link
+    link: Link | dict[str, Any]
 
 
 @dataclass
@@ -61,6 +63,9 @@ class DeliveredUpdate(WeightTransferUpdateInfo):
     """What the sender had delivered; only the receiver knows what it is."""
 
     update: Any
+
+
+_BROKEN = "an engine whose last weight update broke off takes no other"
 
 
 class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
@@ -75,20 +80,26 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
     update_info_cls = DeliveredUpdate
     intake: Intake
     digests: LoadedDigests | None = None
-    _is_broken = False
+    is_broken = False
 
     def init_transfer_engine(self, init_info: LinkInfo) -> None:
         link = init_info.link
+        self._reader: TypeAdapter[Any] | None = None
+        if isinstance(link, dict):
+            link = Link(**link)
+            kind: Any = TRANSPORTS.get(link.transport).update
+            self._reader = TypeAdapter(kind)
+        if hasattr(self, "intake"):  # a server serves one run after the other
+            self.intake.close()
+        elif self.device.type == "cpu":
+            _rotate_every_head(self.model)
         own = self.parallel_config.rank % link.num_receivers
         self.intake = Intake(replace(link, receiver=own), self._load)
-        if self.device.type == "cpu":
-            _rotate_every_head(self.model)
 
     def begin(self, version: int, with_digests: bool) -> None:
         """Prepare for a session."""
-        if self._is_broken:  # layers that were half loaded would count what they had again
-            broken = "an engine whose last weight update broke off takes no other"
-            raise WeightSyncError(broken, role="rollout")
+        if self.is_broken:  # layers that were half loaded would count what they had again
+            raise WeightSyncError(_BROKEN, role="rollout")
         self.digests = LoadedDigests(self.model) if with_digests else None
         self.intake.begin(version)
 
@@ -101,7 +112,8 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: DeliveredUpdate) -> None:
-        self.intake.receive(update_info.update)
+        update = update_info.update
+        self.intake.receive(self._reader.validate_python(update) if self._reader else update)
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.model.load_weights(iter(tensors))  # pyright: ignore
@@ -120,17 +132,17 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
     def load_folder(self, folder: str) -> dict[str, str]:
         """Load a Hugging Face folder by vLLM's own reader and return the digests; the model's
         weights are then no longer those of a sync."""
-        self.digests, self._is_broken = LoadedDigests(self.model), True
+        self.digests, self.is_broken = LoadedDigests(self.model), True
         with set_current_vllm_config(self.vllm_config):
             self._open_layers()
             self._load(tensors_of_folder(folder, self.model_config, self.model))
             self._close_layers()
-        self._is_broken = False
+        self.is_broken = False
         return self.digests.by_name
 
     def abort(self) -> None:
         """Give up the session and the engine: its layers are half loaded."""
-        self._is_broken = True
+        self.is_broken = True
         self.intake.end()
 
     def shutdown(self) -> None:
@@ -185,9 +197,17 @@ class WorkerExtension:
         """Return how what reached the loader differs; to be called before vLLM's finish."""
         return self.weight_transfer_engine.intake.differences(manifest)
 
+    def differences_from_json(self, manifest: str) -> list[str]:
+        """Do the same with what `Manifest.to_json` wrote."""
+        return self.differences_from(Manifest.from_json(manifest))
+
     def abort_intake(self) -> None:
         """Give up a session, in place of vLLM's finish."""
         self.weight_transfer_engine.abort()
+
+    def broken_updates(self) -> list[str]:
+        """Return why the worker takes no weights, nothing if it does."""
+        return [_BROKEN] * self.weight_transfer_engine.is_broken
 
     def loaded_digests(self) -> dict[str, str]:
         """Return the digests of the last session; see `LoadedDigests`."""

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from mcore_rl.cluster.cluster import Cluster
-from mcore_rl.cluster.placement import Placement, colocated, engines_apart
+from mcore_rl.cluster.placement import Placement, colocated, engines_apart, servers_apart
 from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.rollout.base import EngineSpec
@@ -24,6 +24,8 @@ def placement_of(cfg: RunConfig | SftRunConfig) -> Placement:
     rollout, size = cfg.rollout, cfg.rollout.tensor_model_parallel_size
     if rollout.host == "in_process":
         return colocated(layout, per_node, size)
+    if rollout.host == "server":
+        return servers_apart(layout, per_node, len(rollout.server_urls))
     return engines_apart(layout, per_node, size, rollout.nnodes, rollout.n_gpus_per_node or 0)
 
 
@@ -69,9 +71,10 @@ def start_cluster(
     placement = placement_of(cfg)
     engines = {}
     if engine is not None:
+        urls = engine.config.server_urls or [""] * len(placement.engines)
         engines = {
             place.engine: EngineWorkerSpec(
-                engine=replace(engine, is_apart=True),
+                engine=replace(engine, is_apart=True, url=urls[place.engine]),
                 number=place.engine,
                 updates=workers.update_address(place.rank),
             )

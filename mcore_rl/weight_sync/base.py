@@ -147,6 +147,9 @@ class Transport(Generic[Update]):
     receiver: Callable[[Link], Receiver[Update]]
     reaches: frozenset[Distance]
     """Where the engine may be."""
+    update: type[Update] | None = None
+    """A dataclass of what JSON can hold, which is what the sender delivers; None: it is no such
+    thing, and servers are not reached."""
 
 
 TRANSPORTS: Registry[Transport[Any]] = Registry("weight transport", "rollout.weight_transport")

@@ -17,7 +17,8 @@ The full form is `full_digest`, blake3 over the same bits: 5 times as slow, so o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,22 @@ class Manifest:
                 str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content
             )
 
+    def to_json(self) -> str:
+        """Return it as text, for an engine that is reached by HTTP."""
+        entries = {
+            name: (entry.dtype, entry.shape, entry.content) for name, entry in self._entries.items()
+        }
+        return json.dumps({"entries": entries, "doubled": self._doubled})
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Return what `to_json` wrote."""
+        made, found = cls(), json.loads(text)
+        made._doubled = found["doubled"]
+        for name, (dtype, shape, content) in found["entries"].items():
+            made._entries[name] = _Entry(dtype, tuple(shape), content)
+        return made
+
     def differences(self, arrived: Manifest) -> list[str]:
         """Return what is wrong with `arrived`, a line a tensor."""
         lines = [f"{name} was sent twice" for name in self._doubled]
@@ -86,21 +103,6 @@ def full_digest(tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     bits = _bytes_of(tensor).cpu().numpy()
     return f"{dtype}{list(tensor.shape)}:{blake3(bits.data).hexdigest()}"
-
-
-def digest_differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Return which parameters of `found` are not those of `wanted`, a line each; both by name, of
-    what `full_digest` returns."""
-    lines = []
-    for name in sorted(wanted.keys() | found.keys()):
-        want, have = wanted.get(name), found.get(name)
-        if want is None or have is None:
-            lines.append(f"{name} is there in one alone")
-        elif want != have:
-            (want, _), (have, _) = want.split(":"), have.split(":")
-            kind = "other bits" if want == have else f"{have}, not {want}"
-            lines.append(f"{name} holds {kind}")
-    return lines
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()

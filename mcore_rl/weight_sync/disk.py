@@ -72,5 +72,6 @@ class DiskReceiver(Receiver[InFile]):
 
 
 TRANSPORTS.add(
-    "disk", Transport(sender=DiskSender, receiver=DiskReceiver, reaches=frozenset(Distance))
+    "disk",
+    Transport(sender=DiskSender, receiver=DiskReceiver, reaches=frozenset(Distance), update=InFile),
 )

@@ -165,5 +165,8 @@ def _broadcast(group: Any, buffer: torch.Tensor) -> None:
 
 
 TRANSPORTS.add(
-    "gloo", Transport(sender=GlooSender, receiver=GlooReceiver, reaches=frozenset(Distance))
+    "gloo",
+    Transport(
+        sender=GlooSender, receiver=GlooReceiver, reaches=frozenset(Distance), update=Broadcast
+    ),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mcore_rl.lazy_torch import torch
 from mcore_rl.weight_sync.base import NamedTensors
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _ALIGNMENT = 64
@@ -19,7 +19,8 @@ class PackedBucket:
     """Where in a run of bytes the tensors of a bucket lie; every one begins at a multiple of 64."""
 
     names: list[str]
-    dtypes: list[torch.dtype]
+    dtypes: list[str]
+    """torch's names: "float32"."""
     shapes: list[tuple[int, ...]]
     sizes: list[int]
     """In bytes."""
@@ -29,7 +30,7 @@ class PackedBucket:
         """Return how a bucket is laid out."""
         return cls(
             [name for name, _ in bucket],
-            [tensor.dtype for _, tensor in bucket],
+            [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
             [tuple(tensor.shape) for _, tensor in bucket],
             [tensor.numel() * tensor.element_size() for _, tensor in bucket],
         )
@@ -50,6 +51,8 @@ class PackedBucket:
         for name, dtype, shape, size in zip(
             self.names, self.dtypes, self.shapes, self.sizes, strict=True
         ):
-            tensors.append((name, buffer[begin : begin + size].view(dtype).view(shape)))
+            tensors.append(
+                (name, buffer[begin : begin + size].view(getattr(torch, dtype)).view(shape))
+            )
             begin += size + -size % _ALIGNMENT
         return tensors

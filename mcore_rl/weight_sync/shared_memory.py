@@ -196,5 +196,6 @@ TRANSPORTS.add(
         sender=SharedMemorySender,
         receiver=SharedMemoryReceiver,
         reaches=frozenset({Distance.SAME_PROCESS, Distance.SAME_MACHINE}),
+        update=InSlot,
     ),
 )

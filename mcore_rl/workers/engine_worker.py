@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mcore_rl.rollout.hosts.process import OwnProcessEngine, UpdateListener
+from mcore_rl.rollout.hosts.server import ServerEngine
+from mcore_rl.rollout.serving import ServingEngine
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.workers.roles import EngineProcess, Rollout, handlers
 from mcore_rl.workers.rollout_worker import RolloutWorker
@@ -28,7 +30,10 @@ class EngineWorker(EngineProcess):
             engine_rank=0,
             num_receivers=engine.config.tensor_model_parallel_size,
         )
-        self._engine = OwnProcessEngine(engine, link)
+        if engine.url:
+            self._engine = ServingEngine(ServerEngine(engine, link))
+        else:
+            self._engine = OwnProcessEngine(engine, link)
         self._rollout = RolloutWorker(engine, self._engine, is_first=True, routes=None)
         self._updates = UpdateListener(spec.updates)
 
