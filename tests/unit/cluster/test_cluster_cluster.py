@@ -396,7 +396,7 @@ def test_engines_that_have_loaded_the_same_are_as_the_first_and_as_the_folder():
     assert cluster.engines.sync_and_compare(3, of_folder) == 3
     asked, (sent, by_rank), told = workers.calls[:3]
     assert asked == (Rollout.digests_of_model, {0: (), 1: ()})
-    assert (sent, by_rank[0]) == (WeightSource.send_weights, (3, {}, True))
+    assert (sent, by_rank[0]) == (WeightSource.send_weights, (3, {}, True, True))
     assert told == (Rollout.loaded_digests, dict.fromkeys(range(4), ()))
 
 
