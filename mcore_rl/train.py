@@ -23,10 +23,12 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
     from mcore_rl.loop.on_policy import train
     from mcore_rl.loop.validate import validate
     from mcore_rl.models.spec import engine_overrides
+    from mcore_rl.run.adapters import adapters_of_engines
     from mcore_rl.run.folder import open_run_folder
     from mcore_rl.run.inputs import load_run_inputs
 
     inputs = load_run_inputs(cfg)
+    adapters = adapters_of_engines(cfg)
     run_dir = open_run_folder(cfg, inputs.total_steps)
     longest = cfg.data.max_prompt_length + cfg.data.max_response_length
     cluster = start_cluster(
@@ -43,6 +45,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
             run_folder=str(run_dir),
             routing=inputs.routing,
             with_text=True,
+            adapters=adapters,
             config_overrides=engine_overrides(cfg.model.folder),
         ),
         critic=cfg.critic if cfg.has_critic else None,

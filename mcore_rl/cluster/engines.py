@@ -50,6 +50,8 @@ class Engines:
         self._are_apart = bool(placement.engines)
         self._num_restarts_left = max_restarts
         self._version = -1
+        self._have_base = False
+        """Whether all engines have the weights that do not train."""
 
     @property
     def num_engines(self) -> int:
@@ -118,10 +120,12 @@ class Engines:
         """
         self._phases.enter(Phase.SYNC)
         self._version = version
+        with_base = with_digests or not self._have_base or self._phases.engines_forgot
         engines = range(self.num_engines) if self._are_apart else ()
-        metrics, problems = self._send(engines, with_digests)
+        metrics, problems = self._send(engines, with_digests, with_base)
         for engine, problem in problems.items():
             self._revive(engine, problem, "taking weights", Phase.SYNC, with_digests)
+        self._have_base = True
         self._phases.synced()
         return metrics
 
@@ -129,6 +133,7 @@ class Engines:
         """Return what the parts of an engine load from the model's folder by their own reader; see
         `RolloutEngine.loaded_digests`. The first engine is then without weights."""
         self._phases.enter(Phase.SYNC)
+        self._have_base = False
         return self._digests(Rollout.digests_of_model, 1)[0]
 
     def sync_and_compare(
@@ -167,7 +172,7 @@ class Engines:
         return [[part for rank in ranks for part in answers[rank]] for ranks in asked]
 
     def _send(
-        self, engines: Sequence[int], with_digests: bool
+        self, engines: Sequence[int], with_digests: bool, with_base: bool
     ) -> tuple[Metrics, Mapping[int, RunError]]:
         """Send the weights to engines inside the workers, or to those named; return the metrics and
         what went wrong, by engine."""
@@ -175,7 +180,7 @@ class Engines:
         receive = call(EngineProcess.receive_weights, self._version)
         receiving = self._workers.submit(dict.fromkeys(ranks.values(), receive)) if ranks else {}
         addresses = {engine: self._workers.update_address(rank) for engine, rank in ranks.items()}
-        send = call(WeightSource.send_weights, self._version, addresses, with_digests)
+        send = call(WeightSource.send_weights, self._version, addresses, with_digests, with_base)
         sources = dict.fromkeys(range(self._workers.world_size), send)
         sent = results(self._workers.submit(sources)).values()
         problems: dict[int, RunError] = {}
@@ -212,7 +217,7 @@ class Engines:
                 self._workers.restart(rank).result()
                 self._phases.join(rank)
                 self._phases.enter(phase)
-                _, problems = self._send([engine], with_digests)
+                _, problems = self._send([engine], with_digests, with_base=True)
             except RunError as again:
                 if _is_of_the_run(again):
                     raise

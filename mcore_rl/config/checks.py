@@ -37,6 +37,7 @@ def check_run(cfg: RunConfig) -> None:
     the_overlong_buffer_fits_in_a_response(cfg)
     an_adaptive_kl_coefficient_stays_positive(cfg)
     recorded_routes_are_replayed(cfg)
+    syncs_of_adapters_are_chosen_only_where_there_are_some(cfg)
     a_micro_batch_holds_the_longest_sample(cfg)
     a_micro_batch_of_the_critic_holds_the_longest_sample(cfg)
     the_engine_holds_the_longest_sample(cfg)
@@ -136,6 +137,12 @@ def adapters_hang_on_layers_of_their_own(cfg: RunConfig | SftRunConfig) -> None:
         f"has no layers that model.lora_rank={cfg.model.lora_rank} could adapt",
         "Use local.",
     )
+
+
+def syncs_of_adapters_are_chosen_only_where_there_are_some(cfg: RunConfig) -> None:
+    how = cfg.rollout.lora_sync
+    rule, fix = "is not read without model.lora_rank", "Leave it out."
+    require(cfg.model.lora is not None or how == "auto", "rollout.lora_sync", how, rule, fix)
 
 
 def recorded_routes_are_replayed(cfg: RunConfig) -> None:

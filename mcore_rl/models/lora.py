@@ -166,14 +166,29 @@ def peft_tensors(adapters: Iterable[Adapter], found: Mapping[str, Tensor]) -> di
         adapters: all of the model.
         found: full tensors of their entries by Hugging Face name.
     """
-    tensors = {}
+    return {
+        name: found[own].clone()  # no two may share memory
+        for own, names in peft_names(adapters).items()
+        for name in names
+    }
+
+
+def peft_names(adapters: Iterable[Adapter]) -> dict[str, list[str]]:
+    """Return PEFT's names of each full tensor of the adapters' entries, by Hugging Face name: of an
+    A one for each adapted layer that shares it, of the B of a layer that is not adapted none."""
+    names: dict[str, list[str]] = {}
     for adapter in adapters:
         (a,) = adapter.a.mapping.sources
         for hf in adapter.adapted:
             layer = f"base_model.model.{_layer(hf)}"
-            tensors[f"{layer}.lora_A.weight"] = found[a.name].clone()  # no two may share memory
-            tensors[f"{layer}.lora_B.weight"] = found[_tensor_of_b(hf, 0).name]
-    return tensors
+            names.setdefault(a.name, []).append(f"{layer}.lora_A.weight")
+            names[_tensor_of_b(hf, 0).name] = [f"{layer}.lora_B.weight"]
+    return names
+
+
+def adapted_layers(adapters: Iterable[Adapter]) -> list[str]:
+    """Return the last parts of the names of the layers that are adapted: ["q_proj", "v_proj"]."""
+    return sorted({_layer_name(hf) for one in adapters for hf in one.adapted})
 
 
 def write_peft_adapter(
@@ -203,7 +218,7 @@ def write_peft_adapter(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted({_layer_name(hf) for one in adapters for hf in one.adapted}),
+        "target_modules": adapted_layers(adapters),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -111,6 +111,10 @@ class RolloutConfig:
     """How weights reach the engine: direct (by reference, in the train worker's process),
     shared_memory, gloo or disk (a folder that both see), ipc (another process of the same CUDA
     device), nccl (CUDA devices of the engine's own); None: by the host."""
+    lora_sync: str = "auto"
+    """With model.lora_rank: what a sync brings after the first. adapter: the adapters alone, which
+    the engine applies beside the weights; merged: all weights with the adapters in them; auto:
+    adapter where that has been shown to work."""
     update_weights_bucket_mib: int = 512
     """Most MiB of weights that are gathered and sent at a time; a larger tensor goes alone."""
     compare_loaded_weights: bool = True
@@ -127,6 +131,7 @@ class RolloutConfig:
         require_one_of("rollout.name", self.name, ENGINES)
         require_one_of("rollout.host", self.host, HOSTS)
         TRANSPORTS.get(self.transport)
+        require_one_of("rollout.lora_sync", self.lora_sync, ("auto", "adapter", "merged"))
         self._check_placement()
         for text in self.stop:
             require(bool(text), "rollout.stop", self.stop, "holds an empty text", "Remove it.")
@@ -331,6 +336,17 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAdapters:
+    """The adapters of LoRA that an engine applies beside the weights."""
+
+    rank: int
+    alpha: int
+    """What an adapter adds is scaled by alpha / rank."""
+    layers: Sequence[str]
+    """Last parts of the names of the adapted layers: "q_proj"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
     """What an engine needs to start; its weights arrive by the first sync."""
 
@@ -351,6 +367,9 @@ class EngineSpec:
     """The model's experts, to have results carry those of every token; None: they do not."""
     with_text: bool = False
     """Whether results carry their text."""
+    adapters: EngineAdapters | None = None
+    """Those that come by its syncs, which later ones may bring alone; None: there are none, or they
+    are merged into the weights."""
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of config.json that the engine is to read otherwise; see `ModelFamily`."""
 

@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 # vLLM reads these while it is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # run in this process
@@ -34,12 +34,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("VLLM_MLA_DISABLE", "1")
 
 import vllm
+from vllm.config.lora import MaxLoRARanks
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import FinishReason
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import (
+    EngineAdapters,
     EnginePart,
     EngineSpec,
     GenerationRequest,
@@ -108,7 +111,7 @@ class VllmEngine:
             chunking["max_num_batched_tokens"] = max(
                 CPU_TOKENS_PER_FORWARD, spec.max_model_len, cfg.max_num_seqs
             )
-        settings |= chunking
+        settings |= chunking | _lora_settings(spec.adapters)
         kv_cache_bytes = cfg.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None)
         if kv_cache_bytes is not None:
             settings["kv_cache_memory_bytes"] = kv_cache_bytes
@@ -121,14 +124,20 @@ class VllmEngine:
         self._requests: dict[int, str] = {}
         """By number: vLLM's own name of an unfinished request."""
         self._drawn = hashlib.sha256()
-        self._llm.init_weight_transfer_engine({"init_info": {"link": link}})
+        self._adapters = spec.adapters
+        self._adapter: LoRARequest | None = None
+        """What requests are told to compute with: the adapters of the last sync."""
+        adapters = spec.adapters and (spec.adapters.rank, spec.adapters.alpha)
+        self._llm.init_weight_transfer_engine({"init_info": {"link": link, "adapters": adapters}})
         if spec.routing is not None and on_cpu:
             self._llm.collective_rpc("record_routes", args=(spec.routing.layers,))
 
     def add(self, number: int, request: GenerationRequest) -> None:
         """See `RolloutEngine`."""
         prompt: Any = {"prompt_token_ids": request.prompt_token_ids.tolist()}
-        name = self._engine.add_request(str(number), prompt, self._sampling_params(request))
+        name = self._engine.add_request(
+            str(number), prompt, self._sampling_params(request), lora_request=self._adapter
+        )
         self._requests[number] = name
 
     def step(self) -> list[tuple[int, GenerationResult]]:
@@ -244,10 +253,24 @@ class VllmEngine:
         for differences in self._llm.collective_rpc("differences_from", args=(manifest,)):
             refuse(differences, self._coming_version)
         self._llm.finish_weight_update(weight_version=str(self._coming_version))
+        if self._adapters is not None:
+            self._take_adapters()
         # Requests that are running are computed again up to where they are.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RolloutError("cached keys and values survived a weight update", role="rollout")
         self.weight_version = self._coming_version
+
+    def _take_adapters(self) -> None:
+        """Have the adapters that came computed with, under a name of their own; vLLM's finish has
+        removed those before (gpu_worker.py, finish_weight_update)."""
+        version = self._coming_version
+        adapter = LoRARequest(f"weights {version}", version + 1, "came by a weight sync")
+        self._adapter = adapter
+        for unbound in self._llm.collective_rpc("take_adapters", args=(adapter,)):
+            refuse([f"{name} reached no layer" for name in unbound], version)
+        core: Any = self._engine.engine_core
+        for request in core.engine_core.scheduler.requests.values():
+            request.lora_request = adapter
 
     def abort_weight_update(self) -> None:
         self.weight_version = -1
@@ -262,6 +285,18 @@ class VllmEngine:
 
     def close(self) -> None:
         del self._engine, self._llm
+
+
+def _lora_settings(adapters: EngineAdapters | None) -> dict[str, Any]:
+    """Return the arguments for adapters; vLLM takes ranks of some sizes and pads to them."""
+    if adapters is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= adapters.rank),
+        "lora_target_modules": list(adapters.layers),
+    }
 
 
 def _executor(size: int, is_apart: bool) -> str:

@@ -35,6 +35,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
@@ -43,6 +44,12 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from mcore_rl.errors import WeightSyncError
+from mcore_rl.rollout.vllm_adapters import (
+    Adapters,
+    is_half,
+    put_wrappers_on,
+    take_wrappers_off,
+)
 from mcore_rl.rollout.vllm_digests import LoadedDigests, tensors_of_folder
 from mcore_rl.rollout.vllm_routes import RouteRecorder
 from mcore_rl.weight_sync.base import TRANSPORTS, Link
@@ -56,6 +63,8 @@ class LinkInfo(WeightTransferInitInfo):
     are then those of an update."""
 
     link: Link | dict[str, Any]
+    adapters: tuple[int, int] | None = None
+    """Rank and alpha of the adapters that come beside the weights."""
 
 
 @dataclass
@@ -79,8 +88,9 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
     init_info_cls = LinkInfo
     update_info_cls = DeliveredUpdate
     intake: Intake
+    adapters: Adapters | None = None
     digests: LoadedDigests | None = None
-    is_broken = False
+    is_broken = _wants_digests = _is_open = _has_base = False
 
     def init_transfer_engine(self, init_info: LinkInfo) -> None:
         link = init_info.link
@@ -95,18 +105,28 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
             _rotate_every_head(self.model)
         own = self.parallel_config.rank % link.num_receivers
         self.intake = Intake(replace(link, receiver=own), self._load)
+        if init_info.adapters is not None:
+            self.adapters = Adapters(*init_info.adapters)
 
     def begin(self, version: int, with_digests: bool) -> None:
         """Prepare for a session."""
         if self.is_broken:  # layers that were half loaded would count what they had again
             raise WeightSyncError(_BROKEN, role="rollout")
-        self.digests = LoadedDigests(self.model) if with_digests else None
+        self.digests, self._wants_digests = None, with_digests
+        if self.adapters is not None:
+            self.adapters.clear()
         self.intake.begin(version)
 
     def start_weight_update(self) -> None:
-        self._open_layers()
+        """Beside adapters the layers are opened when weights of theirs come, which may not be."""
+        if self.adapters is None:
+            self._open_layers()
 
     def _open_layers(self) -> None:
+        self._is_open = True
+        if self.adapters is not None:
+            take_wrappers_off(self.model)
+        self.digests = LoadedDigests(self.model) if self._wants_digests else None
         if self.device.type == "cpu":
             _reset_packed_moe_kernels(self.model)
         initialize_layerwise_reload(self.model)
@@ -116,28 +136,51 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         self.intake.receive(self._reader.validate_python(update) if self._reader else update)
 
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if self.adapters is not None:
+            tensors = list(tensors)
+            self.adapters.add(named for named in tensors if is_half(named[0]))
+            tensors = [named for named in tensors if not is_half(named[0])]
+            if not tensors:
+                return
+            if not self._is_open:
+                self._open_layers()
         self.model.load_weights(iter(tensors))  # pyright: ignore
 
+    def differences(self, manifest: Manifest) -> list[str]:
+        """Return what is wrong with what arrived, and what the engine lacks beside it."""
+        lines = self.intake.differences(manifest)
+        if not (self._is_open or self._has_base):
+            lines.append("the weights that do not train never arrived")
+        if self.adapters is not None and not self.adapters.have_arrived:
+            lines.append("the adapters did not arrive")
+        return lines
+
     def finish_weight_update(self) -> None:
-        self._close_layers()
+        if self._is_open:
+            self._close_layers()
+        self._has_base = True
         self.intake.end()
 
     def _close_layers(self) -> None:
+        self._is_open = False
         finalize_layerwise_reload(self.model, self.model_config)
         if self.digests is not None:
             self.digests.finish()
         if self.device.type == "cpu":
             _pack_output_layers_again(self.model)
+        if self.adapters is not None:
+            put_wrappers_on(self.model)
 
     def load_folder(self, folder: str) -> dict[str, str]:
         """Load a Hugging Face folder by vLLM's own reader and return the digests; the model's
         weights are then no longer those of a sync."""
-        self.digests, self.is_broken = LoadedDigests(self.model), True
+        self._wants_digests, self._has_base, self.is_broken = True, False, True
         with set_current_vllm_config(self.vllm_config):
             self._open_layers()
             self._load(tensors_of_folder(folder, self.model_config, self.model))
             self._close_layers()
         self.is_broken = False
+        assert self.digests is not None
         return self.digests.by_name
 
     def abort(self) -> None:
@@ -195,7 +238,16 @@ class WorkerExtension:
 
     def differences_from(self, manifest: Manifest) -> list[str]:
         """Return how what reached the loader differs; to be called before vLLM's finish."""
-        return self.weight_transfer_engine.intake.differences(manifest)
+        return self.weight_transfer_engine.differences(manifest)
+
+    def take_adapters(self, request: LoRARequest) -> list[str]:
+        """Compute with the adapters of the session, for requests that are running too; to be called
+        after vLLM's finish, which removes all that are there. Return layers that there are not."""
+        adapters = self.weight_transfer_engine.adapters
+        assert adapters is not None, "started without adapters"
+        for state in self.model_runner.requests.values():
+            state.lora_request = request
+        return adapters.take(self.weight_transfer_engine.model, request.lora_int_id)
 
     def differences_from_json(self, manifest: str) -> list[str]:
         """Do the same with what `Manifest.to_json` wrote."""

@@ -262,6 +262,26 @@ class WeightExporter:
                     tensor.copy_(part.view_as(tensor))
 
 
+class AdapterExporter:
+    """Gathers the adapters of one model, under PEFT's names.
+
+    Args:
+        exporter: of their halves.
+        names: PEFT's names of each half, by the name that the exporter has for it; others are not
+            yielded.
+    """
+
+    def __init__(self, exporter: WeightExporter, names: Mapping[str, Sequence[str]]) -> None:
+        self._exporter, self._names = exporter, names
+
+    def buckets(
+        self, max_bytes: int = MAX_BUCKET_BYTES, receivers: AbstractSet[int] | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield full tensors as `WeightExporter.buckets` does."""
+        for bucket in self._exporter.buckets(max_bytes, receivers):
+            yield [(name, tensor) for own, tensor in bucket for name in self._names.get(own, ())]
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 

@@ -31,7 +31,7 @@ from mcore_rl.megatron.parallel import Parallel
 from mcore_rl.megatron.router_replay import ModelRouters
 from mcore_rl.metrics import Metrics, to_host
 from mcore_rl.model_files import published_name
-from mcore_rl.models.lora import write_peft_adapter
+from mcore_rl.models.lora import peft_names, write_peft_adapter
 from mcore_rl.models.safetensors_io import (
     MAX_SHARD_BYTES,
     CheckpointReader,
@@ -44,7 +44,7 @@ from mcore_rl.models.safetensors_io import (
 )
 from mcore_rl.models.spec import load_hf_config, model_family, routing
 from mcore_rl.types import Denominators, Part, RoutesAt, Share, TokenNumbers
-from mcore_rl.weight_sync.export import WeightExporter
+from mcore_rl.weight_sync.export import AdapterExporter, WeightExporter
 from mcore_rl.workers.model_worker import ModelWorker, TrainObjective, reads
 from mcore_rl.workers.roles import Actor
 from mcore_rl.workers.routes import RouteStore
@@ -98,8 +98,17 @@ class ActorWorker(ModelWorker, Actor):
         else:  # under adapters the reference is the weights without them
             self.parts[Part.REFERENCE] = self.parts[Part.PARAM]
         self.params = params
-        weights = self.parts[Part.PARAM].while_here("the export of weights", weights)
-        self.exporter = WeightExporter(weights, self.entries, parallel)
+        self.exporter = WeightExporter(self._readable(weights), self.entries, parallel)
+
+    def _readable(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return self.parts[Part.PARAM].while_here("the export of weights", weights)
+
+    def separate_exporters(self) -> tuple[WeightExporter, AdapterExporter]:
+        """Return those of the weights without adapters and of the adapters; collective."""
+        assert self.lora is not None, "built without adapters"
+        base = WeightExporter(self._readable(self.params), self.entries, self.parallel)
+        halves = WeightExporter(self._readable(self.lora.params), self.lora.entries, self.parallel)
+        return base, AdapterExporter(halves, peft_names(self.lora.adapters))
 
     @reads(Part.PARAM)
     def logprobs(self, share: Share | None) -> TokenNumbers:

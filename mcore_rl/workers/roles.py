@@ -142,11 +142,12 @@ class WeightSource(Protocol):
     """The actor's weights, for the engines."""
 
     def send_weights(
-        self, version: int, engines: Mapping[int, Address], with_digests: bool
+        self, version: int, engines: Mapping[int, Address], with_digests: bool, with_base: bool
     ) -> SentWeights:
         """Send them as `version` to the engine in this process, or to those of `engines` (by
         number: where they listen) that this rank feeds, which then know what they loaded if
-        `with_digests`; collective."""
+        `with_digests`; collective. Without the base only what trains is sent, where engines take
+        that by itself."""
         ...
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
 from mcore_rl.metrics import to_host
 from mcore_rl.rollout.hosts.process import RemoteSession
 from mcore_rl.sockets import Address
-from mcore_rl.weight_sync.base import Link, UpdateSession
-from mcore_rl.weight_sync.export import WeightExporter
+from mcore_rl.weight_sync.base import Link, NamedTensors, UpdateSession
+from mcore_rl.weight_sync.export import AdapterExporter, WeightExporter
 from mcore_rl.weight_sync.sync import Target, sync_weights
 from mcore_rl.workers.roles import SentWeights, WeightSource
 
@@ -23,6 +23,8 @@ class WeightSourceWorker(WeightSource):
         inside: the session of the engine of this process, if it has one; it is fed every time.
         bucket_bytes: most that is sent at a time.
         senders: ranks that feed engines, to which alone the weights are gathered; None: all.
+        adapters: of the adapters, where engines take them beside the weights; then `exporter` is of
+            the weights without them.
     """
 
     def __init__(
@@ -32,13 +34,15 @@ class WeightSourceWorker(WeightSource):
         inside: UpdateSession | None,
         bucket_bytes: int,
         senders: AbstractSet[int] | None,
+        adapters: AdapterExporter | None = None,
     ) -> None:
+        self._adapters = adapters
         self._exporter, self._inside = exporter, inside
         self._bucket_bytes, self._sending_ranks = bucket_bytes, senders
         self._senders = {engine: link.open_sender() for engine, link in links.items()}
 
     def send_weights(
-        self, version: int, engines: Mapping[int, Address], with_digests: bool
+        self, version: int, engines: Mapping[int, Address], with_digests: bool, with_base: bool
     ) -> SentWeights:
         """See `WeightSource`."""
         targets: dict[int, Target] = {}
@@ -49,7 +53,7 @@ class WeightSourceWorker(WeightSource):
             elif engine in engines:
                 sessions.append(RemoteSession(engines[engine]))
                 targets[engine] = Target(sender, sessions[-1])
-        buckets = self._exporter.buckets(self._bucket_bytes, self._sending_ranks)
+        buckets = self._buckets(with_base)
         metrics = sync_weights(buckets, list(targets.values()), version, with_digests)
         for session in sessions:
             session.close()
@@ -59,6 +63,12 @@ class WeightSourceWorker(WeightSource):
                     raise target.problem
         problems = {n: t.problem for n, t in targets.items() if t.problem is not None}
         return SentWeights(to_host(metrics), problems)
+
+    def _buckets(self, with_base: bool) -> Iterator[NamedTensors]:
+        if with_base or self._adapters is None:
+            yield from self._exporter.buckets(self._bucket_bytes, self._sending_ranks)
+        if self._adapters is not None:
+            yield from self._adapters.buckets(self._bucket_bytes, self._sending_ranks)
 
     def close(self) -> None:
         """Free the senders."""

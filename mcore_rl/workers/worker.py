@@ -55,8 +55,11 @@ class Worker:
                 self.rollout = RolloutWorker(spec.engine, engine, is_first, self.actor.routes)
             bucket_bytes = spec.engine.config.update_weights_bucket_mib << 20
             senders = {place.fed_by for place in self.placement.engines} or None
+            exporter, adapters = self.actor.exporter, None
+            if spec.engine.adapters:
+                exporter, adapters = self.actor.separate_exporters()
             self.weights = WeightSourceWorker(
-                self.actor.exporter, links, engine, bucket_bytes, senders
+                exporter, links, engine, bucket_bytes, senders, adapters
             )
 
     def _links(self, spec: EngineSpec) -> Mapping[int, Link]:

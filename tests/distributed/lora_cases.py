@@ -71,6 +71,19 @@ def gradients_and_export(spec, sequences, objective, cut, folder):
         }
 
 
+def sent_separately(spec, max_bytes, folder):
+    """Fill every B, export into `folder`; return the weights and the adapters that a sync brings,
+    by the names that it has for them."""
+    with running_cluster(spec, ONE_MICRO_BATCH) as (_, worker):
+        fill_b(worker)
+        worker.actor.export_hf(folder)
+        base, adapters = worker.actor.separate_exporters()
+        return [
+            {name: tensor.clone() for bucket in one.buckets(max_bytes) for name, tensor in bucket}
+            for one in (base, adapters)
+        ]
+
+
 def is_unchanged(params, before):
     return all(torch.equal(param, before[name]) for name, param in params.items())
 

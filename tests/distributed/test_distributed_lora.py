@@ -195,6 +195,32 @@ def test_gradients_and_exports_are_those_of_transformers(
     assert worst <= 5e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "world_size", "megatron"),
+    [("qwen3", 2, TP2), ("qwen2_tied", 2, PP2), ("qwen3_moe", 4, TP2 | EP2 | PP2 | ETP1)],
+    ids=layout_id,
+)
+def test_a_sync_brings_the_base_and_the_adapters_as_pefts_folder_has_them(
+    processes, tiny_checkpoint, tmp_path, name, world_size, megatron
+):
+    """To every rank, in small buckets; of fused layers those that are not named are left out."""
+    lora = replace(LORA, target_modules=("q_proj", "up_proj", "down_proj"))
+    base = tiny_checkpoint(name)
+    folder = tmp_path / "exported"
+    spec = actor_spec(base, lora=lora, **megatron)
+    peft = None
+    for weights, adapters in processes.run(
+        lora_cases.sent_separately, world_size, spec, 4096, str(folder)
+    ):
+        expected = load_file(Path(base) / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in weights)
+        peft = peft or load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert adapters.keys() == peft.keys()
+        assert all(torch.equal(adapters[key], peft[key]) for key in peft)
+        assert all(peft[key].abs().max() > 0 for key in peft)
+
+
 def test_a_checkpoint_of_other_adapters_or_of_another_base_is_refused(
     processes, tiny_checkpoint, tmp_path
 ):

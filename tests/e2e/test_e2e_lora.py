@@ -1,4 +1,5 @@
-"""A whole run with LoRA: adapters train, the engine gets them merged, the base stays."""
+"""A whole run with LoRA on a mixture of experts: adapters train, the engine gets them merged, the
+base stays."""
 
 from __future__ import annotations
 

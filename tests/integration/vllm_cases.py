@@ -10,6 +10,7 @@ import datetime
 import itertools
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,7 +39,9 @@ _engine: InProcessEngine | None = None
 _sender: Sender[Any] | None = None
 
 
-def start(folder: str, stop_token_ids=(), with_routes=False, run_folder="", **rollout) -> None:
+def start(
+    folder: str, stop_token_ids=(), with_routes=False, run_folder="", adapters=None, **rollout
+) -> None:
     """Start an engine for the model in `folder`, in place of the one before."""
     global _engine, _sender
     stop()
@@ -63,6 +66,7 @@ def start(folder: str, stop_token_ids=(), with_routes=False, run_folder="", **ro
             config_overrides=engine_overrides(folder),
             config=config,
             run_folder=run_folder,
+            adapters=adapters,
         ),
         link,
     )
@@ -127,6 +131,36 @@ def sync(folder: str, version: int, with_digests: bool = False) -> None:
     sync_one(buckets(folder), _sender, engine(), version, with_digests)
 
 
+def sync_adapters(
+    halves: dict[str, torch.Tensor], version: int, folder: str | None = None, fault: str = ""
+) -> str:
+    """Give the engine adapters by PEFT's names, behind the weights in `folder` if it is given;
+    return why they are refused."""
+    assert _sender is not None
+    export = [*(buckets(folder) if folder else ()), list(halves.items())]
+    sender = _Falsified(partial(_at_fault, fault, next(iter(halves)))) if fault else _sender
+    try:
+        sync_one(export, sender, engine(), version)
+    except WeightSyncError as error:
+        return str(error)
+    return ""
+
+
+def adapter_names() -> list[list[int]]:
+    """Return the numbers of the adapters that vLLM's workers hold."""
+    return [sorted(found) for found in engine()._engine._llm.collective_rpc("list_loras")]
+
+
+def _at_fault(fault: str, name: str, bucket: NamedTensors) -> NamedTensors:
+    if fault == "lost":
+        return [(own, tensor) for own, tensor in bucket if own != name]
+    changed = [(own, tensor.clone()) for own, tensor in bucket]
+    for own, tensor in changed:
+        if own == name:
+            tensor.view(-1).view(torch.uint8)[5] ^= 4
+    return changed
+
+
 class _Falsified(Sender[Any]):
     """Sends what a function makes of the tensors."""
 
@@ -144,8 +178,6 @@ def sync_falsified(folder: str, version: int, fault: str, name: str) -> str:
     """Sync as `sync` does, with a fault in the tensor called `name`; return why it was refused."""
 
     def falsify(bucket: NamedTensors) -> NamedTensors:
-        if fault == "lost":
-            return [(own, tensor) for own, tensor in bucket if own != name]
         if fault == "bucket lost":
             return [] if name in dict(bucket) else bucket
         if fault == "swapped":
@@ -153,11 +185,7 @@ def sync_falsified(folder: str, version: int, fault: str, name: str) -> str:
             if name in tensors:
                 tensors[name], tensors[other] = tensors[other], tensors[name]
             return list(tensors.items())
-        changed = [(own, tensor.clone()) for own, tensor in bucket]
-        for own, tensor in changed:
-            if own == name:
-                tensor.view(-1).view(torch.uint8)[5] ^= 4
-        return changed
+        return _at_fault(fault, name, bucket)
 
     try:
         sync_one(buckets(folder), _Falsified(falsify), engine(), version)

@@ -112,6 +112,7 @@ MAY_IMPORT = {
         "loop.inputs",
         "megatron.overrides",
         "models.layout",
+        "models.lora",
         "models.rope",
         "models.spec",
         "models.value_head",

@@ -77,7 +77,7 @@ class EchoWorkers:
             for request in requests
         ]
 
-    def send_weights(self, rank, version, engines, with_digests):
+    def send_weights(self, rank, version, engines, with_digests, with_base):
         return SentWeights({"weight_sync/bytes": maximum(100 + rank)}, {})
 
     def logprobs(self, rank, _):
@@ -251,7 +251,7 @@ def test_syncs_and_folders_reach_every_rank(tmp_path):
     cluster.trainer.load("b")
     cluster.trainer.export_hf("c")
     assert workers.calls == [
-        (WeightSource.send_weights, {0: (4, {}, False), 1: (4, {}, False)}),
+        (WeightSource.send_weights, {0: (4, {}, False, True), 1: (4, {}, False, True)}),
         (Actor.begin_step, {0: (), 1: ()}),
         (Actor.begin_save, dict.fromkeys((0, 1), (f"{tmp_path}/actor",))),
         (Actor.load, dict.fromkeys((0, 1), ("b/actor",))),
@@ -334,7 +334,16 @@ def test_an_engine_that_is_lost_is_started_again_gets_the_weights_and_is_asked_a
     assert workers.restarted == [2]
     methods = [method for method, _ in workers.calls]
     assert methods == [EngineProcess.receive_weights, WeightSource.send_weights, Rollout.generate]
-    assert workers.calls[1][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}, False))
+    assert workers.calls[1][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}, False, True))
+
+
+def test_weights_that_do_not_train_go_to_engines_once_and_again_to_one_that_was_lost():
+    cluster, workers = failing(EngineLostError("it was ended by SIGKILL", role="engine 0"), 1)
+    cluster.engines.sync_weights(-1)
+    cluster.engines.sync_weights(-1)
+    cluster.engines.generate(alone(2))
+    sent = [args[0] for method, args in workers.calls if method is WeightSource.send_weights]
+    assert [with_base for *_, with_base in sent] == [True, False, True]
 
 
 def test_a_lost_engine_that_may_not_be_started_again_is_named_with_what_it_did():
@@ -387,7 +396,7 @@ def test_engines_that_have_loaded_the_same_are_as_the_first_and_as_the_folder():
     assert cluster.engines.sync_and_compare(3, of_folder) == 3
     asked, (sent, by_rank), told = workers.calls[:3]
     assert asked == (Rollout.digests_of_model, {0: (), 1: ()})
-    assert (sent, by_rank[0]) == (WeightSource.send_weights, (3, {}, True))
+    assert (sent, by_rank[0]) == (WeightSource.send_weights, (3, {}, True, True))
     assert told == (Rollout.loaded_digests, dict.fromkeys(range(4), ()))
 
 

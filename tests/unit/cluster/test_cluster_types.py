@@ -19,9 +19,9 @@ def calls(share: Share, counts: Denominators) -> None:
     call(Actor.update, share, counts, None)
     call(Actor.update, share, counts)
     call(Actor.update, counts, share, None)
-    call(WeightSource.send_weights, "1", {}, False)
+    call(WeightSource.send_weights, "1", {}, False, True)
     call(WeightSource.send_weight, 1, {})
-    call(WeightSource.send_weights, 1, {}, False)
+    call(WeightSource.send_weights, 1, {}, False, True)
 """
 
 
@@ -38,6 +38,6 @@ def test_a_wrong_argument_of_a_call_to_a_worker_is_found(tmp_path):
     assert wrong == {
         "call(Actor.update, share, counts)",
         "call(Actor.update, counts, share, None)",
-        'call(WeightSource.send_weights, "1", {}, False)',
+        'call(WeightSource.send_weights, "1", {}, False, True)',
         "call(WeightSource.send_weight, 1, {})",
     }

@@ -141,6 +141,11 @@ RULES = {
         " could adapt. Use local.",
         ["model.lora_rank=8", "model.lora_alpha=32", "model.target_modules=[o_proj]"],
     ),
+    "syncs_of_adapters_are_chosen_only_where_there_are_some": (
+        ["rollout.lora_sync=merged"],
+        "rollout.lora_sync='merged' is not read without model.lora_rank. Leave it out.",
+        ["rollout.lora_sync=adapter", "model.lora_rank=8"],
+    ),
     "recorded_routes_are_replayed": (
         ["actor.router_replay.mode=R2", "data.train_batch_size=256"],
         "actor.router_replay.mode='R2' has nothing to replay in steps of one update.",
@@ -210,6 +215,7 @@ NOT_OF_SFT = {
     "the_overlong_buffer_fits_in_a_response",
     "groups_are_large_enough",
     "recorded_routes_are_replayed",
+    "syncs_of_adapters_are_chosen_only_where_there_are_some",
     "minibatches_divide_a_step",
     "a_micro_batch_of_the_critic_holds_the_longest_sample",
     "the_engine_holds_the_longest_sample",

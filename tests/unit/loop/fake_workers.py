@@ -294,7 +294,7 @@ class FakeWorkers:
                 export = [[("w", self.actor.weights)]]
                 return [
                     SentWeights(sync_one(export, sender, engine, version, with_digests), {})
-                    for sender, engine, (version, _, with_digests) in zip(
+                    for sender, engine, (version, _, with_digests, _) in zip(
                         self.senders, self.engines, args_of_rank, strict=True
                     )
                 ]

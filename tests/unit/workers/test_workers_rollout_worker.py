@@ -64,7 +64,7 @@ def make_worker(tmp_path):
         worker = RolloutWorker(spec, engine, place.engine_rank == 0, routes)
         exporter: Any = SimpleNamespace(buckets=lambda max_bytes, ranks: [])
         worker.source = WeightSourceWorker(exporter, {place.engine: link}, engine, 1 << 20, None)
-        worker.source.send_weights(0, {}, False)
+        worker.source.send_weights(0, {}, False, True)
         return worker
 
     return make
