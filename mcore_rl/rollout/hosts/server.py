@@ -153,12 +153,12 @@ class ServerEngine:
             if number not in self._running:
                 continue
             if isinstance(event, Exception):
-                raise self._failure(f"broke off a response: {event!r}") from event
+                raise self._failure(f"broke off a response: {event}") from event
             running = self._running[number]
             try:
                 running.take(event)
             except (KeyError, TypeError, ValueError) as error:
-                raise self._failure(f"answered what cannot be read: {error!r}") from error
+                raise self._failure(f"answered what cannot be read: {error}") from error
             if running.finish_reason is not None:
                 ended.append((number, self._running.pop(number).result()))
         return ended
@@ -283,7 +283,7 @@ class ServerEngine:
             return self._wait(self._request("POST", path, json=body), CALL_LIMIT_S)
         except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError) as error:
             raise self._failure(
-                f"did not do {path.partition('?')[0]}: {error or error!r}"
+                f"did not do {path.partition('?')[0]}: {str(error) or repr(error)}"
             ) from error
 
     async def _request(self, method: str, path: str, **how: Any) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class ServerEngine:
         except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError) as error:
             raise UserError(
                 f"rollout.server_urls: {self._url} is not to be reached, or no vLLM server: "
-                f"{error or error!r}."
+                f"{str(error) or repr(error)}."
             ) from error
         try:
             path = "/server_info?config_format=json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcore_rl.cluster.placement import colocated, engines_apart
+from mcore_rl.cluster.placement import colocated, engines_apart, servers_apart
 from mcore_rl.types import Layout
 
 LAYOUT = Layout(tp=2, dp=4)
@@ -36,3 +36,14 @@ def test_more_engines_than_workers_are_fed_in_turn():
 
 def test_engines_inside_are_ranks_side_by_side():
     assert colocated(LAYOUT, 4, 2).engine_ranks == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_servers_have_no_devices_here_and_are_fed_from_the_first_node():
+    placement = servers_apart(Layout(dp=4), 2, num_servers=3)
+    assert placement.world_size == 4
+    assert [(e.rank, e.node, e.devices, e.fed_by) for e in placement.engines] == [
+        (4, 0, (), 0),
+        (5, 0, (), 1),
+        (6, 0, (), 0),
+    ]
+    assert placement.engine_ranks == [[4], [5], [6]]

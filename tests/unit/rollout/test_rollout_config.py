@@ -7,6 +7,9 @@ import pytest
 from mcore_rl.errors import UserError
 from mcore_rl.rollout.base import ENGINES, EngineKind, RolloutConfig, ValKwargsConfig
 from mcore_rl.rollout.fake_engine import FakeEngine
+from mcore_rl.weight_sync.base import Distance
+
+SERVER = {"host": "server", "server_urls": ["http://a:1"]}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,31 @@ def test_an_engine_that_would_run_a_model_s_code_is_refused():
         ({"n_gpus_per_node": 2}, r"rollout\.n_gpus_per_node=2 is not read with rollout\.host=in_p"),
         ({"max_engine_restarts": 1}, r"rollout\.max_engine_restarts=1 is not read with rollout\.h"),
         ({"host": "process", "nnodes": -1}, r"rollout\.nnodes=-1 must be at least 0"),
+        ({"host": "server"}, r"rollout\.server_urls=\[\] is not set"),
+        (
+            {"server_urls": ["http://a:1"]},
+            r"rollout\.server_urls=.* is not read with",
+        ),
+        (
+            {**SERVER, "server_urls": ["a:1"]},
+            r"rollout\.server_urls=.* holds 'a:1', which",
+        ),
+        (
+            {**SERVER, "server_urls": ["http://a"] * 2},
+            r"rollout\.server_urls=.* names a",
+        ),
+        ({**SERVER, "name": "fake"}, r"rollout\.name='fake' is no server"),
+        ({**SERVER, "nnodes": 1}, r"rollout\.nnodes=1 is not read with rollout\.host=server"),
+        ({**SERVER, "max_engine_restarts": 1}, r"rollout\.max_engine_restarts=1 is not read"),
+        (
+            {**SERVER, "max_num_seqs": 4},
+            r"rollout\.max_num_seqs=4 is not read with",
+        ),
+        (
+            {**SERVER, "sleep_level": 1},
+            r"rollout\.sleep_level=1 is not read with",
+        ),
+        ({**SERVER, "engine_kwargs": {"a": 1}}, r"rollout\.engine_kwargs=.* is not read"),
         ({"host": "process", "nnodes": 1}, r"rollout\.n_gpus_per_node=None is not set"),
         (
             {"host": "process", "n_gpus_per_node": 2},
@@ -123,3 +151,10 @@ def test_weights_take_the_way_of_the_host_unless_another_is_named():
     assert RolloutConfig().transport == "direct"
     assert RolloutConfig(host="process").transport == "shared_memory"
     assert RolloutConfig(host="process", weight_transport="disk").transport == "disk"
+
+
+def test_servers_of_this_machine_are_nearer_than_others():
+    here = RolloutConfig(host="server", server_urls=["http://localhost:1", "http://127.0.0.1:2"])
+    away = RolloutConfig(host="server", server_urls=["http://localhost:1", "http://10.0.0.2:2"])
+    assert (here.distance, away.distance) == (Distance.SAME_MACHINE, Distance.OTHER_MACHINE)
+    assert here.transport == away.transport == "disk"
