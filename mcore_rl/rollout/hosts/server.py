@@ -44,6 +44,10 @@ KEY_VARIABLE = "VLLM_API_KEY"
 """Environment: the key of the servers, if they have one."""
 START_LIMIT_S = 20.0
 """For a server to say what it is."""
+_FAILURES = (aiohttp.ClientError, OSError, RuntimeError, TimeoutError, ValueError)
+"""Of a call: not reached, refused, or answered with what is no JSON."""
+SILENCE_S = 4.0
+"""Without a token: the server is asked whether it is well, and has as long to say so."""
 CALL_LIMIT_S = 600.0
 """For everything else but drawing: the update of a bucket, the compared digests of a model."""
 KEEP_ALIVE_S = 1.0
@@ -145,7 +149,7 @@ class ServerEngine:
 
     def step(self) -> list[tuple[int, GenerationResult]]:
         """See `RolloutEngine`; waits until the server has drawn something."""
-        events = [self._events.get()]
+        events = [self._next_event()]
         while not self._events.empty():
             events.append(self._events.get())
         ended = []
@@ -163,10 +167,22 @@ class ServerEngine:
                 ended.append((number, self._running.pop(number).result()))
         return ended
 
+    def _next_event(self) -> tuple[int, Any]:
+        """Wait for something of a request; a server that says nothing has to be alive."""
+        while True:
+            try:
+                return self._events.get(timeout=SILENCE_S)
+            except queue.Empty:
+                try:
+                    self._wait(self._request("GET", "/health"), SILENCE_S)
+                except _FAILURES as error:
+                    raise self._failure(f"does not answer: {error or error!r}") from error
+
     def abort(self, numbers: Sequence[int]) -> list[tuple[int, GenerationResult]]:
         """See `RolloutEngine`."""
         wanted = set(numbers)
-        self._post("/abort_requests", {"request_ids": [self._name(number) for number in numbers]})
+        names = [f"{_SERVERS_PREFIX}{self._name(number)}" for number in numbers]
+        self._post("/abort_requests", {"request_ids": names})
         found = []
         while wanted & self._running.keys():  # each ends with what it has, or has ended before
             found += self.step()
@@ -182,6 +198,7 @@ class ServerEngine:
                 "stop_token_ids": list(self._spec.stop_token_ids),
                 "stop": list(self._spec.config.stop),
                 "detokenize": bool(self._spec.config.stop),
+                "ignore_eos": True,  # the ends above alone, whatever the server thinks of others
                 "logprobs": 0,  # the sampled token's own
             },
             "stream": True,
@@ -242,9 +259,10 @@ class ServerEngine:
         self.weight_version = self._coming_version
 
     def abort_weight_update(self) -> None:
+        """See `UpdateSession`. The server stays paused: its layers are half loaded, and what it
+        would draw of requests that wait is nonsense, or its end."""
         self.weight_version = -1
         self._of_workers("abort_intake")
-        self._resume()
 
     def _resume(self) -> None:
         if self._is_paused:
@@ -281,7 +299,7 @@ class ServerEngine:
         """
         try:
             return self._wait(self._request("POST", path, json=body), CALL_LIMIT_S)
-        except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError) as error:
+        except _FAILURES as error:
             raise self._failure(
                 f"did not do {path.partition('?')[0]}: {error or error!r}"
             ) from error
@@ -300,7 +318,7 @@ class ServerEngine:
         """
         try:
             self._wait(self._request("GET", "/health"), START_LIMIT_S)
-        except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError) as error:
+        except _FAILURES as error:
             raise UserError(
                 f"rollout.server_urls: {self._url} is not to be reached, or no vLLM server: "
                 f"{error or error!r}."
@@ -308,7 +326,7 @@ class ServerEngine:
         try:
             path = "/server_info?config_format=json"
             return self._wait(self._request("GET", path), START_LIMIT_S)["vllm_config"]
-        except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError, KeyError) as error:
+        except (*_FAILURES, KeyError, TypeError) as error:
             raise UserError(
                 f"rollout.server_urls: {self._url} has no development endpoints. Start it with "
                 "VLLM_SERVER_DEV_MODE=1."
@@ -327,6 +345,8 @@ class ServerEngine:
         return kind(f"the server {self._url} {what}", role="rollout")
 
 
+_SERVERS_PREFIX = "generate-tokens-"
+"""What the server puts before a request's name (scale_out/token_in_token_out/serving.py)."""
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
