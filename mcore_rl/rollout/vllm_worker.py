@@ -112,6 +112,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         """Prepare for a session."""
         if self.is_broken:  # layers that were half loaded would count what they had again
             raise WeightSyncError(_BROKEN, role="rollout")
+        self.is_broken = True  # until it is finished
         self.digests, self._wants_digests = None, with_digests
         if self.adapters is not None:
             self.adapters.clear()
@@ -158,7 +159,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
     def finish_weight_update(self) -> None:
         if self._is_open:
             self._close_layers()
-        self._has_base = True
+        self._has_base, self.is_broken = True, False
         self.intake.end()
 
     def _close_layers(self) -> None:

@@ -44,6 +44,10 @@ KEY_VARIABLE = "VLLM_API_KEY"
 """Environment: the key of the servers, if they have one."""
 START_LIMIT_S = 20.0
 """For a server to say what it is."""
+_FAILURES = (aiohttp.ClientError, OSError, RuntimeError, TimeoutError, ValueError)
+"""Of a call: not reached, refused, or answered with what is no JSON."""
+SILENCE_S = 4.0
+"""Without a token: the server is asked whether it is well, and has as long to say so."""
 CALL_LIMIT_S = 600.0
 """For everything else but drawing: the update of a bucket, the compared digests of a model."""
 KEEP_ALIVE_S = 1.0
@@ -126,6 +130,7 @@ class ServerEngine:
         self._session = self._wait(_open_session(), START_LIMIT_S)
         try:
             check_server(self._url, self._ask_what_it_is(), spec, link)
+            self._check_tokens()
             if any(self._of_workers("broken_updates")):
                 raise UserError(
                     f"rollout.server_urls: a weight update of the server {self._url} broke off; "
@@ -145,7 +150,7 @@ class ServerEngine:
 
     def step(self) -> list[tuple[int, GenerationResult]]:
         """See `RolloutEngine`; waits until the server has drawn something."""
-        events = [self._events.get()]
+        events = [self._next_event()]
         while not self._events.empty():
             events.append(self._events.get())
         ended = []
@@ -163,10 +168,22 @@ class ServerEngine:
                 ended.append((number, self._running.pop(number).result()))
         return ended
 
+    def _next_event(self) -> tuple[int, Any]:
+        """Wait for something of a request; a server that says nothing has to be alive."""
+        while True:
+            try:
+                return self._events.get(timeout=SILENCE_S)
+            except queue.Empty:
+                try:
+                    self._wait(self._request("GET", "/health"), SILENCE_S)
+                except _FAILURES as error:
+                    raise self._failure(f"does not answer: {str(error) or repr(error)}") from error
+
     def abort(self, numbers: Sequence[int]) -> list[tuple[int, GenerationResult]]:
         """See `RolloutEngine`."""
         wanted = set(numbers)
-        self._post("/abort_requests", {"request_ids": [self._name(number) for number in numbers]})
+        names = [f"{_SERVERS_PREFIX}{self._name(number)}" for number in numbers]
+        self._post("/abort_requests", {"request_ids": names})
         found = []
         while wanted & self._running.keys():  # each ends with what it has, or has ended before
             found += self.step()
@@ -182,6 +199,7 @@ class ServerEngine:
                 "stop_token_ids": list(self._spec.stop_token_ids),
                 "stop": list(self._spec.config.stop),
                 "detokenize": bool(self._spec.config.stop),
+                "ignore_eos": True,  # the ends above alone, whatever the server thinks of others
                 "logprobs": 0,  # the sampled token's own
             },
             "stream": True,
@@ -242,9 +260,10 @@ class ServerEngine:
         self.weight_version = self._coming_version
 
     def abort_weight_update(self) -> None:
+        """See `UpdateSession`. The server stays paused: its layers are half loaded, and what it
+        would draw of requests that wait is nonsense, or its end."""
         self.weight_version = -1
         self._of_workers("abort_intake")
-        self._resume()
 
     def _resume(self) -> None:
         if self._is_paused:
@@ -281,7 +300,7 @@ class ServerEngine:
         """
         try:
             return self._wait(self._request("POST", path, json=body), CALL_LIMIT_S)
-        except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError) as error:
+        except _FAILURES as error:
             raise self._failure(
                 f"did not do {path.partition('?')[0]}: {str(error) or repr(error)}"
             ) from error
@@ -300,7 +319,7 @@ class ServerEngine:
         """
         try:
             self._wait(self._request("GET", "/health"), START_LIMIT_S)
-        except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError) as error:
+        except _FAILURES as error:
             raise UserError(
                 f"rollout.server_urls: {self._url} is not to be reached, or no vLLM server: "
                 f"{str(error) or repr(error)}."
@@ -308,11 +327,25 @@ class ServerEngine:
         try:
             path = "/server_info?config_format=json"
             return self._wait(self._request("GET", path), START_LIMIT_S)["vllm_config"]
-        except (aiohttp.ClientError, OSError, RuntimeError, TimeoutError, KeyError) as error:
+        except (*_FAILURES, KeyError, TypeError) as error:
             raise UserError(
                 f"rollout.server_urls: {self._url} has no development endpoints. Start it with "
                 "VLLM_SERVER_DEV_MODE=1."
             ) from error
+
+    def _check_tokens(self) -> None:
+        """Raise a UserError unless the server takes and gives tokens, for this run."""
+        try:
+            self._wait(self._request("POST", "/inference/v1/generate", json={}), START_LIMIT_S)
+        except _FAILURES as error:  # HTTP 400 is the right answer to nothing
+            fixes = {"401": f"Set {KEY_VARIABLE} here.", "404": "Start it with --enable-scale-out."}
+            fixes["403"] = fixes["401"]
+            status = str(error).removeprefix("HTTP ").partition(":")[0]
+            if status in fixes:
+                raise UserError(
+                    f"rollout.server_urls: {self._url} does not take tokens "
+                    f"(/inference/v1/generate: HTTP {status}). {fixes[status]}"
+                ) from error
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], limit_s: float) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -327,6 +360,8 @@ class ServerEngine:
         return kind(f"the server {self._url} {what}", role="rollout")
 
 
+_SERVERS_PREFIX = "generate-tokens-"
+"""What the server puts before a request's name (scale_out/token_in_token_out/serving.py)."""
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
@@ -353,6 +388,16 @@ def check_server(url: str, found: dict[str, Any], spec: EngineSpec, link: Link) 
         spec: what the run wants.
         link: by which its weights would come.
     """
+    try:
+        _check_configuration(url, found, spec, link)
+    except KeyError as error:
+        raise UserError(
+            f"rollout.server_urls: the server {url} is another vLLM than this knows: its "
+            f"configuration has no {error}."
+        ) from error
+
+
+def _check_configuration(url: str, found: dict[str, Any], spec: EngineSpec, link: Link) -> None:
     model, parallel = found["model_config"], found["parallel_config"]
     transfer = (found.get("weight_transfer_config") or {}).get("backend")
     overrides = model.get("hf_overrides") or {}
