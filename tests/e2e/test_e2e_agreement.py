@@ -12,6 +12,7 @@ from pathlib import Path
 import commands
 import pytest
 from vllm_models import make_model
+from vllm_servers import VllmServer
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
@@ -27,6 +28,7 @@ LAYOUTS = {
     "ep2": (2, EP2),
     "tp2pp2": (4, (*TP2, *PP2)),
 }
+CACHE = "rollout.kv_cache_memory_bytes=33554432"
 OWN = "rollout.host=process"
 ENGINE_TP2 = "rollout.tensor_model_parallel_size=2"
 HOSTS = {
@@ -37,6 +39,10 @@ HOSTS = {
     "in_process, TP2": (ENGINE_TP2,),
     "process, TP2": (OWN, ENGINE_TP2),
     "process, own devices": (OWN, "rollout.nnodes=1", "rollout.n_gpus_per_node=1"),
+}
+SERVERS = {
+    "server": (),
+    "server, shared memory": ("rollout.weight_transport=shared_memory",),
 }
 TOLERANCE = 1e-4
 
@@ -55,7 +61,7 @@ def folder_of(tmp_path_factory):
     return folder_of
 
 
-def check(prepared, folder: Path, work: Path, layout: str, host: str) -> None:
+def check(prepared, folder: Path, work: Path, layout: str, of_engine: tuple[str, ...]) -> None:
     work.mkdir()
     num_processes, of_layout = LAYOUTS[layout]
     done = prepared.run(
@@ -64,9 +70,8 @@ def check(prepared, folder: Path, work: Path, layout: str, host: str) -> None:
         f"trainer.n_gpus_per_node={num_processes}",
         "actor.megatron.dtype=float32",
         "actor.optim.lr=0.01",
-        "rollout.kv_cache_memory_bytes=33554432",
         *of_layout,
-        *HOSTS[host],
+        *of_engine,
         module="agreement_run",
         environment={
             "PYTHONPATH": os.pathsep.join(
@@ -100,7 +105,7 @@ def check(prepared, folder: Path, work: Path, layout: str, host: str) -> None:
 def test_engines_agree_with_the_trainer_after_every_sync(
     prepared, folder_of, tmp_path, model, layout, host
 ):
-    check(prepared, folder_of(model), tmp_path / "run", layout, host)
+    check(prepared, folder_of(model), tmp_path / "run", layout, (CACHE, *HOSTS[host]))
 
 
 def cells() -> list[tuple[str, str, str]]:
@@ -118,4 +123,39 @@ def cells() -> list[tuple[str, str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout", "host"), cells())
 def test_the_whole_matrix_agrees(prepared, folder_of, tmp_path, model, layout, host):
-    check(prepared, folder_of(model), tmp_path / "run", layout, host)
+    check(prepared, folder_of(model), tmp_path / "run", layout, (CACHE, *HOSTS[host]))
+
+
+@pytest.fixture(scope="module")
+def url_of(folder_of, tmp_path_factory):
+    """Return a function: "moe" -> the address of a server for that model."""
+    servers: dict[str, VllmServer] = {}
+
+    def url_of(model: str) -> str:
+        if model not in servers:
+            log = tmp_path_factory.mktemp("servers") / model
+            servers[model] = VllmServer(folder_of(model), log, max_model_len=256)
+            servers[model].wait()
+        return servers[model].url
+
+    yield url_of
+    for server in servers.values():
+        server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", SERVERS)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        (model, layout)
+        for model in MODELS
+        for layout in LAYOUTS
+        if model in EXPERTS or layout != "ep2"
+    ],
+)
+def test_servers_agree_in_the_whole_matrix(
+    prepared, folder_of, url_of, tmp_path, model, layout, host
+):
+    of_server = ("rollout.host=server", f"rollout.server_urls=[{url_of(model)}]", *SERVERS[host])
+    check(prepared, folder_of(model), tmp_path / "run", layout, of_server)
