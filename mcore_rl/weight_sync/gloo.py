@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import datetime
 import socket
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,35 +64,40 @@ class GlooSender(Sender[Broadcast]):
         self._num_sent += 1
         buffer = torch.empty(packed.num_bytes, dtype=torch.uint8)
         packed.write(bucket, buffer)
-        pool = ThreadPoolExecutor(1)
-        delivering = pool.submit(deliver, update)
+        # The engine, which may be in this process, works in one and the same thread: what others
+        # allocate is kept for each, and so is a pool for torch's operators.
+        pool, is_over = ThreadPoolExecutor(1), threading.Event()
+        broadcasting = pool.submit(self._broadcast, self._store, update.number, buffer, is_over)
         try:
-            self._meet(update.number, delivering)
-            if self._group is None:
-                size = 1 + self.link.num_receivers
-                self._group = _join(self._store, self.link.address, rank=0, size=size)
-            _broadcast(self._group, buffer)
-            delivering.result()
-        except RuntimeError as error:
-            self._group = None  # so that receivers wait no longer
-            wait([delivering], DEADLINE.total_seconds())
-            if delivering.done():
-                delivering.result()  # says why
-            raise WeightSyncError(f"a broadcast broke off: {error}", role="rollout") from error
+            deliver(update)
         finally:
+            is_over.set()
             pool.shutdown(wait=False)
+        broadcasting.result()
 
-    def _meet(self, number: int, delivering: Future[None]) -> None:
-        """Wait until all receivers are about to take the broadcast."""
+    def _broadcast(
+        self, store: Any, number: int, buffer: torch.Tensor, is_over: threading.Event
+    ) -> None:
+        """Send a buffer when all receivers are about to take it, unless delivery is over before."""
         keys = [_key(number, receiver) for receiver in range(self.link.num_receivers)]
         last = time.monotonic() + DEADLINE.total_seconds()
-        while not self._store.check(keys):
-            is_over = time.monotonic() > last
-            if delivering.done():
-                delivering.result()  # says why
-            if delivering.done() or is_over:
-                raise WeightSyncError("receivers do not come to a broadcast", role="rollout")
-            time.sleep(_PAUSE_S)
+        try:
+            while True:
+                was_over = is_over.is_set() or time.monotonic() > last
+                if store.check(keys):
+                    break
+                if was_over:
+                    raise WeightSyncError("receivers do not come to a broadcast", role="rollout")
+                is_over.wait(_PAUSE_S)
+            if self._group is None:
+                size = 1 + self.link.num_receivers
+                self._group = _join(store, self.link.address, rank=0, size=size)
+            _broadcast(self._group, buffer)
+            return
+        except RuntimeError as error:
+            problem = str(error)  # alone: the error itself would keep the group
+        self._group = None  # so that receivers wait no longer
+        raise WeightSyncError(f"a broadcast broke off: {problem}", role="rollout")
 
     def end(self) -> None:
         self._group = self._store = None

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import threading
 import time
 
 import pytest
@@ -271,4 +272,34 @@ def test_a_receiver_that_does_not_come_to_the_broadcast_says_why(tmp_path):
     with pytest.raises(WeightSyncError, match="the engine has no room"):
         sender.send([("w", torch.zeros(8))], deliver)
     assert time.monotonic() - begin < 60
+    sender.end()
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_an_engine_loads_every_bucket_in_the_thread_of_the_sync(name, tmp_path):
+    """What one allocates and frees in a thread of its own is kept for that thread: with one for
+    each bucket that came to the whole model."""
+    link = link_of(name, tmp_path)
+    sender, receiver = link.open_sender(), link.open_receiver()
+    loading = []
+
+    def deliver(update):
+        receiver.receive(update, lambda tensors: loading.append(threading.get_ident()))
+
+    sender.begin(0)
+    receiver.begin(0)
+    for _ in range(3):
+        sender.send([("w", torch.zeros(8))], deliver)
+    assert loading == [threading.get_ident()] * 3
+    receiver.end()
+    sender.end()
+
+
+def test_a_broadcast_that_no_receiver_took_is_an_error_as_soon_as_delivery_is_over(tmp_path):
+    sender = link_of("gloo", tmp_path).open_sender()
+    sender.begin(0)
+    begin = time.monotonic()
+    with pytest.raises(WeightSyncError, match="receivers do not come to a broadcast"):
+        sender.send([("w", torch.zeros(8))], lambda update: None)
+    assert time.monotonic() - begin < 60  # half of the deadline
     sender.end()
