@@ -209,7 +209,8 @@ def _write_model(folder: Path, dtype: str) -> None:
         max_position_embeddings=64,
         initializer_range=0.2,  # so that probabilities differ
     )
-    model = AutoModelForCausalLM.from_config(config).to(torch_dtype(dtype))
+    model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.to(torch_dtype(dtype))
     model.save_pretrained(folder)
 
 

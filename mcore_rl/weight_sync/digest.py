@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mcore_rl.foreign_json import parse_json
+
 _WORDS_PER_ROW = 64
 _BYTES_PER_ROW = 8 * _WORDS_PER_ROW
 
@@ -67,7 +69,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Return what `to_json` wrote."""
-        made, found = cls(), json.loads(text)
+        made, found = cls(), parse_json(text)
         made._doubled = found["doubled"]
         for name, (dtype, shape, content) in found["entries"].items():
             made._entries[name] = _Entry(dtype, tuple(shape), content)

@@ -54,6 +54,7 @@ JSON = {
     "launch.channel": "headers of messages; one of a stranger is dropped, whatever it raises",
     "rewards.sandbox": OWN,
     "rewards.pool": OWN,
+    "doctor.children": OWN,
     "verify.layouts": OWN,
     "verify.layout_run": OWN,
     "verify.model_run": OWN,
@@ -186,7 +187,7 @@ def test_no_model_s_code_is_run():
                 for call in calls(tree)
                 if folder == "mcore_rl" and ast.unparse(call.func).startswith("Auto")
             ]
-    assert loaders == [True] * 4
+    assert loaders == [True] * 5
 
 
 def trust_said_in(tree: ast.Module) -> Iterator[str]:

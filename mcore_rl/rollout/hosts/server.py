@@ -27,6 +27,7 @@ import aiohttp
 import numpy as np
 
 from mcore_rl.errors import RolloutError, UserError, WeightSyncError
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.rollout.base import (
     EnginePart,
     EngineSpec,
@@ -214,7 +215,7 @@ class ServerEngine:
                     text = line.decode().strip()
                     if not text.startswith("data: ") or text == "data: [DONE]":
                         continue
-                    chunk = json.loads(text.removeprefix("data: "))
+                    chunk = parse_json(text.removeprefix("data: "))
                     if "error" in chunk:
                         raise RuntimeError(str(chunk["error"]))
                     for choice in chunk["choices"]:
@@ -309,7 +310,7 @@ class ServerEngine:
         async with self._session.request(method, self._url + path, **how) as response:
             await _raise_for(response)
             text = await response.text()
-            return json.loads(text) if text else {}
+            return parse_json(text) if text else {}
 
     def _ask_what_it_is(self) -> dict[str, Any]:
         """Return the configuration of the server.
@@ -446,6 +447,6 @@ def _architecture(folder: str) -> tuple[Any, ...] | None:
     file = Path(folder) / "config.json"
     if not file.exists():
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = parse_json(file.read_text(encoding="utf-8"))
     names = ("architectures", "hidden_size", "num_hidden_layers", "vocab_size")
     return tuple(str(config.get(name)) for name in names)
