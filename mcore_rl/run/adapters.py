@@ -37,8 +37,7 @@ def why_merged(
     if rollout.host == "server":
         return "servers are started without adapters"
     if has_experts:
-        # On CPU it starts and fails at its first request (lora/layers/fused_moe.py asks for
-        # kernels of Triton); nowhere has it been run here.
+        # On CPU it started and failed at its first request when tried; elsewhere it was not.
         return "the model has experts, whose adapters vLLM does not run on every device"
     other = sorted(set(layers) - SHOWN_LAYERS)
     if other:
