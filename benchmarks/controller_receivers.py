@@ -107,7 +107,7 @@ def serve(end: WorkerEnd) -> None:
             return
         value = order.read()
         if order.kind == channel.START:
-            end.answer(order, None)
+            end.answer(order, "")
             continue
         method, args = value
         answer = handlers[method](*args)
@@ -132,6 +132,7 @@ class Receivers:
 
     def __init__(self, placement: Placement, num_processes: int, address: Address) -> None:
         self.placement = placement
+        self.nodes: Sequence[int] = ()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         for number in range(num_processes):
             shares = placement.share_ranks[number::num_processes]
@@ -140,6 +141,13 @@ class Receivers:
             environment = os.environ | {SECRET_VARIABLE: address.secret.hex()}
             process = subprocess.Popen(command, env=environment)
             self._processes |= dict.fromkeys(ranks, process)
+
+    def heard(self, report: Mapping[str, Any]) -> None:
+        """See `Processes`."""
+
+    def is_far(self, rank: int) -> bool:
+        """See `Processes`."""
+        return False
 
     def ended(self) -> Mapping[int, Ended]:
         """See `Processes`."""
@@ -155,10 +163,6 @@ class Receivers:
         raise AssertionError("there are no engines")
 
     def restart(self, engine: EnginePlace) -> None:
-        """See `Processes`."""
-        raise AssertionError("there are no engines")
-
-    def update_address(self, engine: EnginePlace) -> Address:
         """See `Processes`."""
         raise AssertionError("there are no engines")
 
@@ -204,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("ranks", type=int, nargs="+")
     args = parser.parse_args(argv)
     address = Address(args.endpoint, bytes.fromhex(os.environ.pop(SECRET_VARIABLE)))
-    ends = [WorkerEnd(address, rank, silence_s=None) for rank in args.ranks]
+    ends = [WorkerEnd(address, rank) for rank in args.ranks]
     threads = [threading.Thread(target=serve, args=(end,)) for end in ends]
     for thread in threads:
         thread.start()

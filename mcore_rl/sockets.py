@@ -9,14 +9,41 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import socket
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import zmq
 import zmq.auth.thread
 from zmq.utils import z85
 
 logger = logging.getLogger(__name__)
+
+
+def address_towards(host: str, port: int = 9) -> str:
+    """Return the IPv4 address of this machine on the way to another, by which that one reaches it.
+
+    Args:
+        host: name or address of the other.
+        port: of the other; nothing is sent there.
+
+    Raises:
+        OSError: if there is no way.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of this machine's network interface that has an IPv4 address: "eth0"."""
+    import psutil  # a moment; no controller on one machine needs it
+
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in found):
+            return name
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +61,21 @@ class Address:
 
     @property
     def is_encrypted(self) -> bool:
+        """Whether it is reached over a network."""
         return self.endpoint.startswith("tcp:")
+
+    @property
+    def host(self) -> str | None:
+        """Address of the machine; None: it is this one's alone."""
+        return urlsplit(self.endpoint).hostname if self.is_encrypted else None
+
+    def beside(self, name: str) -> Address:
+        """Return an address for another socket of the run, of this process's machine: in the same
+        folder, or a free port on the way to this address."""
+        if self.host is None:
+            folder = self.endpoint.rpartition("/")[0]
+            return Address(f"{folder}/{name}", self.secret)
+        return Address(f"tcp://{address_towards(self.host)}:*", self.secret)
 
     def keys(self, side: bytes) -> tuple[bytes, bytes]:
         """Return (public, secret) CURVE keys of the "server" or the "client", as Z85."""

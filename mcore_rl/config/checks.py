@@ -5,6 +5,7 @@ They run after composition, before any process is started, and change nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from mcore_rl.config.run import (
 from mcore_rl.data.prompts import DataConfig
 from mcore_rl.errors import require
 from mcore_rl.megatron.overrides import Circumstances, check_overrides
-from mcore_rl.weight_sync.base import TRANSPORTS
+from mcore_rl.weight_sync.base import TRANSPORTS, Distance
 
 
 def check_run(cfg: RunConfig) -> None:
@@ -300,8 +301,10 @@ def engines_divide_the_devices(cfg: RunConfig) -> None:
 
 
 def weights_reach_the_engines(cfg: RunConfig) -> None:
-    """Where engines are, rollout.host says."""
+    """Where engines are, rollout.host says, and with nodes of their own the launcher."""
     name, there = cfg.rollout.transport, cfg.rollout.distance
+    if cfg.rollout.nnodes and _starts_on_several_machines(cfg):
+        there = Distance.OTHER_MACHINE
     is_server = cfg.rollout.host == "server"
     others = [
         other
@@ -316,6 +319,12 @@ def weights_reach_the_engines(cfg: RunConfig) -> None:
         f"does not reach an engine {there.value}",
         f"Those that do: {', '.join(others)}.",
     )
+
+
+def _starts_on_several_machines(cfg: RunConfig) -> bool:
+    """Ray may put nodes on different ones; torchrun says it to its processes."""
+    launched, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    return cfg.trainer.launcher == "ray" or ("RANK" in os.environ and launched != here)
 
 
 def routes_are_recorded_in_train_workers(cfg: RunConfig) -> None:

@@ -235,6 +235,10 @@ class TrainerConfig:
     n_gpus_per_node: int = 1
     """Train processes per node, one per device; on CPU, processes."""
     nnodes: int = 1
+    launcher: str = "auto"
+    """What starts the processes: local (this command, on this machine), torchrun (which starts this
+    command), ray (joins the cluster at RAY_ADDRESS, or starts one of this machine); auto: torchrun
+    where it has started this command, otherwise local."""
     project_name: str = "mcore_rl"
     experiment_name: str = "default"
     default_local_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
@@ -286,6 +290,7 @@ class TrainerConfig:
         modes = ("auto", "disable", "resume_path")
         require_one_of("trainer.resume_mode", self.resume_mode, modes)
         require_one_of("trainer.best_ckpt_mode", self.best_ckpt_mode, ("max", "min"))
+        require_one_of("trainer.launcher", self.launcher, ("auto", "local", "torchrun", "ray"))
         require(
             (self.resume_mode == "resume_path") == (self.resume_from_path is not None),
             "trainer.resume_from_path",

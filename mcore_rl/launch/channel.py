@@ -2,6 +2,7 @@
 
     controller -> worker   START(spec)  CALL(id, step, method, arguments)  CANCEL(id)  PING  STACKS
                            END  DIE
+    controller -> node     SPAWN(program)  KILL(rank)  PING  STACKS  END  DIE
     worker -> controller   HELLO(rank, token, code)  RESULT(id)  ERROR(id)  BEAT(ticks)
                            STACKS(text)
 
@@ -22,13 +23,14 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import queue
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,10 +46,13 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 """Between two heartbeats of either side."""
+SILENCE_S = 20.0
+"""Over a network, the other side is lost when it is not heard of for so long."""
 _POLL_MS = 200
 
 HELLO, RESULT, ERROR, BEAT, STACKS = b"hello", b"result", b"error", b"beat", b"stacks"
 START, CALL, CANCEL, PING, END, DIE = b"start", b"call", b"cancel", b"ping", b"end", b"die"
+SPAWN, KILL = b"spawn", b"kill"
 
 
 @cache
@@ -116,19 +121,22 @@ class Received:
     kind: bytes
     header: dict[str, Any]
     frames: Sequence[Frame]
+    peer: str
+    """With hello: the address of its machine; "" on this one."""
 
 
 class Listener:
     """The controller's socket. Owned by one thread, but for `send` and `wake_up`.
 
     Args:
-        address: to listen at; "tcp://10.0.0.1:*" takes a free port, see `endpoint`.
+        address: to listen at; "tcp://10.0.0.1:*" takes a free port, see `address`.
     """
 
     def __init__(self, address: Address) -> None:
         self._server = ServerSocket(address)
-        self._socket, self.endpoint = self._server.socket, self._server.endpoint
-        self._token = address.token
+        self._socket = self._server.socket
+        self.address = Address(self._server.endpoint, address.secret)
+        """Where it listens."""
         self._ranks: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._gone: set[bytes] = set()
@@ -179,7 +187,7 @@ class Listener:
             kind, header = rest[0].bytes, json.loads(rest[1].bytes)
             if sender not in self._ranks:
                 shown = str(header["token"])
-                if kind != HELLO or not hmac.compare_digest(shown, self._token):
+                if kind != HELLO or not hmac.compare_digest(shown, self.address.token):
                     raise ValueError("it does not show the token of this run")
                 rank = int(header["rank"])
                 self._ranks[sender], self._identities[rank] = rank, sender
@@ -188,7 +196,10 @@ class Listener:
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             logger.warning("a message from a stranger was dropped: %s", error)
             return None
-        return Received(self._ranks[sender], kind, header, [frame.buffer for frame in rest[2:]])
+        bodies = [frame.buffer for frame in rest[2:]]
+        is_met = kind == HELLO and self.address.is_encrypted
+        peer = str(rest[0].get("Peer-Address")) if is_met else ""
+        return Received(self._ranks[sender], kind, header, bodies, peer)
 
     def forget(self, rank: int) -> None:
         """Listen no more to the process of a rank; another one may say hello in its place."""
@@ -219,17 +230,20 @@ class Order:
 class WorkerEnd:
     """A worker's end: orders come one by one, answers go back, heartbeats go by themselves.
 
-    The process ends at once when the controller says so or is gone.
+    The process ends at once when the controller says so or is gone: a lost connection says that
+    and, over a network, silence.
 
     Args:
         address: of the controller.
         rank: of this worker.
-        silence_s: the controller counts as gone when nothing was heard of it for so long; None
-            where a lost connection or the system itself says so (on one machine).
+        report: returns what every heartbeat brings the controller.
     """
 
-    def __init__(self, address: Address, rank: int, silence_s: float | None) -> None:
-        self._address, self._rank, self._silence_s = address, rank, silence_s
+    def __init__(
+        self, address: Address, rank: int, report: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
+        self._address, self._rank, self._report = address, rank, report
+        self._silence_s = SILENCE_S if address.is_encrypted else math.inf
         self._orders: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self._outbox = _Outbox()
@@ -294,7 +308,7 @@ class WorkerEnd:
             if self._is_closing.is_set():
                 break
             if time.monotonic() >= next_beat:
-                socket.send_multipart([BEAT, _header(ticks=progress.ticks())])
+                socket.send_multipart([BEAT, _header(ticks=progress.ticks(), **self._report())])
                 next_beat = time.monotonic() + BEAT_S
             while socket in readable:
                 try:
@@ -303,7 +317,7 @@ class WorkerEnd:
                     break
                 heard = time.monotonic()
                 self._take(socket, frames)
-            if self._silence_s is not None and time.monotonic() - heard > self._silence_s:
+            if time.monotonic() - heard > self._silence_s:
                 end_now()
         client.close()
 

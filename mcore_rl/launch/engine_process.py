@@ -25,12 +25,13 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
-    end = WorkerEnd(Address(arguments.endpoint, secret), arguments.rank, silence_s=None)
+    address = Address(arguments.endpoint, secret)
+    updates = address.beside(f"weights-{arguments.number}")
     serve(
         Identity("engine", arguments.number),
-        end,
+        WorkerEnd(address, arguments.rank),
         partial(_import_library, arguments.engine),
-        _start,
+        partial(_start, updates),
     )
 
 
@@ -41,10 +42,10 @@ def _import_library(engine: str) -> None:
         import_engine(engine)
 
 
-def _start(spec: Any) -> Servant:
+def _start(updates: Address, spec: Any) -> Servant:
     from mcore_rl.workers.engine_worker import EngineWorker
 
-    return EngineWorker(spec)
+    return EngineWorker(spec, updates)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ one that cannot be reached over the network within `SILENCE_S`; when nothing goe
 raise the same error, and a controller that is busy elsewhere is ended after `GRACE_S`.
 
 An engine that is a process of its own is lost by itself: the calls to it fail, and it may be
-started again. One that does not answer is killed, so that nobody waits for it.
+started again. One that does not answer is killed, so that nobody waits for it. With a node process
+its machine is lost, and that ends the run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mcore_rl.cluster.group import Call
 from mcore_rl.errors import EngineLostError, HangError, RunError, UserError, WorkerLostError
 from mcore_rl.frames import Frame, decode, encode, num_bytes
 from mcore_rl.launch import channel
-from mcore_rl.launch.channel import Listener, Received
+from mcore_rl.launch.channel import SILENCE_S, Listener, Received
 from mcore_rl.launch.processes import Ended, Processes
 from mcore_rl.printable import printable
 from mcore_rl.sockets import Address
@@ -42,10 +43,9 @@ START_LIMIT_S = 3600.0
 """For all workers to import their libraries and load their weights; the hang timeout if longer."""
 ENGINE_SILENCE_S = 6.0
 """An engine that is a process of its own is not heard of for so long: it hangs."""
-SILENCE_S = 20.0
-"""A worker of another machine that is not heard of for so long is lost."""
 STARTING_SILENCE_S = 180.0
-"""The same while it imports libraries, which can keep its threads from running."""
+"""For an engine, and a worker of another machine, while it imports libraries, which can keep its
+threads from running."""
 ECHO_S = 2.0
 """A worker's error may be but the echo of another one's end, which is noticed within this time."""
 GRACE_S = 5.0
@@ -86,6 +86,10 @@ class _Rank:
     lost: Exception | None = None
     """Why an engine is lost, until it is started again."""
     began_at: float = field(default_factory=time.monotonic)
+    machine: str = ""
+    """Name and address of another machine that it is on."""
+    endpoint: str = ""
+    """Where an engine takes its weights."""
 
     @property
     def in_flight(self) -> int:
@@ -124,7 +128,9 @@ class ChannelWorkers:
         self._listener, self._processes = listener, processes
         self._hang_timeout_s, self._give_up = hang_timeout_s, give_up
         self._engine_frames: dict[int, list[Frame]] = {}
-        self._ranks = [_Rank() for _ in range(self.world_size + len(self._engines))]
+        first_node = self.world_size + len(self._engines)
+        self._nodes = dict(enumerate(processes.nodes, first_node))
+        self._ranks = [_Rank() for _ in range(first_node + len(self._nodes))]
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._failure: Exception | None = None
@@ -171,7 +177,7 @@ class ChannelWorkers:
 
     def update_address(self, rank: int) -> Address:
         """Return where the engine of a rank takes its weights."""
-        return self._processes.update_address(self._engines[rank])
+        return Address(self._ranks[rank].endpoint, self._listener.address.secret)
 
     def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
         """See `WorkerGroup`. Waits while a worker has more to do than may be in flight."""
@@ -265,7 +271,7 @@ class ChannelWorkers:
                     self._give_up(self._failure, self.kill)
                 continue
             for rank in unreachable if not self._is_closing else ():
-                if self._is_far(rank):  # how one of this machine ended is known in a moment
+                if self._processes.is_far(rank):  # how one of this machine ended is soon known
                     self._lose(rank, "cannot be reached any more")
             if now >= next_beat or self._echo is not None:
                 self._watch(now)
@@ -278,10 +284,14 @@ class ChannelWorkers:
         state.heard_at = now
         match message.kind:
             case channel.HELLO:
+                if message.peer:
+                    state.machine = f"{message.header['host']}, {message.peer}"
+                state.is_starting = message.rank not in self._nodes
                 if message.header["code"] != channel.code_version():
                     found = f"runs other code than the controller, on {message.header['host']}"
                     self._lose(message.rank, found)
             case channel.BEAT:
+                self._processes.heard(message.header)
                 if message.header["ticks"] != state.ticks:
                     state.ticks, state.progressed_at = message.header["ticks"], now
             case channel.STACKS:
@@ -305,6 +315,8 @@ class ChannelWorkers:
             self._fail(RunError(problem, rank=message.rank, role=role, step=pending.step))
             return
         if message.kind == channel.RESULT:
+            if pending.name == _START:
+                state.endpoint = value
             pending.future.set_result(value)
             return
         error, trace = value
@@ -332,8 +344,7 @@ class ChannelWorkers:
             if state.heard_at is not None:
                 self._listener.send(rank, channel.PING, {})
                 if now - state.heard_at > self._silence_s(rank):
-                    where = self._processes.state(rank)
-                    self._lose(rank, f"was not heard of for {now - state.heard_at:.0f} s ({where})")
+                    self._lose(rank, f"was not heard of for {now - state.heard_at:.0f} s")
             elif now - state.began_at > HELLO_LIMIT_S:
                 self._lose(rank, f"did not say hello within {HELLO_LIMIT_S:.0f} s")
         self._watch_progress(now)
@@ -341,15 +352,17 @@ class ChannelWorkers:
     def _silence_s(self, rank: int) -> float:
         """Return for how long a process need not be heard of; the watch over progress finds a
         worker of this machine that hangs."""
-        is_far = self._is_far(rank)
+        is_far = self._processes.is_far(rank)
         if rank not in self._engines and not is_far:
             return math.inf
         if self._ranks[rank].is_starting:
             return STARTING_SILENCE_S
         return SILENCE_S if is_far else ENGINE_SILENCE_S
 
-    def _is_far(self, rank: int) -> bool:
-        return self._processes.state(rank).startswith("another machine")
+    def _where(self, rank: int) -> str:
+        """Return what is known of a process that does not answer."""
+        machine = self._ranks[rank].machine
+        return ", ".join(filter(None, [self._processes.state(rank), machine]))
 
     def _watch_progress(self, now: float) -> None:
         waited_for = [(rank, state) for rank, state in enumerate(self._ranks) if state.pending]
@@ -374,13 +387,11 @@ class ChannelWorkers:
         if silent and now < self._hang[0]:
             return
         stacks = "".join(
-            f"--- rank {rank} ---\n{state.stacks or self._processes.state(rank)}\n"
+            f"--- rank {rank} ---\n{state.stacks or self._where(rank)}\n"
             for rank, state in enumerate(self._ranks)
         )
         sys.stderr.write(printable(stacks))
-        named = "; ".join(
-            f"rank {rank} does not answer ({self._processes.state(rank)})" for rank in silent
-        )
+        named = "; ".join(f"rank {rank} does not answer ({self._where(rank)})" for rank in silent)
         suspect = silent[0] if silent else None
         first = next(iter(waited_for[0][1].pending.values()))
         message = "; ".join(filter(None, [self._hang[1], named]))
@@ -388,8 +399,15 @@ class ChannelWorkers:
         self._fail(HangError(message, rank=suspect, role=f"worker, {first.name}", step=first.step))
 
     def _lose(self, rank: int, problem: str, ended: Ended | None = None) -> None:
+        if ended is None and (where := self._where(rank)):
+            problem += f" ({where})"
+        elif machine := self._ranks[rank].machine:
+            problem += f" ({machine})"
         if rank in self._engines and not self._is_closing:
             self._lose_engine(rank, problem)
+            return
+        if rank in self._nodes:
+            self._fail(WorkerLostError(problem, role=f"node {self._nodes[rank]}", step=self.step))
             return
         pending = next(iter(self._ranks[rank].pending.values()), None)
         role = f"worker, {pending.name}" if pending else "worker"

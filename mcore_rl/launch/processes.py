@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.processes import ending, kill
-from mcore_rl.sockets import Address
+from mcore_rl.sockets import Address, address_towards, interface_of
 
 SECRET_VARIABLE = "MCORE_RL_CHANNEL_SECRET"
 """Environment of a worker: the channel's secret, as hexadecimal digits."""
@@ -26,22 +26,52 @@ class Ended:
 
     exit_code: int | None
     """Negative: the signal that ended it; None: not known."""
+    reason: str = ""
+    """Why, where more is known."""
 
     @property
     def text(self) -> str:
         """As part of a message: "was ended by SIGKILL"."""
         if self.exit_code is None:
-            return "ended"
+            return f"ended: {self.reason}" if self.reason else "ended"
         if self.exit_code < 0:
             return f"was ended by {ending(self.exit_code)}"
         return f"ended with {ending(self.exit_code)}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A process to start, on whatever machine."""
+
+    rank: int
+    """By which the controller reaches it."""
+    main: Callable[[], None]
+    """Of a module that `python -m` runs."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Of its command line, beside where the controller is."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to that of the process which starts it."""
+    devices: Sequence[int] | None = None
+    """That it sees, of those that the process sees which starts it; None: all."""
+    attempt: int = 0
+    """How often the process of this rank was started before."""
+
+
 class Processes(Protocol):
-    """The processes of a run: train workers, and after them the engines that are processes of their
-    own."""
+    """The processes of a run: train workers, after them the engines that are processes of their
+    own, and then the nodes: processes that start others on machines where the controller is not."""
 
     placement: Placement
+    nodes: Sequence[int]
+    """Numbers of the machines that have a node process, in the order of its ranks."""
+
+    def heard(self, report: Mapping[str, Any]) -> None:
+        """Take what a heartbeat brought."""
+        ...
+
+    def is_far(self, rank: int) -> bool:
+        """Whether a process is reached over a network."""
+        ...
 
     def ended(self) -> Mapping[int, Ended]:
         """Return the ranks that are known to have ended, and how."""
@@ -57,10 +87,6 @@ class Processes(Protocol):
 
     def restart(self, engine: EnginePlace) -> None:
         """Start another process in the place of an engine's that is gone."""
-        ...
-
-    def update_address(self, engine: EnginePlace) -> Address:
-        """Return where an engine takes its weights."""
         ...
 
     def wait(self, seconds: float) -> bool:
@@ -85,32 +111,35 @@ class Children:
     def __init__(self, address: Address) -> None:
         self._address = address
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._attempts: dict[int, int] = {}
 
-    def start(
-        self,
-        rank: int,
-        module: ModuleType,
-        environment: Mapping[str, str],
-        options: Mapping[str, object],
-    ) -> None:
-        """Start the process of a rank, in place of one that has ended.
-
-        Args:
-            rank: by which the controller reaches it.
-            module: to run.
-            environment: added to this process's.
-            options: of the module's command line, beside where the controller is.
-        """
-        assert module.__spec__ is not None
-        command = [sys.executable, "-m", module.__spec__.name]
-        named = {"endpoint": self._address.endpoint, "parent": os.getpid(), **options}
+    def start(self, program: Program) -> None:
+        """Start a process, in place of one of its rank that has ended."""
+        command = [sys.executable, "-m", program.main.__module__]
+        named = {
+            "endpoint": self._address.endpoint,
+            "parent": os.getpid(),
+            "rank": program.rank,
+            **program.options,
+        }
         for name, value in named.items():
             command += [f"--{name}", str(value)]
-        self._processes[rank] = subprocess.Popen(
-            command,
-            env=os.environ | dict(environment) | {SECRET_VARIABLE: self._address.secret.hex()},
-            stdin=subprocess.DEVNULL,
+        environment = os.environ | network_environment(self._address) | dict(program.environment)
+        if program.devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible_devices(program.devices)
+        environment[SECRET_VARIABLE] = self._address.secret.hex()
+        self._processes[program.rank] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL
         )
+        self._attempts[program.rank] = program.attempt
+
+    def report(self) -> Mapping[str, Any]:
+        """Return of each process: which attempt of its rank it is, its number and how it ended."""
+        states = {
+            str(rank): [self._attempts.get(rank, 0), process.pid, process.poll()]
+            for rank, process in list(self._processes.items())
+        }
+        return {"children": states}
 
     def kill_one(self, rank: int) -> None:
         """See `Processes`."""
@@ -121,10 +150,11 @@ class Children:
         codes = {rank: process.poll() for rank, process in self._processes.items()}
         return {rank: Ended(code) for rank, code in codes.items() if code is not None}
 
+    def __contains__(self, rank: int) -> bool:
+        return rank in self._processes
+
     def state(self, rank: int) -> str:
         """See `Processes`."""
-        if rank not in self._processes:
-            return "another machine's"
         return process_state(self._processes[rank].pid)
 
     def wait(self, seconds: float) -> bool:
@@ -150,3 +180,25 @@ def process_state(pid: int) -> str:
         return f"process {pid}"
     line = next((line for line in status.splitlines() if line.startswith("State:")), "")
     return f"process {pid}, {line.partition('(')[2].rstrip(')') or 'in an unknown state'}"
+
+
+def network_environment(address: Address) -> dict[str, str]:
+    """Return by which interface collectives go in a process of this machine: the one on the way to
+    the controller, unless the user names another; the loopback where all are on this machine."""
+    if address.host is None:
+        name = loopback()
+        return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    name = interface_of(address_towards(address.host))
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name else ()
+    return {variable: name for variable in variables if variable not in os.environ and name}
+
+
+def loopback() -> str:
+    """Return the name of the loopback interface."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def visible_devices(devices: Sequence[int]) -> str:
+    """Return CUDA_VISIBLE_DEVICES of a process that sees some of this process's devices."""
+    known = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return ",".join(known[n] if n < len(known) else str(n) for n in devices)

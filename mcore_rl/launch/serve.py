@@ -30,6 +30,11 @@ class Servant(Protocol):
         ...
 
     @property
+    def endpoint(self) -> str:
+        """Where else it listens, which the controller learns at the start; "": nowhere."""
+        ...
+
+    @property
     def is_busy(self) -> bool:
         """Whether there is something to do beside the calls."""
         ...
@@ -94,7 +99,7 @@ def serve(
                 servant = start(order.read())
                 gc.collect()
                 gc.freeze()
-                end.answer(order, None)
+                end.answer(order, servant.endpoint)
             elif order.kind == channel.CALL:
                 assert servant is not None, "the start comes first"
                 method, args = order.read()

@@ -1,5 +1,6 @@
 """Workers that torchrun started, also under Slurm: rank 0's process is the controller and starts
-rank 0's worker as a child; the processes of all other ranks are workers.
+rank 0's worker as a child; the processes of all other ranks are workers. Machines of engines alone
+come after those of the trainer: their first process starts the engines.
 
 torchrun's own store, to which anybody may write who reaches its port, carries nothing but where the
 controller listens. On one machine that is a socket in a folder whose owner and mode are checked;
@@ -10,27 +11,37 @@ have the run's secret: of the environment (MCORE_RL_CHANNEL_SECRET) or of a file
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import select
 import signal
-import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.errors import UserError, require
-from mcore_rl.launch import worker_process
+from mcore_rl.foreign_json import parse_json
+from mcore_rl.launch import node_process
 from mcore_rl.launch.channel import Listener, WorkerEnd, end_now
 from mcore_rl.launch.folder import PrivateFolder, is_private
-from mcore_rl.launch.group import SILENCE_S, ChannelWorkers, GiveUp
-from mcore_rl.launch.local import EngineProcesses
-from mcore_rl.launch.processes import SECRET_VARIABLE, Children, Ended
+from mcore_rl.launch.group import ChannelWorkers, GiveUp
+from mcore_rl.launch.node_process import serve_node
+from mcore_rl.launch.nodes import Nodes
+from mcore_rl.launch.processes import (
+    SECRET_VARIABLE,
+    Children,
+    Ended,
+    Program,
+    network_environment,
+    process_state,
+)
+from mcore_rl.launch.programs import devices_beside, engine_program, worker_program
 from mcore_rl.launch.worker_process import serve_rank
-from mcore_rl.sockets import Address
+from mcore_rl.sockets import Address, address_towards
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -40,7 +51,7 @@ ENDPOINT_LIMIT = timedelta(minutes=30)
 AGENT_ECHO_S = 10.0
 """torchrun's agent ends all processes as soon as one has failed; within this time the controller
 learns which, also on a busy machine."""
-_ENDPOINT, _PIDS = "mcore_rl/endpoint", "mcore_rl/pid"
+_MEETING, _PIDS = "mcore_rl/meeting", "mcore_rl/pid"
 _SECRET_FILE = "secret"
 _USER_SECRET = Path(".mcore_rl") / "channel_secret"
 
@@ -75,57 +86,74 @@ def shared_store(is_master: bool = False) -> Store:
 
 
 class TorchrunProcesses:
-    """See `Processes`: rank 0's worker is a child, the others are known by their connections and,
-    on this machine, by their process ids."""
+    """See `Processes`: rank 0's worker is a child, and so are the engines of this machine; those of
+    others are started by node processes there. The other workers are known by their connections
+    and, on this machine, by their process ids.
+
+    Args:
+        placement: of the run.
+        listener: of the channel.
+        store: of all processes; it may be hosted here.
+        folder: of the sockets, where all are on this machine.
+        engine: name of the rollout engine.
+        node_ranks: by machine: the rank of its node process.
+    """
 
     def __init__(
         self,
         placement: Placement,
-        address: Address,
+        listener: Listener,
         store: Store,
         folder: PrivateFolder | None,
         engine: str,
+        node_ranks: Mapping[int, int],
     ) -> None:
         self.placement = placement
-        self._store = store  # it may be hosted here
-        self._folder = folder
-        self._children = Children(address)
-        environment = {"RANK": "0", "LOCAL_RANK": "0"}
-        environment |= {} if folder is None else {"GLOO_SOCKET_IFNAME": "lo"}
-        options = {"store": "", "engine": "" if placement.engines else engine}
-        self._children.start(0, worker_process, environment, options)
-        self._engines = None
-        if folder is not None:
-            self._engines = EngineProcesses(self._children, engine, folder, placement)
+        self.nodes: Sequence[int] = list(node_ranks)
+        self._store, self._folder, self._engine = store, folder, engine
+        self._children = Children(listener.address)
+        self._children.start(worker_program(placement.places[0], placement, engine, "", {}))
+        self._nodes = Nodes(listener, node_ranks)
+        for place in placement.engines:
+            self.restart(place)
         self._beside = range(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pidfds: dict[int, int] = {}
         self._pids: dict[int, int] = {}
 
+    def heard(self, report: Mapping[str, Any]) -> None:
+        self._nodes.heard(report)
+
+    def is_far(self, rank: int) -> bool:
+        return self._folder is None and rank not in self._children and rank not in self._beside
+
     def ended(self) -> Mapping[int, Ended]:
         self._find_beside()
-        found = self._children.ended()
+        found = self._children.ended() | self._nodes.ended()
         for rank, pidfd in self._pidfds.items():
             if select.select([pidfd], [], [], 0)[0]:
                 found[rank] = Ended(None)
         return found
 
     def state(self, rank: int) -> str:
-        from mcore_rl.launch.processes import process_state
-
         if rank in self._pids:
             return process_state(self._pids[rank])
-        return self._children.state(rank)
+        for known in (self._children, self._nodes):
+            if rank in known:
+                return known.state(rank)
+        return "on another machine"
 
     def kill_one(self, rank: int) -> None:
-        self._children.kill_one(rank)
+        if rank in self._nodes:
+            self._nodes.kill_one(rank)
+        else:
+            self._children.kill_one(rank)
 
     def restart(self, engine: EnginePlace) -> None:
-        assert self._engines is not None, "engines apart are on one machine"
-        self._engines.start(engine)
-
-    def update_address(self, engine: EnginePlace) -> Address:
-        assert self._engines is not None, "engines apart are on one machine"
-        return self._engines.update_address(engine)
+        if engine.node in self.nodes:
+            self._nodes.start(engine.node, engine_program(engine, self._engine))
+        else:
+            devices = devices_beside(self.placement, engine)
+            self._children.start(engine_program(engine, self._engine, devices))
 
     def wait(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -160,23 +188,9 @@ def open_workers(
     """On rank 0: return all workers, which are starting; `start` builds the workers in them.
 
     Raises:
-        UserError: if another number of processes was launched, or engines of their own would be on
-            other machines.
+        UserError: if other processes were launched than the placement wants.
     """
-    world_size = placement.world_size
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != world_size:
-        raise UserError(
-            f"trainer.n_gpus_per_node * trainer.nnodes = {world_size}, but {launched} processes "
-            "were launched. Make them agree."
-        )
-    require(
-        not placement.engines or _is_one_machine(),
-        "rollout.host",
-        "process",
-        "starts engines on the controller's machine alone",
-        "Use in_process on several machines.",
-    )
+    first_ranks = _first_ranks(placement)
     store = shared_store(is_master=True)
     folder = None
     if _is_one_machine():
@@ -187,23 +201,88 @@ def open_workers(
     else:
         address = Address(f"tcp://{_own_address()}:*", _user_secret())
     listener = Listener(address)
-    address = Address(listener.endpoint, address.secret)
-    store.set(_ENDPOINT, address.endpoint)
-    processes = TorchrunProcesses(placement, address, store, folder, engine)
+    # Machines with engines have a node process, but for this one, whose engines are children.
+    with_engines = {place.node for place in placement.engines} - {0}
+    far = sorted(with_engines) if folder is None else []
+    node_ranks = {
+        node: placement.world_size + len(placement.engines) + n for n, node in enumerate(far)
+    }
+    published = {
+        "endpoint": listener.address.endpoint,
+        "num_workers": placement.world_size,
+        "nodes": {str(first_ranks[node]): rank for node, rank in node_ranks.items()},
+    }
+    store.set(_MEETING, json.dumps(published))
+    processes = TorchrunProcesses(placement, listener, store, folder, engine, node_ranks)
     return ChannelWorkers(listener, processes, hang_timeout_s, give_up)
 
 
+def _first_ranks(placement: Placement) -> list[int]:
+    """Return the rank of the first process that torchrun started on each machine.
+
+    Raises:
+        UserError: if other processes were launched than the placement wants.
+    """
+    workers, launched = placement.world_size, int(os.environ.get("WORLD_SIZE", "1"))
+    per_node = sum(place.node == 0 for place in placement.places)
+    first_ranks = list(range(0, workers, per_node))
+    own = [place for place in placement.engines if place.node >= placement.num_nodes]
+    if not own or launched == workers:
+        require(
+            launched == workers,
+            "trainer.n_gpus_per_node * trainer.nnodes",
+            workers,
+            f"does not fit the {launched} processes that were launched",
+            "Make them agree.",
+        )
+        require(
+            not own or _is_one_machine(),
+            "rollout.nnodes",
+            len({place.node for place in own}),
+            "has no processes: torchrun started those of the trainer's nodes alone",
+            "Start torchrun on the nodes of the engines too, with the same --nnodes for all.",
+        )
+        return first_ranks
+    num_nodes = len({place.node for place in own})
+    devices = sum(len(place.devices) for place in own) // num_nodes
+    wanted = {workers + num_nodes * each: each for each in (1, devices)}
+    require(
+        launched in wanted,
+        "rollout.nnodes",
+        num_nodes,
+        f"and the trainer's {workers} workers do not fit the {launched} processes that were "
+        "launched",
+        f"On a node of engines start one process, or {devices}: {' or '.join(map(str, wanted))} "
+        "in all.",
+    )
+    return first_ranks + [workers + n * wanted[launched] for n in range(num_nodes)]
+
+
 def serve_controller() -> None:
-    """On every other rank: be a worker until the controller says that it is over."""
+    """On every other rank: be a worker, or a node process, until the controller says that it is
+    over."""
     store = shared_store()
     if _is_one_machine():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store.set(f"{_PIDS}/{rank()}", str(os.getpid()))
-    store.wait([_ENDPOINT], ENDPOINT_LIMIT)
-    endpoint = store.get(_ENDPOINT).decode()
-    silence_s = None if _is_one_machine() else SILENCE_S
-    end = WorkerEnd(Address(endpoint, _secret_of(endpoint)), rank(), silence_s)
-    serve_rank(end, lambda: store, engine="")
+    store.wait([_MEETING], ENDPOINT_LIMIT)
+    try:
+        meeting = parse_json(store.get(_MEETING))
+        endpoint, num_workers = str(meeting["endpoint"]), int(meeting["num_workers"])
+        node_rank = meeting["nodes"].get(str(rank()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"torchrun's store does not say where the controller is: {what}") from error
+    address = Address(endpoint, _secret_of(endpoint))
+    os.environ.update(network_environment(address))
+    if rank() >= num_workers:
+        if node_rank is not None:
+            serve_node(address, int(node_rank))
+        return  # of a machine whose engines the node process starts
+    children = Children(address)
+    if node_rank is not None:
+        children.start(Program(rank=int(node_rank), main=node_process.main))
+    serve_rank(WorkerEnd(address, rank()), lambda: store, engine="")
 
 
 def _is_one_machine() -> bool:
@@ -249,12 +328,10 @@ def _user_secret() -> bytes:
 def _own_address() -> str:
     """Return the address of this machine on the way to the master, where all others find it."""
     master = os.environ["MASTER_ADDR"]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((master, int(os.environ["MASTER_PORT"])))
-        except OSError as error:
-            raise UserError(f"MASTER_ADDR={master} cannot be reached: {error}.") from error
-        found = probe.getsockname()[0]
+    try:
+        found = address_towards(master, int(os.environ["MASTER_PORT"]))
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR={master} cannot be reached: {error}.") from error
     if found.startswith("127."):
         raise UserError(
             f"MASTER_ADDR={master} is {found}, which other machines do not reach. Name the address "

@@ -27,12 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--store", required=True)
     parser.add_argument("--engine", required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
-    end = WorkerEnd(Address(arguments.endpoint, secret), int(os.environ["RANK"]), silence_s=None)
+    end = WorkerEnd(Address(arguments.endpoint, secret), arguments.rank)
     serve_rank(end, lambda: open_store(arguments.store), arguments.engine)
 
 
@@ -74,6 +75,7 @@ def _start(value: tuple[Any, int, float], store: Store) -> Servant:
     from mcore_rl.workers.worker import Worker
 
     spec, world_size, hang_timeout_s = value
+    os.environ["WORLD_SIZE"] = str(world_size)  # torchrun counts the processes of engines too
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -91,6 +93,7 @@ def _start(value: tuple[Any, int, float], store: Store) -> Servant:
 class _Rank:
     """A `Servant`: a train worker, which does nothing beside its calls."""
 
+    endpoint = ""
     is_busy = False
 
     def __init__(self, worker: Any) -> None:

@@ -71,7 +71,8 @@ class RolloutConfig:
     nnodes: int = 0
     """With host process: nodes that engines have for themselves; 0: they share the trainer's."""
     n_gpus_per_node: int | None = None
-    """Devices of each of those; with one node they may be of the trainer's machine."""
+    """Devices of each of those; without a launcher of several machines they are those of this one
+    that the trainer leaves."""
     max_engine_restarts: int = 0
     """With host process: how often engines that fail are started again, in all."""
     n: int = 1
@@ -110,7 +111,7 @@ class RolloutConfig:
     weight_transport: str | None = None
     """How weights reach the engine: direct (by reference, in the train worker's process),
     shared_memory, gloo or disk (a folder that both see), ipc (another process of the same CUDA
-    device), nccl (CUDA devices of the engine's own); None: by the host."""
+    device), nccl (CUDA devices of the engine's own); None: by the host, gloo with nnodes."""
     lora_sync: str = "auto"
     """With model.lora_rank: what a sync brings after the first. adapter: the adapters alone, which
     the engine applies beside the weights; merged: all weights with the adapters in them; auto:
@@ -227,7 +228,7 @@ class RolloutConfig:
     @property
     def transport(self) -> str:
         """The weight transport, also where the host decides."""
-        return self.weight_transport or HOSTS[self.host].transport
+        return self.weight_transport or ("gloo" if self.nnodes else HOSTS[self.host].transport)
 
     @property
     def distance(self) -> Distance:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import with_fetched_models
-from mcore_rl.errors import UserError, require
+from mcore_rl.errors import require
 from mcore_rl.launch import local, torchrun
 from mcore_rl.launch.ending import end_process, run_with_workers
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
@@ -87,13 +88,26 @@ def run_command(
 
 
 def _launcher(config: Any, module: str) -> OpenWorkers:
-    """Return what starts the worker processes."""
-    trainer = config.trainer
-    if torchrun.is_launched():
+    """Return what starts the worker processes.
+
+    Raises:
+        UserError: if it is not what started this command, or does not reach all nodes.
+    """
+    trainer, name = config.trainer, config.trainer.launcher
+    if name == "auto":
+        name = "torchrun" if torchrun.is_launched() else "local"
+    is_launched = torchrun.is_launched()
+    fix = f"On every node: torchrun --nnodes {trainer.nnodes} ... -m {module}"
+    if name == "torchrun":
+        require(is_launched, "trainer.launcher", name, "did not start this command", f"{fix}.")
         return torchrun.open_workers
-    if trainer.nnodes > 1:
-        raise UserError(
-            f"trainer.nnodes={trainer.nnodes} needs a launcher: start "
-            f"torchrun --nnodes {trainer.nnodes} ... -m {module} on every node."
-        )
+    rule = "starts all processes itself, and torchrun has started this command (RANK is set)"
+    require(not is_launched, "trainer.launcher", name, rule, "Leave one of them out.")
+    if name == "ray":
+        from mcore_rl.launch import ray
+
+        return ray.launcher(Path(trainer.default_local_dir))
+    rule = "is more than this machine"
+    fix += ", or trainer.launcher=ray in a cluster of Ray."
+    require(trainer.nnodes == 1, "trainer.nnodes", trainer.nnodes, rule, fix)
     return local.open_workers

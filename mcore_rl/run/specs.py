@@ -76,7 +76,6 @@ def start_cluster(
             place.engine: EngineWorkerSpec(
                 engine=replace(engine, is_apart=True, url=urls[place.engine]),
                 number=place.engine,
-                updates=workers.update_address(place.rank),
             )
             for place in placement.engines
         }

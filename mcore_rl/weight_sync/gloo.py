@@ -11,7 +11,6 @@ machine, `Link.address`, without a key: it belongs into a network of the cluster
 from __future__ import annotations
 
 import datetime
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,8 @@ from typing import Any
 
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.lazy_torch import torch
+from mcore_rl.sockets import address_towards
+from mcore_rl.stores import serve_store
 from mcore_rl.weight_sync.base import (
     TRANSPORTS,
     Deliver,
@@ -56,7 +57,7 @@ class GlooSender(Sender[Broadcast]):
     _group: Any = None
 
     def begin(self, version: int) -> None:
-        self._store, self._num_sent = _serve(self.link.address), 0
+        self._store, self._num_sent = serve_store(self.link.address, DEADLINE), 0
 
     def send(self, bucket: NamedTensors, deliver: Deliver[Broadcast]) -> None:
         packed = PackedBucket.of(bucket)
@@ -118,7 +119,7 @@ class GlooReceiver(Receiver[Broadcast]):
             )
         self._store.set(_key(update.number, number), "")
         if self._group is None:
-            own_address = _address_towards(update.address, update.port)
+            own_address = address_towards(update.address, update.port)
             size = 1 + self.link.num_receivers
             self._group = _join(self._store, own_address, rank=1 + number, size=size)
         buffer = torch.empty(update.bucket.num_bytes, dtype=torch.uint8)
@@ -131,28 +132,6 @@ class GlooReceiver(Receiver[Broadcast]):
 
 def _key(number: int, receiver: int) -> str:
     return f"broadcast {number} receiver {receiver}"
-
-
-def _address_towards(address: str, port: int) -> str:
-    """Return this machine's own address as another one sees it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-        probe.connect((address, port))
-        return probe.getsockname()[0]
-
-
-def _serve(address: str) -> Any:
-    """Return a store that listens on one address alone."""
-    listener = socket.create_server((address, 0))
-    port = listener.getsockname()[1]
-    distributed: Any = torch.distributed
-    return distributed.TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=DEADLINE,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def _join(store: Any, address: str, rank: int, size: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from mcore_rl.rollout.hosts.process import OwnProcessEngine, UpdateListener
 from mcore_rl.rollout.hosts.server import ServerEngine
 from mcore_rl.rollout.serving import ServingEngine
+from mcore_rl.sockets import Address
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.workers.roles import EngineProcess, Rollout, handlers
 from mcore_rl.workers.rollout_worker import RolloutWorker
@@ -19,9 +20,10 @@ class EngineWorker(EngineProcess):
 
     Args:
         spec: of this process.
+        updates: where it is to listen for weights.
     """
 
-    def __init__(self, spec: EngineWorkerSpec) -> None:
+    def __init__(self, spec: EngineWorkerSpec, updates: Address) -> None:
         engine = with_found_model(spec.engine)
         link = Link(
             transport=engine.config.transport,
@@ -35,7 +37,8 @@ class EngineWorker(EngineProcess):
         else:
             self._engine = OwnProcessEngine(engine, link)
         self._rollout = RolloutWorker(engine, self._engine, is_first=True, routes=None)
-        self._updates = UpdateListener(spec.updates)
+        self._updates = UpdateListener(updates)
+        self.endpoint = self._updates.endpoint
 
     def receive_weights(self, version: int) -> None:
         """See `EngineProcess`."""

@@ -9,7 +9,6 @@ from mcore_rl.cluster.placement import Placement
 from mcore_rl.megatron.config import LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.model_files import find_model
 from mcore_rl.rollout.base import EngineSpec
-from mcore_rl.sockets import Address
 from mcore_rl.types import Offloads
 
 Spec = TypeVar("Spec", "ModelSpec", "ActorSpec", EngineSpec)
@@ -84,5 +83,3 @@ class EngineWorkerSpec:
     engine: EngineSpec
     number: int
     """Of the engine."""
-    updates: Address
-    """Where it listens for weights."""

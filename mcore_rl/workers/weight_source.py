@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any
 
 from mcore_rl.metrics import to_host
 from mcore_rl.rollout.hosts.process import RemoteSession
-from mcore_rl.sockets import Address
-from mcore_rl.weight_sync.base import Link, NamedTensors, UpdateSession
+from mcore_rl.sockets import Address, address_towards
+from mcore_rl.weight_sync.base import Link, NamedTensors, Sender, UpdateSession
 from mcore_rl.weight_sync.export import AdapterExporter, WeightExporter
 from mcore_rl.weight_sync.sync import Target, sync_weights
 from mcore_rl.workers.roles import SentWeights, WeightSource
@@ -39,7 +41,8 @@ class WeightSourceWorker(WeightSource):
         self._adapters = adapters
         self._exporter, self._inside = exporter, inside
         self._bucket_bytes, self._sending_ranks = bucket_bytes, senders
-        self._senders = {engine: link.open_sender() for engine, link in links.items()}
+        self._links = links
+        self._senders: dict[int, Sender[Any]] = {}
 
     def send_weights(
         self, version: int, engines: Mapping[int, Address], with_digests: bool, with_base: bool
@@ -47,12 +50,12 @@ class WeightSourceWorker(WeightSource):
         """See `WeightSource`."""
         targets: dict[int, Target] = {}
         sessions: list[RemoteSession] = []
-        for engine, sender in self._senders.items():
+        for engine, link in self._links.items():
             if self._inside is not None:
-                targets[engine] = Target(sender, self._inside)
+                targets[engine] = Target(self._sender(link), self._inside)
             elif engine in engines:
                 sessions.append(RemoteSession(engines[engine]))
-                targets[engine] = Target(sender, sessions[-1])
+                targets[engine] = Target(self._sender(link, engines[engine].host), sessions[-1])
         buckets = self._buckets(with_base)
         metrics = sync_weights(buckets, list(targets.values()), version, with_digests)
         for session in sessions:
@@ -63,6 +66,14 @@ class WeightSourceWorker(WeightSource):
                     raise target.problem
         problems = {n: t.problem for n, t in targets.items() if t.problem is not None}
         return SentWeights(to_host(metrics), problems)
+
+    def _sender(self, link: Link, host: str | None = None) -> Sender[Any]:
+        """Return the sender to an engine; `host` is its address, where a network is between."""
+        if link.engine not in self._senders:
+            if host is not None:
+                link = replace(link, address=address_towards(host))
+            self._senders[link.engine] = link.open_sender()
+        return self._senders[link.engine]
 
     def _buckets(self, with_base: bool) -> Iterator[NamedTensors]:
         if with_base or self._adapters is None:

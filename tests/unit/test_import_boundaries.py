@@ -42,6 +42,7 @@ ROOT_FILES = (
     "tolerances",
     "processes",
     "sockets",
+    "stores",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "tolerances": (),
     "processes": (),
     "sockets": (),
+    "stores": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),
@@ -222,7 +224,8 @@ LIBRARY_OWNERS = {
     "blake3": ("weight_sync.digest",),
     "aiohttp": ("rollout.hosts.server",),
     "pydantic": ("rollout.vllm_",),
-    "psutil": ("rollout.hosts.process", "doctor.network", "doctor.system"),
+    "psutil": ("sockets", "rollout.hosts.process", "doctor.network", "doctor.system"),
+    "ray": ("launch.ray",),
     "zmq": ("launch.channel", "rollout.hosts.process", "sockets"),
     "torch": ("",),
     "numpy": ("",),

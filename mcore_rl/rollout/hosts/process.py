@@ -59,11 +59,13 @@ class UpdateListener:
     """The engine's end: does the calls of one session after the other.
 
     Args:
-        address: where the train worker finds it.
+        address: to listen at, see `ServerSocket`.
     """
 
     def __init__(self, address: Address) -> None:
         self._server = ServerSocket(address)
+        self.endpoint = self._server.endpoint
+        """Where the train worker finds it."""
 
     def serve(self, session: UpdateSession) -> None:
         """Do what a train worker asks of the session until it is finished.

@@ -24,7 +24,7 @@ def listening(request):
     folder = PrivateFolder()
     endpoint = {"ipc": f"ipc://{folder.path}/calls", "tcp": "tcp://127.0.0.1:*"}[request.param]
     made = Listener(Address(endpoint, SECRET))
-    yield made, Address(made.endpoint, SECRET)
+    yield made, made.address
     made.close()
     folder.remove()
 
@@ -94,10 +94,10 @@ def test_a_stranger_with_access_to_the_socket_is_dropped_and_logged(listening, m
 def test_between_machines_nobody_without_the_key_gets_through(secret):
     """Not even to where its message would be dropped: the handshake fails."""
     made = Listener(Address("tcp://127.0.0.1:*", SECRET))
-    stranger = Address(made.endpoint, secret or SECRET)
+    stranger = Address(made.address.endpoint, secret or SECRET)
     with zmq.Context() as context, connect(context, stranger, secret is not None) as socket:
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECTED)
-        socket.send_multipart(hello(Address(made.endpoint, SECRET)))
+        socket.send_multipart(hello(Address(made.address.endpoint, SECRET)))
         assert polled(made, len, seconds=3.0) == []
         events = set()
         while monitor.poll(0):
@@ -110,7 +110,7 @@ def test_between_machines_nobody_without_the_key_gets_through(secret):
 
 def test_a_socket_between_machines_is_bound_to_its_address_alone():
     made = Listener(Address("tcp://127.0.0.1:*", SECRET))
-    assert made.endpoint.startswith("tcp://127.0.0.1:")
+    assert made.address.endpoint.startswith("tcp://127.0.0.1:")
     made.close()
 
 

@@ -233,8 +233,8 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_2(case, line, launcher):
 def test_another_number_of_processes_than_configured_is_named_once():
     done = run("size", "torchrun")
     assert error_lines(done.stderr) == [
-        "error: trainer.n_gpus_per_node * trainer.nnodes = 3, but 2 processes were launched. "
-        "Make them agree."
+        "error: trainer.n_gpus_per_node * trainer.nnodes=3 does not fit the 2 processes that were "
+        "launched. Make them agree."
     ]
 
 

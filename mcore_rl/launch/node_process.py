@@ -1,0 +1,64 @@
+"""`python -m mcore_rl.launch.node_process`: what runs on a machine without the controller.
+
+It starts the processes of its machine as the controller says, and ends when it is over: see
+`launch/nodes.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from mcore_rl.launch import channel
+from mcore_rl.launch.channel import WorkerEnd
+from mcore_rl.launch.processes import SECRET_VARIABLE, Children
+from mcore_rl.observability.log_setup import setup_logging
+from mcore_rl.processes import die_with_parent
+from mcore_rl.sockets import Address
+
+END_LIMIT_S = 120.0
+"""For the processes of this machine to end in order."""
+
+
+def main() -> None:
+    """Entry point of a node process beside a worker that torchrun started."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
+    serve_node(Address(arguments.endpoint, secret), arguments.rank)
+
+
+def serve_node(address: Address, rank: int) -> NoReturn:
+    """Start and kill processes of this machine until the controller says that it is over. Call it
+    in the main thread: the processes end with that.
+
+    Args:
+        address: of the controller.
+        rank: by which the controller reaches this process.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # the controller ends its processes in order
+        signal.signal(number, signal.SIG_IGN)
+    setup_logging(rank, "node")
+    children = Children(address)
+    end = WorkerEnd(address, rank, children.report)
+    while (order := end.next()).kind != channel.END:
+        if order.kind == channel.SPAWN:
+            children.start(order.read())
+        elif order.kind == channel.KILL:
+            children.kill_one(order.read())
+    children.wait(END_LIMIT_S)
+    children.kill()
+    end.answer(order, None)
+    end.close()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
