@@ -20,7 +20,7 @@ from mcore_rl.launch.processes import Ended, Program
 class _Child:
     """A process that a node was told to start."""
 
-    node_rank: int
+    node: int
     attempt: int
     pid: int | None = None
     exit_code: int | None = None
@@ -42,14 +42,14 @@ class Nodes:
         """Have a process started, in place of one of its rank that has ended."""
         before = self._children.get(program.rank)
         attempt = before.attempt + 1 if before else 0
-        self._children[program.rank] = _Child(self._ranks[node], attempt)
+        self._children[program.rank] = _Child(node, attempt)
         frames = encode(replace(program, attempt=attempt))
         self._listener.send(self._ranks[node], channel.SPAWN, {}, frames)
 
     def kill_one(self, rank: int) -> None:
         """Have a process killed, before another one is started there."""
-        node_rank = self._children[rank].node_rank
-        self._listener.send(node_rank, channel.KILL, {}, encode(rank))
+        node = self._children[rank].node
+        self._listener.send(self._ranks[node], channel.KILL, {}, encode(rank))
 
     def heard(self, report: Mapping[str, Any]) -> None:
         """See `Processes`."""
@@ -71,5 +71,6 @@ class Nodes:
 
     def state(self, rank: int) -> str:
         """See `Processes`."""
-        pid = self._children[rank].pid
-        return "not started yet" if pid is None else f"process {pid} there"
+        child = self._children[rank]
+        process = "not started yet on" if child.pid is None else f"process {child.pid} of"
+        return f"{process} node {child.node}"

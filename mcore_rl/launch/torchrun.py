@@ -135,12 +135,13 @@ class TorchrunProcesses:
         return found
 
     def state(self, rank: int) -> str:
+        world = self.placement.world_size
         if rank in self._pids:
             return process_state(self._pids[rank])
         for known in (self._children, self._nodes):
             if rank in known:
                 return known.state(rank)
-        return "on another machine"
+        return f"of node {self.placement.places[rank].node}" if rank < world else "a node process"
 
     def kill_one(self, rank: int) -> None:
         if rank in self._nodes:
