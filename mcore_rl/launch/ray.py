@@ -16,6 +16,7 @@ import datetime
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 Resources = Mapping[str, float]
 """Of a machine, or wanted of one, by Ray's names: CPU, GPU."""
 
+CONNECT_LIMIT_S = 5.0
+"""For the cluster's head to answer at all."""
 PLACEMENT_LIMIT_S = 600.0
 """For other jobs of the cluster to leave what this one needs."""
 MEETING_LIMIT = datetime.timedelta(minutes=30)
@@ -297,8 +300,11 @@ def _join(address: str) -> None:
     )
     logger.info("joining the Ray cluster at %s", address)
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit():  # Ray itself tries for a minute
+            socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
         ray.init(address=address, configure_logging=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         what = str(error).strip().splitlines()[0]
         raise UserError(
             f"RAY_ADDRESS={address} is no cluster that can be joined: {what}. "

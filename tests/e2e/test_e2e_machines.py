@@ -59,7 +59,9 @@ def by_torchrun(two: Machines, argv: Sequence[str], folder: Path) -> commands.Co
         options = ["--nnodes=2", "--nproc-per-node=1", *where.split()]
         secret = {"MCORE_RL_CHANNEL_SECRET": "5e" * 32}
         module = "torch.distributed.run"
-        return two.start(number, module, *options, "-m", "mcore_rl.train", *argv, environment=secret)
+        return two.start(
+            number, module, *options, "-m", "mcore_rl.train", *argv, environment=secret
+        )
 
     first = start(0)
     start(1)
@@ -73,7 +75,9 @@ def by_ray(two: Machines, argv: Sequence[str], folder: Path) -> commands.Command
     head = ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
     for number, options in ((0, head), (1, [f"--address={address}"])):
         own = ["--num-cpus=1", f"--node-ip-address={ADDRESSES[number]}", "--block"]
-        started = two.start(number, "ray.scripts.scripts", "start", *options, *own, environment=token)
+        started = two.start(
+            number, "ray.scripts.scripts", "start", *options, *own, environment=token
+        )
         time.sleep(8 if number == 0 else 0)
         assert started.poll() is None, started.communicate()
     time.sleep(8)
