@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "plan": ("mcore_rl.train", "trainer.dry_run=true"),
     "convert": ("mcore_rl.convert.__main__",),
     "report": ("mcore_rl.report",),
+    "logs": ("mcore_rl.logs",),
     "verify": ("mcore_rl.verify.__main__",),
     "doctor": ("mcore_rl.doctor.__main__",),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -46,3 +47,10 @@ def ending(exit_code: int) -> str:
         return signal.Signals(-exit_code).name
     except ValueError:  # a real-time signal
         return f"signal {-exit_code}"
+
+
+def raise_file_limit() -> None:
+    """Let this process and those that it starts open as many files as the system allows: sockets to
+    many ranks, tensors passed between processes and files of checkpoints are files too."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

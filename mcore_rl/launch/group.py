@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mcore_rl.cluster.group import Call
@@ -125,6 +126,7 @@ class ChannelWorkers:
         self.world_size = placement.world_size
         self._engines = {place.rank: place for place in placement.engines}
         self.step: int | None = None
+        self._logs: str | None = None
         self._listener, self._processes = listener, processes
         self._hang_timeout_s, self._give_up = hang_timeout_s, give_up
         self._engine_frames: dict[int, list[Frame]] = {}
@@ -142,13 +144,20 @@ class ChannelWorkers:
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
         self._thread.start()
 
-    def start(self, spec: Any, engines: Mapping[int, Any] | None = None) -> None:
+    def start(
+        self,
+        spec: Any,
+        engines: Mapping[int, Any] | None = None,
+        logs: Path | None = None,
+    ) -> None:
         """Have every process built; return when all of them are up.
 
         Args:
             spec: of every worker.
             engines: by number, of the engines that are processes of their own.
+            logs: folder where each has a file for its log lines.
         """
+        self._logs = None if logs is None else str(logs)
         frames = encode((spec, self.world_size, self._hang_timeout_s))
         futures = [
             self._send(rank, channel.START, _START, frames) for rank in range(self.world_size)
@@ -250,7 +259,10 @@ class ChannelWorkers:
             if not state.pending:
                 state.progressed_at = time.monotonic()
             state.pending[number] = _Pending(name, self.step, future, size)
-            self._listener.send(rank, kind, {"id": number, "step": self.step, "name": name}, frames)
+            header = {"id": number, "step": self.step, "name": name}
+            if kind == channel.START:
+                header["logs"] = self._logs
+            self._listener.send(rank, kind, header, frames)
 
         def tell(ended: Future[Any]) -> None:
             if ended.cancelled():

@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from mcore_rl.errors import RunError, UserError
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import Order, WorkerEnd
+from mcore_rl.processes import raise_file_limit
 
 
 class Servant(Protocol):
@@ -75,10 +77,11 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):  # the controller ends its workers in order
         signal.signal(number, signal.SIG_IGN)
     from mcore_rl.launch.libraries import quiet_libraries
-    from mcore_rl.observability.log_setup import setup_logging
+    from mcore_rl.observability.log_setup import log_to_file, setup_logging
     from mcore_rl.plugins import import_plugins
 
     quiet_libraries()
+    raise_file_limit()
     setup_logging(who.number, who.kind)
     try:
         import_plugins()
@@ -96,6 +99,8 @@ def serve(
                 assert servant is not None
                 servant.run()
             elif order.kind == channel.START:
+                if folder := order.header["logs"]:
+                    log_to_file(Path(folder), who.number, who.kind)
                 servant = start(order.read())
                 gc.collect()
                 gc.freeze()

@@ -1,6 +1,7 @@
-"""Log lines of every process: one format with role and rank, on stderr.
+"""Log lines of every process: one format with role and rank, on stderr and in a file of its own.
 
-INFO on rank 0, WARNING elsewhere, so that a run of many processes reads like one. Says nothing
+On stderr INFO on rank 0, WARNING elsewhere, so that a run of many processes reads like one; INFO in
+every file. `mcore-rl logs` shows the files as one, by time. Says nothing
 about metrics, which go through `trackers`. vLLM configures its own logger when it is imported and
 takes its level from VLLM_LOGGING_LEVEL, so whoever starts an engine sets that.
 """
@@ -8,7 +9,9 @@ takes its level from VLLM_LOGGING_LEVEL, so whoever starts an engine sets that.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 from mcore_rl.printable import printable
@@ -49,7 +52,25 @@ def setup_logging(rank: int, role: str) -> None:
     handler = _StderrHandler()
     line = f"%(asctime)s %(levelname)s [{role} {rank}] %(name)s: %(message)s"
     handler.setFormatter(_PrintableFormatter(line, datefmt="%H:%M:%S"))
-    level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(handlers=[handler], level=level, force=True)
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     for name in QUIETED_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def log_to_file(folder: Path, rank: int, role: str) -> None:
+    """Write the lines of this process from now on into a file of a folder too, behind what a run
+    before has left there.
+
+    Args:
+        folder: `logs` of the run folder; made where it is not there.
+        rank: as in `setup_logging`.
+        role: as in `setup_logging`.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = folder / f"{role}-{rank}.log"
+    os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it holds texts of the data
+    handler = logging.FileHandler(file)
+    line = f"%(asctime)s.%(msecs)03d %(levelname)s [{role} {rank}] %(name)s: %(message)s"
+    handler.setFormatter(_PrintableFormatter(line, datefmt="%Y-%m-%dT%H:%M:%S"))
+    logging.getLogger().addHandler(handler)

@@ -20,6 +20,9 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 """A few samples per step."""
 
+LOGS = "logs"
+"""Folder: the log lines of each process, "worker-3.log"."""
+
 REPORT_FILE = "report.html"
 """Made from the other three."""
 

@@ -23,6 +23,7 @@ from mcore_rl.launch.ending import end_process, run_with_workers
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
 from mcore_rl.launch.libraries import quiet_libraries
 from mcore_rl.observability.log_setup import setup_logging
+from mcore_rl.processes import raise_file_limit
 from mcore_rl.run.specs import placement_of
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def run_command(
             return
         check(config)
         quiet_libraries()
+        raise_file_limit()
         setup_logging(0, "controller")
         config = with_fetched_models(config)
         if line.warning:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.placement import Placement, colocated, engines_apart, servers_apart
 from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
 from mcore_rl.launch.group import ChannelWorkers
+from mcore_rl.observability.log_setup import log_to_file
+from mcore_rl.observability.run_folder import LOGS
 from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.workers.spec import ActorSpec, EngineWorkerSpec, ModelSpec, WorkerSpec
 
@@ -86,7 +89,9 @@ def start_cluster(
         engine=engine,
         offloads=cfg.offloads,
     )
-    workers.start(spec, engines)
+    logs = Path(cfg.trainer.default_local_dir) / LOGS
+    log_to_file(logs, 0, "controller")
+    workers.start(spec, engines, logs)
     critic_cut = critic and critic.cut_over(megatron.context_parallel_size)
     return Cluster.of(
         workers,

@@ -17,7 +17,7 @@ ADDRESSES = ("10.213.0.1", "10.213.0.2")
 _ENDED_S = 20
 
 
-class Unmakeable(Exception):
+class UnmakeableError(Exception):
     """This system lets nobody make namespaces; says why."""
 
 
@@ -39,7 +39,7 @@ class Machines:
         except (OSError, subprocess.CalledProcessError) as error:
             self.remove()
             said = getattr(error, "stderr", None) or str(error)
-            raise Unmakeable(str(said).strip()) from error
+            raise UnmakeableError(str(said).strip()) from error
 
     def start(
         self, number: int, *argv: str, environment: Mapping[str, str] | None = None

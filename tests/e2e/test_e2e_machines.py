@@ -32,7 +32,7 @@ NOTICED_S = 30
 def two() -> Iterator[Machines]:
     try:
         made = Machines()
-    except machines.Unmakeable as error:
+    except machines.UnmakeableError as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
     yield made
     made.remove()

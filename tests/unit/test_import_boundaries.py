@@ -148,6 +148,7 @@ MAY_IMPORT = {
     ),
     "sft": ("config", "launch.group", "loop", "run"),
     "report": ("observability.report",),
+    "logs": ("observability.log_view",),
     # Imports of checks: they run as the commands do and read what these wrote.
     "verify": (
         "algorithms.objective",
