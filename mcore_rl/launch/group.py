@@ -51,6 +51,8 @@ ECHO_S = 2.0
 """A worker's error may be but the echo of another one's end, which is noticed within this time."""
 GRACE_S = 5.0
 """For the controller to end by itself when its workers have failed."""
+REMINDER_S = 60.0
+"""Between two lines that say what is waited for."""
 STACKS_S = 5.0
 """For the workers to answer with their stacks."""
 CLOSE_LIMIT_S = 120.0
@@ -139,6 +141,7 @@ class ChannelWorkers:
         self._failed_at = 0.0
         self._echo: tuple[float, Exception] | None = None
         self._hang: tuple[float, str] | None = None
+        self._reminded_at = 0.0
         self._is_closing = False
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
@@ -383,11 +386,18 @@ class ChannelWorkers:
         starting = any(state.is_starting for _, state in waited_for)
         limit = max(self._hang_timeout_s, START_LIMIT_S) if starting else self._hang_timeout_s
         if self._hang is None:
-            if now - max(state.progressed_at for _, state in waited_for) < limit:
+            quiet_s = now - max(state.progressed_at for _, state in waited_for)
+            if quiet_s < min(REMINDER_S, limit):
+                self._reminded_at = now - quiet_s
                 return
             calls = sorted({next(iter(state.pending.values())).name for _, state in waited_for})
             ranks = ", ".join(str(rank) for rank, _ in waited_for)
             what = f"{' and '.join(calls)} of ranks {ranks}"
+            if quiet_s < limit:
+                if now - self._reminded_at >= REMINDER_S:
+                    self._reminded_at = now
+                    logger.info("waiting for %s: no progress for %.0f s", what, quiet_s)
+                return
             self._hang = now + STACKS_S, f"no progress for {limit:g} s while waiting for {what}"
             for rank in range(len(self._ranks)):
                 self._listener.send(rank, channel.STACKS, {})

@@ -78,9 +78,9 @@ def by_ray(two: Machines, argv: Sequence[str], folder: Path) -> commands.Command
         started = two.start(
             number, "ray.scripts.scripts", "start", *options, *own, environment=token
         )
-        time.sleep(8 if number == 0 else 0)
-        assert started.poll() is None, started.communicate()
-    time.sleep(8)
+        assert started.stdout is not None
+        told = iter(started.stdout.readline, "")
+        assert any("Ray runtime started" in line for line in told), started.communicate()
     environment = token | {"RAY_ADDRESS": address}
     return two.start(0, "mcore_rl.train", *argv, "trainer.launcher=ray", environment=environment)
 

@@ -70,6 +70,14 @@ def test_ray_gives_the_numbers_of_the_local_launcher_and_leaves_nothing(
     wait_until_gone(temporary)
 
 
+def test_torchrun_gives_the_same_numbers_with_two_engines_apart(files, prepared, tmp_path):
+    local = prepared.run(*files.argv(tmp_path / "local", *APART))
+    assert local.returncode == 0, local.stderr
+    done = commands.run(*files.argv(tmp_path / "torchrun", *APART), torchrun=2)
+    assert done.returncode == 0, done.stderr
+    assert commands.read_metrics(tmp_path / "torchrun") == commands.read_metrics(tmp_path / "local")
+
+
 class Cluster:
     """A cluster of one machine with two CPUs, which somebody else started."""
 

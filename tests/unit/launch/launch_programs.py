@@ -6,6 +6,7 @@ they do not import Megatron.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Protocol
 from mcore_rl.cluster.group import call, call_all, results
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.errors import RolloutError, UserError
-from mcore_rl.launch import local, torchrun
+from mcore_rl.launch import group, local, torchrun
 from mcore_rl.launch.ending import end_process, run_with_workers
 from mcore_rl.types import Layout
 
@@ -117,6 +118,11 @@ def program(case: str, workers) -> None:
             futures = workers.submit({rank: call(Probe.wait, 600) for rank in range(WORLD_SIZE)})
             say("up")
             results(futures)
+        case ["reminds"]:
+            logging.getLogger().setLevel(logging.INFO)
+            vars(group)["REMINDER_S"] = 1.0
+            results(workers.submit({1: call(Probe.wait, 4.0)}))
+            workers.close()
         case ["controller", "fails"]:
             raise ZeroDivisionError("in the loop")
         case [rank, kind]:
@@ -155,6 +161,7 @@ def cancel(workers) -> None:
 
 def main() -> None:
     case, hang_timeout_s = sys.argv[1], float(sys.argv[2])
+    logging.basicConfig()
     try:
         if torchrun.is_launched() and torchrun.rank() > 0:
             torchrun.serve_controller()

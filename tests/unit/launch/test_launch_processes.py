@@ -172,6 +172,15 @@ def test_a_worker_that_stops_is_named_with_the_stacks_of_all_others(launcher):
     assert "dist.barrier()" in stacks
 
 
+def test_a_long_wait_says_what_it_waits_for():
+    done = run("reminds")
+    assert done.returncode == 0, done.stderr
+    reminders = re.findall(r"waiting for (.*): no progress for (\d) s", done.stderr)
+    assert len(reminders) >= 2
+    assert {what for what, _ in reminders} == {"probe.wait of ranks 1"}
+    assert [int(seconds) for _, seconds in reminders] == sorted(int(s) for _, s in reminders)
+
+
 def test_a_worker_that_cannot_start_ends_the_run():
     done = run("fail_at_start")
     assert done.returncode == 1
