@@ -104,7 +104,8 @@ def test_a_machine_that_is_killed_ends_the_run_by_its_name_and_the_next_run_goes
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert re.search(rf"node 1\b.*{re.escape(ADDRESSES[1])}", errors[0]), errors
+    # Ray deals out the nodes of a run as it likes.
+    assert re.search(rf"node \d\b.*{re.escape(ADDRESSES[1])}", errors[0]), errors
 
     again = commands.finish(launch(two, argv, short))
     assert again.returncode == 0, again.stderr
