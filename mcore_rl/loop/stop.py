@@ -2,8 +2,8 @@
 up. The run saves, ends its workers in order, and ends with exit code 0.
 
     asked for                            what the run does
-    before the first update of step s    gives up what is generated and scored, and saves what the
-                                         step began with, global_step_s, unless that is saved already
+    before the first update of step s    gives up what it generates and scores, and saves what step
+                                         s began with, global_step_s, unless that is saved already
     later in step s                      finishes the step and saves global_step_{s + 1}
     after the last step                  gives up the last validation; the last step is saved
 

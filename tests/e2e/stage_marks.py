@@ -27,8 +27,8 @@ KILL_AT = "STAGE_MARKS_KILL_AT"
 """Environment variable "<stage> <n> <seconds>": kill so long after the n-th such stage of this
 start began, counted from 1, or at its end if that comes first."""
 WORKER = "STAGE_MARKS_WORKER"
-"""Environment variable "<rank> <signal>": send that worker, or the "controller", the signal instead,
-and write down when as the stage "signal"."""
+"""Environment variable "<rank> <signal>": send that worker the signal instead, or for a rank
+"controller" this process, and write down when as the stage "signal"."""
 
 
 @TRACKERS.register("stage_marks")
