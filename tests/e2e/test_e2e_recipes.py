@@ -1,7 +1,11 @@
-"""Every recipe by its own scripts, at tiny size: submit.sh -> sbatch -> job.sbatch -> srun -> run.sh
--> torchrun -> two steps. Slurm's programs are stand-ins; what is cut down comes by the command line.
+"""Every recipe by the scripts that start it, at tiny size:
 
-Three by default, as each starts interpreters; `pytest -m slow tests/e2e/test_e2e_recipes.py`: all.
+    submit.sh -> sbatch -> job.sbatch -> srun -> run.sh -> torchrun, or Ray -> two steps
+
+Slurm's programs are stand-ins; what is cut down comes by the command line.
+
+A third of them by default, as each starts interpreters; all of them with
+`pytest -m 'slow or not slow' tests/e2e/test_e2e_recipes.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import sys
 from pathlib import Path
 
 import commands
+import psutil
 import pytest
 from tiny_checkpoints import save_tiny_checkpoint
 
@@ -74,7 +79,7 @@ if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi
 
 def test_the_lists_name_every_recipe():
     """A recipe says how many devices it takes."""
-    files = [file for file in (ROOT / "configs").glob("*.yaml")]
+    files = list((ROOT / "configs").glob("*.yaml"))
     large = {
         f.stem for f in files if re.search(r"n_gpus_per_node: 8|^  - \w+_\d+b", f.read_text(), re.M)
     }
@@ -95,7 +100,7 @@ def dense(files, tmp_path_factory):
     return folder
 
 
-def start(files, tmp_path, recipe, model, *overrides) -> subprocess.Popen[str]:
+def start(files, tmp_path, recipe, model, *overrides, launcher="torchrun") -> subprocess.Popen[str]:
     """Submit a recipe to the stand-ins."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -107,6 +112,7 @@ def start(files, tmp_path, recipe, model, *overrides) -> subprocess.Popen[str]:
         "PATH": path,
         "PYTHONPATH": str(ROOT),
         "REQUEUED": str(tmp_path / "requeued"),
+        "LAUNCHER": launcher,
         "MODEL": str(model),
         "TRAIN_DATA": str(files.data / "train.parquet"),
         "VAL_DATA": str(files.data / "val.parquet"),
@@ -155,6 +161,25 @@ def test_a_recipe_trains_two_steps_by_its_scripts(files, dense, tmp_path, recipe
     assert all("actor/grad_norm" in line for line in lines[:2])
     assert (tmp_path / "run" / "hf_model" / "config.json").exists()
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.slow  # Ray gives its own processes 15 s to start, which a busy machine does not keep
+@pytest.mark.timeout(commands.TEST_LIMIT_S)
+def test_a_recipe_trains_on_ray_nodes_that_its_job_starts(files, dense, tmp_path):
+    """They ask for the job's token, and are gone with it."""
+    before = ray_processes()
+    job = start(files, tmp_path, "gmpo_qwen2_5_7b", dense, launcher="ray")
+    done = commands.finish(job)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in commands.read_metrics(tmp_path / "run")] == [0, 1, 2]
+    left = psutil.wait_procs(ray_processes() - before, timeout=60)[1]
+    assert left == []
+
+
+def ray_processes():
+    """Return Ray's processes on this machine."""
+    found = psutil.process_iter(["name"])
+    return {process for process in found if process.info["name"] in ("raylet", "gcs_server")}
 
 
 @pytest.mark.timeout(commands.TEST_LIMIT_S)

@@ -1,5 +1,5 @@
-"""Every recipe: its plan fits its devices. The scripts that start one ask for what its configuration
-says; `tests/e2e/test_e2e_recipes.py` starts each."""
+"""Every recipe: its plan fits its devices, and the scripts that start one ask for what its
+configuration says; `tests/e2e/test_e2e_recipes.py` starts each."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run_recipe(tmp_path, recipe, *argv, **variables):
 
 
 def test_a_node_runs_the_configuration_on_its_devices(tmp_path):
-    argv = ["actor.optim.lr=2e-6", "trainer.nnodes=5"]
+    argv = ["actor.optim.lr=2e-6", "trainer.nnodes=4"]
     ended = run_recipe(tmp_path, "dapo_qwen2_5_32b", *argv, NODE_RANK="3", MASTER_ADDR="first")
     assert ended.exit_code == 0, ended.stderr
     (command,) = ended.commands
@@ -83,7 +83,7 @@ def test_a_node_runs_the_configuration_on_its_devices(tmp_path):
     assert cfg.actor.optim.lr == 2e-6
     options = command[: command.index("-m")]
     assert options[0] == "torchrun"
-    assert options[options.index("--nnodes") + 1] == "5"
+    assert options[options.index("--nnodes") + 1] == "4"
     assert options[options.index("--nproc-per-node") + 1] == "8"
     assert options[options.index("--node-rank") + 1] == "3"
     assert options[options.index("--master-addr") + 1] == "first"
