@@ -60,6 +60,10 @@ def _rebuild_run_error(cls, message, rank, role, step):
     return cls(message, rank=rank, role=role, step=step)
 
 
+class StoppedError(Exception):
+    """The run was asked to end, so what was going on was given up: `loop/stop.py`. No failure."""
+
+
 class WorkerLostError(RunError):
     """A worker process ended, or cannot be reached any more."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mcore_rl.config.checks import check_sft
 from mcore_rl.config.run import SftRunConfig
@@ -12,9 +13,20 @@ from mcore_rl.run.command import run_command
 from mcore_rl.run.export import export_model
 from mcore_rl.run.specs import start_cluster
 
+if TYPE_CHECKING:
+    from mcore_rl.loop.stop import Stop
+
 
 def run(cfg: SftRunConfig, workers: ChannelWorkers) -> None:
-    """Read the inputs, start the workers, train and export the model."""
+    """Read the inputs, start the workers, train and export the model; end before if SIGUSR1 asks
+    for it."""
+    from mcore_rl.loop.stop import stopped_by_signal
+
+    with stopped_by_signal(workers) as stop:
+        _run(cfg, workers, stop)
+
+
+def _run(cfg: SftRunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.loop.sft import train
     from mcore_rl.run.folder import open_run_folder
     from mcore_rl.run.inputs import load_sft_inputs
@@ -28,7 +40,7 @@ def run(cfg: SftRunConfig, workers: ChannelWorkers) -> None:
         temperature=1.0,
         engine=None,
     )
-    train(cfg, inputs, cluster, run_dir)
+    train(cfg, inputs, cluster, run_dir, stop)
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
     cluster.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.run import RunConfig
@@ -17,9 +18,20 @@ from mcore_rl.run.command import run_command
 from mcore_rl.run.export import export_model
 from mcore_rl.run.specs import start_cluster
 
+if TYPE_CHECKING:
+    from mcore_rl.loop.stop import Stop
+
 
 def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
-    """Read the inputs, start the workers, train, export the model and write the report."""
+    """Read the inputs, start the workers, train, export the model and write the report; end before
+    if SIGUSR1 asks for it."""
+    from mcore_rl.loop.stop import stopped_by_signal
+
+    with stopped_by_signal(workers) as stop:
+        _run(cfg, workers, stop)
+
+
+def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.loop.on_policy import train
     from mcore_rl.loop.validate import validate
     from mcore_rl.models.spec import engine_overrides
@@ -50,11 +62,12 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
         ),
         critic=cfg.critic if cfg.has_critic else None,
     )
+    stop.interrupts(cluster.interrupt, inputs.scorer.interrupt)
     if cfg.trainer.val_only:
         validate(cfg, inputs, cluster, run_dir)
         cluster.close()
         return
-    train(cfg, inputs, cluster, run_dir)
+    train(cfg, inputs, cluster, run_dir, stop)
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
     cluster.close()

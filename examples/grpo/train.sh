@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
+# shellcheck source=examples/launch/quoted.sh
 . "$(dirname "$0")/../launch/quoted.sh"
 
 usage() {

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Read by the scripts that make overrides of variables.
 
 # quoted VALUE: as Hydra reads it back: a path in quotes, a list ['a','b'] as it is.

@@ -52,6 +52,11 @@ class Cluster:
         self.workers.step = step
         self.routes.drop()
 
+    def interrupt(self) -> None:
+        """Have engines give up what they generate, now and from now on, which then raises
+        StoppedError; from any thread."""
+        self.engines.interrupt()
+
     def close(self) -> None:
         """End all workers."""
         self.workers.close()

@@ -18,7 +18,13 @@ from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
-from mcore_rl.errors import HangError, RolloutError, RunError, WeightSyncError
+from mcore_rl.errors import (
+    HangError,
+    RolloutError,
+    RunError,
+    StoppedError,
+    WeightSyncError,
+)
 from mcore_rl.metrics import Metrics, merge
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
@@ -52,6 +58,7 @@ class Engines:
         self._version = -1
         self._have_base = False
         """Whether all engines have the weights that do not train."""
+        self._is_interrupted = False
 
     @property
     def num_engines(self) -> int:
@@ -67,7 +74,10 @@ class Engines:
 
         Raises:
             RolloutError: if an engine fails, or answers what cannot be.
+            StoppedError: if they were interrupted; all of them have given up then.
         """
+        if self._is_interrupted:
+            raise StoppedError
         if self._phases.engines_forgot:
             if self._phases.has_trained:
                 message = f"weights {self._version} are wanted, which the trainer has left"
@@ -82,13 +92,22 @@ class Engines:
         futures = self._workers.submit(
             {rank: calls[engine] for engine, ranks in enumerate(self._ranks) for rank in ranks}
         )
+        answers = []
+        for engine, ranks in enumerate(self._ranks):
+            of_engine = {rank: futures[rank] for rank in ranks}
+            answers.append(self._answer(engine, calls[engine], of_engine, asked[engine]))
+        if self._is_interrupted:
+            raise StoppedError
         found: list[list[GenerationResult]] = [[] for _ in groups]
-        for engine, share in enumerate(shares):
-            of_engine = {rank: futures[rank] for rank in self._ranks[engine]}
-            answers = iter(self._answer(engine, calls[engine], of_engine, asked[engine]))
+        for share, of_engine in zip(shares, map(iter, answers), strict=True):
             for g in share:
-                found[g] = [next(answers) for _ in groups[g]]
+                found[g] = [next(of_engine) for _ in groups[g]]
         return found
+
+    def interrupt(self) -> None:
+        """See `Cluster.interrupt`."""
+        self._is_interrupted = True  # first: what comes after it is not read
+        self._workers.interrupt()
 
     def _answer(
         self,
@@ -97,13 +116,17 @@ class Engines:
         futures: Mapping[int, Future[list[GenerationResult]]],
         requests: Sequence[GenerationRequest],
     ) -> list[GenerationResult]:
-        """Return the results of an engine, from another one in its place if it fails."""
+        """Return the results of an engine, from another one in its place if it fails; anything if
+        it was interrupted."""
         while True:
             try:
                 answers = results(futures)[self._ranks[engine][0]]
-                _check_results(requests, answers, self._version)
+                if not self._is_interrupted:
+                    _check_results(requests, answers, self._version)
                 return answers
             except RunError as error:
+                if self._is_interrupted:
+                    raise
                 self._revive(engine, error, "generating", Phase.REVIVE)
             self._phases.enter(Phase.GENERATE)
             futures = self._workers.submit(dict.fromkeys(self._ranks[engine], asked))

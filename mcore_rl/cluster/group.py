@@ -80,6 +80,11 @@ class WorkerGroup(Protocol):
         """Return where such an engine takes its weights."""
         ...
 
+    def interrupt(self) -> None:
+        """Have engines give up what they generate, now and from now on; what they answer then is
+        worth nothing. From any thread."""
+        ...
+
     def close(self) -> None:
         """End all workers in order."""
         ...

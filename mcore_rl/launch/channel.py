@@ -1,7 +1,7 @@
 """The message channel between the controller and its workers: ZeroMQ, one socket on each side.
 
-    controller -> worker   START(spec)  CALL(id, step, method, arguments)  CANCEL(id)  PING  STACKS
-                           END  DIE
+    controller -> worker   START(spec)  CALL(id, step, method, arguments)  CANCEL(id)  INTERRUPT
+                           PING  STACKS  END  DIE
     controller -> node     SPAWN(program)  KILL(rank)  PING  STACKS  END  DIE
     worker -> controller   HELLO(rank, token, code)  RESULT(id)  ERROR(id)  BEAT(ticks)
                            STACKS(text)
@@ -38,7 +38,7 @@ from typing import Any, NoReturn
 
 import zmq
 
-from mcore_rl import progress
+from mcore_rl import interruption, progress
 from mcore_rl.frames import Frame, decode, encode
 from mcore_rl.sockets import Address, ClientSocket, ServerSocket
 
@@ -53,6 +53,7 @@ _POLL_MS = 200
 HELLO, RESULT, ERROR, BEAT, STACKS = b"hello", b"result", b"error", b"beat", b"stacks"
 START, CALL, CANCEL, PING, END, DIE = b"start", b"call", b"cancel", b"ping", b"end", b"die"
 SPAWN, KILL = b"spawn", b"kill"
+INTERRUPT = b"interrupt"
 
 
 @cache
@@ -329,6 +330,8 @@ class WorkerEnd:
             socket.send_multipart([STACKS, _header(), thread_stacks().encode()])
         elif kind == CANCEL:
             self._cancelled.add(header["id"])
+        elif kind == INTERRUPT:
+            interruption.ask()
         elif kind != PING:
             self._orders.put([kind, header, [frame.buffer for frame in frames[2:]]])
 

@@ -201,6 +201,11 @@ class ChannelWorkers:
             futures[rank] = self._send(rank, channel.CALL, call.name, encoded[id(call)])
         return futures
 
+    def interrupt(self) -> None:
+        """See `WorkerGroup`."""
+        for rank in range(len(self._ranks)):
+            self._listener.send(rank, channel.INTERRUPT, {})
+
     def close(self) -> None:
         """End all workers in order."""
         self._is_closing = True

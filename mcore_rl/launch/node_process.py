@@ -43,7 +43,7 @@ def serve_node(address: Address, rank: int) -> NoReturn:
         address: of the controller.
         rank: by which the controller reaches this process.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the controller ends its processes in order
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     setup_logging(rank, "node")
     children = Children(address)

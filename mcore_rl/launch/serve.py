@@ -74,7 +74,8 @@ def serve(
         import_libraries: done beforehand, while the controller reads the data.
         start: makes the servant of what the controller starts it with.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the controller ends its workers in order
+    # The controller ends its workers in order.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     from mcore_rl.launch.libraries import quiet_libraries
     from mcore_rl.observability.log_setup import log_to_file, setup_logging

@@ -82,6 +82,10 @@ class Checkpoints:
         self._metrics = run_dir / METRICS_FILE
         self._folder = run_dir / CHECKPOINTS
         self._begun: _Begun | None = None
+        self._latest = 0
+        """Step of the last one, or of the model that the run began with."""
+        self._at_begin: _Begun | None = None
+        """What a checkpoint of the step that is going on would hold, until its updates begin."""
         self._has_best_metric = False
         """Whether a step has logged trainer.best_ckpt_metric."""
 
@@ -117,7 +121,8 @@ class Checkpoints:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         logger.info("resumed from %s", folder)
-        return int(state["step"])
+        self._latest = int(state["step"])
+        return self._latest
 
     def save(self, step: int) -> None:
         """Begin a checkpoint from which `step` is the next step; end it too unless `async_save`.
@@ -125,28 +130,51 @@ class Checkpoints:
         Raises:
             CheckpointError: if it cannot be written; the previous one stays in force.
         """
+        self._begin(self._state_at(step))
+        if not self._trainer.async_save:
+            self.finish()
+
+    def save_begun(self) -> None:
+        """Save what the step that is going on began with, if its updates have not begun and there
+        is no such checkpoint yet; wait for what is being written.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._at_begin is not None and self._at_begin.step != self._latest:
+            self._begin(self._at_begin)
         self.finish()
-        partial = self._partial(step)
+
+    def _state_at(self, step: int) -> _Begun:
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return _Begun(step, {"step": step, **parts})
+
+    def _begin(self, begun: _Begun) -> None:
+        self.finish()
+        step, partial = begun.step, self._partial(begun.step)
         with self._failing_at(step):
             for leftover in (partial, self._final(step)):  # of a crash; the pointer names neither
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             sync(self._folder.parent)
             self._cluster.trainer.begin_save(str(partial))
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        self._begun = _Begun(step, {"step": step, **parts})
-        if not self._trainer.async_save:
-            self.finish()
+        self._begun, self._latest = begun, step
 
-    def poll(self) -> None:
-        """Put the checkpoint in force that was begun, if every rank has written its part.
+    def begin_step(self, step: int) -> None:
+        """Take note of what the step begins with, and put the checkpoint in force that was begun,
+        if every rank has written its part.
 
         Raises:
             CheckpointError: if one of them cannot.
             UserError: if what was logged shows that trainer.best_ckpt_metric is never measured.
         """
+        self._at_begin = self._state_at(step)
         self._end(wait=False)
         self._look_for_best_metric()
+
+    def begin_updates(self) -> None:
+        """Take note that the weights are no longer those that the step began with."""
+        self._at_begin = None
 
     def _look_for_best_metric(self) -> None:
         """Refuse a misspelt metric after the first step, or validation, that should have it.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mcore_rl.config.run import TrainerConfig
+from mcore_rl.metrics import Metrics, mean, total
 from mcore_rl.observability.trackers import RunLog
 
 
@@ -25,3 +26,10 @@ def open_log(
     )
     with contextlib.closing(log):
         yield log
+
+
+def with_times(metrics: Metrics, times: Metrics) -> Metrics:
+    """Return the metrics of a step with its times and the tokens trained per second of it."""
+    tokens = metrics.get("batch/tokens", total(0.0))  # none while the critic alone trains
+    tokens_per_s = tokens.value / times["time/step"].value
+    return {**metrics, **times, "perf/tokens_per_s": mean(tokens_per_s)}

@@ -28,14 +28,16 @@ from mcore_rl.loop.collect import collect_groups
 from mcore_rl.loop.critic import update_critic, with_values
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.inputs import RunInputs
-from mcore_rl.loop.log import open_log
-from mcore_rl.metrics import Metrics, mean, merge, total
+from mcore_rl.loop.log import open_log, with_times
+from mcore_rl.loop.stop import Stop
+from mcore_rl.metrics import Metrics, merge
 from mcore_rl.observability.samples import SampleLog
 from mcore_rl.types import SampleGroup, TokenSequence, with_sample_fields
 
 
-def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) -> None:
-    """Train to the last step, from the run folder's latest checkpoint if it has one."""
+def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, stop: Stop) -> None:
+    """Train to the last step or, by StoppedError, until asked to end; from the run folder's latest
+    checkpoint if it has one."""
     trainer, total_steps = cfg.trainer, inputs.total_steps
     objective = PolicyObjective(
         resolve_objective(cfg.actor, cfg.data.max_response_length),
@@ -50,10 +52,11 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
 
     bring_weights(cfg, inputs, cluster, start)
 
-    with open_log(trainer, run_dir, start, total_steps) as log:
+    with open_log(trainer, run_dir, start, total_steps) as log, stop.saves(checkpoints):
         for step in range(start, total_steps):
             cluster.enter_step(step)
-            checkpoints.poll()
+            checkpoints.begin_step(step)
+            stop.check()
             metrics: list[Metrics] = []
             if trainer.val_before_train if step == 0 else is_due(step, trainer.test_freq):
                 with log.stage("eval"):
@@ -71,6 +74,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
             groups = with_values(cfg, cluster, groups, log)
             groups, advantage_metrics = assign_advantages(groups, cfg.algorithm)
             metrics.append(advantage_metrics)
+            stop.check()
+            checkpoints.begin_updates()  # from here on the step is finished
             metrics.append(update_critic(cfg, cluster, groups, log))
             if step >= trainer.critic_warmup:
                 with log.stage("train"):
@@ -80,7 +85,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) ->
             log.log(step, with_times(merge(metrics), log.times()))
             # After the log line, which a resumed run does not write again; so the time that this
             # takes is that of the next step.
-            if is_due(step + 1, trainer.save_freq) or step + 1 == total_steps:
+            is_last = step + 1 == total_steps or stop.is_asked
+            if is_last or is_due(step + 1, trainer.save_freq):
                 with log.stage("checkpoint"):
                     checkpoints.save(step + 1)
 
@@ -140,10 +146,3 @@ def sequences_of_updates(
         [sample.to_sequence() for group in minibatch for sample in group.samples]
         for minibatch in split_minibatches(groups, cfg.actor.ppo_mini_batch_size)
     ]
-
-
-def with_times(metrics: Metrics, times: Metrics) -> Metrics:
-    """Return the metrics of a step with its times and the tokens trained per second of it."""
-    tokens = metrics.get("batch/tokens", total(0.0))  # none while the critic alone trains
-    tokens_per_s = tokens.value / times["time/step"].value
-    return {**metrics, **times, "perf/tokens_per_s": mean(tokens_per_s)}

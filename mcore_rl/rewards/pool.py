@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mcore_rl.errors import RunError, UserError
+from mcore_rl.errors import RunError, StoppedError, UserError
 from mcore_rl.processes import ending
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.custom import is_async
@@ -87,6 +87,7 @@ class RewardPool:
         self._cfg = cfg
         self._setup = WorkerSetup(custom=custom, memory_gib=cfg.memory_gib)
         self._workers: list[_Worker] = []
+        self._is_interrupted = False
         self._close = weakref.finalize(self, _kill_all, self._workers)
 
     def start(self) -> None:
@@ -110,11 +111,14 @@ class RewardPool:
 
         Raises:
             UserError, RunError: as `start`.
+            StoppedError: within a second of an interruption.
         """
         waiting = collections.deque(self._tasks(calls))
         num_left = len(calls)
         try:
             while num_left:
+                if self._is_interrupted:
+                    raise StoppedError
                 self._dispatch(waiting)
                 for outcome in self._collect(waiting):
                     num_left -= 1
@@ -124,6 +128,10 @@ class RewardPool:
                 if worker.tasks:
                     worker.kill()
             self._drop_dead()
+
+    def interrupt(self) -> None:
+        """Have `run` raise StoppedError, now and from now on; from any thread."""
+        self._is_interrupted = True
 
     def close(self) -> None:
         """End all processes."""

@@ -100,6 +100,7 @@ class RewardScorer:
 
         Raises:
             UserError: under `reward.on_error=raise`, for the first reward that fails.
+            StoppedError: if it is interrupted.
         """
         samples = [sample for group in groups for sample in group.samples]
         outcomes = [Outcome()] * len(samples)
@@ -136,6 +137,10 @@ class RewardScorer:
             f"validation, {statuses.count('timeout')} of them by taking too long",
             "The log says why; mend the reward, or raise it to go on with zeros.",
         )
+
+    def interrupt(self) -> None:
+        """Give up what is scored, now and from now on; from any thread."""
+        self._pool.interrupt()
 
     def close(self) -> None:
         """End the processes that score; without it they end with the program."""

@@ -397,6 +397,11 @@ class RolloutEngine(UpdateSession, Protocol):
         """Forget requests; return what they have so far, ended by "abort"."""
         ...
 
+    def any_rank(self, is_so: bool) -> bool:
+        """Return whether any rank of the engine says so; all of them call it after the same
+        number of steps."""
+        ...
+
     def sleep(self, level: int) -> None:
         """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them."""
         ...

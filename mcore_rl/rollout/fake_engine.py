@@ -112,6 +112,9 @@ class FakeEngine:
     def abort(self, numbers: Sequence[int]) -> list[tuple[int, GenerationResult]]:
         return [(number, self._running.pop(number).drawn("abort")) for number in numbers]
 
+    def any_rank(self, is_so: bool) -> bool:
+        return is_so
+
     def sleep(self, level: int) -> None:
         if level > 1:
             self.weight_version = -1

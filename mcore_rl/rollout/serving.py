@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mcore_rl import progress
+from mcore_rl import interruption, progress
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult, RolloutEngine
 from mcore_rl.weight_sync.digest import Manifest
+
+STEPS_BETWEEN_QUESTIONS = 16
+"""Whether what is generated is still wanted is asked once in so many steps: ranks have to agree."""
 
 
 class PauseMode(Enum):
@@ -73,6 +76,7 @@ class ServingEngine:
         self._numbers = itertools.count()
         self._unfinished: dict[int, tuple[_Batch, int]] = {}
         """By number of the request: its batch, and its place in it."""
+        self._num_steps = 0
         self._is_open = self._is_paused = self._has_failed = False
         self._asleep: frozenset[EnginePart] = frozenset()
 
@@ -116,16 +120,25 @@ class ServingEngine:
 
     def run(self) -> None:
         """Do one step, and hand out what has ended with it; what goes wrong is the answer to all
-        unfinished requests, which are forgotten."""
+        unfinished requests, which are forgotten. If they are wanted no more, end them with what
+        they have."""
         progress.tick()
         try:
-            self._hand_out(self._engine.step())
+            if self._is_interrupted():
+                self._hand_out(self._engine.abort(list(self._unfinished)))
+            else:
+                self._hand_out(self._engine.step())
         except Exception as error:  # noqa: BLE001  whatever an engine's library raises
             batches = {id(batch): batch for batch, _ in self._unfinished.values()}
             self._unfinished.clear()
             self._has_failed = True
             for batch in batches.values():
                 batch.future.set_exception(error)
+
+    def _is_interrupted(self) -> bool:
+        self._num_steps += 1
+        is_time = self._num_steps % STEPS_BETWEEN_QUESTIONS == 0
+        return is_time and self._engine.any_rank(interruption.is_asked())
 
     def abort(self, future: Future[list[GenerationResult]]) -> None:
         """End the unfinished requests of a batch with what they have."""

@@ -230,6 +230,14 @@ class VllmEngine:
                 f"the ranks {group.ranks} of one engine drew different tokens", role="rollout"
             )
 
+    def any_rank(self, is_so: bool) -> bool:
+        """See `RolloutEngine`."""
+        if not self._is_part:
+            return is_so
+        found = torch.tensor(is_so, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        return bool(found)
+
     def sleep(self, level: int) -> None:
         """See `RolloutEngine`. On CPU vLLM accepts it and frees nothing."""
         self._llm.sleep(level)

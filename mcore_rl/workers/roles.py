@@ -158,7 +158,8 @@ class Rollout(Protocol):
         self, requests: Sequence[GenerationRequest], keep_routes: bool
     ) -> Future[list[GenerationResult]]:
         """Return one result per request, in order; nothing on ranks but the engine's first, which
-        all must be given the same requests. Routes to be replayed are kept."""
+        all must be given the same requests. Routes to be replayed are kept. Nothing too when the
+        run is asked to end, which they notice within a few steps."""
         ...
 
     def pause(self, mode: PauseMode) -> None:

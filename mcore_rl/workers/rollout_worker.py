@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
+from mcore_rl import interruption
 from mcore_rl.data.chat import decode_response, load_tokenizer
 from mcore_rl.rollout.base import EnginePart, EngineSpec, GenerationRequest, GenerationResult
 from mcore_rl.rollout.serving import Health, PauseMode, ServingEngine
@@ -48,7 +49,7 @@ class RolloutWorker(Rollout):
         """
 
         def answer(results: list[GenerationResult]) -> list[GenerationResult]:
-            if not self._is_first:
+            if not self._is_first or interruption.is_asked():
                 return []
             kept: list[RoutesAt | None] = [None] * len(results)
             if keep_routes:

@@ -27,8 +27,8 @@ KILL_AT = "STAGE_MARKS_KILL_AT"
 """Environment variable "<stage> <n> <seconds>": kill so long after the n-th such stage of this
 start began, counted from 1, or at its end if that comes first."""
 WORKER = "STAGE_MARKS_WORKER"
-"""Environment variable "<rank> <signal>": send that worker the signal instead, and write down when
-as the stage "signal"."""
+"""Environment variable "<rank> <signal>": send that worker the signal instead, or for a rank
+"controller" this process, and write down when as the stage "signal"."""
 
 
 @TRACKERS.register("stage_marks")
@@ -77,7 +77,9 @@ def _whole_run() -> list[int]:
 
 
 def _worker(rank: str) -> int:
-    """Return the id of the worker process of a rank."""
+    """Return the id of the worker process of a rank, or of this process."""
+    if rank == "controller":
+        return os.getpid()
     children = psutil.Process().children()
     (found,) = [child.pid for child in children if child.environ().get("RANK") == rank]
     return found

@@ -67,6 +67,10 @@ RUN_ELSEWHERE = (
     "make lint",
     "make quickstart",  # tests/unit/examples/test_examples_quickstart.py
     "mcore-rl doctor",  # tests/e2e/test_e2e_doctor.py
+    "export MODEL=",  # and what follows it: tests/e2e/test_e2e_recipes.py
+    "examples/launch/",
+    "NODE_RANK=0 MASTER_ADDR=n1 examples/launch/",
+    "LAUNCHER=ray examples/launch/",
     "python benchmarks/algorithms.py",  # 54 trainings; tests/unit/tools has its parts
 )
 RUN_HERE = (

@@ -43,6 +43,7 @@ ROOT_FILES = (
     "processes",
     "sockets",
     "stores",
+    "interruption",
 )
 
 # Of mcore_rl, beside the package itself and the root files. A name with a dot is one module.
@@ -57,6 +58,7 @@ MAY_IMPORT = {
     "processes": (),
     "sockets": (),
     "stores": (),
+    "interruption": (),
     "metrics": (),
     "lazy_torch": (),
     "durable_files": (),

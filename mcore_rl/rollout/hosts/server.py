@@ -190,6 +190,10 @@ class ServerEngine:
             found += self.step()
         return found
 
+    def any_rank(self, is_so: bool) -> bool:
+        """See `RolloutEngine`."""
+        return is_so
+
     async def _draw(self, number: int, request: GenerationRequest) -> None:
         """Have a request drawn; all that comes of it becomes events."""
         body = {

@@ -25,8 +25,16 @@ class Ended:
     commands: list[list[str]]
 
 
-def run_script(tmp_path: Path, script: Path, *argv: str, stand_ins: str, **variables: str) -> Ended:
-    """Run the script with stand-ins for the named programs and these environment variables."""
+def run_script(
+    tmp_path: Path,
+    script: Path,
+    *argv: str,
+    stand_ins: str,
+    folder: Path | None = None,
+    **variables: str,
+) -> Ended:
+    """Run the script in a folder with stand-ins for the named programs and these environment
+    variables."""
     programs, record = tmp_path / "bin", tmp_path / "commands"
     programs.mkdir(exist_ok=True)
     record.write_text("")
@@ -37,7 +45,7 @@ def run_script(tmp_path: Path, script: Path, *argv: str, stand_ins: str, **varia
     done = subprocess.run(
         ["bash", str(script), *argv],
         env=os.environ | {"PATH": path, "COMMANDS": str(record)} | variables,
-        cwd=tmp_path,
+        cwd=folder or tmp_path,
         capture_output=True,
         text=True,
         timeout=60,

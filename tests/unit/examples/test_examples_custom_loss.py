@@ -19,6 +19,7 @@ from pathlib import Path
 from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
 
 folder = Path(sys.argv[2])
@@ -33,7 +34,8 @@ assert objective.options.penalty_strength == 2.0
 workers = FakeWorkers()
 before = workers.actor.weights.clone()
 inputs = make_inputs(folder / "reward.py", cfg, 1, 0)
-train(cfg, inputs, make_cluster(workers, cfg), open_run_folder(cfg, inputs.total_steps))
+run_folder = open_run_folder(cfg, inputs.total_steps)
+train(cfg, inputs, make_cluster(workers, cfg), run_folder, Stop())
 inputs.scorer.close()
 assert not workers.actor.weights.equal(before)
 """

@@ -19,6 +19,7 @@ from pathlib import Path
 from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.config.checks import check_run
 from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
 from safetensors_files import FileSender
 
@@ -32,7 +33,7 @@ for transport in ("direct", "safetensors_files"):
     inputs = make_inputs(folder / "reward.py", cfg, 3, 0)
     run_folder = open_run_folder(cfg, inputs.total_steps)
     workers = FakeWorkers(transport=cfg.rollout.weight_transport, run_folder=run_folder)
-    train(cfg, inputs, make_cluster(workers, cfg), run_folder)
+    train(cfg, inputs, make_cluster(workers, cfg), run_folder, Stop())
     inputs.scorer.close()
 assert all(isinstance(sender, FileSender) for sender in workers.senders)
 """

@@ -28,6 +28,7 @@ from mcore_rl.data.batch import pack, unpack
 from mcore_rl.data.chat import decode_response
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.loop.stop import Stop
 from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
@@ -217,6 +218,8 @@ class FakeWorkers:
         temperature: of engines and actor.
         learning_rate: of the actor.
         crash_at: (method, number): the crash comes in place of that call, counted from 0.
+        ask_at: (method, number): the run is asked to end as that call begins, counted from 0.
+        stop: by which it is asked.
         engine: class of the engines.
         transport: of their weights.
         run_folder: for a transport that needs it.
@@ -231,6 +234,8 @@ class FakeWorkers:
         temperature: float = 1.0,
         learning_rate: float = 5.0,
         crash_at: tuple[str, int] | None = None,
+        ask_at: tuple[str, int] | None = None,
+        stop: Stop | None = None,
         engine: type[UnigramEngine] = UnigramEngine,
         transport: str = "direct",
         run_folder: Path = Path(),
@@ -246,7 +251,8 @@ class FakeWorkers:
         ]
         self.senders = [link.open_sender() for link in links]
         self.engines = [engine(temperature, link) for link in links]
-        self.crash_at = crash_at
+        self.crash_at, self.ask_at, self.stop = crash_at, ask_at, stop or Stop()
+        self.is_interrupted = False
         self.calls: list[tuple[str, Any]] = []
         self.versions: list[int] = []
         self.routes: dict[tuple[int, int, int], np.ndarray] = {}
@@ -279,10 +285,14 @@ class FakeWorkers:
         self.steps.append(self.step)
         if self.crash_at == (method, number):
             raise CrashError(f"{method} {number}")
+        if self.ask_at == (method, number):
+            self.stop.ask()
         model = self.critic if method.startswith("critic.") else self.actor
         match called:
             case Critic.values:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
+            case Rollout.generate if self.is_interrupted:
+                return [[] for _ in args_of_rank]
             case Rollout.generate:
                 return [
                     [self.handed_out(rank, result) for result in engine.generate(requests)]
@@ -370,6 +380,9 @@ class FakeWorkers:
         if share.whole.routes_at is None:
             return []
         return [self.routes[rank, at, key] for at, key in share.whole.routes_at.tolist()]
+
+    def interrupt(self) -> None:
+        self.is_interrupted = True
 
     def close(self) -> None:
         raise AssertionError("a loop leaves its workers to whoever started them")

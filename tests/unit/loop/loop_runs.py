@@ -11,7 +11,10 @@ from typing import Any
 from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_config, make_inputs
 from sequences import sequences_of
 
+from mcore_rl.errors import StoppedError
 from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.stop import Stop
+from mcore_rl.loop.validate import validate
 from mcore_rl.run.folder import open_run_folder
 
 
@@ -21,6 +24,8 @@ class Run:
 
     folder: Path
     workers: FakeWorkers
+    is_stopped: bool = False
+    """Whether it ended because it was asked to."""
 
     @property
     def calls(self) -> list[str]:
@@ -73,17 +78,26 @@ def run_in(
     """Do a run with all its files below `root`.
 
     Like the command, it opens the run folder first, so that a second call with the same folder is a
-    resume in a new process. A crash that the workers were told of is swallowed.
+    resume in a new process. A crash that the workers were told of is swallowed, and so is the end
+    of a run that they asked to end.
     """
     reward_file = root / "reward.py"
     reward_file.write_text(reward)
     cfg = make_config(*overrides, f"trainer.default_local_dir={root / folder}")
     inputs = make_inputs(reward_file, cfg, steps, num_val)
     run_dir = open_run_folder(cfg, inputs.total_steps)
-    workers = FakeWorkers(temperature=cfg.rollout.temperature, **workers_kwargs)
+    stop = Stop()
+    workers = FakeWorkers(temperature=cfg.rollout.temperature, stop=stop, **workers_kwargs)
+    cluster, is_stopped = make_cluster(workers, cfg), False
+    stop.interrupts(cluster.interrupt, inputs.scorer.interrupt)
     try:
-        loop(cfg, inputs, make_cluster(workers, cfg), run_dir)
+        if loop is validate:
+            validate(cfg, inputs, cluster, run_dir)
+        else:
+            loop(cfg, inputs, cluster, run_dir, stop)
         assert workers.crash_at is None, "the crash never came"
     except CrashError:
         pass
-    return Run(run_dir, workers)
+    except StoppedError:
+        is_stopped = True
+    return Run(run_dir, workers, is_stopped)

@@ -17,6 +17,7 @@ from fake_workers import (
 )
 
 from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.stop import Stop
 from mcore_rl.types import Routing
 
 
@@ -42,7 +43,7 @@ def run_r3(tmp_path):
         inputs = replace(inputs, routing=Routing(layers=[0], num_experts=4, topk=1))
         workers = FakeWorkers(engine=RoutingEngine)
         (tmp_path / "run").mkdir()
-        train(cfg, inputs, make_cluster(workers, cfg), tmp_path / "run")
+        train(cfg, inputs, make_cluster(workers, cfg), tmp_path / "run", Stop())
         return workers
 
     return run

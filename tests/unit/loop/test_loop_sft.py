@@ -10,8 +10,10 @@ from fake_workers import CrashError, FakeWorkers, make_cluster
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import SftRunConfig
 from mcore_rl.data.prompts import ItemStream
+from mcore_rl.errors import StoppedError
 from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.sft import train
+from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
 from mcore_rl.types import TokenSequence
 
@@ -24,18 +26,19 @@ SEQUENCES = [
 ]
 
 
-def run(tmp_path, *overrides, steps=6, folder="run", crash_at=None):
+def run(tmp_path, *overrides, steps=6, folder="run", crash_at=None, ask_at=None):
     argv = ["data.train_batch_size=3", "trainer.logger=[]", "trainer.save_freq=2", *overrides]
     argv.append(f"trainer.default_local_dir={tmp_path / folder}")
     cfg = compose_config(SftRunConfig, parse_command_line("sft", "", argv))
     inputs = SftInputs(sequences=ItemStream(SEQUENCES), total_steps=steps)
-    workers = FakeWorkers(crash_at=crash_at)
+    stop = Stop()
+    workers = FakeWorkers(crash_at=crash_at, ask_at=ask_at, stop=stop)
     run_dir = open_run_folder(cfg, inputs.total_steps)
-    if crash_at is None:
-        train(cfg, inputs, make_cluster(workers, cfg), run_dir)
+    if crash_at is None and ask_at is None:
+        train(cfg, inputs, make_cluster(workers, cfg), run_dir, stop)
     else:
-        with pytest.raises(CrashError):
-            train(cfg, inputs, make_cluster(workers, cfg), run_dir)
+        with pytest.raises(CrashError if crash_at else StoppedError):
+            train(cfg, inputs, make_cluster(workers, cfg), run_dir, stop)
     return workers, read_metrics(run_dir)
 
 
@@ -75,3 +78,16 @@ def test_a_run_that_died_goes_on_to_the_same_numbers(tmp_path, crash_at):
     resumed, metrics = run(tmp_path)
     assert metrics == expected
     assert resumed.actor.weights.equal(whole.actor.weights)
+
+
+@pytest.mark.parametrize(("number", "step"), [(0, 1), (2, 3)])
+def test_a_run_that_is_asked_to_end_finishes_its_step_and_goes_on_to_the_same_numbers(
+    tmp_path, number, step
+):
+    whole, metrics = run(tmp_path, folder="whole")
+    stopped, _ = run(tmp_path, ask_at=("actor.update", number))
+    again, found = run(tmp_path)
+    assert stopped.methods.count("actor.update") == step
+    assert again.methods.count("actor.update") == 6 - step
+    assert found == metrics
+    assert again.actor.weights.equal(whole.actor.weights)

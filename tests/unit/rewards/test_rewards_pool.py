@@ -3,12 +3,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 import mcore_rl.rewards.pool as pool_module
-from mcore_rl.errors import RunError, UserError
+from mcore_rl.errors import RunError, StoppedError, UserError
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.pool import RewardPool
 from mcore_rl.rewards.worker import RewardCall
@@ -353,3 +354,22 @@ def test_a_plain_function_may_run_an_event_loop_of_its_own(make_pool):
         return asyncio.run(judge())
     """
     assert _scores(make_pool(textwrap.dedent(body), num_workers=1), "a", "bb") == [1, 2]
+
+
+def test_calls_that_are_interrupted_are_given_up_with_their_processes(make_pool, tmp_path):
+    pool = make_pool(
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(3600)"
+    )
+    pool.start()
+
+    def interrupt():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        pool.interrupt()
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(StoppedError):
+        _scores(pool, "a")
+    assert _wait_until_ended(int((tmp_path / "pid").read_text()))
+    with pytest.raises(StoppedError):  # for good
+        _scores(pool, "a")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
 
+from mcore_rl import interruption
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout import load_engine
 from mcore_rl.rollout.base import (
@@ -17,7 +19,7 @@ from mcore_rl.rollout.base import (
     SamplingParams,
     VersionSpan,
 )
-from mcore_rl.rollout.serving import PauseMode, ServingEngine
+from mcore_rl.rollout.serving import STEPS_BETWEEN_QUESTIONS, PauseMode, ServingEngine
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.direct import Tensors
@@ -213,3 +215,41 @@ def test_what_goes_wrong_in_a_step_is_the_answer_to_all_and_ends_the_engine(engi
             future.result()
     with pytest.raises(RolloutError, match="has failed"):
         engine.submit(requests(2))
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """This process is told that what it generates is wanted no more."""
+    monkeypatch.setattr(interruption, "_is_asked", threading.Event())
+    return interruption.ask
+
+
+def test_requests_that_are_wanted_no_more_end_within_a_few_steps(engine, interrupted):
+    """A response of 1000 tokens, and one that comes afterwards."""
+    future = engine.submit(requests(1000))
+    for _ in range(3 * STEPS_BETWEEN_QUESTIONS):
+        engine.run()
+    assert not future.done()
+    interrupted()
+    for _ in range(STEPS_BETWEEN_QUESTIONS):
+        engine.run()
+    [result] = future.result(timeout=0)
+    assert result.finish_reason == "abort"
+    assert 3 * STEPS_BETWEEN_QUESTIONS <= len(result.token_ids) < 4 * STEPS_BETWEEN_QUESTIONS
+    engine.sleep(1)  # nothing is unfinished
+    engine.wake(EnginePart.WEIGHTS)
+    engine.wake(EnginePart.KV_CACHE)
+    later = engine.submit(requests(1000))
+    for _ in range(STEPS_BETWEEN_QUESTIONS):
+        engine.run()
+    assert later.result(timeout=0)[0].finish_reason == "abort"
+
+
+def test_ranks_of_an_engine_give_up_together(engine, interrupted, monkeypatch):
+    """Each is told at another moment; one that went on alone would wait for the others forever."""
+    monkeypatch.setattr(engine._engine, "any_rank", lambda is_so: True)  # another one was told
+    future = engine.submit(requests(1000))
+    for _ in range(STEPS_BETWEEN_QUESTIONS):
+        assert not future.done()
+        engine.run()
+    assert future.result(timeout=0)[0].finish_reason == "abort"
