@@ -5,15 +5,17 @@
 
 Models of 0.7 GB in float32: a dense one, and a mixture of 32 experts in 10 layers. Megatron's
 parameters are exported, sent by each transport and loaded by a real vLLM engine; both ends are in
-this process and take turns, so that a time is that of the work at both. The plain copy is
-`Tensor.copy_` of every tensor into memory that is there, in the same run, turn about. A part's time
-excludes what it calls: `packing` is vLLM's own processing of loaded weights for its CPU kernels,
-`load` the rest of vLLM's loading. `floor` is what vLLM takes alone, given tensors that lie in
-memory, without export, digests and transport: no sync on CPU is faster.
+this process and take turns, so that a time is that of the work at both; only digests are taken in
+a thread beside it, which `taskset --cpu-list 0` in front sends back to the same core. The plain
+copy is `Tensor.copy_` of every tensor into memory that is there, in the same run, turn about. A
+part's time excludes what it calls: `packing` is vLLM's own processing of loaded weights for its CPU
+kernels, `load` the rest of loading, `rest` includes the wait for digests at the sender. `floor` is
+loading and packing alone, given tensors that lie in memory, without export, digests and transport:
+no sync on CPU is faster.
 
-Figures are medians over the repeats; `rate` is the copy's time over the sync's. `extra` is the peak
-of the resident set in a sync less what was resident before; memory that both ends share has its
-place twice in it, since both are in this process.
+Figures are medians over the repeats; `rate` is the copy's time over the sync's. `extra` is how much
+more memory this process has at most in a sync than before, the median of three that are not timed:
+the proportional set, read every few milliseconds, in which what both ends share counts once.
 
 Exit code 1 when a line of the contract fails (`LEAST_RATE`, `MOST_BUCKETS`).
 """
@@ -25,9 +27,11 @@ import contextlib
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,7 @@ LEAST_RATE = {
 }
 MOST_BUCKETS = 2
 """Extra memory at most, in buckets."""
-PARTS = ("export", "digest", "transfer", "load", "packing")
+PARTS = ("export", "transfer", "load", "packing", "rest")
 
 
 class Timer:
@@ -162,16 +166,27 @@ def time_vllm(weights: Any, timer: Timer) -> None:
 
 @contextlib.contextmanager
 def peak_of(found: list[int]) -> Iterator[None]:
-    """Append by how many bytes the resident set grows at most."""
+    """Append by how many bytes this process's memory grows at most."""
 
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+    def held() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    yield
-    found.append(resident("VmHWM") - before)
+    before, over = held(), threading.Event()
+
+    def watch() -> int:
+        highest = before
+        while not over.wait(0.002):
+            highest = max(highest, held())
+        return highest
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            yield
+        finally:
+            over.set()
+    found.append(watching.result() - before)
 
 
 def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any) -> bool:
@@ -187,7 +202,8 @@ def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any
 
     timer = Timer(args.clock)
     add = Manifest.add
-    Manifest.add = timer.timed("digest", add)  # type: ignore[method-assign]
+    beside = Timer(args.clock)
+    Manifest.add = beside.timed("digest", add)  # type: ignore[method-assign]
     link = Link(transport=transport, run_folder=folder, engine=0, engine_rank=0)
     rollout = RolloutConfig(kv_cache_memory_bytes=32 << 20)
     spec = EngineSpec(
@@ -224,6 +240,7 @@ def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any
     sync(0)  # vLLM's first load
     copies: list[float] = []
     syncs: list[dict[str, float]] = []
+    digests: list[float] = []
     floors: list[float] = []
     extra: list[int] = []
     for version in range(1, 1 + args.repeats):
@@ -235,9 +252,13 @@ def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any
         load_alone()
         floors.append(CLOCKS[args.clock]() - begin)
         timer.take()
+        beside.take()
+        sync(version)
+        syncs.append(timer.take())
+        digests.append(beside.take().get("digest", 0.0))
+    for version in range(1 + args.repeats, 4 + args.repeats):
         with peak_of(extra):
             sync(version)
-        syncs.append(timer.take())
     engine.close()
     sender.close()
     Manifest.add = add
@@ -248,6 +269,7 @@ def measure(args: argparse.Namespace, transport: str, folder: str, exporter: Any
     rate, least = copy / total, LEAST_RATE.get((args.kind, transport), 0.0)
     buckets = statistics.median(extra) / max(sizes)
     shown = "  ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
+    shown += f"; beside: digest {statistics.median(digests):.3f}"
     print(
         f"{args.kind:5} {transport:13} {sum(sizes) / 1e9:.2f} GB  copy {copy:.3f}  sync {total:.3f}"
         f"  [{shown}]  rate {rate:.2f} (at least {least})  floor {floor:.3f}, "

@@ -22,6 +22,7 @@ Nothing here knows of files, process groups, pipeline stages or Transformer Engi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -254,13 +255,19 @@ def to_hf(entry: ParamEntry, shards: Sequence[Tensor]) -> dict[str, Tensor]:
 
     Returns:
         Hugging Face name -> tensor, in the dtype and on the device of the shards: a view of the
-        only shard where the tensor lies in one piece of it, a new one otherwise.
+        only shard where the tensor lies in one piece of it, otherwise new ones that lie one behind
+        the other in memory.
     """
     if entry.mapping.is_replicated:
         shards = shards[:1]
     if len(shards) == 1 and (views := _views(entry, shards[0])):
         return views
-    tensors = {name: shards[0].new_empty(shape) for name, shape in hf_shapes(entry).items()}
+    shapes = hf_shapes(entry)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = shards[0].new_empty(sum(sizes)).split(sizes)
+    tensors = {
+        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
     for tp_rank, shard in enumerate(shards):
         row = 0
         for block in entry.mapping.blocks(tp_rank, len(shards)):

@@ -37,7 +37,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -51,6 +54,7 @@ from mcore_rl.rollout.vllm_adapters import (
     take_wrappers_off,
 )
 from mcore_rl.rollout.vllm_digests import LoadedDigests, tensors_of_folder
+from mcore_rl.rollout.vllm_loading import skip_copies
 from mcore_rl.rollout.vllm_routes import RouteRecorder
 from mcore_rl.weight_sync.base import TRANSPORTS, Link
 from mcore_rl.weight_sync.digest import Manifest
@@ -131,6 +135,8 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         if self.device.type == "cpu":
             _reset_packed_moe_kernels(self.model)
         initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            skip_copies(self.model)
 
     def receive_weights(self, update_info: DeliveredUpdate) -> None:
         update = update_info.update
@@ -168,7 +174,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         if self.digests is not None:
             self.digests.finish()
         if self.device.type == "cpu":
-            _pack_output_layers_again(self.model)
+            _pack_tied_output_layers(self.model)
         if self.adapters is not None:
             put_wrappers_on(self.model)
 
@@ -217,10 +223,12 @@ def _reset_packed_moe_kernels(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
-def _pack_output_layers_again(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            module.quant_method.process_weights_after_loading(module)  # pyright: ignore
+def _pack_tied_output_layers(model: torch.nn.Module) -> None:
+    embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    for head in embeddings:
+        is_tied = any(other.weight is head.weight for other in embeddings if other is not head)
+        if is_tied and isinstance(head, ParallelLMHead) and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)  # pyright: ignore
 
 
 WeightTransferEngineFactory.register_engine("linked", LinkedWeights)

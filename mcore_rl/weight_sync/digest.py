@@ -16,9 +16,12 @@ The full form is `full_digest`, blake3 over the same bits: 5 times as slow, so o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +61,22 @@ class Manifest:
             self._entries[name] = _Entry(
                 str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content
             )
+
+    @contextlib.contextmanager
+    def adding(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+        """Take up tensors beside what is done inside, which may read them, and be done after it."""
+        held = [list(named_tensors)]
+        if any(tensor.device.type != "cpu" for _, tensor in held[0]):
+            self.add(held.pop())  # in the order of this thread's work on the device
+            yield
+            return
+        # The thread lets go of the tensors before it says that it is done: a slot of shared memory
+        # is to be free then.
+        added = _thread_of(os.getpid()).submit(lambda: self.add(held.pop()))
+        try:
+            yield
+        finally:
+            added.result()
 
     def to_json(self) -> str:
         """Return it as text, for an engine that is reached by HTTP."""
@@ -105,6 +124,13 @@ def full_digest(tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     bits = _bytes_of(tensor).cpu().numpy()
     return f"{dtype}{list(tensor.shape)}:{blake3(bits.data).hexdigest()}"
+
+
+@functools.cache
+def _thread_of(process: int) -> ThreadPoolExecutor:
+    """Return the one thread of a process for digests: both ends of `direct` then need but one of a
+    tensor, and what is allocated is not kept for each of many. A fork of the process has none."""
+    return ThreadPoolExecutor(1, thread_name_prefix="digests")
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -42,8 +42,8 @@ class Intake:
         self._receiver.receive(update, self._load)
 
     def _load(self, tensors: NamedTensors) -> None:
-        self._arrived.add(tensors)
-        self._load_into(tensors)
+        with self._arrived.adding(tensors):
+            self._load_into(tensors)
 
     def differences(self, sent: Manifest) -> list[str]:
         """Return what is wrong with what arrived, a line a tensor."""

@@ -49,10 +49,9 @@ def sync_weights(
             _attempt(target, lambda t: t.session.start_weight_update(version, with_digests))
             _attempt(target, lambda t: _begin(t, version))
         for bucket in export:
-            if targets:
-                manifest.add(bucket)
-            for target in targets:
-                _attempt(target, lambda t, b=bucket: t.sender.send(b, t.session.update_weights))
+            with manifest.adding(bucket if targets else ()):
+                for target in targets:
+                    _attempt(target, lambda t, b=bucket: t.sender.send(b, t.session.update_weights))
             num_buckets += 1
             num_bytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
             del bucket  # before the next is made

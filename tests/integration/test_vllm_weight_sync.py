@@ -108,6 +108,21 @@ def test_the_same_weights_give_the_same_answers_again_and_others_give_others(ans
     assert all(a != b for a, b in zip(a_first, b_first, strict=True))
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_tied", "qwen3_moe_mixed"])
+def test_weights_in_one_piece_are_loaded_where_they_lie_and_are_free_afterwards(
+    in_vllm, folders, answers, name
+):
+    """The engine computes the same as from tensors that lie apart, and keeps none of the memory."""
+    expected = answers(name)[0][1.0]
+    in_vllm(vllm_cases.start, folders[name, "A"])
+    for version, weights in enumerate(("B", "A")):
+        copied = in_vllm(vllm_cases.sync_in_one_piece, folders[name, weights], version)
+        assert set(copied) <= {"VocabParallelEmbedding", "ParallelLMHead"}  # padded vocabularies
+    for result, other in zip(in_vllm(vllm_cases.generate, requests(1.0)), expected, strict=True):
+        assert list(result.token_ids) == list(other.token_ids)
+        assert list(result.logprobs) == list(other.logprobs)
+
+
 def test_the_receiver_of_a_transport_is_asked_for_every_sync_inside_vllm_s_worker(in_vllm, folders):
     """And closed with the engine, also with one whose session was never finished."""
     in_vllm(vllm_cases.start, folders["qwen3", "A"], weight_transport="noting")

@@ -33,6 +33,7 @@ from mcore_rl.weight_sync.base import (
     Transport,
 )
 from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
+from mcore_rl.weight_sync.packing import PackedBucket
 from mcore_rl.weight_sync.sync import sync_one
 
 _engine: InProcessEngine | None = None
@@ -129,6 +130,37 @@ def sync(folder: str, version: int, with_digests: bool = False) -> None:
     """Give the engine the weights in `folder` as a train worker does."""
     assert _sender is not None
     sync_one(buckets(folder), _sender, engine(), version, with_digests)
+
+
+def sync_in_one_piece(folder: str, version: int) -> list[str]:
+    """Sync as `sync` does with the tensors of a layer one behind the other in memory, overwrite
+    that, and return which layers had weights copied nevertheless."""
+    from mcore_rl.rollout import vllm_loading
+
+    assert _sender is not None
+    buffers, copied, find = [], [], vllm_loading._InPlace.whole
+
+    def in_one_piece():
+        for bucket in buckets(folder):
+            packed = PackedBucket.of(bucket)
+            buffers.append(torch.empty(packed.num_bytes, dtype=torch.uint8))
+            packed.write(bucket, buffers[-1])
+            yield packed.read(buffers[-1])
+
+    def note(loader, param):
+        whole = find(loader, param)
+        if whole is None and not param.is_meta:
+            copied.append(type(loader._layer).__name__)
+        return whole
+
+    vllm_loading._InPlace.whole = note
+    try:
+        sync_one(in_one_piece(), _sender, engine(), version)
+    finally:
+        vllm_loading._InPlace.whole = find
+    for buffer in buffers:
+        buffer.fill_(255)
+    return copied
 
 
 def sync_adapters(

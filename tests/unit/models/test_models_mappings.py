@@ -124,6 +124,18 @@ def test_qkv_interleaves_query_groups_and_splits_between_ranks():
     assert [shard(rank, 4) for rank in range(4)] == [[10, 11], [20, 30], [12, 13], [21, 31]]
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_what_is_made_of_one_parameter_lies_one_behind_the_other(tp_size):
+    """So that an engine that fuses the same tensors can take them as one."""
+    hf = {name: torch.randn(rows, 3) for name, rows in (("q", 4), ("k", 2), ("v", 2))}
+    mapping = Qkv(*(HfTensor(name, tuple(hf[name].shape)) for name in "qkv"), num_query_groups=2)
+    entry = entry_of(mapping)
+    shards = [to_megatron(entry, rank, tp_size, reader_of(hf)) for rank in range(tp_size)]
+    back = to_hf(entry, shards)
+    whole = back["q"].as_strided((8, 3), (3, 1))
+    assert torch.equal(whole, torch.cat([hf[name] for name in "qkv"]))
+
+
 def test_gate_up_puts_the_gate_rows_of_each_rank_above_its_up_rows():
     hf = {"gate": torch.tensor([[1], [2], [3], [4]]), "up": torch.tensor([[5], [6], [7], [8]])}
     entry = entry_of(GateUp(HfTensor("gate", (4, 1)), HfTensor("up", (4, 1))))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -122,6 +124,39 @@ def test_a_manifest_does_not_depend_on_buckets_or_their_order_and_travels():
     assert travelled.differences(arrived) == []
     assert sent.differences(manifest_of(a, b, c, a)) == ["a arrived twice"]
     assert manifest_of(a, a).differences(manifest_of(a, a))[0] == "a was sent twice"
+
+
+def test_tensors_are_added_beside_other_work_and_not_held_after_it():
+    """A slot of shared memory is free again when nobody holds a tensor in it."""
+    tensor = random_tensor((300, 300))
+    expected, manifest, held = manifest_of(("w", tensor)), Manifest(), weakref.ref(tensor)
+    with manifest.adding([("w", tensor)]):
+        del tensor
+    assert held() is None
+    assert expected.differences(manifest) == []
+
+
+def test_what_goes_wrong_beside_or_inside_is_said():
+    with pytest.raises(RuntimeError, match="inside"), Manifest().adding([]):
+        raise RuntimeError("inside")
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(RuntimeError, match="memory format"), Manifest().adding([("w", sparse)]):
+        pass
+
+
+def add_one():
+    with Manifest().adding([("w", torch.zeros(1))]):
+        pass
+
+
+def test_a_fork_of_a_process_that_added_tensors_adds_its_own():
+    add_one()
+    fork = multiprocessing.get_context("fork").Process(target=add_one)
+    fork.start()
+    fork.join(60)
+    is_done = fork.exitcode == 0
+    fork.kill()
+    assert is_done
 
 
 def test_a_manifest_of_many_tensors_is_small():
