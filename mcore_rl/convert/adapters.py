@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mcore_rl.convert.parts import Part
-from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.dtypes import DTYPES, torch_dtype
 from mcore_rl.errors import require
 from mcore_rl.megatron.config import LoraConfig
@@ -30,6 +28,8 @@ from mcore_rl.models.lora import (
 from mcore_rl.models.mappings import HfTensor, ParamEntry, Shape, hf_shapes, to_hf, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import check_weights, model_family
+from mcore_rl.torch_dist.parts import Part
+from mcore_rl.torch_dist.source import TorchDistSource
 
 """In which a run may have had its base."""
 

@@ -25,7 +25,7 @@ RANKS = "from the processes of the same run, over their process group"
 
 UNPICKLING = {
     ("checkpoint_metadata", "_MetadataUnpickler"): LIST,
-    ("convert.torch_dist", "_TensorPickle"): LIST,
+    ("torch_dist.format", "_TensorPickle"): LIST,
     ("megatron.guarded_load", "torch.load"): WEIGHTS_ONLY,
     ("rewards.worker", "pickle.loads"): PARENT,
     ("weight_sync.export", "dist.all_gather_object"): RANKS,

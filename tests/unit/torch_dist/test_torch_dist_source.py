@@ -7,16 +7,16 @@ import torch
 from poison import MakesFolder
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE
-from mcore_rl.convert.torch_dist import (
+from mcore_rl.errors import UserError
+from mcore_rl.torch_dist.format import (
     FORMAT_FILE,
     Location,
     Piece,
-    TorchDistSource,
     format_bytes,
     metadata_bytes,
     write_tensor,
 )
-from mcore_rl.errors import UserError
+from mcore_rl.torch_dist.source import TorchDistSource
 
 WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
 
