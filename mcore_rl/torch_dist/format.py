@@ -145,6 +145,10 @@ def _around_the_numbers(shape: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]
     return archive[:start], archive[start + layout.nbytes :]
 
 
+class NoTensorError(pickle.UnpicklingError):
+    """A pickle asks for this, which no tensor is made of."""
+
+
 def find_numbers(stream: IO[bytes]) -> tuple[Tensor, int]:
     """Return the layout of a tensor that torch.save wrote, on the meta device, and where in the
     archive the numbers of its storage begin. Reads everything but these."""
@@ -179,7 +183,7 @@ class _TensorPickle(pickle.Unpickler):
             return OrderedDict
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a tensor")
+        raise NoTensorError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> tuple[Tensor, str]:
         _, dtype, key, _, num_elements = pid

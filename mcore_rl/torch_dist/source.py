@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import re
 import struct
 import zipfile
 from bisect import bisect_left, bisect_right
@@ -22,10 +24,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata
+from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata, refusal
 from mcore_rl.errors import UserError, require
 from mcore_rl.models.mappings import Range, Shape
-from mcore_rl.torch_dist.format import FORMAT_FILE, STORAGES, find_numbers, storage_bytes
+from mcore_rl.torch_dist.format import (
+    COMMON_FILE,
+    FORMAT_FILE,
+    STORAGES,
+    NoTensorError,
+    find_numbers,
+    storage_bytes,
+)
 from mcore_rl.torch_dist.parts import FileSpan, bytes_of
 
 _CACHE_BYTES = 64 * 2**20
@@ -33,6 +42,29 @@ _DAMAGE = (
     *(zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError),
     *(AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError),
 )
+
+
+_ASKED_FOR = re.compile(r"GLOBAL (\S+)")
+
+
+def read_common(folder: Path) -> Any:
+    """Return what a checkpoint has beside tensors, `common.pt`.
+
+    Raises:
+        UserError: if it is more than dictionaries, lists and numbers.
+    """
+    file = folder / COMMON_FILE
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch advises to read the file nevertheless.
+        asked_for = _ASKED_FOR.search(str(error))
+        what = (
+            f"it asks for {asked_for[1]}"
+            if asked_for
+            else "it is damaged, or no file of torch.save"
+        )
+        raise refusal(file, what) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +128,7 @@ class TorchDistSource:
             stored = self._find(MetadataIndex(key, chunk.offsets))
             part = stored.layout[_slices(overlap, chunk.offsets)]
             if part.shape == torch.Size(sizes) and part.is_contiguous():
-                return stored.numbers.part(int(part.storage_offset()) * part.itemsize, part.nbytes)
+                return _numbers_of(stored, part)
             return None
         return None
 
@@ -119,6 +151,37 @@ class TorchDistSource:
         if result is None or covered != result.numel():
             raise UserError(f"checkpoint {self.folder}: pieces of {key!r} are missing.")
         return result
+
+    @torch.no_grad()
+    def read_into(self, key: str, offsets: Shape, target: Tensor) -> None:
+        """Fill a tensor of any device and dtype with the rectangle of its size at those offsets.
+
+        What lies in one piece in a file and in memory is read without a copy. Numbers beyond the
+        shape of the stored tensor are 0.
+
+        Raises:
+            UserError: if there is no such tensor, or its pieces do not cover the rectangle.
+        """
+        places = zip(offsets, target.shape, self.shape(key), strict=True)
+        wanted = math.prod(max(min(length, end - at), 0) for at, length, end in places)
+        if wanted < target.numel():
+            target.zero_()
+        for chunk, overlap in self._overlapping(key, offsets, tuple(target.shape)):
+            index = MetadataIndex(key, chunk.offsets)
+            stored = self._find(index)
+            part = stored.layout[_slices(overlap, chunk.offsets)]
+            place = target[_slices(overlap, offsets)]
+            if not part.is_contiguous():
+                place.copy_(self._load(index)[_slices(overlap, chunk.offsets)])
+            elif place.device.type == "cpu" and place.dtype == part.dtype and place.is_contiguous():
+                _numbers_of(stored, part).read(bytes_of(place))
+            else:
+                numbers = torch.empty(part.shape, dtype=part.dtype)
+                _numbers_of(stored, part).read(bytes_of(numbers))
+                place.copy_(numbers)
+            wanted -= part.numel()
+        if wanted:
+            raise UserError(f"checkpoint {self.folder}: pieces of {key!r} are missing.")
 
     def close(self) -> None:
         """Close the files and forget what was read."""
@@ -190,6 +253,8 @@ class TorchDistSource:
         part: Any = _FilePart(stream, info.offset, info.length)
         try:
             layout, start = find_numbers(part)
+        except NoTensorError as error:
+            raise refusal(file, f"it asks for {error}") from error
         except _DAMAGE as error:
             raise UserError(f"{file} is damaged at byte {info.offset}.") from error
         # Bytes are copied as the metadata describes them.
@@ -215,6 +280,11 @@ class TorchDistSource:
             layout.shape, layout.stride(), layout.storage_offset()
         )
         return self._cache[index]
+
+
+def _numbers_of(stored: _Stored, part: Tensor) -> FileSpan:
+    """Return where the numbers of a contiguous part of the layout are."""
+    return stored.numbers.part(int(part.storage_offset()) * part.itemsize, part.nbytes)
 
 
 def _slices(bounds: list[tuple[int, int]], origin: Shape) -> tuple[slice, ...]:
