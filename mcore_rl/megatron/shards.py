@@ -158,7 +158,8 @@ def _whole(one: _Parameter) -> Iterator[Shard]:
 
 def _of_range(one: _Parameter, numbers: Range, tensors: Mapping[str, Tensor]) -> Iterator[Shard]:
     for name, tensor in tensors.items():
-        yield from _of_flat_range(one, numbers, tensor.detach(), f"{_OPTIMIZER}.{name}.")
+        if name != "step":  # a number, where torch's own Adam counts by tensor
+            yield from _of_flat_range(one, numbers, tensor.detach(), f"{_OPTIMIZER}.{name}.")
 
 
 def _of_flat_range(one: _Parameter, numbers: Range, flat: Tensor, prefix: str) -> Iterator[Shard]:
@@ -225,9 +226,7 @@ def _ranges(one: Any) -> Iterator[tuple[Any, Tensor, Range, dict[str, Tensor]]]:
         for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype):
             for weight, places in bucket["param_map"].items():
                 tensors = one._get_main_param_and_optimizer_states(weight)
-                # A number where the optimizer counts steps by tensor.
-                moments = {name: value for name, value in tensors.items() if name != "step"}
-                yield one, weight, (places["param"].start, places["param"].end), moments
+                yield one, weight, (places["param"].start, places["param"].end), tensors
 
 
 def _parameters(state: Any) -> Iterator[_Parameter]:

@@ -35,7 +35,7 @@ from mcore_rl.torch_dist.format import (
     find_numbers,
     storage_bytes,
 )
-from mcore_rl.torch_dist.parts import FileSpan, bytes_of
+from mcore_rl.torch_dist.parts import FileSpan, bytes_of, memory_of
 
 _CACHE_BYTES = 64 * 2**20
 _DAMAGE = (
@@ -174,7 +174,7 @@ class TorchDistSource:
             if not part.is_contiguous():
                 place.copy_(self._load(index)[_slices(overlap, chunk.offsets)])
             elif place.device.type == "cpu" and place.dtype == part.dtype and place.is_contiguous():
-                _numbers_of(stored, part).read(bytes_of(place))
+                _numbers_of(stored, part).read(memory_of(place))
             else:
                 numbers = torch.empty(part.shape, dtype=part.dtype)
                 _numbers_of(stored, part).read(bytes_of(numbers))

@@ -128,6 +128,7 @@ def test_every_rectangle_is_read_into_any_tensor(stored, kind):
         ):
             source.read_into("key", (top, left), target)
             assert torch.equal(target.float(), expected)
+            assert target.untyped_storage().resizable()  # as what is offloaded must be
 
 
 def test_what_lies_beyond_the_stored_tensor_is_zero(stored):
