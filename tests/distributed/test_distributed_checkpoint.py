@@ -187,11 +187,12 @@ def test_ranks_copy_and_write_alike_and_gather_nothing(
     stored = [(source.shape(key), source.dtype(key)) for key in source.tensor_keys()]
     copied = [of_rank for of_rank, _ in by_rank]
     assert sum(copied) == sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
-    # Ranges of a buffer are equal with the padding that is not written: observed up to 1.011.
-    # Norms and routers, which tensor-parallel ranks have alike, are written by the first of them.
-    assert max(copied) <= (1.04 if "tensor_model_parallel_size" in megatron else 1.02) * min(copied)
+    # Ranges of a buffer are equal with the padding that is not written: observed 1.0004. Norms and
+    # routers, which tensor-parallel ranks have alike, are written by the first of them: 1.007.
+    is_cut = "tensor_model_parallel_size" in megatron
+    assert max(copied) <= (1.01 if is_cut else 1.001) * min(copied)
     for of_rank, in_file in by_rank:
-        assert of_rank < in_file < 1.25 * of_rank  # what torch.save adds to each small tensor
+        assert of_rank < in_file < 1.1 * of_rank  # what torch.save adds to each tensor: up to 1.055
 
 
 @pytest.mark.parametrize(
