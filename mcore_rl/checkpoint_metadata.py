@@ -79,16 +79,26 @@ def read_metadata(folder: Path) -> Metadata:
             found = _MetadataUnpickler(stream).load()
         _check(found)
     except _NotAdmitted as error:
-        raise UserError(
-            f"{file} is refused, and nothing in it was run: it asks for {error}, which is no part "
-            "of a checkpoint. Do not use files from this source."
-        ) from error
+        raise refusal(file, f"it asks for {error}") from error
     except _DAMAGE as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is damaged: {type(error).__name__}: {reason}.") from error
     if getattr(found, "storage_meta", None) is None:
         found.storage_meta = StorageMeta()
     return found
+
+
+def refusal(file: Path, what: str) -> UserError:
+    """Return one line about a pickle that was not followed.
+
+    Args:
+        file: that it is in.
+        what: was found: "it asks for posix.system".
+    """
+    return UserError(
+        f"{file} is refused, and nothing in it was run: {what}, which is no part of a checkpoint. "
+        "Do not use files from this source."
+    )
 
 
 class _NotAdmitted(pickle.UnpicklingError):

@@ -351,7 +351,7 @@ def writers_held_back():
 
     def write_then(*args):
         may_write.wait()
-        write(*args)
+        return write(*args)
 
     checkpoint._write = write_then
     try:
@@ -426,9 +426,11 @@ def save_without(spec, folder, part):
 
     with running_worker(spec) as worker:
         actor = worker.actor
-        state = checkpoint._state_to_save(actor.trained, actor.optimizer, worker.parallel)
-        del state[part]
-        pending = checkpoint._begin_write(folder, state)
+        parts = actor.trained, actor.optimizer, worker.parallel
+        shards, common = checkpoint._to_save(*parts)
+        del common[part]
+        kept = [shard for shard in shards if not shard.key.startswith(f"{part}.")]
+        pending = checkpoint.PendingSave(folder, kept, common, worker.parallel)
         assert pending.state(wait=True) == WriteState(is_done=True)
         pending.finish()
 

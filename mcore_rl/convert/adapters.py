@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mcore_rl.convert.parts import Part
-from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.dtypes import DTYPES, torch_dtype
 from mcore_rl.errors import require
 from mcore_rl.megatron.config import LoraConfig
@@ -30,6 +28,8 @@ from mcore_rl.models.lora import (
 from mcore_rl.models.mappings import HfTensor, ParamEntry, Shape, hf_shapes, to_hf, to_megatron
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import check_weights, model_family
+from mcore_rl.torch_dist.parts import Part
+from mcore_rl.torch_dist.source import TorchDistSource, read_common
 
 """In which a run may have had its base."""
 
@@ -55,9 +55,7 @@ class AdaptedModel:
     def __init__(self, mcore: TorchDistSource, base: Path, config: PreTrainedConfig) -> None:
         check_weights(base, config)
         self._mcore, self.base, self._reader = mcore, base, CheckpointReader(base)
-        from mcore_rl.megatron.guarded_load import GuardedCommonLoad  # Megatron takes seconds
-
-        identity = GuardedCommonLoad().load_common(mcore.folder)["identity"]
+        identity = read_common(mcore.folder)["identity"]
         self.lora = LoraConfig(
             rank=identity["model.lora_rank"],
             alpha=identity["model.lora_alpha"],

@@ -29,22 +29,9 @@ from mcore_rl import __version__
 from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert.adapters import AdaptedModel, holds_adapters
 from mcore_rl.convert.ahead import made_ahead
-from mcore_rl.convert.parts import Part, append
 from mcore_rl.convert.safetensors_stream import SafetensorsSource, TensorInfo, write_header
 from mcore_rl.convert.staging import StagedFolder
 from mcore_rl.convert.stored import StoredParam, stored_params
-from mcore_rl.convert.torch_dist import (
-    COMMON_FILE,
-    FORMAT_FILE,
-    Location,
-    Piece,
-    TorchDistSource,
-    format_bytes,
-    metadata_bytes,
-    saved_bytes,
-    saved_tensor_length,
-    write_tensor,
-)
 from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.errors import require
 from mcore_rl.model_code import copied_files, without_missing_code
@@ -59,6 +46,19 @@ from mcore_rl.models.safetensors_io import (
 )
 from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.observability import run_folder
+from mcore_rl.torch_dist.format import (
+    COMMON_FILE,
+    FORMAT_FILE,
+    Location,
+    Piece,
+    format_bytes,
+    metadata_bytes,
+    saved_bytes,
+    saved_tensor_length,
+    write_tensor,
+)
+from mcore_rl.torch_dist.parts import Part, append
+from mcore_rl.torch_dist.source import TorchDistSource
 
 PIECE_BYTES = 16 * 2**20
 """Largest piece that is read, rearranged and written at once, unless one row is larger."""

@@ -18,11 +18,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from mcore_rl.convert.parts import FileSpan, bytes_of
 from mcore_rl.errors import require
 from mcore_rl.foreign_json import parse_json
 from mcore_rl.models.mappings import Range, Shape
 from mcore_rl.models.safetensors_io import CheckpointReader
+from mcore_rl.torch_dist.parts import FileSpan, bytes_of
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Safetensors' names of the dtypes that can be converted."""

@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from mcore_rl.convert.convert import read_param
-from mcore_rl.convert.parts import bytes_of
 from mcore_rl.convert.safetensors_stream import SafetensorsSource
 from mcore_rl.convert.stored import StoredParam, stored_params
-from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.errors import require
 from mcore_rl.models.mappings import to_hf
 from mcore_rl.models.reference import build_reference
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
+from mcore_rl.torch_dist.parts import bytes_of
+from mcore_rl.torch_dist.source import TorchDistSource
 from mcore_rl.types import Layout, MicroBatch, TokenSequence
 
 TOLERANCE = 1e-4

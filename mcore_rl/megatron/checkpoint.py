@@ -2,13 +2,16 @@
 
     pending = begin_save(folder, weights, optimizer, parallel)    # copies, then writes meanwhile
     ...training goes on...
-    pending.state(wait=True)                                     # this rank's files are on disk
+    pending.state(wait=True)                                     # this rank's file is on disk
     pending.finish()                                             # so are everyone's: seal it
 
 Invariants:
 - What is saved is what was there when `begin_save` returned, whatever happens afterwards.
-- Any layout reads what any other wrote ("fully_reshardable").
-- A checkpoint that lacks something, or is of another model, is refused: nothing starts fresh.
+- Each rank copies and writes what is its own (`shards.py`), one file, and nothing is gathered: the
+  ranks of a data-parallel group write as many bytes each.
+- Any layout reads what any other wrote, each rank what it needs, into the tensors that it has.
+- A checkpoint that lacks something, or is of another model, is refused before anything is read:
+  nothing starts fresh.
 - With LoRA a checkpoint holds the adapters and not the base, of which it knows a digest.
 - Of the optimizer come moments and step counters, of the schedule the number of steps; rates, decay
   and betas are the configuration's.
@@ -21,30 +24,39 @@ of samples) is derived from seed and step. What the controller knows is saved be
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-import queue
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint.api import CheckpointException
+import torch.distributed as dist
 
+from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.errors import CheckpointError, UserError, require
-from mcore_rl.megatron.guarded_load import GuardedCommonLoad, GuardedLoad, refusal
 from mcore_rl.megatron.optimizer import PolicyOptimizer
 from mcore_rl.megatron.parallel import Parallel
+from mcore_rl.megatron.shards import OptimizerState, Shard, weights_to_read, weights_to_write
+from mcore_rl.models.mappings import Shape
+from mcore_rl.torch_dist.format import (
+    COMMON_FILE,
+    FORMAT_FILE,
+    Location,
+    Piece,
+    format_bytes,
+    metadata_bytes,
+    saved_bytes,
+)
+from mcore_rl.torch_dist.source import TorchDistSource, read_common
 from mcore_rl.types import WriteState
 
+T = TypeVar("T")
+
 _LONGEST_REASON = 400
-"""Characters; Megatron lists every key that does not match."""
+"""Characters; there may be thousands of keys that do not match."""
 
 
 class TrainedWeights(Protocol):
@@ -57,10 +69,6 @@ class TrainedWeights(Protocol):
 
     def sharded_state(self) -> dict[str, Any]:
         """Return Megatron's sharded tensors; their data are the parameters themselves."""
-        ...
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over the values of a `sharded_state` that was read."""
         ...
 
 
@@ -89,29 +97,53 @@ class WholeModel:
         """Return the state without extra states: they are nothing but Transformer Engine's factors
         of FP8, and which modules have one depends on the layer specs."""
         state = chunk.sharded_state_dict(metadata=_metadata(self._parallel))
+        left_out = chunk.state_dict().keys() - state.keys()
+        assert all(map(_is_extra_state, left_out)), left_out
         return {name: value for name, value in state.items() if not _is_extra_state(name)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        for index, chunk in enumerate(self._chunks):
-            missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
-            assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
+
+def _is_extra_state(name: str) -> bool:
+    return name.endswith("_extra_state")
+
+
+_Copy = tuple[Piece, torch.Tensor]
+_Written = list[tuple[Piece, Location]]
 
 
 class PendingSave:
-    """A checkpoint whose files this rank writes in the background, from copies.
+    """A checkpoint whose file this rank writes in the background, from copies.
 
-    A thread writes them and not a process, as Megatron would have it: an orphan of a killed rank
+    A thread writes it and not a process, as Megatron would have it: an orphan of a killed rank
     would go on writing into the folder of the run that the user has begun to resume.
 
     Args:
         folder: of the checkpoint.
-        request: Megatron's plan of it.
+        shards: what this rank writes.
+        common: what the checkpoint has beside tensors.
+        parallel: process groups.
     """
 
-    def __init__(self, folder: Path, request: Any) -> None:
-        self._folder, self._request = folder, request
+    def __init__(
+        self,
+        folder: Path,
+        shards: Iterable[Shard],
+        common: Mapping[str, Any],
+        parallel: Parallel,
+    ) -> None:
+        self._folder, self._parallel = folder, parallel
+        self._common = saved_bytes(dict(common))
+        self._shapes: dict[str, Shape] = {}
+        copies: list[_Copy] = []
+        for shard in shards:
+            self._shapes[shard.key] = shard.shape
+            numbers = shard.numbers.to("cpu", copy=True)
+            piece = Piece(shard.key, shard.offsets, tuple(numbers.shape), numbers.dtype)
+            copies.append((piece, numbers))
+        copies.reverse()  # taken from the end
         writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] = writer.submit(_write, request, _copied_buckets(request))
+        # As torch names the files of a rank.
+        file = folder / f"__{parallel.rank}_0.distcp"
+        self._writing: Future[_Written] = writer.submit(_write, file, copies)
         writer.shutdown(wait=False)
 
     def state(self, *, wait: bool) -> WriteState:
@@ -128,9 +160,49 @@ class PendingSave:
         Raises:
             CheckpointError: if that cannot be written.
         """
-        with _as_checkpoint_error(self._folder, "written"):
-            for finalize in self._request.finalize_fns:
-                finalize()
+        is_first = self._parallel.rank == 0
+        by_rank: Any = [None] * dist.get_world_size() if is_first else None
+        own = self._shapes, self._writing.result()
+        dist.gather_object(own, by_rank, group=self._parallel.host)
+        _together(self._folder, "written", self._parallel, lambda: self._seal(by_rank or []))
+
+    def _seal(self, by_rank: Sequence[tuple[dict[str, Shape], _Written]]) -> None:
+        if not by_rank:
+            return
+        shapes = {key: shape for of_rank, _ in by_rank for key, shape in of_rank.items()}
+        located = [one for _, of_rank in by_rank for one in of_rank]
+        _check_cover(shapes, [piece for piece, _ in located])
+        (self._folder / COMMON_FILE).write_bytes(self._common)
+        (self._folder / METADATA_FILE).write_bytes(metadata_bytes(shapes, located, {}))
+        (self._folder / FORMAT_FILE).write_bytes(format_bytes())
+
+
+def _write(file: Path, copies: list[_Copy]) -> _Written:
+    """Write copies one after the other, sync the file to disk and return what is where."""
+    written: _Written = []
+    if not copies:  # nothing that another rank does not write
+        return written
+    with file.open("wb") as stream:
+        while copies:
+            piece, numbers = copies.pop()
+            start = stream.tell()
+            torch.save(numbers, stream)
+            written.append((piece, Location(file.name, start, stream.tell() - start)))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return written
+
+
+def _check_cover(shapes: Mapping[str, Shape], pieces: Sequence[Piece]) -> None:
+    """Raise a ValueError unless there are as many numbers of each tensor as it has, and no two
+    rectangles at one place."""
+    counts, places = dict.fromkeys(shapes, 0), set()
+    for piece in pieces:
+        counts[piece.key] += math.prod(piece.sizes)
+        places.add((piece.key, piece.offsets))
+    for key, count in counts.items():
+        if count != math.prod(shapes[key]) or len(places) != len(pieces):
+            raise ValueError(f"{count} numbers are written of {key}, which is {shapes[key]}")
 
 
 def begin_save(
@@ -139,72 +211,40 @@ def begin_save(
     optimizer: PolicyOptimizer,
     parallel: Parallel,
 ) -> PendingSave:
-    """Copy everything that training needs to go on and begin to write it; collective.
+    """Copy everything that training needs to go on and begin to write it; on all ranks.
 
     Args:
         folder: exists, is empty and is seen by every rank.
         weights: that the optimizer trains.
         optimizer: theirs.
         parallel: process groups.
-
-    Raises:
-        CheckpointError: if the part that is written at once cannot be.
     """
-    return _begin_write(folder, _state_to_save(weights, optimizer, parallel))
+    shards, common = _to_save(weights, optimizer, parallel)
+    return PendingSave(folder, shards, common, parallel)
 
 
-def _state_to_save(
+def _to_save(
     weights: TrainedWeights, optimizer: PolicyOptimizer, parallel: Parallel
-) -> dict[str, Any]:
-    for one in _parts(optimizer.inner):
+) -> tuple[Iterator[Shard], dict[str, Any]]:
+    """Return what this rank writes and what the checkpoint has beside tensors."""
+    state = weights.sharded_state()
+    of_optimizer = _state_of(optimizer, state, parallel)
+    common = {
+        "identity": {**weights.identity, **optimizer.identity},
+        "schedule": {"num_steps": optimizer.schedule.num_steps},
+        "optimizer": of_optimizer.common,
+    }
+    shards = itertools.chain(weights_to_write(state, parallel), of_optimizer.to_write(parallel))
+    return shards, common
+
+
+def _state_of(
+    optimizer: PolicyOptimizer, weights: Mapping[str, Any], parallel: Parallel
+) -> OptimizerState:
+    for one in optimizer.inner.chained_optimizers:
         # Adam makes its moments in its first update; a run may have skipped all so far.
         one.init_state_fn(one.optimizer, one.config)
-    state = _sharded_state(weights, optimizer, parallel, is_loading=False)
-    state["identity"] = {**weights.identity, **optimizer.identity}
-    state["schedule"] = {"num_steps": optimizer.schedule.num_steps}
-    return state
-
-
-def _begin_write(folder: Path, state: dict[str, Any]) -> PendingSave:
-    # Read by this process alone, so it needs no server process (filesystem_async.py:51), which
-    # would take seconds to start and outlive a rank that is killed.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    strategy = get_default_save_sharded_strategy("torch_dist")
-    with _as_checkpoint_error(folder, "written"):
-        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
-    return PendingSave(folder, request)
-
-
-def _copied_buckets(request: Any) -> list[Any]:
-    """Return what this rank writes, file by file, with copies of the tensors in host memory."""
-    if request.async_fn is None:  # nothing that another rank does not write
-        return []
-    _, buckets, _ = request.async_fn_args
-    return [
-        (path, key, (objects, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
-        for path, key, (objects, tensors) in buckets
-    ]
-
-
-def _write(request: Any, buckets: list[Any]) -> None:
-    """Write the files and sync them to disk; does what
-    FileSystemWriterAsync.write_preloaded_data_multiproc does with processes that it forks."""
-    if not buckets:
-        return
-    transforms, _ = request.async_fn.args
-    _, _, results = request.async_fn_args
-    written = {}
-    for number, bucket in enumerate(buckets):
-        answers: Any = queue.SimpleQueue()  # declared as those between processes
-        unfinished: Any = queue.Queue()
-        unfinished.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, answers, unfinished, use_fsync=True
-        )
-        _, written[number] = answers.get()
-        if isinstance(written[number], Exception):
-            raise written[number]
-    results.put(written)
+    return OptimizerState(optimizer.inner, weights, _metadata(parallel))
 
 
 def load_checkpoint(
@@ -221,71 +261,31 @@ def load_checkpoint(
         UserError: if it is of other adapters, of another base, with adapters where there are none,
             or of an optimizer of another kind; or if a file of it would have code run.
     """
-    with _as_checkpoint_error(folder, "read"):
-        common: Any = GuardedCommonLoad().load_common(folder)
-    # Checkpoints from before an option was written down have the value of the run, or cannot be
-    # read.
-    saved = {**optimizer.identity, **common.get("identity", _WITHOUT_ADAPTERS)}
-    for key, value in {**weights.identity, **optimizer.identity}.items():
-        rule = f"is not what the checkpoint {folder} was saved with, {saved.get(key)!r}"
-        require(saved.get(key) == value, key, value, rule, "Use the same, or another run folder.")
-    wanted = _sharded_state(weights, optimizer, parallel, is_loading=True)
-    settings = [_settings(group) for group in optimizer.inner.param_groups]
-    with _as_checkpoint_error(folder, "read"):
-        state: Any = dist_checkpointing.load(
-            wanted,
-            str(folder),
-            GuardedLoad(folder),
-            GuardedCommonLoad(),
-            strict=StrictHandling.RAISE_ALL,
-        )
-        weights.load(state)
-        with torch.no_grad():  # float32 parameters are views into leaves
-            optimizer.inner.load_state_dict(state["optimizer"])
-        num_steps = state["schedule"]["num_steps"]
-    for group, own in zip(optimizer.inner.param_groups, settings, strict=True):
-        group.update(own)
+    identity = {**weights.identity, **optimizer.identity}
+    state = weights.sharded_state()
+    of_optimizer = _state_of(optimizer, state, parallel)
+    shards = [*weights_to_read(state), *of_optimizer.to_read()]
+
+    def prepare() -> tuple[TorchDistSource, Any, int]:
+        common = read_common(folder)
+        # Checkpoints from before an option was written down have the value of the run, or cannot
+        # be read.
+        saved = {**optimizer.identity, **common.get("identity", _WITHOUT_ADAPTERS)}
+        for key, value in identity.items():
+            rule = f"is not what the checkpoint {folder} was saved with, {saved.get(key)!r}"
+            require(
+                saved.get(key) == value, key, value, rule, "Use the same, or another run folder."
+            )
+        return _source(folder, shards), _step(common["optimizer"]), common["schedule"]["num_steps"]
+
+    source, step, num_steps = _together(folder, "read", parallel, prepare)
+    _refuse_others(source, shards, parallel)
+    _together(folder, "read", parallel, lambda: _fill(source, shards))
+    with torch.no_grad():  # float32 parameters are views into leaves
+        of_optimizer.was_read()
+    _set_step(optimizer.inner, step)
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=num_steps)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what a group of parameters has from the configuration."""
-    return {key: value for key, value in group.items() if key not in ("params", "step")}
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(folder: Path, verb: str) -> Iterator[None]:
-    try:
-        yield
-    # CheckpointException is no Exception.
-    except (Exception, CheckpointException) as error:
-        reason = _reason(error)
-        if isinstance(reason, UserError):
-            raise reason from None
-        if isinstance(reason, pickle.UnpicklingError):
-            raise refusal(folder, reason) from error
-        raise CheckpointError(_cannot_be(folder, verb, error)) from error
-
-
-def _cannot_be(folder: Path, verb: str, error: BaseException) -> str:
-    """Return one line about the failure, without the tracebacks that torch makes part of it."""
-    error = _reason(error)
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__  # torch.save covers it by an error of its own
-    reason = " ".join(str(cause or error).split())
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]}..."
-    name = "" if isinstance(error, CheckpointingException) else f"{type(cause or error).__name__}: "
-    return f"{folder} cannot be {verb}: {name}{reason}"
-
-
-def _reason(error: BaseException) -> BaseException:
-    """Return what a rank raised, where torch tells of it by an error of its own."""
-    if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()), (error,))[0]
-    return error
 
 
 def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parallel) -> None:
@@ -300,36 +300,81 @@ def load_model(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Parall
     Raises:
         CheckpointError, UserError: as `load_checkpoint`.
     """
-    model = WholeModel(chunks, parallel)
-    with _as_checkpoint_error(folder, "read"):
-        state: Any = dist_checkpointing.load(
-            model.sharded_state(), str(folder), GuardedLoad(folder), GuardedCommonLoad()
+    shards = [*weights_to_read(WholeModel(chunks, parallel).sharded_state())]
+    _together(folder, "read", parallel, lambda: _fill(_source(folder, shards), shards))
+
+
+def _source(folder: Path, shards: Sequence[Shard]) -> TorchDistSource:
+    """Return the checkpoint, which has all shards."""
+    source = TorchDistSource(folder)
+    wanted, known = {shard.key: shard for shard in shards}, set(source.tensor_keys())
+    for key in sorted(wanted.keys() & set(source.object_keys())):
+        raise UserError(f"{key} is stored as an object, and not as a tensor.")
+    if missing := sorted(wanted.keys() - known):
+        raise CheckpointError(_short(f"{folder} cannot be read: it has no {', '.join(missing)}"))
+    for key, shard in wanted.items():
+        if source.shape(key) != shard.shape and not shard.shape_may_differ:
+            raise CheckpointError(
+                f"{folder} cannot be read: {key} is {source.shape(key)} there and {shard.shape} in "
+                "this model"
+            )
+    return source
+
+
+def _refuse_others(source: TorchDistSource, shards: Sequence[Shard], parallel: Parallel) -> None:
+    """Raise a CheckpointError if there are tensors that no rank has; collective."""
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, {shard.key for shard in shards}, group=parallel.host)
+    if others := sorted(set(source.tensor_keys()).difference(*by_rank)):
+        raise CheckpointError(
+            _short(
+                f"{source.folder} cannot be read: it has tensors that this model and its optimizer "
+                f"lack: {', '.join(others)}"
+            )
         )
-    model.load(state)
 
 
-def _is_extra_state(name: str) -> bool:
-    return name.endswith("_extra_state")
+def _fill(source: TorchDistSource, shards: Iterable[Shard]) -> None:
+    for shard in shards:
+        source.read_into(shard.key, shard.offsets, shard.numbers)
+    source.close()
 
 
-def _sharded_state(
-    weights: TrainedWeights,
-    optimizer: PolicyOptimizer,
-    parallel: Parallel,
-    is_loading: bool,
-) -> dict[str, Any]:
-    state = weights.sharded_state()
-    with _padding_kept(optimizer.inner):
-        state["optimizer"] = optimizer.inner.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=_metadata(parallel)
-        )
-    return state
+def _step(state: Any) -> Any:
+    """Return how many updates an optimizer had done, None before the first, as Megatron keeps it:
+    in groups of parameters, or once for all."""
+    found = set(_steps(state))
+    if len(found) > 1:
+        raise ValueError(f"its optimizers have done {sorted(found)} updates")
+    return next(iter(found), None)
+
+
+def _steps(state: Any) -> Iterator[Any]:
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            if key in ("step", "common_step"):
+                yield from () if value is None else (int(value),)
+            else:
+                yield from _steps(value)
+    elif isinstance(state, list):
+        for value in state:
+            yield from _steps(value)
+
+
+def _set_step(inner: Any, step: int | None) -> None:
+    for group in inner.param_groups:
+        group.pop("step", None)
+        if step is not None:
+            group["step"] = step
+    for one in inner.chained_optimizers:
+        for state in one.optimizer.state.values():
+            if "step" in state:  # torch's own Adam counts by tensor
+                state["step"].fill_(step or 0)
 
 
 def _metadata(parallel: Parallel) -> dict[str, Any]:
     """Return what says how Megatron names and cuts what it saves."""
     return {
-        # The default of 0.16.1 is a type that it can no longer load (distrib_optimizer.py:1226).
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel.dp_cp,
         "singleton_local_shards": False,
@@ -337,34 +382,36 @@ def _metadata(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    """Return Megatron's optimizers, of which a chain has one for experts apart."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+def _together(folder: Path, verb: str, parallel: Parallel, work: Callable[[], T]) -> T:
+    """Return what `work` returns; what it raises on one rank is raised on all; collective.
 
-
-@contextlib.contextmanager
-def _padding_kept(optimizer: Any) -> Iterator[None]:
-    """Have the state of a distributed optimizer gathered with the padding between its buckets.
-
-    Megatron gathers it without (distrib_optimizer.py:1027) and then cuts each parameter out at its
-    place with it (:1500), so after a padded bucket every parameter would be saved with a
-    neighbour's numbers and the last ones with zeros. There is more than one bucket with tied
-    embeddings on two stages, and with `overlap_grad_reduce` in a large model.
+    Raises:
+        CheckpointError: of anything but what is the user's mistake.
     """
-    parts = [
-        (part, numel)
-        for one in _parts(optimizer)
-        for buffer in getattr(one, "buffers", [])
-        for part, numel in (
-            (buffer, buffer.numel),
-            *((bucket, bucket.grad_data.numel()) for bucket in buffer.buckets),
-        )
-    ]
-    unpadded = [part.numel_unpadded for part, _ in parts]
-    for part, numel in parts:
-        part.numel_unpadded = numel
+    result: Any = None
+    problem: Exception | None = None
     try:
-        yield
-    finally:
-        for (part, _), numel in zip(parts, unpadded, strict=True):
-            part.numel_unpadded = numel
+        result = work()
+    except (CheckpointError, UserError) as error:
+        problem = error
+    except Exception as error:  # noqa: BLE001  whatever it is, the others are told
+        problem = CheckpointError(_cannot_be(folder, verb, error))
+        problem.__cause__ = error
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=parallel.host)
+    for found in filter(None, (problem, *problems)):
+        raise found
+    return result
+
+
+def _cannot_be(folder: Path, verb: str, error: BaseException) -> str:
+    """Return one line about the failure."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch.save covers it by an error of its own
+    reason = " ".join(str(cause or error).split())
+    return _short(f"{folder} cannot be {verb}: {type(cause or error).__name__}: {reason}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."

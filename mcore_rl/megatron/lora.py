@@ -250,12 +250,6 @@ class LoraAdapters:
             }
         }
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over the values of a `sharded_state` that was read."""
-        for name, param in self.params.items():
-            param.copy_(state["adapters"][name])
-
 
 class _Merged(Mapping[str, Tensor]):
     def __init__(self, params: Mapping[str, Tensor], bound: Mapping[str, LowRank]) -> None:

@@ -38,10 +38,6 @@ LOGIT_BLOCK_BYTES = 4 * 2**23
 KEPT_LOGIT_BLOCKS = 4
 """Blocks kept for the backward pass (megatron/logprobs.py, KEPT_BLOCKS)."""
 
-
-MIN_BUCKET = 40_000_000
-"""Elements of a gradient bucket; with many copies 1,000,000 for each (Megatron-Core,
-distributed_data_parallel.py, bucket_size)."""
 EXPORT_COPIES = 4
 """Of the largest layer, whole, while weights are exported (weight_sync/export.py): as gathered, as
 put together, as passed on to the other stages, and with the engine's loader until complete."""
@@ -62,7 +58,7 @@ class StageMemory:
     export: int
     """Of weights on their way to engines or to a folder."""
     save: int
-    """Of the actor's optimizer state on its way into a checkpoint."""
+    """In host memory: copies of the actor's part of a checkpoint until they are written."""
     save_critic: int
 
 
@@ -92,33 +88,27 @@ def save_memory(
     stage: StageParameters,
     layout: Layout,
     *,
-    is_bucketed: bool,
-    largest_parameter: int,
+    dtype: str,
     use_distributed_optimizer: bool,
+    saves_frozen: bool,
 ) -> int:
-    """Return the bytes of optimizer state that a device gathers at one time for a checkpoint.
+    """Return the bytes of host memory that a checkpoint takes for a device until it is written.
 
-    A sharded state is gathered in float32 over the ranks that hold its parts, one kind of number
-    and one gradient bucket at a time, beside what this rank sends (distrib_optimizer.py,
-    get_parameter_state_dp_zero).
+    Each rank copies its part of weights, masters and moments, those of a data-parallel group as
+    much each, and gathers nothing (megatron/shards.py). The distributed optimizer has a master of a
+    float32 weight too: the weight itself.
 
     Args:
         stage: of the pipeline.
         layout: sizes of the axes.
-        is_bucketed: gradients are reduced while the backward pass goes on, on the first stage
-            (distributed_data_parallel.py:100); else one bucket holds all that has the same copies.
-        largest_parameter: elements; a bucket ends after the parameter that fills it.
+        dtype: of the weights.
         use_distributed_optimizer: state is sharded.
+        saves_frozen: what does not train is in the checkpoint too.
     """
-    if not use_distributed_optimizer:
-        return 0
-    copies = (layout.dp * layout.cp, expert_dp_size(layout))
-    gathered = []
-    for count, num_copies in zip((stage.dense, stage.experts), copies, strict=True):
-        limit = max(MIN_BUCKET, 1_000_000 * copies[0]) + largest_parameter
-        bucket = min(count, limit) if is_bucketed else count
-        gathered.append(BYTES["float32"] * (bucket + bucket // num_copies))
-    return max(gathered)
+    has_masters = use_distributed_optimizer or dtype != "float32"
+    trained = BYTES[dtype] + MOMENTS_BYTES + (MASTER_BYTES if has_masters else 0)
+    dense = stage.dense * trained + (stage.frozen * BYTES[dtype] if saves_frozen else 0)
+    return dense // (layout.dp * layout.cp) + stage.experts * trained // expert_dp_size(layout)
 
 
 def export_memory(entries: Sequence[ParamEntry], dtype: str) -> int:

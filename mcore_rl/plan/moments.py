@@ -45,7 +45,7 @@ class Moment:
     reference: int
     critic: int
     own: int
-    """What the work itself needs: activations and logits, weights under way, gathered state."""
+    """What the work itself needs: activations and logits, weights under way."""
     engine: int
     host: int
     """In host memory for this device meanwhile."""
@@ -124,7 +124,5 @@ def _own(phase: Phase, stage: StageMemory) -> int:
             return stage.activations
         case Phase.SYNC | Phase.REVIVE | Phase.EXPORT:
             return stage.export
-        case Phase.SAVE:
-            return stage.save
-        case Phase.SAVE_CRITIC:
-            return stage.save_critic
+        case Phase.SAVE | Phase.SAVE_CRITIC:
+            return 0  # copies are in host memory

@@ -85,10 +85,10 @@ def stage_memory(
         dtype=megatron.dtype,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
     )
-    gathered = functools.partial(
+    copied = functools.partial(
         save_memory,
         layout=layout,
-        largest_parameter=-(-hf_config.vocab_size // layout.tp) * hf_config.hidden_size,
+        dtype=megatron.dtype,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
     )
     activations = functools.partial(
@@ -109,7 +109,6 @@ def stage_memory(
         actor: dict[Part, int] = dict(zip(parts, state(stage), strict=True))
         if cfg.keeps_reference:
             actor[Part.REFERENCE] = actor[Part.PARAM]
-        is_bucketed = megatron.overlap_grad_reduce and number == 0
         memory.append(
             StageMemory(
                 actor=actor,
@@ -123,8 +122,8 @@ def stage_memory(
                 # One layer at a time is what recomputation has beside the inputs that it keeps.
                 forward=activations(number, num_micro_batches=0, recomputes_layers=True),
                 export=export,
-                save=gathered(stage, is_bucketed=is_bucketed),
-                save_critic=gathered(critic[number], is_bucketed=is_bucketed) if critic else 0,
+                save=copied(stage, saves_frozen=cfg.model.lora is None),
+                save_critic=copied(critic[number], saves_frozen=True) if critic else 0,
             )
         )
     return memory
@@ -259,6 +258,8 @@ def _moment_lines(
     )
     host = most_host_memory(phases, memory, engine, offloads) * cfg.trainer.n_gpus_per_node
     yield f"  host memory: {host / GIB:.1f} GiB per node for what is offloaded"
+    copies = max(held.save + held.save_critic for held in memory) * cfg.trainer.n_gpus_per_node
+    yield f"  checkpoint: {copies / GIB:.1f} GiB of host memory per node until it is written"
     fullest = max(moments, key=lambda moment: moment.total)
     fits = fullest.total <= USABLE * device * GIB and num_tokens >= longest
     yield (

@@ -10,8 +10,8 @@ from tiny_checkpoints import CHECKPOINTS
 
 from mcore_rl.checkpoint_metadata import read_metadata
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
-from mcore_rl.convert.torch_dist import TorchDistSource
 from mcore_rl.models.safetensors_io import CheckpointReader
+from mcore_rl.torch_dist.source import TorchDistSource
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,8 @@ MAY_IMPORT = {
     "observability": (),
     "models": (),
     "rollout": ("weight_sync.base", "weight_sync.digest", "weight_sync.intake"),
-    "megatron": ("models", "data.batch"),
+    "torch_dist": ("models.mappings",),
+    "megatron": ("models", "data.batch", "torch_dist"),
     "weight_sync": (),
     # Only the sections that belong to components, and the types they are made of.
     "config": (
@@ -189,6 +190,7 @@ MAY_IMPORT = {
         "megatron",
         "models",
         "observability.run_folder",
+        "torch_dist",
     ),
     "cli": (),
 }

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from mcore_rl.convert.parts import FileSpan, append
 from mcore_rl.errors import UserError
+from mcore_rl.torch_dist.parts import FileSpan, append
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import torch
 from poison import MakesFolder
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE
-from mcore_rl.convert.torch_dist import (
+from mcore_rl.errors import UserError
+from mcore_rl.torch_dist.format import (
     FORMAT_FILE,
     Location,
     Piece,
-    TorchDistSource,
     format_bytes,
     metadata_bytes,
     write_tensor,
 )
-from mcore_rl.errors import UserError
+from mcore_rl.torch_dist.source import TorchDistSource
 
 WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
 
@@ -78,9 +78,9 @@ def test_numbers_of_another_dtype_than_the_metadata_says_are_not_copied(stored):
 
 
 def test_code_in_a_checkpoint_is_not_run(stored, tmp_path):
-    """A pickle that calls something else than a tensor is made of is damage."""
+    """A pickle that calls something else than a tensor is made of is not followed."""
     source = stored(((0, 0), MakesFolder(tmp_path / "called", shape=(6, 8), dtype=torch.float32)))
-    with pytest.raises(UserError, match=r"0\.distcp is damaged at byte 0"):
+    with pytest.raises(UserError, match=r"0\.distcp is refused.* asks for posix\.mkdir, "):
         source.read("key", (0, 0), (6, 8))
     assert not (tmp_path / "called").exists()
 
@@ -114,3 +114,31 @@ def test_every_rectangle_is_read_however_it_is_stored(stored, kind):
             assert torch.equal(found, expected)
     assert num_spans == (2 if kind.startswith("rows") else 0)
     source.close()
+
+
+@pytest.mark.parametrize("kind", RECTANGLES)
+def test_every_rectangle_is_read_into_any_tensor(stored, kind):
+    source = stored(*RECTANGLES[kind])
+    for top, left, height, width in [(0, 0, 6, 8), (1, 0, 2, 8), (5, 0, 1, 8), (2, 1, 3, 4)]:
+        expected = WHOLE[top : top + height, left : left + width]
+        for target in (
+            torch.full((height, width), -1.0),
+            torch.full((width, height), -1.0).T,
+            torch.full((height, width), -1.0, dtype=torch.bfloat16),  # which has these exactly
+        ):
+            source.read_into("key", (top, left), target)
+            assert torch.equal(target.float(), expected)
+            assert target.untyped_storage().resizable()  # as what is offloaded must be
+
+
+def test_what_lies_beyond_the_stored_tensor_is_zero(stored):
+    target = torch.full((4, 8), -1.0)
+    stored(((0, 0), WHOLE)).read_into("key", (4, 0), target)
+    assert torch.equal(target, torch.cat([WHOLE[4:], torch.zeros(2, 8)]))
+
+
+def test_a_hole_between_the_pieces_is_not_filled_in_silence(stored):
+    source = stored(((0, 0), WHOLE[:2].clone()), ((3, 0), WHOLE[3:].clone()))
+    source.read_into("key", (3, 0), torch.empty(3, 8))
+    with pytest.raises(UserError, match="pieces of 'key' are missing"):
+        source.read_into("key", (0, 0), torch.empty(6, 8))

@@ -7,6 +7,7 @@ them into fresh memory and writing them. So what is neither cast nor cut across 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from dataclasses import dataclass
@@ -92,3 +93,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU, row by row; shared where it is contiguous."""
     array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU, to be written to while there is the
+    tensor. No numpy array: one would forbid for good that its storage is resized, and so offload.
+    """
+    assert tensor.is_contiguous() and tensor.device.type == "cpu", tensor.shape
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))

@@ -1,57 +1,70 @@
-"""Megatron's `torch_dist` checkpoints piece by piece, without a model and without processes.
-
-The format is that of torch.distributed.checkpoint: `.metadata` lists, for the tensor of each key,
-rectangles that cover it, and for each rectangle the file and the bytes in it, which are what
-torch.save wrote. Around it Megatron wants `metadata.json` and `common.pt`
-(megatron/core/dist_checkpointing/core.py, strategies/common.py). Readers take any rectangles, so a
-tensor written in pieces loads in every layout.
-"""
+"""Reads Megatron's `torch_dist` checkpoints piece by piece, without a model or processes."""
 
 from __future__ import annotations
 
-import functools
 import io
-import json
+import math
 import pickle
+import re
 import struct
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
-from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata
-from mcore_rl.convert.parts import FileSpan, Part, append, bytes_of
+from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata, refusal
 from mcore_rl.errors import UserError, require
 from mcore_rl.models.mappings import Range, Shape
+from mcore_rl.torch_dist.format import (
+    COMMON_FILE,
+    FORMAT_FILE,
+    STORAGES,
+    NoTensorError,
+    find_numbers,
+    storage_bytes,
+)
+from mcore_rl.torch_dist.parts import FileSpan, bytes_of, memory_of
 
-FORMAT_FILE = "metadata.json"
-COMMON_FILE = "common.pt"
 _CACHE_BYTES = 64 * 2**20
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-}
-# What reading an archive or a pickle with wrong bytes in it raises.
 _DAMAGE = (
     *(zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError),
     *(AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError),
 )
+
+
+_ASKED_FOR = re.compile(r"GLOBAL (\S+)")
+
+
+def read_common(folder: Path) -> Any:
+    """Return what a checkpoint has beside tensors, `common.pt`.
+
+    Raises:
+        UserError: if it is more than dictionaries, lists and numbers.
+    """
+    file = folder / COMMON_FILE
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch advises to read the file nevertheless.
+        asked_for = _ASKED_FOR.search(str(error))
+        what = (
+            f"it asks for {asked_for[1]}"
+            if asked_for
+            else "it is damaged, or no file of torch.save"
+        )
+        raise refusal(file, what) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +116,8 @@ class TorchDistSource:
             UserError: if it is not one that can be converted.
         """
         dtype = self._tensor(key).properties.dtype
-        rule = f"is not one of {', '.join(map(str, _STORAGES.values()))}"
-        known = dtype in _STORAGES.values()
+        rule = f"is not one of {', '.join(map(str, STORAGES.values()))}"
+        known = dtype in STORAGES.values()
         require(known, f"checkpoint {self.folder}: dtype of {key}", dtype, rule)
         return dtype
 
@@ -115,7 +128,7 @@ class TorchDistSource:
             stored = self._find(MetadataIndex(key, chunk.offsets))
             part = stored.layout[_slices(overlap, chunk.offsets)]
             if part.shape == torch.Size(sizes) and part.is_contiguous():
-                return stored.numbers.part(int(part.storage_offset()) * part.itemsize, part.nbytes)
+                return _numbers_of(stored, part)
             return None
         return None
 
@@ -138,6 +151,37 @@ class TorchDistSource:
         if result is None or covered != result.numel():
             raise UserError(f"checkpoint {self.folder}: pieces of {key!r} are missing.")
         return result
+
+    @torch.no_grad()
+    def read_into(self, key: str, offsets: Shape, target: Tensor) -> None:
+        """Fill a tensor of any device and dtype with the rectangle of its size at those offsets.
+
+        What lies in one piece in a file and in memory is read without a copy. Numbers beyond the
+        shape of the stored tensor are 0.
+
+        Raises:
+            UserError: if there is no such tensor, or its pieces do not cover the rectangle.
+        """
+        places = zip(offsets, target.shape, self.shape(key), strict=True)
+        wanted = math.prod(max(min(length, end - at), 0) for at, length, end in places)
+        if wanted < target.numel():
+            target.zero_()
+        for chunk, overlap in self._overlapping(key, offsets, tuple(target.shape)):
+            index = MetadataIndex(key, chunk.offsets)
+            stored = self._find(index)
+            part = stored.layout[_slices(overlap, chunk.offsets)]
+            place = target[_slices(overlap, offsets)]
+            if not part.is_contiguous():
+                place.copy_(self._load(index)[_slices(overlap, chunk.offsets)])
+            elif place.device.type == "cpu" and place.dtype == part.dtype and place.is_contiguous():
+                _numbers_of(stored, part).read(memory_of(place))
+            else:
+                numbers = torch.empty(part.shape, dtype=part.dtype)
+                _numbers_of(stored, part).read(bytes_of(numbers))
+                place.copy_(numbers)
+            wanted -= part.numel()
+        if wanted:
+            raise UserError(f"checkpoint {self.folder}: pieces of {key!r} are missing.")
 
     def close(self) -> None:
         """Close the files and forget what was read."""
@@ -208,14 +252,16 @@ class TorchDistSource:
         stream = self._streams[info.relative_path]
         part: Any = _FilePart(stream, info.offset, info.length)
         try:
-            layout, start = _find_numbers(part)
+            layout, start = find_numbers(part)
+        except NoTensorError as error:
+            raise refusal(file, f"it asks for {error}") from error
         except _DAMAGE as error:
             raise UserError(f"{file} is damaged at byte {info.offset}.") from error
         # Bytes are copied as the metadata describes them.
-        if layout.dtype != self.dtype(index.fqn) or start + _storage_bytes(layout) > info.length:
+        if layout.dtype != self.dtype(index.fqn) or start + storage_bytes(layout) > info.length:
             raise UserError(f"{file} does not hold {index.fqn!r} at byte {info.offset}.")
         archive = FileSpan(file, stream.fileno(), info.offset, info.length)
-        numbers = archive.part(start, _storage_bytes(layout))
+        numbers = archive.part(start, storage_bytes(layout))
         self._stored[index] = _Stored(layout, numbers)
         return self._stored[index]
 
@@ -236,156 +282,9 @@ class TorchDistSource:
         return self._cache[index]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A rectangle of the tensor of one key."""
-
-    key: str
-    offsets: Shape
-    sizes: Shape
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where something is stored."""
-
-    file: str
-    offset: int
-    length: int
-
-
-def write_tensor(stream: BinaryIO, shape: Shape, dtype: torch.dtype, parts: Iterable[Part]) -> None:
-    """Write what torch.save writes for a tensor, without having it in one piece.
-
-    Args:
-        stream: to append to.
-        shape: of the tensor.
-        dtype: of the tensor and its parts.
-        parts: the tensor row by row; together as many numbers as it has.
-    """
-    before, after = _around_the_numbers(shape, dtype)
-    stream.write(before)
-    num_bytes = 0
-    for part in parts:
-        num_bytes += append(stream, part)
-    assert num_bytes == torch.Size(shape).numel() * dtype.itemsize, (shape, dtype, num_bytes)
-    stream.write(after)
-
-
-def saved_tensor_length(shape: Shape, dtype: torch.dtype) -> int:
-    """Return the number of bytes that `write_tensor` writes."""
-    before, after = _around_the_numbers(shape, dtype)
-    return len(before) + torch.Size(shape).numel() * dtype.itemsize + len(after)
-
-
-def metadata_bytes(
-    shapes: dict[str, Shape],
-    pieces: list[tuple[Piece, Location]],
-    objects: dict[str, Location],
-) -> bytes:
-    """Return what `.metadata` holds.
-
-    Args:
-        shapes: full shape of the tensor of each key.
-        pieces: cover these tensors, each number once.
-        objects: key of each stored object that is no tensor.
-    """
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for piece, location in pieces:
-        if piece.key not in tensors:
-            properties = TensorProperties(dtype=piece.dtype)
-            tensors[piece.key] = TensorStorageMetadata(
-                properties, torch.Size(shapes[piece.key]), []
-            )
-        of_key = tensors[piece.key]
-        assert isinstance(of_key, TensorStorageMetadata)
-        chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
-        of_key.chunks.append(chunk)
-        storage[MetadataIndex(piece.key, chunk.offsets)] = _info(location)
-    for key, location in objects.items():
-        tensors[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _info(location)
-    return pickle.dumps(Metadata(tensors, planner_data={}, storage_data=storage))
-
-
-def format_bytes() -> bytes:
-    """Return what `metadata.json` holds; Megatron takes a folder with it for a whole checkpoint."""
-    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-    return json.dumps(backends | {f"{key}_version": 1 for key in backends}).encode()
-
-
-def saved_bytes(value: object) -> bytes:
-    """Return what torch.save writes for a small value."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
-@functools.lru_cache(maxsize=64)
-def _around_the_numbers(shape: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """Return what torch.save writes before and after the numbers of a tensor.
-
-    A file of torch.save is a zip archive with the numbers, uncompressed, in "data/0". Beside names
-    and sizes it has their checksum, which no version of torch compares; it is that of zeros here,
-    as it is left out where torch.serialization.set_crc32_options(False) is set.
-    """
-    archive = saved_bytes(torch.zeros(shape, dtype=dtype))
-    layout, start = _find_numbers(io.BytesIO(archive))
-    return archive[:start], archive[start + layout.nbytes :]
-
-
-def _find_numbers(stream: IO[bytes]) -> tuple[Tensor, int]:
-    """Return the layout of a tensor that torch.save wrote, on the meta device, and where in the
-    archive the numbers of its storage begin. Reads everything but these."""
-    with zipfile.ZipFile(stream) as archive:
-        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        layout, key = _TensorPickle(io.BytesIO(archive.read(pickled))).load()
-        entry = archive.getinfo(f"{pickled.removesuffix('.pkl')}/{key}")
-    stream.seek(entry.header_offset + 26)
-    name_length, extra_length = struct.unpack("<HH", stream.read(4))
-    start = entry.header_offset + 30 + name_length + extra_length
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != _storage_bytes(layout):
-        raise zipfile.BadZipFile(f"{entry.filename} is not {_storage_bytes(layout)} bytes")
-    return layout, start
-
-
-def _storage_bytes(layout: Tensor) -> int:
-    return layout.untyped_storage().nbytes()
-
-
-class _TensorPickle(pickle.Unpickler):
-    """Reads what torch.save pickles of a tensor beside its numbers, and nothing else: `load`
-    returns its layout on the meta device and the name of its storage.
-
-    torch.load under FakeTensorMode does the same in ten times the time, which counts where a
-    checkpoint has a rectangle per expert.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._layout
-        if (module, name) == ("collections", "OrderedDict"):  # the tensor's hooks: none
-            return OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a tensor")
-
-    def persistent_load(self, pid: Any) -> tuple[Tensor, str]:
-        _, dtype, key, _, num_elements = pid
-        return torch.empty(num_elements, dtype=dtype, device="meta"), key
-
-    @staticmethod
-    def _layout(
-        storage: tuple[Tensor, str], offset: int, size: Shape, stride: Shape, *_: Any
-    ) -> tuple[Tensor, str]:
-        numbers, key = storage
-        return numbers.as_strided(size, stride, offset), key
-
-
-def _info(location: Location) -> _StorageInfo:
-    return _StorageInfo(location.file, location.offset, location.length)
+def _numbers_of(stored: _Stored, part: Tensor) -> FileSpan:
+    """Return where the numbers of a contiguous part of the layout are."""
+    return stored.numbers.part(int(part.storage_offset()) * part.itemsize, part.nbytes)
 
 
 def _slices(bounds: list[tuple[int, int]], origin: Shape) -> tuple[slice, ...]:

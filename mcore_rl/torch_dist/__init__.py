@@ -1,0 +1,1 @@
+"""Distributed checkpoints as files: what Megatron and torch read and write, by code of our own."""
