@@ -198,6 +198,9 @@ class OneWorker:
     def update_address(self, rank: int) -> Address:
         raise AssertionError("the engine is in this process")
 
+    def interrupt(self) -> None:
+        """Nothing is generated."""
+
     def close(self) -> None:
         self.worker.close()
 
