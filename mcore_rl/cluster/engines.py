@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mcore_rl.cluster.answers import check_results
 from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
@@ -27,9 +28,7 @@ from mcore_rl.errors import (
     WeightSyncError,
 )
 from mcore_rl.metrics import Metrics, merge
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult
-from mcore_rl.rollout.serving import PauseMode
-from mcore_rl.types import VersionSpan
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult, PauseMode
 from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -174,7 +173,7 @@ class Engines:
                 answers = results(futures)[self._ranks[engine][0]]
                 if not self._is_interrupted:
                     versions = range(generation.since, self._version + 1)
-                    _check_results(generation.requests[engine], answers, versions)
+                    check_results(generation.requests[engine], answers, versions)
                 return answers
             except RunError as error:
                 if self._is_interrupted:
@@ -361,46 +360,3 @@ def _differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[st
             kind = "other bits" if want == have else f"{have}, not {want}"
             lines.append(f"{name} holds {kind}")
     return lines
-
-
-def _check_results(
-    requests: Sequence[GenerationRequest], answers: Sequence[GenerationResult], versions: range
-) -> None:
-    """Raise a RolloutError that says what cannot be of an engine's answers."""
-
-    def refuse(what: str) -> None:
-        raise RolloutError(f"the engine answered {what}", role="rollout")
-
-    if len(answers) != len(requests):
-        refuse(f"{len(requests)} requests with {len(answers)} results")
-    for request, result in zip(requests, answers, strict=True):
-        num, most = len(result.token_ids), request.sampling.max_tokens
-        if result.finish_reason not in ("stop", "length", "abort"):
-            refuse(f"with a response that ended by {result.finish_reason!r}")
-        if not (num > 0 or result.finish_reason == "abort") or num > most:
-            refuse(f"with {num} tokens where 1 to {most} were asked for")
-        if not _are_whole(result.versions, num, versions):
-            spans = [(span.version, span.start, span.end) for span in result.versions]
-            wanted = " to ".join(map(str, sorted({versions[0], versions[-1]})))
-            refuse(f"{num} tokens of the weights {spans}, not {wanted}")
-    if not any(len(result.token_ids) for result in answers):
-        return
-    if np.concatenate([result.token_ids for result in answers]).min() < 0:
-        refuse("with a token below 0")
-    logprobs = np.concatenate([result.logprobs for result in answers])
-    if not (np.isfinite(logprobs).all() and logprobs.max() <= 1e-3):
-        refuse("with log-probabilities that are no numbers of at most 0")
-
-
-def _are_whole(spans: Sequence[VersionSpan], num_tokens: int, versions: range) -> bool:
-    """Return whether spans follow each other over all tokens, by weights ever newer, all of them in
-    `versions`."""
-    starts = [0, *(span.end for span in spans)]
-    found = [span.version for span in spans]
-    return (
-        [span.start for span in spans] == starts[:-1]
-        and starts[-1] == num_tokens
-        and all(span.start < span.end for span in spans)
-        and found == sorted(set(found))
-        and all(version in versions for version in found)
-    )

@@ -297,6 +297,17 @@ class EnginePart(Enum):
     KV_CACHE = "kv_cache"
 
 
+class PauseMode(Enum):
+    """What becomes of unfinished requests in a pause."""
+
+    KEEP = "keep"
+    """They wait, and go on afterwards."""
+    WAIT = "wait"
+    """They end first."""
+    ABORT = "abort"
+    """They end with what they have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationResult:
     """One response."""

@@ -15,10 +15,11 @@ from mcore_rl.rollout.base import (
     EnginePart,
     EngineSpec,
     GenerationRequest,
+    PauseMode,
     RolloutConfig,
     SamplingParams,
 )
-from mcore_rl.rollout.serving import STEPS_BETWEEN_QUESTIONS, PauseMode, ServingEngine
+from mcore_rl.rollout.serving import STEPS_BETWEEN_QUESTIONS, ServingEngine
 from mcore_rl.types import VersionSpan
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
