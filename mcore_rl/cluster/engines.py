@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mcore_rl.cluster.answers import check_results
+from mcore_rl.cluster.busy import BusyTimes
 from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
@@ -80,6 +81,7 @@ class Engines:
         self._starts = [0] * len(self._ranks)
         """How often each engine was started again."""
         self._in_flight: list[Generation] = []
+        self._busy = BusyTimes(len(self._ranks))
         self._version = -1
         self._have_base = False
         """Whether all engines have the weights that do not train."""
@@ -149,6 +151,10 @@ class Engines:
                 groups[group] = [next(of_engine) for _ in range(generation.sizes[group])]
         return groups
 
+    def busy_share(self) -> float:
+        """Return for how much of the time since the last call engines had requests, in the mean."""
+        return self._busy.share()
+
     def interrupt(self) -> None:
         """See `Cluster.interrupt`."""
         self._is_interrupted = True  # first: what comes after it is not read
@@ -163,6 +169,10 @@ class Engines:
         for rank, engine in asked.items():
             generation.futures[rank] = futures[rank]
             generation.starts[engine] = self._starts[engine]
+        for engine in set(asked.values()):
+            self._busy.begin(engine)
+            first = futures[self._ranks[engine][0]]
+            first.add_done_callback(lambda _, engine=engine: self._busy.end(engine))
 
     def _answer(self, generation: Generation, engine: int) -> list[GenerationResult]:
         """Return the results of an engine, from another one in its place if it fails; anything if
