@@ -102,6 +102,20 @@ def test_a_run_that_crashed_trains_on_each_prompt_once(
         )
 
 
+@pytest.mark.parametrize("ask_at", [("generate", 5), ("actor.update", 5), ("send_weights", 3)])
+def test_a_run_that_is_asked_to_end_goes_on_with_the_prompts_that_the_engines_had(tmp_path, ask_at):
+    keys = (*stale(2), ALL)
+    whole = run_in(tmp_path, *keys, folder="whole", steps=5)
+    stopped = run_in(tmp_path, *keys, folder="stopped", steps=5, ask_at=ask_at)
+    assert len(stopped.metrics) < 5
+    resumed = run_in(tmp_path, *keys, folder="stopped", steps=5)
+    drawn = [
+        sorted((line["step"], line["uid"]) for line in samples(run)) for run in (whole, resumed)
+    ]
+    assert drawn[0] == drawn[1]
+    assert resumed.metrics[-1]["ledger/trained/prompts"] == 5 * 4
+
+
 def test_a_checkpoint_names_the_prompts_that_the_engines_have(tmp_path):
     run = run_in(tmp_path, *stale(2), "trainer.save_freq=1", steps=4)
     pending = []
