@@ -20,8 +20,11 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 """A few samples per step."""
 
+MEMORY_FILE = "memory.json"
+"""What the workers held beside what the plan said; written after the last step."""
+
 REPORT_FILE = "report.html"
-"""Made from the other three."""
+"""Made from the others."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
