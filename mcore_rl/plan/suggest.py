@@ -113,7 +113,7 @@ def suggest(
         engines = _engines(space, placed, counts, work, speeds)
         for sizes in space.layouts(placed):
             name = _name(placed, sizes)
-            found, why = _of_layout(space, placed, place | sizes, engines, counts, work, speeds)
+            found, why = _of_layout(space, placed, {**place, **sizes}, engines, counts, work, speeds)
             if found is None:
                 impossible[name] = why
             else:
