@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from functools import partial
 from typing import Any
 
 from mcore_rl.launch.channel import WorkerEnd
-from mcore_rl.launch.processes import SECRET_VARIABLE
+from mcore_rl.launch.processes import started_child
 from mcore_rl.launch.serve import Identity, Servant, serve
-from mcore_rl.processes import die_with_parent
 from mcore_rl.sockets import Address
 
 
 def main() -> None:
     """Entry point of an engine that the controller starts as a child."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--endpoint", required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--engine", required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--number", type=int, required=True)
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
-    secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
-    address = Address(arguments.endpoint, secret)
+    address, arguments = started_child(engine=str, number=int)
     updates = address.beside(f"weights-{arguments.number}")
     serve(
         Identity("engine", arguments.number),

@@ -6,17 +6,14 @@ It starts the processes of its machine as the controller says, and ends when it 
 
 from __future__ import annotations
 
-import argparse
-import os
 import signal
 import sys
 from typing import NoReturn
 
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import WorkerEnd
-from mcore_rl.launch.processes import SECRET_VARIABLE, Children
+from mcore_rl.launch.processes import Children, started_child
 from mcore_rl.observability.log_setup import setup_logging
-from mcore_rl.processes import die_with_parent
 from mcore_rl.sockets import Address
 
 END_LIMIT_S = 120.0
@@ -25,14 +22,8 @@ END_LIMIT_S = 120.0
 
 def main() -> None:
     """Entry point of a node process beside a worker that torchrun started."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--endpoint", required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
-    secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
-    serve_node(Address(arguments.endpoint, secret), arguments.rank)
+    address, arguments = started_child()
+    serve_node(address, arguments.rank)
 
 
 def serve_node(address: Address, rank: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mcore_rl.cluster.placement import EnginePlace, Placement
-from mcore_rl.processes import ending, kill
+from mcore_rl.processes import die_with_parent, ending, kill
 from mcore_rl.sockets import Address, address_towards, interface_of
 
 SECRET_VARIABLE = "MCORE_RL_CHANNEL_SECRET"
@@ -170,6 +171,23 @@ class Children:
     def kill(self) -> None:
         """See `Processes`."""
         kill(self._processes.values())
+
+
+def started_child(**options: type) -> tuple[Address, argparse.Namespace]:
+    """In a process that `Children` started: have it end with its parent, and return where the
+    controller is and what the process was started with, its rank among that.
+
+    Args:
+        options: of its program, with their types.
+    """
+    parser = argparse.ArgumentParser()
+    own = {"endpoint": str, "parent": int, "rank": int}
+    for name, kind in (own | options).items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
+    return Address(arguments.endpoint, secret), arguments
 
 
 def process_state(pid: int) -> str:

@@ -264,7 +264,6 @@ def serve_controller() -> None:
     over."""
     store = shared_store()
     if _is_one_machine():
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store.set(f"{_PIDS}/{rank()}", str(os.getpid()))
     store.wait([_MEETING], ENDPOINT_LIMIT)
     try:

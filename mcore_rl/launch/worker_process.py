@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 from collections.abc import Callable
@@ -10,10 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mcore_rl.launch.channel import WorkerEnd
-from mcore_rl.launch.processes import SECRET_VARIABLE
+from mcore_rl.launch.processes import started_child
 from mcore_rl.launch.serve import Identity, Servant, serve
-from mcore_rl.processes import die_with_parent
-from mcore_rl.sockets import Address
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -24,16 +21,8 @@ COLLECTIVE_GRACE_S = 300.0
 
 def main() -> None:
     """Entry point of a worker that the controller starts as a child."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--endpoint", required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--engine", required=True)
-    arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
-    secret = bytes.fromhex(os.environ.pop(SECRET_VARIABLE))
-    end = WorkerEnd(Address(arguments.endpoint, secret), arguments.rank)
+    address, arguments = started_child(store=str, engine=str)
+    end = WorkerEnd(address, arguments.rank)
     serve_rank(end, lambda: open_store(arguments.store), arguments.engine)
 
 

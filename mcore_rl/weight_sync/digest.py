@@ -17,6 +17,7 @@ The full form is `full_digest`, blake3 over the same bits: 5 times as slow, so o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -122,8 +124,11 @@ def full_digest(tensor: Tensor) -> str:
     from blake3 import blake3
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    bits = _bytes_of(tensor).cpu().numpy()
-    return f"{dtype}{list(tensor.shape)}:{blake3(bits.data).hexdigest()}"
+    held = _bytes_of(tensor).cpu()
+    # Not torch's own numpy array: it would forbid for good that the storage is resized, and so that
+    # weights which an engine of this process has loaded where they lie are offloaded.
+    memory = (ctypes.c_ubyte * held.nbytes).from_address(held.data_ptr())
+    return f"{dtype}{list(tensor.shape)}:{blake3(np.ctypeslib.as_array(memory).data).hexdigest()}"
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -39,6 +40,8 @@ LIBRARIES = (
 
 _set_by_libraries: dict[str, str] = {}
 """What they have put into the environment."""
+_left: list[logging.Handler] = []
+"""Of the process that was forked."""
 
 
 class ForkingPopen(subprocess.Popen):
@@ -61,6 +64,10 @@ def _be_command(
 ) -> NoReturn:
     """Be `python -m module argv` from here on, with nothing of the process that was forked but
     what it has imported."""
+    # Log handlers, too; kept, since what is freed would close descriptors that are others' by then.
+    _left.extend(logging.root.handlers)
+    logging.root.handlers.clear()
+    logging._handlerList.clear()
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor > 2 and descriptor not in kept:
             with contextlib.suppress(OSError):  # that of the list itself is closed already

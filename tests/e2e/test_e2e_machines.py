@@ -111,3 +111,18 @@ def test_a_machine_that_is_killed_ends_the_run_by_its_name_and_the_next_run_goes
     assert again.returncode == 0, again.stderr
     assert commands.read_metrics(run_dir) == unbroken
     shutil.rmtree(short, ignore_errors=True)
+
+
+def test_a_trainer_over_both_machines_with_engines_beside_it_gives_the_numbers_of_one(
+    files, prepared, two, tmp_path
+):
+    beside = ["rollout.host=process"]
+    local = prepared.run(*files.argv(tmp_path / "local", *beside))
+    assert local.returncode == 0, local.stderr
+    over_both = ["trainer.nnodes=2", "trainer.n_gpus_per_node=1"]
+    process = by_torchrun(two, files.argv(tmp_path / "run", *beside, *over_both), tmp_path)
+    done = commands.finish(process)
+    assert done.returncode == 0, done.stderr
+    assert commands.read_metrics(tmp_path / "run") == commands.read_metrics(tmp_path / "local")
+    names = {path.name for path in (tmp_path / "run" / "logs").iterdir()}
+    assert {"controller-0.log", "worker-0.log", "worker-1.log", "engine-1.log"} <= names

@@ -54,11 +54,18 @@ def test_calls_into_vllm_bind_to_its_signatures(name, called):
 
 ATTRIBUTES = """
 import dataclasses, inspect
+import torch
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.weight_transfer.packed_tensor import PackedBufferImporter, PackedIpcChunk
 from mcore_rl.weight_sync.ipc import InDeviceBuffer
 inspect.signature(PyNcclCommunicator.destroy).bind(None)
 inspect.signature(PackedBufferImporter.close).bind(None)
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+inspect.signature(RoutedExperts.load_weights).bind(None, [])
+inspect.signature(RoutedExperts.get_expert_mapping).bind(None)
+info = vars(get_layerwise_info(torch.nn.Linear(1, 1)))
+assert {"kernel_tensors", "loaded_weights"} <= set(info), info
 ours = [field.name for field in dataclasses.fields(InDeviceBuffer)]
 assert ours == [field.name for field in dataclasses.fields(PackedIpcChunk)], ours
 """

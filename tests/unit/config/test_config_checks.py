@@ -427,3 +427,28 @@ def test_a_layout_counts_experts_over_the_whole_world():
 def test_a_reference_is_needed_for_either_kl_term(of_loss, of_reward):
     overrides = [f"actor.use_kl_loss={of_loss}", f"algorithm.use_kl_in_reward={of_reward}"]
     assert compose(overrides).needs_reference == (of_loss or of_reward)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "is_told"),
+    [
+        ([], {}, False),  # on this machine
+        (["trainer.launcher=ray"], {}, True),
+        ([], {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, False),
+        ([], {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_engines_on_machines_of_their_own_are_not_reached_by_shared_memory(
+    monkeypatch, overrides, environment, is_told
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    apart = ["rollout.host=process", "rollout.nnodes=1", "rollout.n_gpus_per_node=1"]
+    assert compose([*apart, *overrides]).rollout.transport == "gloo"
+    cfg = compose([*apart, *overrides, "rollout.weight_transport=shared_memory"])
+    if not is_told:
+        checks.weights_reach_the_engines(cfg)
+        return
+    rule = r"rollout\.weight_transport='shared_memory' does not reach an engine on another machine"
+    with pytest.raises(UserError, match=rule):
+        checks.weights_reach_the_engines(cfg)

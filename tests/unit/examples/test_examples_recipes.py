@@ -44,7 +44,10 @@ FOLDERS = {"grpo_qwen2_7b": "grpo", "gmpo_qwen3_30b_a3b_r3": "gmpo_qwen3_30b_a3b
 
 # Composes as it would; what would train is written down.
 PYTHON = f"""#!/usr/bin/env bash
-case $* in *" --cfg job") exec {sys.executable} "$@" ;; esac
+case $* in
+    *" --cfg job") exec {sys.executable} "$@" ;;
+    *ray_nodes.py*) until grep -q '^$' "$COMMANDS"; do sleep 0.05; done ;;  # srun's are there
+esac
 {{ printf "%s\\n" python "$@"; echo; }} >> "$COMMANDS"
 """
 RUNS_ON = """#!/usr/bin/env bash

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import pytest
@@ -19,16 +20,25 @@ class Started:
     world_size = 1
     spec: Any = None
 
-    def start(self, spec, engines):
+    def start(self, spec, engines, logs):
         self.spec = spec
 
 
-def worker_spec(root, *overrides):
-    argv = ["model.path=m", "data.train_files=d", *overrides]
-    cfg = compose_config(root, parse_command_line("train", "", argv))
-    workers = Started()
-    start_cluster(cfg, cast(ChannelWorkers, workers), total_steps=3, temperature=1.0, engine=None)
-    return workers.spec
+@pytest.fixture
+def worker_spec(tmp_path, monkeypatch):
+    """Return the specification that a configuration starts workers with; the controller's log file
+    goes into `tmp_path`."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [*logging.getLogger().handlers])
+
+    def started_with(root, *overrides):
+        folder = f"trainer.default_local_dir={tmp_path}"
+        argv = ["model.path=m", "data.train_files=d", folder, *overrides]
+        cfg = compose_config(root, parse_command_line("train", "", argv))
+        workers = cast(ChannelWorkers, Started())
+        start_cluster(cfg, workers, total_steps=3, temperature=1.0, engine=None)
+        return cast(Started, workers).spec
+
+    return started_with
 
 
 @pytest.mark.parametrize(
@@ -40,15 +50,17 @@ def worker_spec(root, *overrides):
         (["actor.use_kl_loss=true", "model.lora_rank=8"], False),  # the weights themselves are it
     ],
 )
-def test_a_copy_of_the_first_weights_is_kept_where_a_kl_is_computed(overrides, is_kept):
+def test_a_copy_of_the_first_weights_is_kept_where_a_kl_is_computed(
+    worker_spec, overrides, is_kept
+):
     assert worker_spec(RunConfig, *overrides).actor.with_reference == is_kept
 
 
-def test_fine_tuning_keeps_no_copy_of_the_first_weights():
+def test_fine_tuning_keeps_no_copy_of_the_first_weights(worker_spec):
     assert not worker_spec(SftRunConfig).actor.with_reference
 
 
-def test_workers_are_told_what_leaves_the_device():
+def test_workers_are_told_what_leaves_the_device(worker_spec):
     offloads = ["actor.megatron.grad_offload=true", "ref.megatron.param_offload=true"]
     found = worker_spec(RunConfig, *offloads, "actor.use_kl_loss=true").offloads
     assert found == Offloads(actor=frozenset({Part.GRAD, Part.REFERENCE}))
@@ -56,7 +68,7 @@ def test_workers_are_told_what_leaves_the_device():
     assert found == Offloads(actor=frozenset({Part.OPTIMIZER}))
 
 
-def test_a_reference_that_is_not_kept_cannot_be_offloaded_which_is_said_once(caplog):
+def test_a_reference_that_is_not_kept_cannot_be_offloaded_which_is_said_once(worker_spec, caplog):
     found = worker_spec(RunConfig, "ref.megatron.param_offload=true").offloads
     assert found.actor == frozenset()
     assert [record.getMessage() for record in caplog.records] == [

@@ -164,3 +164,16 @@ def test_a_manifest_of_many_tensors_is_small():
     names = [f"model.layers.{i // 400}.mlp.experts.{i % 400}.gate.weight" for i in range(20_000)]
     pickled = pickle.dumps(manifest_of(*((name, tensor) for name in names)), protocol=5)
     assert len(pickled) < 100 * len(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_digested_in_full_can_still_be_offloaded(dtype):
+    """A storage that was once given out as a numpy array cannot be resized any more."""
+    weight = torch.randn(3, 5).to(dtype)
+    other = weight.clone()
+    other.view(torch.uint8)[2, 1] ^= 1
+    assert full_digest(weight) == full_digest(weight.clone())
+    assert full_digest(weight) != full_digest(other)
+    assert full_digest(weight[1:]) == full_digest(weight[1:].clone())
+    assert full_digest(torch.empty(0, 2)).startswith("float32[0, 2]:")
+    weight.untyped_storage().resize_(0)
