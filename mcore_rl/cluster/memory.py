@@ -10,7 +10,7 @@ from mcore_rl.cluster.group import WorkerGroup, call_all
 from mcore_rl.cluster.phases import Phase
 from mcore_rl.workers.roles import Actor, Critic, Memory, Rollout, WeightSource
 
-_CALLS: Mapping[Callable[..., Any], Phase] = {
+PHASES: Mapping[Callable[..., Any], Phase] = {
     Rollout.generate: Phase.GENERATE,
     Actor.logprobs: Phase.LOGPROBS,
     Actor.record_logprobs: Phase.LOGPROBS,
@@ -24,7 +24,6 @@ _CALLS: Mapping[Callable[..., Any], Phase] = {
     Actor.export_hf: Phase.EXPORT,
 }
 """The work of each phase."""
-PHASES = {method.__qualname__: phase for method, phase in _CALLS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +45,8 @@ def measured(workers: WorkerGroup) -> Measured | None:
         return None
     peaks: dict[Phase, int] = {}
     for use in found:
-        for name, peak in use.peaks.items():
-            if phase := PHASES.get(name):
+        for method, peak in use.peaks.items():
+            if phase := PHASES.get(method):
                 peaks[phase] = max(peak, peaks.get(phase, 0))
     return Measured(
         peaks={phase: peaks[phase] for phase in Phase if phase in peaks},

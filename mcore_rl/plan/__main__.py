@@ -15,8 +15,7 @@ from typing import NoReturn
 from mcore_rl import train
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, with_fetched_models
-from mcore_rl.errors import UserError, require
-from mcore_rl.launch.ending import end_process
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.launch.libraries import quiet_libraries
 from mcore_rl.observability.log_setup import setup_logging
 
@@ -43,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         _suggest(given)
-    except Exception as error:  # noqa: BLE001  its last words are one line
-        end_process(error)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(USER_ERROR_EXIT_CODE)
 
 
 def _suggest(argv: Sequence[str]) -> None:

@@ -88,7 +88,8 @@ def memory_rows(
 
 
 def _on_host(cfg: RunConfig, planned: Estimate, phase: Phase | None) -> int:
-    """Return the bytes of the fullest worker on CPU, with what the work of a phase needs."""
+    """Return the bytes of the fullest worker on CPU, with what the work of a phase needs and the
+    copies that checkpoints are written from: the critic's are made while the actor's are there."""
     engine = 0
     rollout = cfg.rollout
     # An engine that does not cut heads has no model.
@@ -98,6 +99,8 @@ def _on_host(cfg: RunConfig, planned: Estimate, phase: Phase | None) -> int:
 
     def of(stage: StageMemory) -> int:
         state = sum(stage.actor.values()) + sum(stage.critic.values())
-        return state + (own(phase, stage) if phase else 0)
+        copies = stage.save if phase in (Phase.SAVE, Phase.SAVE_CRITIC) else 0
+        copies += stage.save_critic if phase is Phase.SAVE_CRITIC else 0
+        return state + copies + (own(phase, stage) if phase else 0)
 
     return engine + max(map(of, planned.memory))

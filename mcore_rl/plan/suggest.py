@@ -113,7 +113,9 @@ def suggest(
         engines = _engines(space, placed, counts, work, speeds)
         for sizes in space.layouts(placed):
             name = _name(placed, sizes)
-            found, why = _of_layout(space, placed, {**place, **sizes}, engines, counts, work, speeds)
+            found, why = _of_layout(
+                space, placed, {**place, **sizes}, engines, counts, work, speeds
+            )
             if found is None:
                 impossible[name] = why
             else:
@@ -207,7 +209,7 @@ def _of_layout(
         return None, f"{layout.dp} data-parallel ranks for the {samples} samples of an update"
     if not any(engine.holds_longest for engine in engines):
         least = min(engine.weights for engine in engines) / GIB
-        return None, f"no engine holds {least:.0f} GiB of weights a device and the longest sample"
+        return None, f"no engine holds {least:.1f} GiB of weights a device and the longest sample"
     best: tuple[float, Values, RunConfig, _Engine, TrainerMemory, Mapping[str, float]] | None = None
     fullest, least = "", math.inf
     usable = USABLE * device_bytes(placed)
@@ -235,7 +237,7 @@ def _of_layout(
                 )
                 if needed < least:
                     least = needed
-                    fullest = f"{phase} needs {least / GIB:.0f} of {usable / GIB:.0f} usable GiB"
+                    fullest = f"{phase} needs {least / GIB:.1f} of {usable / GIB:.1f} usable GiB"
                 if needed <= usable:
                     times = {"generate": engine.seconds, **times}
                     best = step_s, {**values, **chosen, **turn}, turned, engine, memory, times

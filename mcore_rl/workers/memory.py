@@ -4,6 +4,9 @@ On CUDA: what is taken of the device, by this process or another one: the tensor
 what was taken beside torch's cache when the call began (the context, an engine that is awake, less
 the pages of one that sleeps, which torch counts on). On CPU: the resident set, less what it was
 before anything was built. Where the kernel does not tell, nothing is measured.
+
+To watch a call takes 0.1 ms on CPU, of a process of 0.5 GiB as of one of 8: the kernel is asked to
+forget a number, and walks no pages.
 """
 
 from __future__ import annotations
@@ -46,9 +49,10 @@ class ResidentSet:
     is_of_host = True
 
     def __init__(self) -> None:
-        self.begin()
         self._before = 0
         self._before = self.settled()
+        self.begin()
+        self.peak()  # what cannot be told is found now, and not in a run
 
     def begin(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -98,7 +102,7 @@ def meter_of(device: torch.device) -> Meter | None:
         return CudaDevice(device)
     try:
         return ResidentSet()
-    except OSError:
+    except (OSError, ValueError):  # no such files, or without such lines
         return None
 
 
@@ -111,7 +115,7 @@ class MemoryGauge(Memory):
 
     def __init__(self, meter: Meter | None) -> None:
         self._meter = meter
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[Callable[..., Any], int] = {}
         self._of_step = 0
 
     def memory_use(self) -> MemoryUse | None:
@@ -133,13 +137,11 @@ class MemoryGauge(Memory):
     def _watch(
         self, meter: Meter, method: Callable[..., Any], handler: Callable[..., Any]
     ) -> Callable[..., Any]:
-        name = method.__qualname__
-
         def watched(*args: Any) -> Any:
             meter.begin()
             answer = handler(*args)
             peak = meter.peak()
-            self._peaks[name] = max(peak, self._peaks.get(name, peak))
+            self._peaks[method] = max(peak, self._peaks.get(method, peak))
             self._of_step = max(self._of_step, peak)
             if method is Actor.update:
                 found: Metrics = {"perf/memory_peak_gib": maximum(self._of_step / GIB)}

@@ -203,8 +203,8 @@ class EngineProcess(Protocol):
 class MemoryUse:
     """What the process of a train worker has held, in bytes."""
 
-    peaks: Mapping[str, int]
-    """At most during the calls of each method, by its name: "Actor.update"."""
+    peaks: Mapping[Callable[..., Any], int]
+    """At most during the calls of each method of a role: `Actor.update`."""
     held: int
     """Now, when what is freed has been given back."""
     is_of_host: bool

@@ -135,7 +135,6 @@ MAY_IMPORT = {
         "cluster.placement",
         "config",
         "data",
-        "launch.ending",
         "launch.libraries",
         "megatron.config",
         "models",

@@ -3,7 +3,7 @@
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.memory import Measured, measured
 from mcore_rl.cluster.phases import Phase
-from mcore_rl.workers.roles import Memory, MemoryUse
+from mcore_rl.workers.roles import Actor, Memory, MemoryUse
 
 
 class Workers:
@@ -18,8 +18,8 @@ class Workers:
 
 
 def test_the_worker_that_held_most_counts_in_each_phase():
-    one = MemoryUse({"Actor.update": 5, "Actor.logprobs": 2, "Actor.offload": 9}, 3, True)
-    two = MemoryUse({"Actor.update": 4, "Actor.record_logprobs": 6}, 8, True)
+    one = MemoryUse({Actor.update: 5, Actor.logprobs: 2, Actor.offload: 9}, 3, True)
+    two = MemoryUse({Actor.update: 4, Actor.record_logprobs: 6}, 8, True)
     peaks = {Phase.LOGPROBS: 6, Phase.TRAIN: 5}
     assert measured(Workers(one, two)) == Measured(peaks=peaks, held=8, is_of_host=True)
 

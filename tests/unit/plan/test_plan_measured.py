@@ -23,7 +23,7 @@ STAGE = StageMemory(
     forward=64 * GIB,
     export=128 * GIB,
     save=256 * GIB,
-    save_critic=0,
+    save_critic=1024 * GIB,
 )
 SMALLER = StageMemory(
     actor={Part.PARAM: GIB},
@@ -47,14 +47,14 @@ PLANNED = SimpleNamespace(
     engine=EngineMemory(weights=512 * GIB, kv_cache=7, sleep_level=2),
     moments=[
         moment(Phase.TRAIN, actor=7 * GIB, own=48 * GIB, host=8 * GIB),
-        moment(Phase.SAVE, actor=5 * GIB, own=256 * GIB, engine=GIB),
+        moment(Phase.SAVE, actor=5 * GIB, engine=GIB, host=10 * GIB),
     ],
 )
 STATE = 1 + 2 + 4 + 8
 
 
 def rows(is_of_host, **rollout):
-    peaks = {Phase.TRAIN: 60 * GIB, Phase.SAVE: 270 * GIB}
+    peaks = {Phase.TRAIN: 60 * GIB, Phase.SAVE: 270 * GIB, Phase.SAVE_CRITIC: 1290 * GIB}
     found = Measured(peaks=peaks, held=16 * GIB, is_of_host=is_of_host)
     return memory_rows(SimpleNamespace(rollout=RolloutConfig(**rollout)), PLANNED, found)
 
@@ -63,6 +63,7 @@ def test_a_resident_set_has_all_of_the_fullest_stage_wherever_it_is():
     assert rows(True, host="process") == {
         "train": (STATE + 48, 60),
         "save": (STATE + 256, 270),
+        "save_critic": (STATE + 256 + 1024, 1290),
         HELD: (STATE, 16),
     }
 
@@ -75,7 +76,8 @@ def test_an_engine_in_the_worker_counts_on_cpu_asleep_or_not():
 
 
 def test_a_device_has_what_the_plan_says_of_each_phase():
-    assert rows(False) == {"train": (55, 60), "save": (262, 270), HELD: (6, 16)}
+    """The copies that a checkpoint is written from are in host memory."""
+    assert rows(False) == {"train": (55, 60), "save": (6, 270), HELD: (6, 16)}
 
 
 def test_the_report_shows_the_rows_of_the_run(tmp_path):

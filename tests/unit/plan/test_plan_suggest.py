@@ -16,6 +16,7 @@ from mcore_rl.errors import UserError
 from mcore_rl.models.layout import check_engine_layout, check_layout
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.plan.__main__ import main
+from mcore_rl.plan.candidates import with_values
 from mcore_rl.plan.estimate import ModelCounts, estimate
 from mcore_rl.plan.step_time import Speeds
 from mcore_rl.plan.suggest import suggest, work_of
@@ -36,7 +37,10 @@ MODEL = Qwen3MoeConfig(
     tie_word_embeddings=False,
 )
 PROMPTS = [100] * 64
-AXES = ("tensor", "pipeline", "context", "expert")
+AXES = [
+    f"actor.megatron.{axis}_parallel_size"
+    for axis in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
+]
 
 
 @pytest.fixture
@@ -51,12 +55,19 @@ def argv(tmp_path):
         *["data.train_batch_size=64", "actor.ppo_mini_batch_size=32", "rollout.n=4"],
         *["data.max_prompt_length=128", "data.max_response_length=896"],
         *["trainer.n_gpus_per_node=4", "trainer.device_memory_gib=3"],
+        "rollout.update_weights_bucket_mib=64",  # the default would be half of a device
     ]
 
 
 def config(argv, *overrides):
     line = parse_command_line("train", "", [*argv, "trainer.dry_run=true", *overrides])
     return compose_config(RunConfig, line), [option.key for option in line.overrides]
+
+
+def model(argv):
+    """Return what counts of the models are made of."""
+    cfg, _ = config(argv)
+    return cfg, load_hf_config(cfg.model.folder)
 
 
 def suggested(argv, *overrides):
@@ -83,29 +94,25 @@ def test_the_layouts_that_fit_are_those_of_a_search_by_the_plan_itself(argv):
         "actor.megatron.override_transformer_config.recompute_num_layers=1",
     ]
     found = suggested(argv, *chosen)
+    run, _ = config(argv, *chosen)
+    hf_config = load_hf_config(run.model.folder)
+    work, counts = work_of(run, PROMPTS), ModelCounts(run, hf_config)
     fitting = {}
     for sizes in itertools.product((1, 2, 4), repeat=5):
-        names = [f"actor.megatron.{axis}_model_parallel_size" for axis in (*AXES, "x")]
-        names[2], names[4] = (
-            "actor.megatron.context_parallel_size",
-            "actor.megatron.expert_tensor_parallel_size",
-        )
         if sizes[4] not in (1, sizes[0]):
             continue
-        cfg, _ = config(argv, *chosen, *map("{}={}".format, names, sizes))
-        hf_config = load_hf_config(cfg.model.folder)
         try:
+            cfg = with_values(run, dict(zip(AXES, sizes, strict=True)))
             layout = train_layout(cfg.actor.megatron, 4)
             is_cut = cfg.actor.megatron.uses_sequence_parallel
             check_layout(hf_config, layout, sequence_parallel=is_cut)
             check_run(cfg)
         except UserError:
             continue
-        work = work_of(cfg, PROMPTS)
         tokens = work.tokens / work.updates / layout.dp
         planned = estimate(
             cfg,
-            ModelCounts(cfg, hf_config),
+            counts,
             layout,
             largest_micro_batch=work.longest,
             num_micro_batches=-int(-tokens // (1024 * layout.cp)),
@@ -131,11 +138,14 @@ def test_every_suggestion_fits_composes_as_it_is_printed_and_the_fastest_comes_f
         line.split()[1:] for line in lines if line.strip()[:1].isdigit() and "=" in line.split()[1]
     ]
     assert len(printed) == len(found.fitting)
-    for one, assignments in zip(found.fitting, printed, strict=True):
+    pairs = list(zip(found.fitting, printed, strict=True))
+    is_apart = [one.cfg.rollout.nnodes > 0 for one, _ in pairs]
+    for one, assignments in [pairs[0], pairs[is_apart.index(True)], pairs[-1]]:
         again, _ = config(argv, *assignments)
         assert again == one.cfg
-        check_run(again)
-        check_engine_layout(counts.hf_config, again.rollout.tensor_model_parallel_size, "")
+    for one in found.fitting:
+        check_run(one.cfg)
+        check_engine_layout(counts.hf_config, one.cfg.rollout.tensor_model_parallel_size, "")
         assert one.estimate.fits
         assert sum(one.seconds.values()) == one.step_s
 
@@ -151,11 +161,17 @@ def test_what_a_user_sets_stays(argv):
 
 
 def test_what_cannot_be_says_why(argv):
-    found = suggested(argv, "trainer.device_memory_gib=0.5", "rollout.host=in_process")
+    together = "rollout.host=in_process"
+    found = suggested(argv, "trainer.device_memory_gib=0.1", together)
     assert found.fitting == []
-    assert "no engine holds" in " ".join(found.impossible.values())
-    found = suggested(argv, "actor.megatron.tensor_model_parallel_size=4", "rollout.n=2")
-    assert all(why for why in found.impossible.values())
+    weights = f"{ModelCounts(*model(argv)).num_parameters * 2 / 4 / 2**30:.1f} GiB of weights"
+    why = f"no engine holds {weights} a device and the longest sample"
+    assert set(found.impossible.values()) == {why}
+    found = suggested(argv, "trainer.device_memory_gib=1", together)
+    assert found.impossible["tp 1 pp 1 cp 1 ep 1 etp 1"].startswith("train needs ")
+    found = suggested(argv)
+    name = "tp 3 pp 1 cp 1 ep 1 etp 1, engines on 1 devices of their own"
+    assert "tensor_model_parallel_size=3 does not divide" in found.impossible[name]
 
 
 def test_more_memory_never_makes_a_step_slower(argv):

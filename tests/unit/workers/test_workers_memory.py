@@ -1,12 +1,16 @@
 """What a worker holds at most is told by call, and by step in the metrics of an update."""
 
+import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mcore_rl.metrics import to_floats
-from mcore_rl.workers.memory import GIB, MemoryGauge, ResidentSet
+from mcore_rl.workers import memory
+from mcore_rl.workers.memory import GIB, MemoryGauge, ResidentSet, meter_of
 from mcore_rl.workers.roles import Actor, Rollout
 
 MIB = 2**20
@@ -44,8 +48,8 @@ def test_each_call_has_a_peak_of_its_own_and_an_update_tells_that_of_its_step():
     assert to_floats(first) == {"perf/memory_peak_gib": 3.0}
     assert to_floats(second) == {"perf/memory_peak_gib": 1.0}
     does[Actor.update](None)
-    use = gauge.memory_use()
-    assert use.peaks == {"Rollout.generate": 3 * GIB, "Actor.update": 4 * GIB}
+    use = pickle.loads(pickle.dumps(gauge.memory_use()))  # it crosses processes
+    assert use.peaks == {Rollout.generate: 3 * GIB, Actor.update: 4 * GIB}
     assert (use.held, use.is_of_host) == (7, True)
 
 
@@ -53,6 +57,18 @@ def test_where_nothing_tells_calls_are_left_as_they_are():
     gauge, does = watched(None)
     assert does[Actor.update](None) == {}
     assert gauge.memory_use() is None
+
+
+@pytest.mark.parametrize("file", ["status", "clear_refs"])
+def test_a_kernel_that_does_not_tell_is_not_asked_again(monkeypatch, tmp_path, file):
+    real = Path
+
+    def proc(path):
+        (tmp_path / "status").write_text("VmRSS:\t1 kB\n")  # of a sandbox: no VmHWM
+        return tmp_path / ("status" if file == "status" else "absent/file")
+
+    monkeypatch.setattr(memory, "Path", lambda path: proc(path) if file in path else real(path))
+    assert meter_of(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc/self/clear_refs elsewhere")
