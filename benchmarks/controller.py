@@ -135,12 +135,12 @@ def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any
     from mcore_rl.config.run import ActorConfig, RunConfig
     from mcore_rl.data.packing import TokenBudget
     from mcore_rl.loop.generate import generate_groups, rollout_metrics
-    from mcore_rl.loop.on_policy import update, with_logprobs
+    from mcore_rl.loop.step import update, with_logprobs
     from mcore_rl.metrics import merge, to_floats
     from mcore_rl.rewards.pool import Outcome
     from mcore_rl.rewards.score import reward_metrics, with_outcomes
-    from mcore_rl.rollout.base import GenerationResult, VersionSpan
-    from mcore_rl.types import Layout, Prompt
+    from mcore_rl.rollout.base import GenerationResult
+    from mcore_rl.types import Layout, Prompt, VersionSpan
 
     prompts = [
         Prompt(uid=f"p:{i}", token_ids=ids, text="", data_source="s", ground_truth="")

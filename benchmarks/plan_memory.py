@@ -13,9 +13,9 @@ glibc has not given back yet.
 
 Models are random, of float32 unless a name says otherwise, and as large as it takes for half a GB
 and more in each worker; at most two workers run at a time. What the plan does not count is there
-too: libraries that are read when they are first used, interpreter objects and sockets, 0.05 to 0.2 GB
-with the fake engine, 0.25 with vLLM in the worker; models with experts are larger for it. Wants 8 GiB
-of memory, 4 GiB of disk.
+too: libraries that are read when they are first used, interpreter objects and sockets, 0.05 to
+0.2 GB with the fake engine, 0.25 with vLLM in the worker; models with experts are larger for it.
+Wants 8 GiB of memory, 4 GiB of disk.
 """
 
 from __future__ import annotations

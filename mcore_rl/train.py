@@ -33,7 +33,7 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
 
 def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.cluster.memory import measured
-    from mcore_rl.loop.on_policy import train
+    from mcore_rl.loop import on_policy, overlapped
     from mcore_rl.loop.validate import validate
     from mcore_rl.models.spec import engine_overrides
     from mcore_rl.plan.measured import write_memory
@@ -69,7 +69,8 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
         validate(cfg, inputs, cluster, run_dir)
         cluster.close()
         return
-    train(cfg, inputs, cluster, run_dir, stop)
+    loop = {"on_policy": on_policy, "overlapped": overlapped}[cfg.trainer.loop]
+    loop.train(cfg, inputs, cluster, run_dir, stop)
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
     prompts = inputs.prompts.peek(len(inputs.prompts))

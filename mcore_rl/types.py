@@ -95,6 +95,15 @@ class Prompt:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
 
 
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Response tokens `start` to `end` - 1, drawn with weights of one version."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
     """One prompt with one response and what became known about it."""
@@ -110,8 +119,9 @@ class Sample:
     """Returned by the engine while sampling; natural log, after temperature."""
     finish_reason: str
     """"stop" (end token), "length" (limit reached) or "abort"."""
-    weight_version: int
-    """Step whose weights the engine held."""
+    versions: Sequence[VersionSpan] = ()
+    """Of the weights that drew the response, in their order and without a gap: the step that the
+    engine held them for."""
     response_text: str = ""
     """The response decoded without special tokens; what rewards read."""
     reward: float = 0.0
@@ -137,6 +147,11 @@ class Sample:
 
     def __post_init__(self) -> None:
         _hold_arrays(self)
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the oldest weights that had a part in it; -1 where there is no token."""
+        return min((span.version for span in self.versions), default=-1)
 
     @property
     def num_response_tokens(self) -> int:

@@ -42,7 +42,7 @@ from mcore_rl.algorithms.objective import (
 from mcore_rl.metrics import merge, to_floats
 from mcore_rl.rewards.piecewise_continuity import Problem, compute_score, draw_problem
 from mcore_rl.segments import Segments
-from mcore_rl.types import Denominators, Prompt, Sample, SampleGroup
+from mcore_rl.types import Denominators, Prompt, Sample, SampleGroup, VersionSpan
 
 MAX_RESPONSE_LENGTH = 40
 """Tokens; a whole solution has 34 and an end token."""
@@ -232,7 +232,7 @@ def make_sample(prompt, index, tokens, values, tokenizer, step) -> Sample:
         loss_mask=[False] * num_prompt + [True] * length,
         rollout_logprobs=[0.0] * num_prompt + values[:length],
         finish_reason="stop" if is_ended else "length",
-        weight_version=step,
+        versions=[VersionSpan(step, 0, length)],
         response_text=tokenizer.decode(tokens[:length], skip_special_tokens=True),
     )
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from mcore_rl.cluster.answers import check_results
+from mcore_rl.cluster.busy import BusyTimes
 from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
@@ -26,10 +29,30 @@ from mcore_rl.errors import (
     WeightSyncError,
 )
 from mcore_rl.metrics import Metrics, merge
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult, PauseMode
 from mcore_rl.workers.roles import EngineProcess, Rollout, WeightSource
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Generation:
+    """Requests that the engines have been given."""
+
+    shares: Sequence[Sequence[int]]
+    """Groups of each engine, in order."""
+    requests: Sequence[Sequence[GenerationRequest]]
+    """Of each engine: those of its groups, one group after the other."""
+    sizes: Sequence[int]
+    """Requests of each group."""
+    calls: Sequence[Call[list[GenerationResult]]]
+    """To each engine."""
+    since: int
+    """Version of the weights when they were given."""
+    futures: dict[int, Future[list[GenerationResult]]] = field(default_factory=dict)
+    """Of the answers, by rank."""
+    starts: dict[int, int] = field(default_factory=dict)
+    """How often its engine had been started again, by engine."""
 
 
 class Engines:
@@ -55,6 +78,10 @@ class Engines:
         self._ranks = placement.engine_ranks
         self._are_apart = bool(placement.engines)
         self._num_restarts_left = max_restarts
+        self._starts = [0] * len(self._ranks)
+        """How often each engine was started again."""
+        self._in_flight: list[Generation] = []
+        self._busy = BusyTimes(len(self._ranks))
         self._version = -1
         self._have_base = False
         """Whether all engines have the weights that do not train."""
@@ -67,14 +94,21 @@ class Engines:
     def generate(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
     ) -> list[list[GenerationResult]]:
-        """Return one result per request, in order, generated on all engines.
+        """Return one result per request, in order, generated on all engines; see `begin`, `end`."""
+        return self.end(self.begin(groups, keep_routes=keep_routes))
+
+    def begin(
+        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
+    ) -> Generation:
+        """Give all engines requests to work on.
 
         The requests of a group go to one engine, so that a prompt is computed once; all ranks of an
-        engine get the same. Routes, if they are kept, lie where they were recorded.
+        engine get the same. Routes, if they are kept, lie where they were recorded. Engines that
+        are processes of their own go on while the trainer works; a weight sync finds them paused,
+        and what they draw after it they draw with the new weights.
 
         Raises:
-            RolloutError: if an engine fails, or answers what cannot be.
-            StoppedError: if they were interrupted; all of them have given up then.
+            StoppedError: if they were interrupted.
         """
         if self._is_interrupted:
             raise StoppedError
@@ -88,48 +122,76 @@ class Engines:
             self._routes.expect()
         shares = deal([group_cost(group) for group in groups], self.num_engines)
         asked = [[request for g in share for request in groups[g]] for share in shares]
-        calls = [call(Rollout.generate, requests, keep_routes) for requests in asked]
-        futures = self._workers.submit(
-            {rank: calls[engine] for engine, ranks in enumerate(self._ranks) for rank in ranks}
+        generation = Generation(
+            shares=shares,
+            requests=asked,
+            sizes=[len(group) for group in groups],
+            since=self._version,
+            calls=[call(Rollout.generate, requests, keep_routes) for requests in asked],
         )
-        answers = []
-        for engine, ranks in enumerate(self._ranks):
-            of_engine = {rank: futures[rank] for rank in ranks}
-            answers.append(self._answer(engine, calls[engine], of_engine, asked[engine]))
+        self._in_flight.append(generation)
+        self._submit(generation, range(self.num_engines))
+        return generation
+
+    def end(self, generation: Generation) -> list[list[GenerationResult]]:
+        """Wait for what was begun; return one result per request, in order.
+
+        Raises:
+            RolloutError: if an engine fails, or answers what cannot be.
+            StoppedError: if they were interrupted; all of them have given up then.
+        """
+        answers = [self._answer(generation, engine) for engine in range(self.num_engines)]
+        self._in_flight.remove(generation)
         if self._is_interrupted:
             raise StoppedError
-        found: list[list[GenerationResult]] = [[] for _ in groups]
+        shares = generation.shares
+        groups: list[list[GenerationResult]] = [[] for share in shares for _ in share]
         for share, of_engine in zip(shares, map(iter, answers), strict=True):
-            for g in share:
-                found[g] = [next(of_engine) for _ in groups[g]]
-        return found
+            for group in share:
+                groups[group] = [next(of_engine) for _ in range(generation.sizes[group])]
+        return groups
+
+    def busy_share(self) -> float:
+        """Return for how much of the time since the last call engines had requests, in the mean."""
+        return self._busy.share()
 
     def interrupt(self) -> None:
         """See `Cluster.interrupt`."""
         self._is_interrupted = True  # first: what comes after it is not read
         self._workers.interrupt()
 
-    def _answer(
-        self,
-        engine: int,
-        asked: Call[list[GenerationResult]],
-        futures: Mapping[int, Future[list[GenerationResult]]],
-        requests: Sequence[GenerationRequest],
-    ) -> list[GenerationResult]:
+    def _submit(self, generation: Generation, engines: Iterable[int]) -> None:
+        """Give engines their requests, together."""
+        asked = {rank: engine for engine in engines for rank in self._ranks[engine]}
+        futures = self._workers.submit(
+            {rank: generation.calls[engine] for rank, engine in asked.items()}
+        )
+        for rank, engine in asked.items():
+            generation.futures[rank] = futures[rank]
+            generation.starts[engine] = self._starts[engine]
+        for engine in set(asked.values()):
+            self._busy.begin(engine)
+            first = futures[self._ranks[engine][0]]
+            first.add_done_callback(lambda _, engine=engine: self._busy.end(engine))
+
+    def _answer(self, generation: Generation, engine: int) -> list[GenerationResult]:
         """Return the results of an engine, from another one in its place if it fails; anything if
         it was interrupted."""
         while True:
+            futures = {rank: generation.futures[rank] for rank in self._ranks[engine]}
             try:
                 answers = results(futures)[self._ranks[engine][0]]
                 if not self._is_interrupted:
-                    _check_results(requests, answers, self._version)
+                    versions = range(generation.since, self._version + 1)
+                    check_results(generation.requests[engine], answers, versions)
                 return answers
             except RunError as error:
                 if self._is_interrupted:
                     raise
-                self._revive(engine, error, "generating", Phase.REVIVE)
+                if generation.starts[engine] == self._starts[engine]:
+                    self._revive(engine, error, "generating", Phase.REVIVE)
             self._phases.enter(Phase.GENERATE)
-            futures = self._workers.submit(dict.fromkeys(self._ranks[engine], asked))
+            self._submit(generation, [engine])
 
     def sync_weights(self, version: int, with_digests: bool = False) -> Metrics:
         """Give every engine the actor's weights as `version`.
@@ -144,13 +206,32 @@ class Engines:
         self._phases.enter(Phase.SYNC)
         self._version = version
         with_base = with_digests or not self._have_base or self._phases.engines_forgot
+        paused: Sequence[int] = range(self.num_engines) if self._in_flight else ()
+        problems = self._ask(paused, call(Rollout.pause, PauseMode.KEEP))
         engines = range(self.num_engines) if self._are_apart else ()
-        metrics, problems = self._send(engines, with_digests, with_base)
+        whole = [engine for engine in engines if engine not in problems]
+        metrics, not_taken = self._send(whole, with_digests, with_base)
+        problems = {**problems, **not_taken}
+        still = [engine for engine in paused if engine not in problems]
+        problems |= self._ask(still, call(Rollout.resume))
         for engine, problem in problems.items():
             self._revive(engine, problem, "taking weights", Phase.SYNC, with_digests)
         self._have_base = True
         self._phases.synced()
         return metrics
+
+    def _ask(self, engines: Sequence[int], asked: Call[None]) -> dict[int, RunError]:
+        """Make a call to engines; return what went wrong, by engine."""
+        ranks = {rank: engine for engine in engines for rank in self._ranks[engine]}
+        problems: dict[int, RunError] = {}
+        futures = self._workers.submit(dict.fromkeys(ranks, asked)) if ranks else {}
+        for rank, future in futures.items():
+            error = future.exception()
+            if isinstance(error, RunError):
+                problems[ranks[rank]] = error
+            elif error is not None:
+                raise error
+        return problems
 
     def digests_of_model(self) -> list[dict[str, str]]:
         """Return what the parts of an engine load from the model's folder by their own reader; see
@@ -237,6 +318,7 @@ class Engines:
             )
             try:
                 rank = self._ranks[engine][0]
+                self._starts[engine] += 1
                 self._workers.restart(rank).result()
                 self._phases.join(rank)
                 self._phases.enter(phase)
@@ -288,31 +370,3 @@ def _differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[st
             kind = "other bits" if want == have else f"{have}, not {want}"
             lines.append(f"{name} holds {kind}")
     return lines
-
-
-def _check_results(
-    requests: Sequence[GenerationRequest], answers: Sequence[GenerationResult], version: int
-) -> None:
-    """Raise a RolloutError that says what cannot be of an engine's answers."""
-
-    def refuse(what: str) -> None:
-        raise RolloutError(f"the engine answered {what}", role="rollout")
-
-    if len(answers) != len(requests):
-        refuse(f"{len(requests)} requests with {len(answers)} results")
-    for request, result in zip(requests, answers, strict=True):
-        num, most = len(result.token_ids), request.sampling.max_tokens
-        if result.finish_reason not in ("stop", "length", "abort"):
-            refuse(f"with a response that ended by {result.finish_reason!r}")
-        if not (num > 0 or result.finish_reason == "abort") or num > most:
-            refuse(f"with {num} tokens where 1 to {most} were asked for")
-        spans = [(span.version, span.start, span.end) for span in result.versions]
-        if spans != [(version, 0, num)] * (num > 0):
-            refuse(f"{num} tokens of the weights {spans}, not {version}")
-    if not any(len(result.token_ids) for result in answers):
-        return
-    if np.concatenate([result.token_ids for result in answers]).min() < 0:
-        refuse("with a token below 0")
-    logprobs = np.concatenate([result.logprobs for result in answers])
-    if not (np.isfinite(logprobs).all() and logprobs.max() <= 1e-3):
-        refuse("with log-probabilities that are no numbers of at most 0")

@@ -45,6 +45,7 @@ def check_run(cfg: RunConfig) -> None:
     engines_divide_the_devices(cfg)
     weights_reach_the_engines(cfg)
     routes_are_recorded_in_train_workers(cfg)
+    engines_that_generate_beside_training_are_apart(cfg)
     validation_data_is_named_when_asked_for(cfg)
     responses_are_generated_not_read(cfg)
 
@@ -240,6 +241,18 @@ def an_adaptive_kl_coefficient_stays_positive(cfg: RunConfig) -> None:
         rule = f"would let one step of {samples} samples turn the coefficient to 0 or below"
         fix = f"Raise it to at least {least}."
         require(ctrl.horizon >= least, "algorithm.kl_ctrl.horizon", ctrl.horizon, rule, fix)
+
+
+def engines_that_generate_beside_training_are_apart(cfg: RunConfig) -> None:
+    """An engine inside a train worker, or one that sleeps while it trains, cannot."""
+    age, rollout = cfg.trainer.max_staleness, cfg.rollout
+    key, rule = "trainer.max_staleness", "has engines generate while the trainer works, and "
+    fix = "Set rollout.host=process, or trainer.max_staleness=0."
+    is_apart = rollout.host != "in_process"
+    require(age == 0 or is_apart, key, age, f"{rule}rollout.host={rollout.host} has none", fix)
+    level = rollout.sleep_level
+    fix = "Set rollout.sleep_level=0, or trainer.max_staleness=0."
+    require(age == 0 or level == 0, key, age, f"{rule}rollout.sleep_level={level}", fix)
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:

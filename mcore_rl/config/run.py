@@ -15,7 +15,7 @@ from mcore_rl.algorithms.objective import ObjectiveConfig
 from mcore_rl.config.environment import ComposedConfig
 from mcore_rl.data.packing import Cut, SequenceCount, TokenBudget
 from mcore_rl.data.prompts import DataConfig
-from mcore_rl.errors import require, require_one_of
+from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.megatron.config import (
     ALL_LINEAR,
     CriticOptimConfig,
@@ -239,6 +239,12 @@ class TrainerConfig:
     """What starts the processes: local (this command, on this machine), torchrun (which starts this
     command), ray (joins the cluster at RAY_ADDRESS, or starts one of this machine); auto: torchrun
     where it has started this command, otherwise local."""
+    loop: str = "on_policy"
+    """When generation happens: on_policy (a step generates, then trains) or overlapped (engines of
+    their own generate for the coming steps while a step trains)."""
+    max_staleness: int = 0
+    """With loop overlapped: steps that the weights which draw a token may be older than those which
+    train on it; 0: nothing overlaps, and the numbers are those of on_policy."""
     project_name: str = "mcore_rl"
     experiment_name: str = "default"
     default_local_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
@@ -290,6 +296,11 @@ class TrainerConfig:
         modes = ("auto", "disable", "resume_path")
         require_one_of("trainer.resume_mode", self.resume_mode, modes)
         require_one_of("trainer.best_ckpt_mode", self.best_ckpt_mode, ("max", "min"))
+        require_one_of("trainer.loop", self.loop, ("on_policy", "overlapped"))
+        age = self.max_staleness
+        require(age >= 0, "trainer.max_staleness", age, "must be at least 0")
+        if self.loop == "on_policy":
+            refuse_unread(self, "trainer", ["max_staleness"], "loop=on_policy")
         require_one_of("trainer.launcher", self.launcher, ("auto", "local", "torchrun", "ray"))
         require(
             (self.resume_mode == "resume_path") == (self.resume_from_path is not None),

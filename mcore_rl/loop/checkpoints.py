@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 POINTER = "latest_checkpointed_iteration.txt"
 CONTROLLER_FILE = "controller.json"
+_KEPT_SINCE_LATER = ("ledger",)
+"""Parts that the first checkpoints were without; they begin anew then."""
 
 
 class Stateful(Protocol):
@@ -112,14 +114,15 @@ class Checkpoints:
             )
         state = parse_json((folder / CONTROLLER_FILE).read_bytes())
         for name in self._parts:
-            if name not in state:
+            if name not in (*state, *_KEPT_SINCE_LATER):
                 raise CheckpointError(
                     f"{folder} is of another kind of run: {CONTROLLER_FILE} has no {name!r}",
                     role="controller",
                 )
         self._cluster.trainer.load(str(folder))
         for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+            if name in state:
+                part.load_state_dict(state[name])
         logger.info("resumed from %s", folder)
         self._latest = int(state["step"])
         return self._latest

@@ -17,8 +17,9 @@ from mcore_rl.algorithms.filter_groups import informative_groups
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.errors import require
-from mcore_rl.loop.generate import generate_groups, rollout_metrics
+from mcore_rl.loop.generate import Asked, answered_groups, ask_for_groups, rollout_metrics
 from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.loop.ledger import Ledger
 from mcore_rl.metrics import Metrics, mean, merge, total
 from mcore_rl.observability.trackers import RunLog
 from mcore_rl.rewards.overlong import penalize_overlong
@@ -32,82 +33,105 @@ _MOST_PASSES = 3
 """Over the data in one step, where no number of batches is set; one if it gave no group at all."""
 
 
+class Draws:
+    """Has the engines answer prompts when they are wanted, and keeps account of what comes back.
+
+    Args:
+        cfg: the run.
+        inputs: of the run.
+        cluster: running workers, their engines at the version of the step that draws.
+    """
+
+    def __init__(self, cfg: RunConfig, inputs: RunInputs, cluster: Cluster) -> None:
+        self._cfg, self._inputs, self._cluster = cfg, inputs, cluster
+        self.batch_size = cfg.data.gen_batch_size or cfg.data.train_batch_size
+        """Prompts of a draw."""
+        self.ledger = Ledger()
+
+    def draw(self, step: int, number: int) -> list[SampleGroup]:
+        """Return `rollout.n` samples of each of the next prompts.
+
+        Args:
+            step: that trains on them.
+            number: of the draw within the step, counted from 0; another one draws other samples of
+                a prompt that comes again within the step.
+        """
+        return self._answered(step, self._ask(step, number, self._next_prompts()))
+
+    def baselines(self, step: int, prompts: Sequence[Prompt]) -> list[SampleGroup]:
+        """Return one greedy sample of each prompt."""
+        groups = self._answered(step, self._ask(step, 0, prompts, greedy=True))
+        self.ledger.discarded("baseline", groups)
+        return groups
+
+    def _next_prompts(self) -> list[Prompt]:
+        return self._inputs.prompts.next(self.batch_size)
+
+    def _ask(
+        self, step: int, number: int, prompts: Sequence[Prompt], *, greedy: bool = False
+    ) -> Asked:
+        cfg = self._cfg
+        return ask_for_groups(
+            self._cluster,
+            prompts,
+            1 if greedy else cfg.rollout.n,
+            temperature=0.0 if greedy else cfg.rollout.temperature,
+            top_p=cfg.rollout.top_p,
+            top_k=cfg.rollout.top_k,
+            max_tokens=cfg.data.max_response_length,
+            seed=f"{cfg.data.seed}:{step}" + f":{number}" * (number > 0),
+            keep_routes=self._inputs.routing is not None and not greedy,
+        )
+
+    def _answered(self, step: int, asked: Asked) -> list[SampleGroup]:
+        groups = answered_groups(self._cluster, asked)
+        versions = {sample.weight_version for group in groups for sample in group.samples}
+        oldest = step - self._cfg.trainer.max_staleness
+        assert all(oldest <= v <= step for v in versions), f"step {step}: weights {versions}"
+        self.ledger.generated(groups)
+        return groups
+
+
 def collect_groups(
-    cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int, log: RunLog
+    cfg: RunConfig, inputs: RunInputs, draws: Draws, step: int, log: RunLog
 ) -> tuple[list[SampleGroup], Metrics]:
-    """Return `data.train_batch_size` scored groups of `rollout.n` samples, drawn with the weights
-    of `step`, and the metrics of all that was generated.
+    """Return `data.train_batch_size` scored groups of `rollout.n` samples for `step`, and the
+    metrics of all that was generated for it.
 
     Raises:
         UserError: if `algorithm.filter_groups.max_num_gen_batches` batches are not enough or,
             where it is 0, a few passes over the data.
     """
     wanted, filtering = cfg.data.train_batch_size, cfg.algorithm.filter_groups
-    batch_size = cfg.data.gen_batch_size or wanted
     kept: list[SampleGroup] = []
     alike: Counter[float] = Counter()
     metrics: list[Metrics] = []
     num_batches = 0
     while len(kept) < wanted:
         _check_progress(cfg, len(inputs.prompts), step, num_batches, len(kept), alike)
-        prompts = inputs.prompts.next(batch_size)
         with log.stage("rollout"):
-            # A prompt may come again within the step, and is to be answered anew.
-            groups = generate(cfg, inputs, cluster, prompts, step, draw=num_batches)
-            metrics.append(rollout_metrics(groups, step))
+            drawn = draws.draw(step, num_batches)
+            metrics.append(rollout_metrics(drawn, step))
         with log.stage("reward"):
-            groups, reward_metrics = _score(cfg, inputs, groups)
+            groups, reward_metrics = _score(cfg, inputs, drawn)
             metrics.append(reward_metrics)
         if filtering.enable:
             alike.update(_rewards_of_all(groups))
-            groups = informative_groups(groups, filtering.metric)
-            metrics.append({"rollout/kept_group_frac": mean(len(groups) / batch_size, batch_size)})
+            scored, groups = groups, informative_groups(groups, filtering.metric)
+            informative = {id(group) for group in groups}
+            rest = [group for group in scored if id(group) not in informative]
+            draws.ledger.discarded("alike", rest)
+            metrics.append({"rollout/kept_group_frac": mean(len(groups) / len(drawn), len(drawn))})
         kept += groups
         num_batches += 1
     if filtering.enable:
         metrics.append({"rollout/num_gen_batches": total(num_batches)})
+    draws.ledger.discarded("surplus", kept[wanted:])
     kept = kept[:wanted]
     if ADVANTAGES.get(cfg.algorithm.adv_estimator).needs_greedy_baseline:
-        kept, baseline_metrics = _with_baselines(cfg, inputs, cluster, kept, step, log)
+        kept, baseline_metrics = _with_baselines(cfg, inputs, draws, kept, step, log)
         metrics.append(baseline_metrics)
     return kept, merge(metrics)
-
-
-def generate(
-    cfg: RunConfig,
-    inputs: RunInputs,
-    cluster: Cluster,
-    prompts: Sequence[Prompt],
-    step: int,
-    *,
-    draw: int = 0,
-    greedy: bool = False,
-) -> list[SampleGroup]:
-    """Return `rollout.n` samples of each prompt, drawn with the weights of `step`.
-
-    Args:
-        cfg: the run.
-        inputs: of the run.
-        cluster: running workers, their engines at version `step`.
-        prompts: what to answer.
-        step: of the loop.
-        draw: number of the call within the step; another one draws other samples.
-        greedy: return one greedy sample of each prompt instead.
-    """
-    groups = generate_groups(
-        cluster,
-        prompts,
-        1 if greedy else cfg.rollout.n,
-        temperature=0.0 if greedy else cfg.rollout.temperature,
-        top_p=cfg.rollout.top_p,
-        top_k=cfg.rollout.top_k,
-        max_tokens=cfg.data.max_response_length,
-        seed=f"{cfg.data.seed}:{step}" + f":{draw}" * (draw > 0),
-        keep_routes=inputs.routing is not None and not greedy,
-    )
-    versions = {sample.weight_version for group in groups for sample in group.samples}
-    assert versions == {step}, f"weights of versions {versions} answered in step {step}"
-    return groups
 
 
 def _check_progress(
@@ -169,15 +193,14 @@ def _score(
 def _with_baselines(
     cfg: RunConfig,
     inputs: RunInputs,
-    cluster: Cluster,
+    draws: Draws,
     groups: Sequence[SampleGroup],
     step: int,
     log: RunLog,
 ) -> tuple[list[SampleGroup], Metrics]:
     """Return the groups with the reward of a greedy response as `baseline_reward`."""
     with log.stage("rollout"):
-        prompts = [group.prompt for group in groups]
-        answered = generate(cfg, inputs, cluster, prompts, step, greedy=True)
+        answered = draws.baselines(step, [group.prompt for group in groups])
     with log.stage("reward"):
         scored, _ = _score(cfg, inputs, answered)
     rewards = [group.samples[0].reward for group in scored]

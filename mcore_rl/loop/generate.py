@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.engines import Generation
 from mcore_rl.metrics import Metric, Metrics, maximum, minimum
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
 from mcore_rl.types import Prompt, Sample, SampleGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Samples that the engines work on."""
+
+    prompts: Sequence[Prompt]
+    generation: Generation
 
 
 def generate_groups(
@@ -26,7 +36,34 @@ def generate_groups(
     seed: str,
     keep_routes: bool = False,
 ) -> list[SampleGroup]:
-    """Return `n` samples of every prompt.
+    """Return `n` samples of every prompt; see `ask_for_groups`."""
+    asked = ask_for_groups(
+        cluster,
+        prompts,
+        n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+        keep_routes=keep_routes,
+    )
+    return answered_groups(cluster, asked)
+
+
+def ask_for_groups(
+    cluster: Cluster,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_tokens: int,
+    seed: str,
+    keep_routes: bool = False,
+) -> Asked:
+    """Have the engines begin with `n` samples of every prompt.
 
     Args:
         cluster: running workers.
@@ -56,13 +93,18 @@ def generate_groups(
         ]
         for prompt in prompts
     ]
-    answered = cluster.engines.generate(groups, keep_routes=keep_routes)
+    return Asked(prompts, cluster.engines.begin(groups, keep_routes=keep_routes))
+
+
+def answered_groups(cluster: Cluster, asked: Asked) -> list[SampleGroup]:
+    """Wait for the samples and return them, group by group."""
+    answered = cluster.engines.end(asked.generation)
     return [
         SampleGroup(
             prompt=prompt,
             samples=[_sample(prompt, index, result) for index, result in enumerate(results)],
         )
-        for prompt, results in zip(prompts, answered, strict=True)
+        for prompt, results in zip(asked.prompts, answered, strict=True)
     ]
 
 
@@ -86,25 +128,33 @@ def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
         loss_mask=loss_mask,
         rollout_logprobs=logprobs,
         finish_reason=result.finish_reason,
-        weight_version=result.weight_version,
+        versions=result.versions,
         routed_experts=at,
         response_text=result.text,
     )
 
 
 def rollout_metrics(groups: Sequence[SampleGroup], step: int) -> Metrics:
-    """Return length, truncation and staleness of the samples, under `rollout/`."""
+    """Return length, truncation and staleness of the samples, under `rollout/`.
+
+    The staleness of a sample is by how many steps the oldest weights that drew a token of it are
+    older than those that train on it.
+    """
     samples = [sample for group in groups for sample in group.samples]
     if not samples:
         return {}
     lengths = [sample.num_response_tokens for sample in samples]
     reasons = Counter(sample.finish_reason for sample in samples)
     num_samples = len(samples)
+    ages = [step - sample.weight_version for sample in samples]
+    num_mixed = sum(len(sample.versions) > 1 for sample in samples)
     return {
         "rollout/response_tokens/mean": Metric(sum(lengths), "mean", num_samples),
         "rollout/response_tokens/max": maximum(max(lengths)),
         "rollout/response_tokens/min": minimum(min(lengths)),
         "rollout/truncated_frac": Metric(reasons["length"], "mean", num_samples),
         "rollout/failed_frac": Metric(reasons["abort"], "mean", num_samples),
-        "rollout/staleness/max": maximum(step - min(sample.weight_version for sample in samples)),
+        "rollout/staleness/max": maximum(max(ages)),
+        "rollout/staleness/mean": Metric(sum(ages), "mean", num_samples),
+        "rollout/several_versions_frac": Metric(num_mixed, "mean", num_samples),
     }

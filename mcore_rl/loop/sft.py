@@ -10,7 +10,7 @@ from mcore_rl.config.run import SftRunConfig
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.log import open_log
-from mcore_rl.loop.on_policy import is_due
+from mcore_rl.loop.step import is_due
 from mcore_rl.loop.stop import Stop
 from mcore_rl.metrics import merge
 

@@ -19,7 +19,7 @@ import numpy as np
 from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
-from mcore_rl.types import Ids, Numbers, RoutesAt, Routing
+from mcore_rl.types import Ids, Numbers, RoutesAt, Routing, VersionSpan
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, UpdateSession
 
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -300,13 +300,15 @@ class EnginePart(Enum):
     KV_CACHE = "kv_cache"
 
 
-@dataclass(frozen=True, slots=True)
-class VersionSpan:
-    """Response tokens `start` to `end` - 1, drawn with weights of one version."""
+class PauseMode(Enum):
+    """What becomes of unfinished requests in a pause."""
 
-    version: int
-    start: int
-    end: int
+    KEEP = "keep"
+    """They wait, and go on afterwards."""
+    WAIT = "wait"
+    """They end first."""
+    ABORT = "abort"
+    """They end with what they have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -332,11 +334,6 @@ class GenerationResult:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
         object.__setattr__(self, "logprobs", np.asarray(self.logprobs, np.float32))
         assert self.logprobs.shape == self.token_ids.shape, "one log-probability for each token"
-
-    @property
-    def weight_version(self) -> int:
-        """Version of the oldest weights that had a part in it; -1 where there is no token."""
-        return min((span.version for span in self.versions), default=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

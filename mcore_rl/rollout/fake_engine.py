@@ -24,8 +24,8 @@ from mcore_rl.rollout.base import (
     EngineSpec,
     GenerationRequest,
     GenerationResult,
-    VersionSpan,
 )
+from mcore_rl.types import VersionSpan
 from mcore_rl.weight_sync.base import Link, NamedTensors
 from mcore_rl.weight_sync.digest import Manifest, full_digest
 from mcore_rl.weight_sync.intake import Intake, refuse

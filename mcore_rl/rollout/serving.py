@@ -14,27 +14,21 @@ import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from mcore_rl import interruption, progress
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult, RolloutEngine
+from mcore_rl.rollout.base import (
+    EnginePart,
+    GenerationRequest,
+    GenerationResult,
+    PauseMode,
+    RolloutEngine,
+)
 from mcore_rl.weight_sync.digest import Manifest
 
 STEPS_BETWEEN_QUESTIONS = 16
 """Whether what is generated is still wanted is asked once in so many steps: ranks have to agree."""
-
-
-class PauseMode(Enum):
-    """What becomes of unfinished requests in a pause."""
-
-    KEEP = "keep"
-    """They wait, and go on afterwards."""
-    WAIT = "wait"
-    """They end first."""
-    ABORT = "abort"
-    """They end with what they have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ _STAYS = (
     "actor.megatron.dtype",
     "actor.megatron.moe_router_freeze",
     "actor.megatron.use_distributed_optimizer",
+    "trainer.loop",
+    "trainer.max_staleness",
 )
 """What a checkpoint holds depends on these, so they stay also below a section that may change."""
 _ROUTER_LOSSES = tuple(f"{overrides.KEY}.{field}" for field in overrides.ROUTER_LOSSES)

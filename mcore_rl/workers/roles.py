@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult
-    from mcore_rl.rollout.serving import Health, PauseMode
+    from mcore_rl.rollout.base import EnginePart, GenerationRequest, GenerationResult, PauseMode
+    from mcore_rl.rollout.serving import Health
     from mcore_rl.sockets import Address
 
 

@@ -10,8 +10,14 @@ from typing import TypeVar
 
 from mcore_rl import interruption
 from mcore_rl.data.chat import decode_response, load_tokenizer
-from mcore_rl.rollout.base import EnginePart, EngineSpec, GenerationRequest, GenerationResult
-from mcore_rl.rollout.serving import Health, PauseMode, ServingEngine
+from mcore_rl.rollout.base import (
+    EnginePart,
+    EngineSpec,
+    GenerationRequest,
+    GenerationResult,
+    PauseMode,
+)
+from mcore_rl.rollout.serving import Health, ServingEngine
 from mcore_rl.types import RoutesAt
 from mcore_rl.workers.roles import Rollout
 from mcore_rl.workers.routes import RouteStore, check_experts_differ, check_routes

@@ -1,5 +1,6 @@
 """A run over two machines with addresses of their own: the trainer on the first, an engine on the
-second, started by torchrun or by Ray. The second is killed, and the restarted job goes on."""
+second, started by torchrun or, with -m slow, by Ray. The second is killed, and the restarted job
+goes on."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def by_ray(two: Machines, argv: Sequence[str], folder: Path) -> commands.Command
     return two.start(0, "mcore_rl.train", *argv, "trainer.launcher=ray", environment=environment)
 
 
-@pytest.mark.parametrize("launch", [by_torchrun, by_ray])
+@pytest.mark.parametrize("launch", [by_torchrun, pytest.param(by_ray, marks=pytest.mark.slow)])
 def test_a_machine_that_is_killed_ends_the_run_by_its_name_and_the_next_run_goes_on(
     files, two, unbroken, tmp_path, launch: Launch
 ):

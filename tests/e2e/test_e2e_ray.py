@@ -1,5 +1,8 @@
 """A run that Ray starts: the numbers of the local launcher, in a cluster of its own and as a job of
-one that it joins; what the cluster lacks is said; nothing stays behind."""
+one that it joins; what the cluster lacks is said; nothing stays behind.
+
+`pytest -m 'slow or not slow' tests/e2e/test_e2e_ray.py` does all of it, in some ten minutes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,13 @@ def temporary() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.parametrize("placed", [COLOCATED, APART], ids=["colocated", "two_engines_apart"])
+@pytest.mark.parametrize(
+    "placed",
+    [
+        pytest.param(COLOCATED, id="colocated", marks=pytest.mark.slow),
+        pytest.param(APART, id="two_engines_apart"),
+    ],
+)
 def test_ray_gives_the_numbers_of_the_local_launcher_and_leaves_nothing(
     files, prepared, tmp_path, temporary, placed
 ):
@@ -70,6 +79,7 @@ def test_ray_gives_the_numbers_of_the_local_launcher_and_leaves_nothing(
     wait_until_gone(temporary)
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_numbers_with_two_engines_apart(files, prepared, tmp_path):
     local = prepared.run(*files.argv(tmp_path / "local", *APART))
     assert local.returncode == 0, local.stderr
@@ -144,6 +154,7 @@ def cluster() -> Iterator[Cluster]:
     made.end()
 
 
+@pytest.mark.slow
 def test_a_job_of_a_cluster_gives_the_same_numbers_and_fails_when_the_run_fails(
     files, prepared, cluster, tmp_path
 ):

@@ -142,4 +142,4 @@ def test_the_receiver_of_a_transport_is_asked_for_every_sync_inside_vllm_s_worke
 @pytest.mark.parametrize("name", MODELS)
 def test_results_carry_the_version_of_the_last_sync(answers, name):
     for version, results in enumerate(answers(name)):
-        assert {r.weight_version for t in results for r in results[t]} == {version}
+        assert {s.version for t in results for r in results[t] for s in r.versions} == {version}

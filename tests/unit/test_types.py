@@ -7,7 +7,15 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from mcore_rl.types import NUMBERS, Prompt, RoutesAt, Sample, SampleGroup, with_sample_fields
+from mcore_rl.types import (
+    NUMBERS,
+    Prompt,
+    RoutesAt,
+    Sample,
+    SampleGroup,
+    VersionSpan,
+    with_sample_fields,
+)
 
 
 def make_groups():
@@ -32,7 +40,7 @@ def make_sample(prompt, index):
         token_ids=range(length),
         loss_mask=[False, False, *[True] * (length - 2)],
         finish_reason="length",
-        weight_version=7,
+        versions=[VersionSpan(7, 0, length - 2)],
         response_text=f"text {index}",
         reward=float(index),
         reward_status="timeout",

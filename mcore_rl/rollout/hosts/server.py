@@ -33,8 +33,8 @@ from mcore_rl.rollout.base import (
     EngineSpec,
     GenerationRequest,
     GenerationResult,
-    VersionSpan,
 )
+from mcore_rl.types import VersionSpan
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.intake import refuse

@@ -39,7 +39,6 @@ def make_groups(rewards):
                     loss_mask=MASK,
                     rollout_logprobs=[0.0] * 4,
                     finish_reason="stop",
-                    weight_version=0,
                     reward=reward,
                     values=[0.0] * 4,
                 )

@@ -22,7 +22,6 @@ def make_group(rewards, finish_reason="stop", **numbers):
                 loss_mask=[False, True, True],
                 rollout_logprobs=[0.0, -1.0, -2.0],
                 finish_reason=finish_reason,
-                weight_version=0,
                 reward=reward,
                 reward_metrics={name: values[i] for name, values in numbers.items()},
                 old_logprobs=[0.0, -1.5, -2.5],

@@ -30,7 +30,6 @@ def samples(draw):
         loss_mask=mask,
         rollout_logprobs=[0.0] * len(mask),
         finish_reason="stop",
-        weight_version=0,
         reward=draw(NUMBERS),
         values=[value if trains else 0.0 for value, trains in zip(values, mask, strict=True)],
     )
@@ -97,7 +96,6 @@ def test_samples_get_advantages_and_returns_rounded_to_float32():
             loss_mask=[False, True, True],
             rollout_logprobs=[0.0] * 3,
             finish_reason="stop",
-            weight_version=0,
             reward=reward,
             values=[0.0, 0.3, 0.1],
         )
@@ -126,7 +124,6 @@ def test_the_explained_variance_is_1_for_values_that_are_the_returns():
         loss_mask=[False, True, True],
         rollout_logprobs=[0.0] * 3,
         finish_reason="stop",
-        weight_version=0,
     )
     knowing = [replace(base, reward=r, values=[0.0, r, r]) for r in (0.0, 1.0)]
     constant = [replace(base, reward=r, values=[0.0, 0.5, 0.5]) for r in (0.0, 1.0)]

@@ -22,7 +22,6 @@ def sample(index, reward, old, ref, mask):
         loss_mask=mask,
         rollout_logprobs=old,
         finish_reason="stop",
-        weight_version=0,
         reward=reward,
         old_logprobs=old,
         ref_logprobs=ref,

@@ -29,9 +29,8 @@ from mcore_rl.rollout.base import (
     GenerationRequest,
     GenerationResult,
     SamplingParams,
-    VersionSpan,
 )
-from mcore_rl.types import Layout, MicroBatch, TokenNumbers, TokenSequence, WriteState
+from mcore_rl.types import Layout, MicroBatch, TokenNumbers, TokenSequence, VersionSpan, WriteState
 from mcore_rl.workers.roles import Actor, EngineProcess, Rollout, SentWeights, WeightSource
 
 

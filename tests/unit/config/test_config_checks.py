@@ -185,6 +185,12 @@ RULES = {
         "engine's.",
         ["actor.router_replay.mode=R3"],
     ),
+    "engines_that_generate_beside_training_are_apart": (
+        ["trainer.loop=overlapped", "trainer.max_staleness=1"],
+        "trainer.max_staleness=1 has engines generate while the trainer works, and "
+        "rollout.host=in_process has none. Set rollout.host=process, or trainer.max_staleness=0.",
+        ["trainer.loop=overlapped", "trainer.max_staleness=1", "rollout.host=process"],
+    ),
     "weights_reach_the_engines": (
         ["rollout.weight_transport=far"],
         "rollout.weight_transport='far' does not reach an engine in the train worker's process. "
@@ -221,6 +227,7 @@ NOT_OF_SFT = {
     "the_engine_holds_the_longest_sample",
     "engines_divide_the_devices",
     "routes_are_recorded_in_train_workers",
+    "engines_that_generate_beside_training_are_apart",
     "weights_reach_the_engines",
     "validation_data_is_named_when_asked_for",
     "responses_are_generated_not_read",

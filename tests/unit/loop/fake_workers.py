@@ -32,8 +32,8 @@ from mcore_rl.loop.stop import Stop
 from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult, VersionSpan
-from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, WriteState
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, VersionSpan, WriteState
 from mcore_rl.weight_sync.base import Link, NamedTensors
 from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.intake import Intake, refuse
@@ -252,7 +252,7 @@ class FakeWorkers:
         self.senders = [link.open_sender() for link in links]
         self.engines = [engine(temperature, link) for link in links]
         self.crash_at, self.ask_at, self.stop = crash_at, ask_at, stop or Stop()
-        self.is_interrupted = False
+        self.is_interrupted = self.is_paused = False
         self.calls: list[tuple[str, Any]] = []
         self.versions: list[int] = []
         self.routes: dict[tuple[int, int, int], np.ndarray] = {}
@@ -300,6 +300,9 @@ class FakeWorkers:
                         zip(self.engines, args_of_rank, strict=True)
                     )
                 ]
+            case Rollout.pause | Rollout.resume:
+                assert self.is_paused == (called == Rollout.resume)
+                self.is_paused = not self.is_paused
             case WeightSource.send_weights:
                 export = [[("w", self.actor.weights)]]
                 return [

@@ -12,7 +12,7 @@ from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_con
 from sequences import sequences_of
 
 from mcore_rl.errors import StoppedError
-from mcore_rl.loop.on_policy import train
+from mcore_rl.loop import on_policy, overlapped
 from mcore_rl.loop.stop import Stop
 from mcore_rl.loop.validate import validate
 from mcore_rl.run.folder import open_run_folder
@@ -73,7 +73,7 @@ class Run:
 
 
 def run_in(
-    root, *overrides, folder="run", steps=3, num_val=0, reward=REWARD, loop=train, **workers_kwargs
+    root, *overrides, folder="run", steps=3, num_val=0, reward=REWARD, loop=None, **workers_kwargs
 ) -> Run:
     """Do a run with all its files below `root`.
 
@@ -94,7 +94,8 @@ def run_in(
         if loop is validate:
             validate(cfg, inputs, cluster, run_dir)
         else:
-            loop(cfg, inputs, cluster, run_dir, stop)
+            loops = {"on_policy": on_policy, "overlapped": overlapped}
+            loops[cfg.trainer.loop].train(cfg, inputs, cluster, run_dir, stop)
         assert workers.crash_at is None, "the crash never came"
     except CrashError:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
 
 from mcore_rl.loop.generate import generate_groups, rollout_metrics
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Sample, SampleGroup
+from mcore_rl.types import Sample, SampleGroup, VersionSpan
 
 
 @pytest.fixture
@@ -92,7 +93,8 @@ def test_seeds_differ_between_steps_prompts_and_samples(setting):
 def test_rollout_metrics_describe_lengths_ends_and_staleness():
     prompt = make_prompts(1, 0, "s")[0]
 
-    def sample(length, finish_reason, version):
+    def sample(length, finish_reason, *versions):
+        spans = [VersionSpan(version, i, i + 1) for i, version in enumerate(versions)]
         return Sample(
             prompt=prompt,
             index=0,
@@ -100,12 +102,12 @@ def test_rollout_metrics_describe_lengths_ends_and_staleness():
             loss_mask=[False] * (len(prompt.token_ids) + length),
             rollout_logprobs=[0.0] * (len(prompt.token_ids) + length),
             finish_reason=finish_reason,
-            weight_version=version,
+            versions=[*spans[:-1], replace(spans[-1], end=length)],
         )
 
     samples = [
         sample(1, "stop", 5),
-        sample(6, "length", 4),
+        sample(6, "length", 4, 5),
         sample(6, "length", 5),
         sample(3, "abort", 5),
     ]
@@ -120,4 +122,6 @@ def test_rollout_metrics_describe_lengths_ends_and_staleness():
         "rollout/truncated_frac": 0.5,
         "rollout/failed_frac": 0.25,
         "rollout/staleness/max": 1.0,
+        "rollout/staleness/mean": 0.25,
+        "rollout/several_versions_frac": 0.25,
     }

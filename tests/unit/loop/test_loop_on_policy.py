@@ -10,7 +10,7 @@ from fake_workers import VOCABULARY, UnigramEngine
 
 from mcore_rl.errors import RolloutError, UserError, WeightSyncError
 from mcore_rl.rewards.base import BUILT_IN_NUMBERS
-from mcore_rl.rollout.base import VersionSpan
+from mcore_rl.types import VersionSpan
 
 GMPO = "actor.policy_loss.loss_mode=geo_mean"
 GPG = ["algorithm.adv_estimator=gpg", "actor.policy_loss.loss_mode=gpg"]

@@ -22,7 +22,6 @@ def make_groups(num_groups, samples_per_group):
                 loss_mask=[False, True],
                 rollout_logprobs=[0.0, -0.5],
                 finish_reason="stop",
-                weight_version=0,
                 response_text=f"{g}.{i}",
                 reward=float(i),
             )

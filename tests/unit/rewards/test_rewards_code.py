@@ -184,7 +184,6 @@ def test_a_run_goes_on_after_programs_that_misbehave():
             loss_mask=[False, True],
             rollout_logprobs=[0.0, -1.0],
             finish_reason="stop",
-            weight_version=0,
             response_text=f"```python\n{program}\n```",
         )
         for index, program in enumerate(programs)

@@ -21,7 +21,6 @@ def test_the_penalty_grows_over_the_buffer_and_the_score_is_kept():
             loss_mask=[False] * 2 + [True] * length,
             rollout_logprobs=[0.0] * (2 + length),
             finish_reason="stop",
-            weight_version=0,
             reward=1.0,
             reward_metrics={"acc": 1.0},
         )

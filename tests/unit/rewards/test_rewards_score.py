@@ -29,7 +29,6 @@ def _group(*responses, data_source="arithmetic", ground_truth="5"):
             loss_mask=[False, True],
             rollout_logprobs=[0.0, -1.0],
             finish_reason="stop",
-            weight_version=0,
             response_text=response,
         )
         for index, response in enumerate(responses)

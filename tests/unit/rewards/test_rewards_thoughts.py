@@ -36,7 +36,6 @@ def rewards(responses, prompt_text="", custom=None, **options):
             loss_mask=[False, True],
             rollout_logprobs=[0.0, -1.0],
             finish_reason="stop",
-            weight_version=0,
             response_text=response,
         )
         for index, response in enumerate(responses)

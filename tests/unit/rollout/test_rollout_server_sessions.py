@@ -14,10 +14,16 @@ import pytest
 from aiohttp import web
 
 from mcore_rl.errors import RunError, UserError
-from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
+from mcore_rl.rollout.base import (
+    EngineSpec,
+    GenerationRequest,
+    PauseMode,
+    RolloutConfig,
+    SamplingParams,
+)
 from mcore_rl.rollout.hosts import server as host
 from mcore_rl.rollout.hosts.server import ServerEngine
-from mcore_rl.rollout.serving import PauseMode, ServingEngine
+from mcore_rl.rollout.serving import ServingEngine
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
 

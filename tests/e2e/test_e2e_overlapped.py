@@ -1,0 +1,73 @@
+"""Generation beside training, by real engines in processes of their own."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import commands
+import pytest
+from faulty_engine import ENVIRONMENT, FAULT, ONCE
+from stage_marks import KILL_AT, MARKED
+
+pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
+
+NUM_STEPS, NUM_PROMPTS, GROUP = 4, 8, 4
+AHEAD = (
+    "trainer.loop=overlapped",
+    "trainer.max_staleness=2",
+    "rollout.host=process",
+    f"trainer.total_training_steps={NUM_STEPS}",
+    f"trainer.log_val_generations={NUM_PROMPTS * GROUP}",  # all samples of a step
+    "trainer.test_freq=-1",
+)
+
+
+def check_account(run_dir):
+    """Every prompt of the epoch is trained on once, and all that was generated is accounted for;
+    return the metrics of the steps."""
+    lines = [line for line in commands.read_metrics(run_dir) if "ledger/trained/prompts" in line]
+    assert [line["step"] for line in lines] == list(range(NUM_STEPS))
+    assert max(line["rollout/staleness/max"] for line in lines) == 2
+    last = lines[-1]
+    assert last["ledger/trained/prompts"] == NUM_STEPS * NUM_PROMPTS
+    assert last["ledger/trained/samples"] == NUM_STEPS * NUM_PROMPTS * GROUP
+    assert last["ledger/generated/tokens"] == last["ledger/trained/tokens"]
+    samples = commands.read_lines(run_dir / "samples.jsonl")
+    drawn = Counter(line["uid"] for line in samples if line["split"] == "train")
+    assert set(drawn.values()) == {GROUP}
+    assert len(drawn) == NUM_STEPS * NUM_PROMPTS
+    return lines
+
+
+def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once(files, prepared, tmp_path):
+    """The engines work on two requests at a time, so that weights come in the middle of many."""
+    run_dir = tmp_path / "run"
+    slow = ["data.max_response_length=48", "rollout.max_num_seqs=2"]
+    argv = files.argv(run_dir, *AHEAD, *slow, "trainer.save_freq=1")
+    argv = [*argv, "trainer.logger=[stage_marks]"]
+    killed = prepared.run(*argv, environment=MARKED | {KILL_AT: "train 2 0"})
+    assert killed.returncode == -9
+    done = prepared.run(*argv, environment=MARKED)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {run_dir}/checkpoints/global_step_1" in done.stderr
+    lines = check_account(run_dir)
+    assert sum(line["rollout/several_versions_frac"] for line in lines) > 0
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL generate 1", "SIGKILL update 2", "SIGSTOP generate 1"])
+def test_an_engine_that_fails_beside_training_is_started_again_and_nothing_is_lost(
+    files, prepared, tmp_path, fault
+):
+    run_dir, once = tmp_path / "run", tmp_path / "once"
+    argv = files.argv(
+        run_dir,
+        *AHEAD,
+        "rollout.name=faulty",
+        "rollout.logprob_tolerance=1000",
+        "rollout.max_engine_restarts=1",
+    )
+    done = prepared.run(*argv, environment={**ENVIRONMENT, FAULT: fault, ONCE: str(once)})
+    assert once.exists(), f"the fault did not happen:\n{done.stderr}"
+    assert done.returncode == 0, done.stderr
+    assert "it is started again, 0 more times at most" in done.stderr
+    check_account(run_dir)
