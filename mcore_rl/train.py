@@ -32,9 +32,11 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
 
 
 def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
+    from mcore_rl.cluster.memory import measured
     from mcore_rl.loop import on_policy, overlapped
     from mcore_rl.loop.validate import validate
     from mcore_rl.models.spec import engine_overrides
+    from mcore_rl.plan.measured import write_memory
     from mcore_rl.run.adapters import adapters_of_engines
     from mcore_rl.run.folder import open_run_folder
     from mcore_rl.run.inputs import load_run_inputs
@@ -71,6 +73,9 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     loop.train(cfg, inputs, cluster, run_dir, stop)
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
+    prompts = inputs.prompts.peek(len(inputs.prompts))
+    prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
+    write_memory(cfg, prompt_tokens, measured(cluster.workers), run_dir)
     cluster.close()
     from mcore_rl.observability.report import write_report  # matplotlib: a second, at the end
 

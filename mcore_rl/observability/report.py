@@ -1,8 +1,8 @@
 """The report of a run: one HTML page that needs nothing beside it.
 
-Reads `config.yaml`, `metrics.jsonl` and `samples.jsonl` of a run folder and writes `report.html`
-and `plots/*.png` there. The same files give the same page. A part whose data is missing is left
-out and named on the page; only `metrics.jsonl` is required.
+Reads `config.yaml`, `metrics.jsonl`, `samples.jsonl` and `memory.json` of a run folder and writes
+`report.html` and `plots/*.png` there. The same files give the same page. A part whose data is
+missing is left out, and but for the memory named on the page; only `metrics.jsonl` is required.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from mcore_rl import tolerances
 from mcore_rl.durable_files import write_whole
 from mcore_rl.errors import UserError
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.observability.jsonl import read_metrics, read_records
 from mcore_rl.observability.plots import (
     PLOTS,
@@ -31,6 +32,7 @@ from mcore_rl.observability.plots import (
 )
 from mcore_rl.observability.run_folder import (
     CONFIG_FILE,
+    MEMORY_FILE,
     METRICS_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
@@ -56,6 +58,7 @@ SUMMARY = {
     "actor/clip_frac": None,
     "time/step": min,
     "perf/tokens_per_s": max,
+    "perf/memory_peak_gib": None,
 }
 """Metrics of the summary table; which of their values is the best, None where none is."""
 
@@ -125,6 +128,7 @@ def write_report(run_dir: Path) -> Path:
         cards=_cards(columns),
         plots=_plots(pngs),
         summary=_summary_table(summarize(columns)),
+        memory=_memory(run_dir / MEMORY_FILE),
         samples=_samples(run_dir / SAMPLES_FILE),
         config=_config(config),
     )
@@ -212,6 +216,27 @@ def _summary_table(rows: Iterable[SummaryRow]) -> str:
     return _table(("metric", "first", "last", "best", "at step"), body, css="numbers")
 
 
+def _memory(path: Path) -> str:
+    """Return what workers held beside what the plan said; "" for a run that did not tell."""
+    try:
+        record = parse_json(path.read_bytes())
+        what = str(record["what"])
+        rows = [
+            (str(row["phase"]), float(row["estimated_gib"]), float(row["measured_gib"]))
+            for row in record["rows"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    cells = [
+        (phase, f"{estimated:.2f}", f"{measured:.2f}", f"{estimated / measured:.3f}")
+        for phase, estimated, measured in rows
+        if measured
+    ]
+    note = f"<p>GiB of {escape(what)}: the plan's estimate, and the most that was measured.</p>"
+    header = ("phase", "estimated", "measured", "ratio")
+    return f"<h2>Memory</h2>\n{note}" + _table(header, cells, css="numbers")
+
+
 def _samples(path: Path) -> str:
     records = read_records(path) if path.exists() else []
     if not records:
@@ -283,6 +308,7 @@ details {{ margin-top: 12px; }}
 {plots}
 <h2>Summary</h2>
 {summary}
+{memory}
 <h2>Last samples</h2>
 {samples}
 <h2>Configuration</h2>

@@ -23,8 +23,11 @@ SAMPLES_FILE = "samples.jsonl"
 LOGS = "logs"
 """Folder: the log lines of each process, "worker-3.log"."""
 
+MEMORY_FILE = "memory.json"
+"""What the workers held beside what the plan said; written after the last step."""
+
 REPORT_FILE = "report.html"
-"""Made from the other three."""
+"""Made from the others."""
 
 
 def read_config(file: Path) -> dict[str, Any]:

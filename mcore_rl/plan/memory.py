@@ -38,9 +38,9 @@ LOGIT_BLOCK_BYTES = 4 * 2**23
 KEPT_LOGIT_BLOCKS = 4
 """Blocks kept for the backward pass (megatron/logprobs.py, KEPT_BLOCKS)."""
 
-EXPORT_COPIES = 4
-"""Of the largest layer, whole, while weights are exported (weight_sync/export.py): as gathered, as
-put together, as passed on to the other stages, and with the engine's loader until complete."""
+EXPORT_BUCKETS = 3
+"""Under way while weights are exported (weight_sync/export.py): as gathered, as put together, and
+as passed on to the other stages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,14 +111,24 @@ def save_memory(
     return dense // (layout.dp * layout.cp) + stage.experts * trained // expert_dp_size(layout)
 
 
-def export_memory(entries: Sequence[ParamEntry], dtype: str) -> int:
-    """Return the bytes of weights that are under way while they are exported layer by layer."""
+def export_memory(entries: Sequence[ParamEntry], dtype: str, bucket_bytes: int) -> int:
+    """Return the bytes of weights that are under way while they are exported.
+
+    The exporter has a few buckets; an engine's loader keeps what it is given of a layer until that
+    is complete, so the largest layer counts whole.
+
+    Args:
+        entries: of the model.
+        dtype: of its weights.
+        bucket_bytes: `rollout.update_weights_bucket_mib`; a larger tensor goes alone.
+    """
     layers = itertools.groupby(entries, key=lambda entry: entry.layer)
-    largest = max(
-        sum(math.prod(hf.shape) for entry in layer for hf in entry.mapping.sources)
+    sizes = [
+        [math.prod(hf.shape) * BYTES[dtype] for entry in layer for hf in entry.mapping.sources]
         for _, layer in layers
-    )
-    return EXPORT_COPIES * largest * BYTES[dtype]
+    ]
+    largest = max(max(of_layer) for of_layer in sizes)
+    return EXPORT_BUCKETS * max(bucket_bytes, largest) + max(map(sum, sizes))
 
 
 def activation_memory(
@@ -149,9 +159,11 @@ def activation_memory(
     """
     whole = layout.tp if sequence_parallel else 1  # ranks over which hidden states are cut
     inputs = arch["hidden_size"] / whole * BYTES[dtype]
-    per_layer = [
-        _layer_bytes(arch, layer, layout, whole, BYTES[dtype]) for layer in stages[stage].layers
-    ]
+    has_experts = arch.get("moe_layer_freq") or [0] * arch["num_layers"]
+    kinds = {
+        has: _layer_bytes(arch, bool(has), layout, whole, BYTES[dtype]) for has in set(has_experts)
+    }
+    per_layer = [kinds[has_experts[layer]] for layer in stages[stage].layers]
     kept = inputs * len(per_layer) if recomputes_layers else sum(per_layer)
     once = max(per_layer, default=0.0) if recomputes_layers else 0.0
     under_way = min(_micro_batches_under_way(layout, stage), num_micro_batches)
@@ -171,7 +183,7 @@ def _micro_batches_under_way(layout: Layout, stage: int) -> float:
 
 
 def _layer_bytes(
-    arch: Mapping[str, Any], layer: int, layout: Layout, whole: int, element: int
+    arch: Mapping[str, Any], has_experts: bool, layout: Layout, whole: int, element: int
 ) -> float:
     """Return the bytes that a layer keeps per token; `element` is the size of one number.
 
@@ -186,8 +198,7 @@ def _layer_bytes(
     times = 3 if arch.get("qk_layernorm") else 2
     attention = element * (2 * hidden + times * (queries + keys) + keys + queries)
     norm = element * 2 * hidden
-    is_moe = arch.get("moe_layer_freq", ())
-    if not (is_moe and is_moe[layer]):
+    if not has_experts:
         return attention + norm + element * 4 * arch["ffn_hidden_size"] / layout.tp
     # With the load spread evenly a rank computes as many rows as it sends away.
     rows = arch["moe_router_topk"] / whole

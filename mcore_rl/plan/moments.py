@@ -104,13 +104,14 @@ def _moment(phase: Phase, stage: StageMemory, engine: EngineMemory, offloads: Of
         actor=actor,
         reference=reference,
         critic=critic,
-        own=_own(phase, stage),
+        own=own(phase, stage),
         engine=engine.held(needs),
         host=everything - actor - reference - critic + engine.in_host_memory(needs),
     )
 
 
-def _own(phase: Phase, stage: StageMemory) -> int:
+def own(phase: Phase, stage: StageMemory) -> int:
+    """Return what the work of a phase needs beside the models and the engine."""
     match phase:
         case Phase.GENERATE:
             return 0  # of what the engine is given

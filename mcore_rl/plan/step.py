@@ -45,20 +45,19 @@ class StepPlan:
     """`batch/*` of the step, as the run would log them."""
 
 
-def plan_step(cfg: RunConfig, layout: Layout) -> StepPlan:
+def plan_step(cfg: RunConfig, layout: Layout, prompt_tokens: Sequence[int]) -> StepPlan:
     """Return the first step of the run, of one pass over its minibatches.
+
+    Args:
+        cfg: the run.
+        layout: of the trainer.
+        prompt_tokens: of every prompt of `data.train_files`.
 
     Raises:
         UserError: for data that the run would refuse.
     """
-    stream = ItemStream(prompt_lengths(cfg), seed=cfg.data.seed, shuffle=cfg.data.shuffle)
-    prompts = stream.next(cfg.data.train_batch_size)
+    prompts, responses = step_lengths(cfg, prompt_tokens)
     n, size = cfg.rollout.n, cfg.actor.ppo_mini_batch_size
-    responses = [
-        response_length(_request(cfg, length, number, index))
-        for number, length in enumerate(prompts)
-        for index in range(n)
-    ]
     plans = [
         _minibatch(cfg, layout, prompts[start : start + size], responses[start * n :])
         for start in range(0, len(prompts), size)
@@ -75,6 +74,22 @@ def plan_step(cfg: RunConfig, layout: Layout) -> StepPlan:
         ),
         metrics=merge(packing_metrics(plan, cfg.actor.cut) for plan in plans),
     )
+
+
+def step_lengths(cfg: RunConfig, prompt_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the tokens of each prompt of the first step, and of each response, prompt by prompt.
+
+    Raises:
+        UserError: if there are fewer prompts than a step has.
+    """
+    stream = ItemStream(prompt_tokens, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
+    prompts = stream.next(cfg.data.train_batch_size)
+    responses = [
+        response_length(_request(cfg, length, number, index))
+        for number, length in enumerate(prompts)
+        for index in range(cfg.rollout.n)
+    ]
+    return prompts, responses
 
 
 def prompt_lengths(cfg: RunConfig) -> list[int]:

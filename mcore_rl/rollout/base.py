@@ -22,6 +22,9 @@ from mcore_rl.registry import Registry
 from mcore_rl.types import Ids, Numbers, RoutesAt, Routing, VersionSpan
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, UpdateSession
 
+CPU_KV_CACHE_BYTES = 256 << 20
+"""Of an engine on CPU that is told nothing else."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ValKwargsConfig:

@@ -42,6 +42,7 @@ from vllm.v1.engine import FinishReason
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import (
+    CPU_KV_CACHE_BYTES,
     EngineAdapters,
     EnginePart,
     EngineSpec,
@@ -55,7 +56,6 @@ from mcore_rl.weight_sync.intake import refuse
 
 logger = logging.getLogger(__name__)
 
-CPU_KV_CACHE_BYTES = 256 << 20
 CPU_TOKENS_PER_FORWARD = 4096
 
 

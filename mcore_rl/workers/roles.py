@@ -199,6 +199,26 @@ class EngineProcess(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What the process of a train worker has held, in bytes."""
+
+    peaks: Mapping[Callable[..., Any], int]
+    """At most during the calls of each method of a role: `Actor.update`."""
+    held: int
+    """Now, when what is freed has been given back."""
+    is_of_host: bool
+    """Whether it is the resident set, of a run on CPU, and not the memory of a device."""
+
+
+class Memory(Protocol):
+    """Who knows what a train worker's process holds."""
+
+    def memory_use(self) -> MemoryUse | None:
+        """Return what it has held since it started; None where nothing tells."""
+        ...
+
+
 class RouteHolder(Protocol):
     """The routes that lie in a worker, recorded by its engine or its actor."""
 

@@ -17,7 +17,16 @@ from mcore_rl.rollout.hosts.in_process import InProcessEngine
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.workers.actor_worker import ActorWorker
 from mcore_rl.workers.critic_worker import CriticWorker
-from mcore_rl.workers.roles import Actor, Critic, Rollout, RouteHolder, WeightSource, handlers
+from mcore_rl.workers.memory import MemoryGauge, meter_of
+from mcore_rl.workers.roles import (
+    Actor,
+    Critic,
+    Memory,
+    Rollout,
+    RouteHolder,
+    WeightSource,
+    handlers,
+)
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.spec import WorkerSpec
 from mcore_rl.workers.weight_source import WeightSourceWorker
@@ -33,6 +42,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, device: torch.device) -> None:
         cpu.install()
+        self.memory = MemoryGauge(meter_of(device))
         spec = spec.on_this_machine()
         self.parallel = parallel.initialize(spec.placement.layout, spec.actor.megatron.seed)
         self.placement = spec.placement
@@ -88,13 +98,14 @@ class Worker:
             Rollout: self.rollout,
             RouteHolder: self.actor.routes,
             WeightSource: self.weights,
+            Memory: self.memory,
         }
         return {role: holder for role, holder in found.items() if holder is not None}
 
     @property
     def handlers(self) -> Mapping[Callable[..., Any], Callable[..., Any]]:
         """By method of a role, `Actor.update`: what does it here."""
-        return handlers(self.roles)
+        return self.memory.watched(handlers(self.roles))
 
     def close(self) -> None:
         """Free engine, senders and process groups."""

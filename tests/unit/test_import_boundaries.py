@@ -127,20 +127,27 @@ MAY_IMPORT = {
         "workers",
     ),
     "loop": ("algorithms", "config", "data", "cluster", "observability", "rewards", "rollout.base"),
-    # Reads what a run reads before it starts, and counts with the entries of models.
+    # Reads what a run reads before it starts, and counts with the entries of models. Its command is
+    # the training command without a run.
     "plan": (
+        "cluster.memory",
         "cluster.phases",
         "cluster.placement",
         "config",
         "data",
+        "launch.libraries",
         "megatron.config",
         "models",
+        "observability.log_setup",
+        "observability.run_folder",
         "rollout.base",
         "rollout.fake_engine",
         "run.inputs",
+        "train",
     ),
     "train": (
-        "plan.report",
+        "cluster.memory",
+        "plan",
         "config",
         "launch.group",
         "loop",
@@ -189,6 +196,7 @@ MAY_IMPORT = {
         "data.vocabulary",
         "megatron",
         "models",
+        "observability.log_setup",
         "observability.run_folder",
         "torch_dist",
     ),

@@ -15,7 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from published_models import QWEN2_5_32B, QWEN2_5_MATH_7B, QWEN2_7B, QWEN3_30B_A3B
+from published_models import (
+    DEEPSEEK_V3,
+    QWEN2_5_32B,
+    QWEN2_5_MATH_7B,
+    QWEN2_7B,
+    QWEN3_30B_A3B,
+    QWEN3_235B_A22B,
+)
 from shell_commands import composed, run_script
 
 from mcore_rl.config.checks import check_run
@@ -30,12 +37,15 @@ RECIPES = {
     "dapo_qwen2_5_32b": (QWEN2_5_32B, 80),
     "dr_grpo_qwen2_5_math_7b": (QWEN2_5_MATH_7B, 80),
     "gmpo_dapo_qwen2_5_7b": (QWEN2_7B, 80),
+    "gmpo_deepseek_v3": (DEEPSEEK_V3, 250),
     "gmpo_qwen2_5_7b": (QWEN2_7B, 80),
+    "gmpo_qwen3_235b_a22b": (QWEN3_235B_A22B, 80),
     "gmpo_qwen3_30b_a3b": (QWEN3_30B_A3B, 80),
     "gmpo_qwen3_30b_a3b_8gpu": (QWEN3_30B_A3B, 80),
     "gmpo_qwen3_30b_a3b_r3": (QWEN3_30B_A3B, 80),
     "gpg_kl_qwen2_7b": (QWEN2_7B, 80),
     "gpg_qwen2_7b": (QWEN2_7B, 80),
+    "grpo_lora_qwen2_5_7b": (QWEN2_7B, 80),
     "grpo_qwen2_7b": (QWEN2_7B, 80),
 }
 """Model and GiB per device of each recipe's README."""

@@ -13,7 +13,9 @@ import sys
 from dataclasses import replace
 
 import pytest
-from published_models import QWEN3_30B_A3B
+import torch
+from published_models import DEEPSEEK_V3, QWEN3_30B_A3B, QWEN3_235B_A22B
+from transformers import AutoModelForCausalLM
 
 from mcore_rl.cluster.phases import Phase
 from mcore_rl.cluster.placement import colocated, expert_dp_size
@@ -31,9 +33,9 @@ from mcore_rl.plan.memory import (
     state_memory,
 )
 from mcore_rl.plan.moments import EngineMemory, fullest_moments, most_host_memory, phases_of
-from mcore_rl.plan.parameters import StageParameters, model_size, stage_layers
+from mcore_rl.plan.parameters import ParameterCounts, StageParameters, model_size, stage_layers
 from mcore_rl.plan.report import write_plan
-from mcore_rl.plan.step import plan_step
+from mcore_rl.plan.step import plan_step, prompt_lengths
 from mcore_rl.types import Layout, Offloads, Part
 
 LAYOUT = Layout(tp=4, pp=2, ep=8, dp=8)
@@ -73,6 +75,10 @@ def config(argv, *overrides):
     return cfg
 
 
+def step_of(cfg):
+    return plan_step(cfg, LAYOUT, prompt_lengths(cfg))
+
+
 def test_the_command_plans_64_devices_in_one_process_without_weights(argv):
     done = subprocess.run(
         [sys.executable, "-m", "mcore_rl.cli", "plan", *argv, "rollout.max_num_seqs=32"],
@@ -108,7 +114,7 @@ def test_a_device_that_is_large_enough_fits(argv, capsys):
 
 def test_the_step_has_the_lengths_of_the_data_and_of_the_fake_engine(argv):
     cfg = config(argv)
-    step = plan_step(cfg, LAYOUT)
+    step = step_of(cfg)
     assert sorted(step.prompt_tokens) == list(range(1, NUM_ROWS + 1))  # 4 characters each
     assert len(step.response_tokens) == 4 * NUM_ROWS
     assert max(step.response_tokens) <= 512
@@ -119,15 +125,15 @@ def test_the_step_has_the_lengths_of_the_data_and_of_the_fake_engine(argv):
     assert step.metrics["batch/tokens"].value == (
         4 * sum(step.prompt_tokens) + sum(step.response_tokens)
     )
-    assert plan_step(cfg, LAYOUT) == step
+    assert step_of(cfg) == step
 
 
 def test_prompts_are_cut_to_the_limit_and_messages_counted(argv, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "y" * 8000}] * 2} for _ in range(64)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert set(plan_step(config(argv), LAYOUT).prompt_tokens) == {1024}
+    assert set(step_of(config(argv)).prompt_tokens) == {1024}
     long = config(argv, "data.max_prompt_length=8000", "actor.ppo_max_token_len_per_gpu=9000")
-    assert set(plan_step(long, LAYOUT).prompt_tokens) == {4000}
+    assert set(step_of(long).prompt_tokens) == {4000}
 
 
 @pytest.mark.parametrize(
@@ -198,6 +204,31 @@ def test_sizes_of_a_known_model():
     assert kv_bytes_per_token(arch, "bfloat16", 1) == 2 * 48 * 4 * 128 * 2
     assert kv_bytes_per_token(arch, "bfloat16", 2) == 48 * 4 * 128 * 2
     assert kv_bytes_per_token(arch, "bfloat16", 8) == 2 * 48 * 128 * 2  # a head at least
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        # The size of the published weights in bfloat16, over two bytes.
+        (QWEN3_30B_A3B, 30_532_122_624),
+        (QWEN3_235B_A22B, 235_093_634_560),
+        # 671B in the report (arXiv:2412.19437), without the layer for multi-token prediction; the
+        # 58 x 256 biases of its routers are buffers in transformers.
+        (DEEPSEEK_V3, 671_026_404_352 + 58 * 256),
+    ],
+)
+def test_parameters_are_those_of_the_published_model_in_any_layout(config, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    tensors = [*model.parameters(), *biases]
+    assert sum(tensor.numel() for tensor in tensors) == parameters
+    assert model_size(config) == parameters
+    counts = ParameterCounts(config)
+    for pp, ep in ((1, 1), (4, 1), (4, 8)):
+        layout = Layout(pp=pp, ep=ep, dp=ep)
+        stages = counts.stages(layout)
+        assert sum(s.dense + s.frozen + s.experts * ep for s in stages) == parameters
 
 
 def test_activations_follow_the_schedule_and_recomputation():
@@ -328,11 +359,14 @@ def test_a_checkpoint_copies_each_rank_s_part_of_weights_masters_and_moments():
     assert save_memory(stage, layout, dtype="float32", **alone) == 16 * 170_000_000
 
 
-def test_an_export_holds_the_largest_layer_several_times():
+def test_an_export_has_three_buckets_beside_the_layer_that_an_engine_loads():
     entries = model_family(QWEN3_30B_A3B).entries(QWEN3_30B_A3B)
     experts = 128 * 3 * 2048 * 768
     attention = 2048 * 128 * (32 + 4 + 4 + 32) + 2 * 128 + 2 * 2048
-    assert export_memory(entries, "bfloat16") == 4 * 2 * (experts + attention + 128 * 2048)
+    layer = 2 * (experts + attention + 128 * 2048)
+    vocabulary = 2 * 151936 * 2048  # a tensor of its own, larger than the first bucket
+    assert export_memory(entries, "bfloat16", 512 << 20) == 3 * vocabulary + layer
+    assert export_memory(entries, "bfloat16", 1 << 30) == 3 * (1 << 30) + layer
 
 
 def test_a_plan_shows_each_phase_with_and_without(argv, capsys):

@@ -1,0 +1,55 @@
+"""What the train workers of a run have held in each of its phases, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mcore_rl.cluster.group import WorkerGroup, call_all
+from mcore_rl.cluster.phases import Phase
+from mcore_rl.workers.roles import Actor, Critic, Memory, Rollout, WeightSource
+
+PHASES: Mapping[Callable[..., Any], Phase] = {
+    Rollout.generate: Phase.GENERATE,
+    Actor.logprobs: Phase.LOGPROBS,
+    Actor.record_logprobs: Phase.LOGPROBS,
+    Actor.ref_logprobs: Phase.REF_LOGPROBS,
+    Critic.values: Phase.VALUES,
+    Critic.update: Phase.TRAIN_CRITIC,
+    Actor.update: Phase.TRAIN,
+    WeightSource.send_weights: Phase.SYNC,
+    Actor.begin_save: Phase.SAVE,
+    Critic.begin_save: Phase.SAVE_CRITIC,
+    Actor.export_hf: Phase.EXPORT,
+}
+"""The work of each phase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Of the worker that held most, in bytes."""
+
+    peaks: Mapping[Phase, int]
+    """At most in each phase that there was."""
+    held: int
+    """At the end, when what is freed has been given back."""
+    is_of_host: bool
+    """As `MemoryUse.is_of_host`."""
+
+
+def measured(workers: WorkerGroup) -> Measured | None:
+    """Return what the train workers have held so far; None where it cannot be told."""
+    found = [use for use in call_all(workers, Memory.memory_use) if use is not None]
+    if not found:
+        return None
+    peaks: dict[Phase, int] = {}
+    for use in found:
+        for method, peak in use.peaks.items():
+            if phase := PHASES.get(method):
+                peaks[phase] = max(peak, peaks.get(phase, 0))
+    return Measured(
+        peaks={phase: peaks[phase] for phase in Phase if phase in peaks},
+        held=max(use.held for use in found),
+        is_of_host=any(use.is_of_host for use in found),
+    )
