@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mcore_rl.cluster.memory import Measured
 from mcore_rl.cluster.phases import Phase
+from mcore_rl.config.checks import overrides_leave_alone_what_others_decide
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.durable_files import write_whole
 from mcore_rl.models.spec import load_hf_config
@@ -43,16 +45,11 @@ def write_memory(
     """
     if found is None:
         return
-    counts = ModelCounts(cfg, load_hf_config(cfg.model.folder))
-    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
-    step = plan_step(cfg, layout, prompt_tokens)
-    planned = estimate(
-        cfg,
-        counts,
-        layout,
-        largest_micro_batch=step.largest_micro_batch,
-        num_micro_batches=max(step.micro_batches),
-    )
+    try:
+        planned = _planned(cfg, prompt_tokens)
+    except Exception as error:  # noqa: BLE001  the run is done, and a plan is only beside it
+        logger.warning("the memory that was measured stands beside no plan: %s", error)
+        return
     rows = memory_rows(cfg, planned, found)
     what = "a worker's resident set" if found.is_of_host else "a device"
     logger.info("memory of %s in GiB, estimated and measured at most:", what)
@@ -66,6 +63,27 @@ def write_memory(
         ],
     }
     write_whole(run_dir / MEMORY_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def _planned(cfg: RunConfig, prompt_tokens: Sequence[int]) -> Estimate:
+    """Return what `mcore-rl plan` says of the run.
+
+    Raises:
+        UserError: for options that a plan does not know.
+    """
+    overrides_leave_alone_what_others_decide(
+        replace(cfg, trainer=replace(cfg.trainer, dry_run=True))
+    )
+    counts = ModelCounts(cfg, load_hf_config(cfg.model.folder))
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    step = plan_step(cfg, layout, prompt_tokens)
+    return estimate(
+        cfg,
+        counts,
+        layout,
+        largest_micro_batch=step.largest_micro_batch,
+        num_micro_batches=max(step.micro_batches),
+    )
 
 
 def memory_rows(

@@ -7,9 +7,11 @@ import pytest
 
 from mcore_rl.cluster.memory import Measured
 from mcore_rl.cluster.phases import Phase
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig
 from mcore_rl.observability.report import write_report
 from mcore_rl.plan.estimate import GIB
-from mcore_rl.plan.measured import HELD, memory_rows
+from mcore_rl.plan.measured import HELD, memory_rows, write_memory
 from mcore_rl.plan.memory import StageMemory
 from mcore_rl.plan.moments import EngineMemory, Moment
 from mcore_rl.rollout.base import CPU_KV_CACHE_BYTES, RolloutConfig
@@ -78,6 +80,17 @@ def test_an_engine_in_the_worker_counts_on_cpu_asleep_or_not():
 def test_a_device_has_what_the_plan_says_of_each_phase():
     """The copies that a checkpoint is written from are in host memory."""
     assert rows(False) == {"train": (55, 60), "save": (6, 270), HELD: (6, 16)}
+
+
+def test_a_finished_run_does_not_fail_for_a_plan_that_does_not_know_its_options(tmp_path, caplog):
+    uneven = "actor.megatron.override_transformer_config.num_layers_in_last_pipeline_stage=2"
+    stages = ["actor.megatron.pipeline_model_parallel_size=2", "trainer.n_gpus_per_node=2"]
+    argv = ["model.path=m", "data.train_files=d", *stages, f"+{uneven}"]
+    cfg = compose_config(RunConfig, parse_command_line("train", "", argv))
+    write_memory(cfg, [3], Measured(peaks={}, held=1, is_of_host=True), tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the memory that was measured stands beside no plan: actor.megatron.")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_report_shows_the_rows_of_the_run(tmp_path):
