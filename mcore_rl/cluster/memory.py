@@ -8,6 +8,7 @@ from typing import Any
 
 from mcore_rl.cluster.group import WorkerGroup, call_all
 from mcore_rl.cluster.phases import Phase
+from mcore_rl.metrics import Metrics, maximum
 from mcore_rl.workers.roles import Actor, Critic, Memory, Rollout, WeightSource
 
 PHASES: Mapping[Callable[..., Any], Phase] = {
@@ -36,6 +37,12 @@ class Measured:
     """At the end, when what is freed has been given back."""
     is_of_host: bool
     """As `MemoryUse.is_of_host`."""
+
+
+def peak_metrics(workers: WorkerGroup) -> Metrics:
+    """Return what the train worker that held most has held at most since the last call."""
+    peaks = [peak for peak in call_all(workers, Memory.take_peak) if peak is not None]
+    return {"perf/memory_peak_gib": maximum(max(peaks) / 2**30)} if peaks else {}
 
 
 def measured(workers: WorkerGroup) -> Measured | None:

@@ -42,8 +42,11 @@ HELLO_LIMIT_S = 300.0
 """For a worker to say hello: Python's start and a few imports, on a busy machine."""
 START_LIMIT_S = 3600.0
 """For all workers to import their libraries and load their weights; the hang timeout if longer."""
-ENGINE_SILENCE_S = 6.0
-"""An engine that is a process of its own is not heard of for so long: it hangs."""
+STOPPED_SILENCE_S = 6.0
+"""An engine of this machine that is stopped is lost when it is not heard of for so long."""
+BUSY_SILENCE_S = 60.0
+"""So is one that is not stopped: on a busy machine, or in a library that lets no other thread run,
+it comes late to say something."""
 STARTING_SILENCE_S = 180.0
 """For an engine, and a worker of another machine, while it imports libraries, which can keep its
 threads from running."""
@@ -377,12 +380,14 @@ class ChannelWorkers:
             return math.inf
         if self._ranks[rank].is_starting:
             return STARTING_SILENCE_S
-        return SILENCE_S if is_far else ENGINE_SILENCE_S
+        if is_far:
+            return SILENCE_S
+        return STOPPED_SILENCE_S if self._processes.state(rank).is_stopped else BUSY_SILENCE_S
 
     def _where(self, rank: int) -> str:
         """Return what is known of a process that does not answer."""
         machine = self._ranks[rank].machine
-        return ", ".join(filter(None, [self._processes.state(rank), machine]))
+        return ", ".join(filter(None, [self._processes.state(rank).text, machine]))
 
     def _watch_progress(self, now: float) -> None:
         waited_for = [(rank, state) for rank, state in enumerate(self._ranks) if state.pending]

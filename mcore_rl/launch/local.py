@@ -14,7 +14,7 @@ from mcore_rl.cluster.placement import EnginePlace, Placement
 from mcore_rl.launch.channel import Listener
 from mcore_rl.launch.folder import PrivateFolder
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
-from mcore_rl.launch.processes import Children, Ended
+from mcore_rl.launch.processes import Children, Ended, State
 from mcore_rl.launch.programs import devices_beside, engine_program, worker_program
 from mcore_rl.sockets import Address
 
@@ -44,7 +44,7 @@ class LocalProcesses:
     def ended(self) -> Mapping[int, Ended]:
         return self._children.ended()
 
-    def state(self, rank: int) -> str:
+    def state(self, rank: int) -> State:
         return self._children.state(rank)
 
     def kill_one(self, rank: int) -> None:

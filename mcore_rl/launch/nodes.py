@@ -13,7 +13,7 @@ from typing import Any
 from mcore_rl.frames import encode
 from mcore_rl.launch import channel
 from mcore_rl.launch.channel import Listener
-from mcore_rl.launch.processes import Ended, Program
+from mcore_rl.launch.processes import Ended, Program, State
 
 
 @dataclass(slots=True)
@@ -69,8 +69,8 @@ class Nodes:
     def __contains__(self, rank: int) -> bool:
         return rank in self._children
 
-    def state(self, rank: int) -> str:
+    def state(self, rank: int) -> State:
         """See `Processes`."""
         child = self._children[rank]
         process = "not started yet on" if child.pid is None else f"process {child.pid} of"
-        return f"{process} node {child.node}"
+        return State(f"{process} node {child.node}")

@@ -58,6 +58,16 @@ class Program:
     """How often the process of this rank was started before."""
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is known of a process."""
+
+    text: str
+    """"process 77, stopped"."""
+    is_stopped: bool = False
+    """Whether it is known not to run: stopped by a signal or a debugger."""
+
+
 class Processes(Protocol):
     """The processes of a run: train workers, after them the engines that are processes of their
     own, and then the nodes: processes that start others on machines where the controller is not."""
@@ -78,8 +88,8 @@ class Processes(Protocol):
         """Return the ranks that are known to have ended, and how."""
         ...
 
-    def state(self, rank: int) -> str:
-        """Return what is known of a process that does not answer: "process 77, stopped"."""
+    def state(self, rank: int) -> State:
+        """Return what is known of a process that does not answer."""
         ...
 
     def kill_one(self, rank: int) -> None:
@@ -154,7 +164,7 @@ class Children:
     def __contains__(self, rank: int) -> bool:
         return rank in self._processes
 
-    def state(self, rank: int) -> str:
+    def state(self, rank: int) -> State:
         """See `Processes`."""
         return process_state(self._processes[rank].pid)
 
@@ -190,14 +200,16 @@ def started_child(**options: type) -> tuple[Address, argparse.Namespace]:
     return Address(arguments.endpoint, secret), arguments
 
 
-def process_state(pid: int) -> str:
-    """Return number and state of a process of this machine: "process 77, stopped"."""
+def process_state(pid: int) -> State:
+    """Return number and state of a process of this machine."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return f"process {pid}"
+        return State(f"process {pid}")
     line = next((line for line in status.splitlines() if line.startswith("State:")), "")
-    return f"process {pid}, {line.partition('(')[2].rstrip(')') or 'in an unknown state'}"
+    name = line.partition("(")[2].rstrip(")")
+    text = f"process {pid}, {name or 'in an unknown state'}"
+    return State(text, is_stopped=name in ("stopped", "tracing stop"))
 
 
 def network_environment(address: Address) -> dict[str, str]:

@@ -31,7 +31,7 @@ from mcore_rl.launch.folder import PrivateFolder
 from mcore_rl.launch.group import ChannelWorkers, GiveUp
 from mcore_rl.launch.node_process import serve_node
 from mcore_rl.launch.nodes import Nodes
-from mcore_rl.launch.processes import SECRET_VARIABLE, Ended
+from mcore_rl.launch.processes import SECRET_VARIABLE, Ended, State
 from mcore_rl.launch.programs import engine_program, worker_program
 from mcore_rl.sockets import Address
 from mcore_rl.stores import serve_store
@@ -156,8 +156,8 @@ class RayProcesses:
                 found[rank] = Ended(None, _problem(end))
         return found
 
-    def state(self, rank: int) -> str:
-        return "an actor" if rank in self._actors else self._nodes.state(rank)
+    def state(self, rank: int) -> State:
+        return State("an actor") if rank in self._actors else self._nodes.state(rank)
 
     def kill_one(self, rank: int) -> None:
         self._nodes.kill_one(rank)

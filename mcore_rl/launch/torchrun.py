@@ -36,6 +36,7 @@ from mcore_rl.launch.processes import (
     Children,
     Ended,
     Program,
+    State,
     network_environment,
     process_state,
 )
@@ -134,14 +135,15 @@ class TorchrunProcesses:
                 found[rank] = Ended(None)
         return found
 
-    def state(self, rank: int) -> str:
+    def state(self, rank: int) -> State:
         world = self.placement.world_size
         if rank in self._pids:
             return process_state(self._pids[rank])
         for known in (self._children, self._nodes):
             if rank in known:
                 return known.state(rank)
-        return f"of node {self.placement.places[rank].node}" if rank < world else "a node process"
+        node = f"of node {self.placement.places[rank].node}" if rank < world else "a node process"
+        return State(node)
 
     def kill_one(self, rank: int) -> None:
         if rank in self._nodes:

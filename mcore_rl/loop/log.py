@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.memory import peak_metrics
 from mcore_rl.config.run import TrainerConfig
 from mcore_rl.metrics import Metrics, mean, total
 from mcore_rl.observability.trackers import RunLog
@@ -26,6 +28,12 @@ def open_log(
     )
     with contextlib.closing(log):
         yield log
+
+
+def performance(cluster: Cluster) -> Metrics:
+    """Return how busy the engines and how full the train workers have been since the last call."""
+    busy = {"perf/engines_busy_frac": mean(cluster.engines.busy_share())}
+    return busy | peak_metrics(cluster.workers)
 
 
 def with_times(metrics: Metrics, times: Metrics) -> Metrics:

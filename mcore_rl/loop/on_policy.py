@@ -18,10 +18,10 @@ from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.collect import Draws, collect_groups
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.inputs import RunInputs
-from mcore_rl.loop.log import open_log, with_times
+from mcore_rl.loop.log import open_log, performance, with_times
 from mcore_rl.loop.step import Learner, is_due, is_validated
 from mcore_rl.loop.stop import Stop
-from mcore_rl.metrics import Metrics, mean, merge
+from mcore_rl.metrics import Metrics, merge
 from mcore_rl.observability.samples import SampleLog
 
 
@@ -56,7 +56,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
             with log.stage("weight_sync"):
                 metrics.append(cluster.engines.sync_weights(version=step + 1))
             metrics.append(draws.ledger.balance())
-            metrics.append({"perf/engines_busy_frac": mean(cluster.engines.busy_share())})
+            metrics.append(performance(cluster))
             log.log(step, with_times(merge(metrics), log.times()))
             # After the log line, which a resumed run does not write again; so the time that this
             # takes is that of the next step.

@@ -30,10 +30,10 @@ from mcore_rl.loop.collect import Draws, collect_groups
 from mcore_rl.loop.evaluate import evaluate
 from mcore_rl.loop.generate import Asked
 from mcore_rl.loop.inputs import RunInputs
-from mcore_rl.loop.log import open_log, with_times
+from mcore_rl.loop.log import open_log, performance, with_times
 from mcore_rl.loop.step import Learner, is_due, is_validated
 from mcore_rl.loop.stop import Stop
-from mcore_rl.metrics import Metrics, maximum, mean, merge
+from mcore_rl.metrics import Metrics, maximum, merge
 from mcore_rl.observability.samples import SampleLog
 from mcore_rl.types import SampleGroup
 
@@ -77,7 +77,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
                 metrics.append(cluster.engines.sync_weights(version=step + 1))
             ahead.published(step + 1)
             metrics.append(ahead.ledger.balance())
-            metrics.append({"perf/engines_busy_frac": mean(cluster.engines.busy_share())})
+            metrics.append(performance(cluster))
             log.log(step, with_times(merge(metrics), log.times()))
             is_last = step + 1 == total_steps or stop.is_asked
             if is_last or is_due(step + 1, trainer.save_freq):

@@ -19,10 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mcore_rl.metrics import Metrics, maximum
-from mcore_rl.workers.roles import Actor, Memory, MemoryUse
-
-GIB = 2**30
+from mcore_rl.workers.roles import Memory, MemoryUse
 
 
 class Meter(Protocol):
@@ -116,7 +113,7 @@ class MemoryGauge(Memory):
     def __init__(self, meter: Meter | None) -> None:
         self._meter = meter
         self._peaks: dict[Callable[..., Any], int] = {}
-        self._of_step = 0
+        self._lately = 0
 
     def memory_use(self) -> MemoryUse | None:
         """See `Memory`."""
@@ -124,11 +121,15 @@ class MemoryGauge(Memory):
             return None
         return MemoryUse(self._peaks, self._meter.settled(), self._meter.is_of_host)
 
+    def take_peak(self) -> int | None:
+        """See `Memory`."""
+        peak, self._lately = self._lately, 0
+        return peak if self._meter is not None else None
+
     def watched(
         self, handlers: Mapping[Callable[..., Any], Callable[..., Any]]
     ) -> Mapping[Callable[..., Any], Callable[..., Any]]:
-        """Return the handlers, each of them watched; an update says in its metrics what was held at
-        most since the last one, as `perf/memory_peak_gib`."""
+        """Return the handlers, each of them watched."""
         if self._meter is None:
             return handlers
         meter = self._meter
@@ -142,10 +143,7 @@ class MemoryGauge(Memory):
             answer = handler(*args)
             peak = meter.peak()
             self._peaks[method] = max(peak, self._peaks.get(method, peak))
-            self._of_step = max(self._of_step, peak)
-            if method is Actor.update:
-                found: Metrics = {"perf/memory_peak_gib": maximum(self._of_step / GIB)}
-                answer, self._of_step = {**answer, **found}, 0
+            self._lately = max(self._lately, peak)
             return answer
 
         return watched

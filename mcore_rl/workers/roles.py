@@ -218,6 +218,10 @@ class Memory(Protocol):
         """Return what it has held since it started; None where nothing tells."""
         ...
 
+    def take_peak(self) -> int | None:
+        """Return the most bytes that it has held in a call since this was asked last."""
+        ...
+
 
 class RouteHolder(Protocol):
     """The routes that lie in a worker, recorded by its engine or its actor."""

@@ -1,4 +1,5 @@
-"""Plug-in of the command: the fake engine, which fails once, where and how a test wants it.
+"""Plug-in of the command: the fake engine, which fails once, where and how a test wants it, or is
+busy for a while.
 
 A signal is sent from within, in the midst of a step or of an update; the processes that are watched
 cannot tell.
@@ -7,6 +8,7 @@ cannot tell.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -20,6 +22,10 @@ FAULT, ONCE = "FAULTY_ENGINE_FAULT", "FAULTY_ENGINE_ONCE"
 """Environment: "<kind> <phase> <version>", and a file that says by its lines when it happened."""
 _PATHS = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = {"MCORE_RL_PLUGINS": "faulty_engine", "PYTHONPATH": os.pathsep.join(_PATHS)}
+
+
+BUSY_US = 9_000_000
+"""Longer than an engine that is stopped may be silent."""
 
 
 def is_due(kind: str, phase: str, version: int) -> bool:
@@ -41,6 +47,8 @@ class FaultyEngine(FakeEngine):
             version = [replace(s, version=7) for s in ended[0][1].versions] if ended else []
             ended = [(number, replace(result, versions=version)) for number, result in ended]
         self._strike("generate", self.weight_version)
+        if is_due("busy", "generate", self.weight_version):
+            ctypes.PyDLL(None).usleep(BUSY_US)  # and no other thread of Python runs meanwhile
         return ended
 
     def update_weights(self, update):

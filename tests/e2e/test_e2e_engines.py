@@ -156,6 +156,15 @@ def test_an_engine_that_is_started_again_completes_the_step_with_the_same_sample
     assert outcome(tmp_path / "run") == faultless
 
 
+def test_an_engine_that_lets_no_thread_run_for_a_while_is_not_taken_for_dead(
+    files, prepared, faultless, tmp_path
+):
+    """It is not stopped, which is seen; so does a machine look that has more to do than it can."""
+    done, _ = faulty(files, prepared, tmp_path / "run", "busy generate 1")
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "run") == faultless
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_engines_that_fail_again_and_again_are_named_within_seconds(files, prepared, tmp_path):

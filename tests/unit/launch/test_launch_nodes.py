@@ -31,7 +31,7 @@ def test_a_process_is_started_by_the_node_process_of_its_machine():
     assert sent.messages == [(11, channel.SPAWN, program(7))]
     assert 7 in nodes
     assert 8 not in nodes
-    assert nodes.state(7) == "not started yet on node 3"
+    assert nodes.state(7).text == "not started yet on node 3"
 
 
 def test_heartbeats_say_how_a_process_ended():
@@ -39,7 +39,7 @@ def test_heartbeats_say_how_a_process_ended():
     nodes.start(0, program(7))
     nodes.heard({"ticks": 3, "children": {"7": [0, 4711, None]}})
     assert nodes.ended() == {}
-    assert nodes.state(7) == "process 4711 of node 0"
+    assert nodes.state(7).text == "process 4711 of node 0"
     nodes.heard({"ticks": 4, "children": {"7": [0, 4711, -9]}})
     assert nodes.ended() == {7: Ended(-9)}
 

@@ -41,6 +41,7 @@ from mcore_rl.weight_sync.sync import sync_one
 from mcore_rl.workers.roles import (
     Actor,
     Critic,
+    Memory,
     Rollout,
     RouteHolder,
     SentWeights,
@@ -300,6 +301,8 @@ class FakeWorkers:
                         zip(self.engines, args_of_rank, strict=True)
                     )
                 ]
+            case Memory.take_peak:
+                return [None, 5 << 30]
             case Rollout.pause | Rollout.resume:
                 assert self.is_paused == (called == Rollout.resume)
                 self.is_paused = not self.is_paused

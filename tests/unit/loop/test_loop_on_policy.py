@@ -29,9 +29,11 @@ def test_a_step_of_two_updates_asks_for_these_calls_in_this_order(run_loop):
         "generate with 0",
         *trained,
         "sync to 1",
+        "memory.take_peak",
         "generate with 1",
         *trained,
         "sync to 2",
+        "memory.take_peak",
         "actor.begin_save",
         "actor.save_state",
         "actor.finish_save",
@@ -45,7 +47,7 @@ def test_loaded_weights_are_compared_only_if_wanted(run_loop):
 
 def test_a_failure_would_name_the_step_of_its_call(run_loop):
     workers = run_loop(GMPO, steps=2).workers
-    assert workers.steps == [None] * 5 + [0] * 6 + [1] * 9
+    assert workers.steps == [None] * 5 + [0] * 7 + [1] * 10
 
 
 def test_samples_of_a_step_carry_the_version_of_its_weights(run_loop):

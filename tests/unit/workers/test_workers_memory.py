@@ -1,4 +1,4 @@
-"""What a worker holds at most is told by call, and by step in the metrics of an update."""
+"""What a worker holds at most is told by call, and for what was done since it was asked last."""
 
 import pickle
 import sys
@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mcore_rl.metrics import to_floats
 from mcore_rl.workers import memory
-from mcore_rl.workers.memory import GIB, MemoryGauge, ResidentSet, meter_of
+from mcore_rl.workers.memory import MemoryGauge, ResidentSet, meter_of
 from mcore_rl.workers.roles import Actor, Rollout
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 class Script:
@@ -40,13 +39,14 @@ def watched(meter):
     return gauge, gauge.watched(handlers)
 
 
-def test_each_call_has_a_peak_of_its_own_and_an_update_tells_that_of_its_step():
+def test_each_call_has_a_peak_of_its_own_and_the_last_ones_are_told_together():
     gauge, does = watched(Script(3 * GIB, GIB, 2 * GIB, GIB, 4 * GIB))
     assert does[Rollout.generate](["a"]) == ["a"]
     does[Rollout.generate]([])
-    first, second = does[Actor.update](None), does[Actor.update](None)
-    assert to_floats(first) == {"perf/memory_peak_gib": 3.0}
-    assert to_floats(second) == {"perf/memory_peak_gib": 1.0}
+    assert does[Actor.update](None) == {}
+    assert gauge.take_peak() == 3 * GIB
+    does[Actor.update](None)
+    assert gauge.take_peak() == GIB
     does[Actor.update](None)
     use = pickle.loads(pickle.dumps(gauge.memory_use()))  # it crosses processes
     assert use.peaks == {Rollout.generate: 3 * GIB, Actor.update: 4 * GIB}
@@ -56,7 +56,7 @@ def test_each_call_has_a_peak_of_its_own_and_an_update_tells_that_of_its_step():
 def test_where_nothing_tells_calls_are_left_as_they_are():
     gauge, does = watched(None)
     assert does[Actor.update](None) == {}
-    assert gauge.memory_use() is None
+    assert gauge.memory_use() is gauge.take_peak() is None
 
 
 @pytest.mark.parametrize("file", ["status", "clear_refs"])
