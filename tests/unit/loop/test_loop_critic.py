@@ -19,6 +19,7 @@ def test_values_come_before_the_advantages_and_the_critic_trains_first(run_loop)
         "actor.update",
         "actor.update",
         "sync to 1",
+        "memory.take_peak",
         "actor.begin_save",
         "critic.begin_save",
         "actor.save_state",
