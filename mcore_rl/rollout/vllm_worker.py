@@ -20,6 +20,8 @@ Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are load
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +49,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from mcore_rl.errors import WeightSyncError
+from mcore_rl.processes import die_with_parent
 from mcore_rl.rollout.vllm_adapters import (
     Adapters,
     is_half,
@@ -78,6 +81,14 @@ class DeliveredUpdate(WeightTransferUpdateInfo):
     update: Any
 
 
+def _end_with_parent() -> None:
+    """Where vLLM has started this process for a rank of an engine: have it end with that engine,
+    however it ends. By itself it goes on for ever, and keeps its memory and a core."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid == os.getppid():
+        die_with_parent(os.getppid())
+
+
 _BROKEN = "an engine whose last weight update broke off takes no other"
 
 
@@ -97,6 +108,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
     is_broken = _wants_digests = _is_open = _has_base = False
 
     def init_transfer_engine(self, init_info: LinkInfo) -> None:
+        _end_with_parent()
         link = init_info.link
         self._reader: TypeAdapter[Any] | None = None
         if isinstance(link, dict):

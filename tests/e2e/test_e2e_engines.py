@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import commands
+import psutil
 import pytest
 from faulty_engine import ENVIRONMENT, FAULT, ONCE
 
@@ -78,13 +79,33 @@ def test_engines_of_their_own_give_the_numbers_of_engines_inside(
     assert weights == inside[1]
 
 
-def test_an_engine_of_two_ranks_in_its_own_process_agrees_with_the_trainer(files, tmp_path):
+def test_an_engine_of_two_ranks_is_killed_leaves_nothing_and_the_next_one_agrees_with_the_trainer(
+    files, tmp_path
+):
     """The check of agreement, in float32 within 1e-4, is what would end the run."""
     run_dir = tmp_path / "run"
-    argv = files.argv(run_dir, STEPS, OWN, "rollout.tensor_model_parallel_size=2")
-    done = commands.run(*argv)
+    two_ranks = ["rollout.tensor_model_parallel_size=2", "rollout.max_engine_restarts=1"]
+    steps = "trainer.total_training_steps=6"
+    run = commands.start(*files.argv(run_dir, steps, OWN, *two_ranks))
+    deadline, metrics = time.monotonic() + commands.LIMIT_S, run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (engine,) = [
+        process
+        for process in psutil.Process(run.pid).children(recursive=True)
+        if "mcore_rl.launch.engine_process" in process.cmdline()
+    ]
+    ranks = engine.children(recursive=True)
+    assert len([process for process in ranks if "Worker_TP" in process.name()]) == 2
+    engine.kill()
+    done = commands.finish(run)
     assert done.returncode == 0, done.stderr
     assert "engine and trainer agree" in done.stderr
+    assert "it is started again, 0 more times at most" in done.stderr
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert alive == []
     worst = [
         line.get("mismatch/logprob_abs_diff/max", 0.0) for line in commands.read_metrics(run_dir)
     ]
