@@ -79,7 +79,8 @@ RUN_HERE = (
     "mcore-rl convert mcore-to-hf ",
     "mcore-rl verify model ",
     "mcore-rl verify layouts ",
-    "mcore-rl plan ",
+    "mcore-rl plan --config-name ",
+    "mcore-rl plan --suggest ",
 )
 
 
@@ -171,10 +172,17 @@ def test_the_training_and_the_conversions_run(place):
 
 
 def test_the_plan_of_a_model_that_is_named_as_on_the_hub_needs_no_weights(place):
-    done = place.run(command("mcore-rl plan "))
+    done = place.run(command("mcore-rl plan --config-name "))
     assert done.returncode == 0, done.stderr
     assert "placement   64 processes on 8 nodes" in done.stdout
     assert "  fits: " in done.stdout
+
+
+def test_layouts_are_suggested_for_a_model_that_is_named_as_on_the_hub(place):
+    done = place.run(command("mcore-rl plan --suggest "))
+    assert done.returncode == 0, done.stderr
+    assert "30,532,122,624 parameters on " in done.stdout
+    assert "  impossible:" in done.stdout
 
 
 def test_the_check_of_a_model_runs(place):
