@@ -27,7 +27,8 @@ def check_account(run_dir):
     return the metrics of the steps."""
     lines = [line for line in commands.read_metrics(run_dir) if "ledger/trained/prompts" in line]
     assert [line["step"] for line in lines] == list(range(NUM_STEPS))
-    assert max(line["rollout/staleness/max"] for line in lines) == 2
+    # A request that had to wait for its turn may be answered by newer weights than it was given.
+    assert max(line["rollout/staleness/max"] for line in lines) <= 2
     last = lines[-1]
     assert last["ledger/trained/prompts"] == NUM_STEPS * NUM_PROMPTS
     assert last["ledger/trained/samples"] == NUM_STEPS * NUM_PROMPTS * GROUP
