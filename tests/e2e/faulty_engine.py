@@ -22,8 +22,6 @@ FAULT, ONCE = "FAULTY_ENGINE_FAULT", "FAULTY_ENGINE_ONCE"
 """Environment: "<kind> <phase> <version>", and a file that says by its lines when it happened."""
 _PATHS = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = {"MCORE_RL_PLUGINS": "faulty_engine", "PYTHONPATH": os.pathsep.join(_PATHS)}
-
-
 BUSY_US = 9_000_000
 """Longer than an engine that is stopped may be silent."""
 
