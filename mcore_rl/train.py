@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.run import RunConfig
 from mcore_rl.launch.group import ChannelWorkers
-from mcore_rl.rollout.base import EngineSpec
 from mcore_rl.run.command import run_command
 from mcore_rl.run.export import export_model
-from mcore_rl.run.specs import start_cluster
+from mcore_rl.run.specs import placement_of, start_run
 
 if TYPE_CHECKING:
     from mcore_rl.loop.stop import Stop
@@ -33,44 +32,28 @@ def run(cfg: RunConfig, workers: ChannelWorkers) -> None:
 
 def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.cluster.memory import measured
-    from mcore_rl.loop import on_policy, overlapped
+    from mcore_rl.loop.loops import LOOPS
+    from mcore_rl.loop.recorded import Journal, recorded
     from mcore_rl.loop.validate import validate
-    from mcore_rl.models.spec import engine_overrides
+    from mcore_rl.observability.run_folder import JOURNAL
     from mcore_rl.plan.measured import write_memory
-    from mcore_rl.run.adapters import adapters_of_engines
     from mcore_rl.run.folder import open_run_folder
     from mcore_rl.run.inputs import load_run_inputs
 
     inputs = load_run_inputs(cfg)
-    adapters = adapters_of_engines(cfg)
     run_dir = open_run_folder(cfg, inputs.total_steps)
-    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
-    cluster = start_cluster(
-        cfg,
-        workers,
-        total_steps=inputs.total_steps,
-        temperature=cfg.rollout.temperature,
-        engine=EngineSpec(
-            model_path=str(cfg.model.path),
-            dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,
-            max_model_len=cfg.rollout.max_model_len or longest,
-            stop_token_ids=inputs.stop_token_ids,
-            config=cfg.rollout,
-            run_folder=str(run_dir),
-            routing=inputs.routing,
-            with_text=True,
-            adapters=adapters,
-            config_overrides=engine_overrides(cfg.model.folder),
-        ),
-        critic=cfg.critic if cfg.has_critic else None,
-    )
+    cluster = start_run(cfg, workers, inputs, run_dir, placement_of(cfg))
     stop.interrupts(cluster.interrupt, inputs.scorer.interrupt)
     if cfg.trainer.val_only:
         validate(cfg, inputs, cluster, run_dir)
         cluster.close()
         return
-    loop = {"on_policy": on_policy, "overlapped": overlapped}[cfg.trainer.loop]
-    loop.train(cfg, inputs, cluster, run_dir, stop)
+    journal = Journal(run_dir / JOURNAL) if cfg.trainer.journal else None
+    if journal:
+        cluster, inputs = recorded(cluster, inputs, journal)
+    LOOPS[cfg.trainer.loop](cfg, inputs, cluster, run_dir, stop)
+    if journal:
+        journal.close()
     if cfg.trainer.export_hf_model:
         export_model(cluster, run_dir)
     prompts = inputs.prompts.peek(len(inputs.prompts))

@@ -32,11 +32,11 @@ class BusyTimes:
 
     def share(self) -> float:
         """Return the mean over engines of the share of the time since the last call in which they
-        had something to do."""
+        had something to do; 0.0 of no engines."""
         with self._lock:
             self._add()
             elapsed = self._looked - self._since
-            total = sum(self._busy) / len(self._busy)
+            total = sum(self._busy) / max(1, len(self._busy))
             self._since, self._busy = self._looked, [0.0] * len(self._busy)
         return total / elapsed if elapsed > 0 else 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcore_rl.cluster.engines import Engines
+from mcore_rl.cluster.fleet import Fleet
 from mcore_rl.cluster.group import WorkerGroup
 from mcore_rl.cluster.phases import Phases
 from mcore_rl.cluster.placement import Placement
@@ -20,7 +21,7 @@ class Cluster:
 
     workers: WorkerGroup
     trainer: Trainer
-    engines: Engines
+    engines: Fleet
     routes: Routes
     phases: Phases
 

@@ -83,6 +83,8 @@ class Engines:
         self._in_flight: list[Generation] = []
         self._busy = BusyTimes(len(self._ranks))
         self._version = -1
+        self.weights: Mapping[str, str] = {}
+        """By tensor: what the last sync sent; see `Manifest.texts`."""
         self._have_base = False
         """Whether all engines have the weights that do not train."""
         self._is_interrupted = False
@@ -290,6 +292,7 @@ class Engines:
         problems: dict[int, RunError] = {}
         for of_rank in sent:
             problems |= of_rank.problems
+        self.weights = next((x.digests for x in sent if x.digests), {})
         for engine, rank in ranks.items():  # what an engine says itself comes first
             error = receiving[rank].exception()
             if isinstance(error, RunError):

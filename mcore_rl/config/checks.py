@@ -387,6 +387,7 @@ _UNREAD_BY_FINE_TUNING = {
     "trainer.val_before_train",
     "trainer.val_only",
     "trainer.test_freq",
+    "trainer.journal",
     "trainer.log_val_generations",
 }
 

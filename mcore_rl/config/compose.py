@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -65,6 +65,8 @@ class CommandLine:
     """Names what the command line has and nothing here reads; "" if all is read."""
     show: bool
     """Print the resolved configuration and stop."""
+    recipe: Mapping[str, Any] | None = None
+    """What the recipe says, in place of a file; under `config_name`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,15 +93,26 @@ def parse_command_line(program: str, description: str, argv: Sequence[str]) -> C
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(list(argv))
-    overrides, warning = translate(map(_parse_override, args.overrides))
+    overrides, warning = parse_overrides(args.overrides)
     name = args.config_name.removesuffix(".yaml")
     return CommandLine(
         config_name=BASE if name in VERL_BASES else name,
         config_dir=Path(args.config_dir).resolve() if args.config_dir else _RECIPES,
-        overrides=tuple(overrides),
+        overrides=overrides,
         warning=warning,
         show=args.cfg is not None,
     )
+
+
+def parse_overrides(texts: Iterable[str]) -> tuple[tuple[Assignment, ...], str]:
+    """Return the assignments `key=value` in the names of this package, and a warning that names
+    what nothing here reads.
+
+    Raises:
+        UserError: one line for what is no `key=value`.
+    """
+    overrides, warning = translate(map(_parse_override, texts))
+    return tuple(overrides), warning
 
 
 def compose_config(root: type[Config], line: CommandLine) -> Config:
@@ -112,7 +125,10 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     schema = _with_all_options(root)
     ConfigStore.instance().store(name=BASE, node=schema)
     overrides = [_checked_override(option, schema) for option in line.overrides]
-    if line.config_name == BASE:
+    if line.recipe is not None:
+        recipe = {"defaults": [BASE, "_self_"], **line.recipe}
+        ConfigStore.instance().store(name=line.config_name, node=recipe)
+    if line.config_name == BASE or line.recipe is not None:
         search_path = initialize(config_path=None, version_base=None)
     else:
         _check_recipe(line)

@@ -282,6 +282,9 @@ class TrainerConfig:
     """End the run when nothing goes on in any worker for so long, with the stacks of all of them.
     The longest that one piece of work may take: a micro-batch, a step of an engine, the writing of
     a checkpoint."""
+    journal: bool = True
+    """Keep what the engines answered and the rewards said in journal/ of the run folder, about 8
+    bytes a token: what `mcore-rl replay` trains again from, without an engine."""
     export_hf_model: bool = True
     """Write the trained weights as a Hugging Face folder after the last step."""
     log_val_generations: int = 8

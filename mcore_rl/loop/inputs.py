@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from mcore_rl.data.prompts import ItemStream
-from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.types import Prompt, Routing, TokenSequence
+from mcore_rl.metrics import Metrics
+from mcore_rl.rollout.base import EngineAdapters
+from mcore_rl.types import Prompt, Routing, SampleGroup, TokenSequence
+
+
+class Scorer(Protocol):
+    """Says how good samples are; see `RewardScorer`."""
+
+    def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
+        """Return the groups with `reward` and `reward_metrics` set, and the `reward/` metrics."""
+        ...
+
+    def check_failures(self, groups: Sequence[SampleGroup]) -> None:
+        """Return unless more samples of a validation failed than may."""
+        ...
+
+    def interrupt(self) -> None:
+        """Give up what is scored, now and from now on; from any thread."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,11 +34,13 @@ class RunInputs:
 
     prompts: ItemStream[Prompt]
     val_prompts: Sequence[Prompt]
-    scorer: RewardScorer
+    scorer: Scorer
     stop_token_ids: Sequence[int]
     total_steps: int
     routing: Routing | None = None
     """The experts whose routes the engines return; None: they do not."""
+    adapters: EngineAdapters | None = None
+    """What engines take beside the weights; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

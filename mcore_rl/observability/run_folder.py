@@ -23,6 +23,9 @@ SAMPLES_FILE = "samples.jsonl"
 LOGS = "logs"
 """Folder: the log lines of each process, "worker-3.log"."""
 
+JOURNAL = "journal"
+"""Folder: what the engines answered and the rewards said, a file a step."""
+
 MEMORY_FILE = "memory.json"
 """What the workers held beside what the plan said; written after the last step."""
 

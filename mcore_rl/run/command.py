@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from mcore_rl.cluster.placement import Placement
-from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
+from mcore_rl.config.compose import CommandLine, compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import with_fetched_models
 from mcore_rl.errors import require
 from mcore_rl.launch import local, torchrun
@@ -41,6 +41,8 @@ def run_command(
     program: Callable[[Config, ChannelWorkers], None],
     plan: Callable[[Config], None] | None = None,
     engine: Callable[[Config], str] = lambda _: "",
+    parse: Callable[[str, str, Sequence[str]], CommandLine] = parse_command_line,
+    place: Callable[[Any], Placement] = placement_of,
 ) -> None:
     """Run one command to its end; a user's mistake is one line and exit code 2.
 
@@ -54,12 +56,14 @@ def run_command(
             have proved good.
         plan: what trainer.dry_run=true does in place of the program, without a worker.
         engine: returns the name of the rollout engine that the workers will start; "": none.
+        parse: returns what a command line asks for, of its program, description and arguments.
+        place: returns where the processes of the run stand.
     """
     try:
         if torchrun.is_launched() and torchrun.rank() > 0:
             torchrun.serve_controller()
             return
-        line = parse_command_line(f"python -m {module}", description, argv)
+        line = parse(f"python -m {module}", description, argv)
         config: Any = compose_config(root, line)
         if line.show:
             if line.warning:
@@ -79,7 +83,7 @@ def run_command(
                 plan(config)
             return
         open_workers = _launcher(config, module)
-        placement, limit_s = placement_of(config), config.trainer.hang_timeout_s
+        placement, limit_s = place(config), config.trainer.hang_timeout_s
         run_with_workers(
             lambda give_up: open_workers(placement, engine(config), limit_s, give_up),
             lambda workers: program(config, workers),

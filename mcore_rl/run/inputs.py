@@ -21,6 +21,7 @@ from mcore_rl.models.value_head import check_value_weights
 from mcore_rl.observability.trackers import TRACKERS
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rollout.base import ENGINES
+from mcore_rl.run.adapters import adapters_of_engines
 from mcore_rl.types import Prompt, Routing
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         stop_token_ids=end_token_ids(tokenizer, read_generation_config(cfg.model.folder)),
         total_steps=count_steps(cfg.trainer, cfg.data, stream),
         routing=_replayed_routing(cfg),
+        adapters=adapters_of_engines(cfg),
     )
 
 

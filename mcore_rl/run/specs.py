@@ -10,6 +10,7 @@ from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.placement import Placement, colocated, engines_apart, servers_apart
 from mcore_rl.config.run import CriticConfig, RunConfig, SftRunConfig, train_layout
 from mcore_rl.launch.group import ChannelWorkers
+from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.observability.log_setup import log_to_file
 from mcore_rl.observability.run_folder import LOGS
 from mcore_rl.rollout.base import EngineSpec
@@ -32,6 +33,53 @@ def placement_of(cfg: RunConfig | SftRunConfig) -> Placement:
     return engines_apart(layout, per_node, size, rollout.nnodes, rollout.n_gpus_per_node or 0)
 
 
+def placement_of_trainers(cfg: RunConfig) -> Placement:
+    """Return where the train workers of a run stand, without its engines."""
+    layout = train_layout(cfg.actor.megatron, cfg.trainer.world_size)
+    return colocated(layout, cfg.trainer.n_gpus_per_node, None)
+
+
+def start_run(
+    cfg: RunConfig,
+    workers: ChannelWorkers,
+    inputs: RunInputs,
+    run_dir: Path,
+    placement: Placement,
+) -> Cluster:
+    """Start the workers of a reinforcement-learning run.
+
+    Args:
+        cfg: the run.
+        workers: their processes.
+        inputs: of the run.
+        run_dir: its folder.
+        placement: where they stand.
+    """
+    from mcore_rl.models.spec import engine_overrides
+
+    longest = cfg.data.max_prompt_length + cfg.data.max_response_length
+    return start_cluster(
+        cfg,
+        workers,
+        total_steps=inputs.total_steps,
+        temperature=cfg.rollout.temperature,
+        engine=EngineSpec(
+            model_path=str(cfg.model.path),
+            dtype=cfg.rollout.dtype or cfg.actor.megatron.dtype,
+            max_model_len=cfg.rollout.max_model_len or longest,
+            stop_token_ids=inputs.stop_token_ids,
+            config=cfg.rollout,
+            run_folder=str(run_dir),
+            routing=inputs.routing,
+            with_text=True,
+            adapters=inputs.adapters,
+            config_overrides=engine_overrides(cfg.model.folder),
+        ),
+        critic=cfg.critic if cfg.has_critic else None,
+        placement=placement,
+    )
+
+
 def start_cluster(
     cfg: RunConfig | SftRunConfig,
     workers: ChannelWorkers,
@@ -40,6 +88,7 @@ def start_cluster(
     temperature: float,
     engine: EngineSpec | None,
     critic: CriticConfig | None = None,
+    placement: Placement | None = None,
 ) -> Cluster:
     """Start all workers as `cfg` describes them.
 
@@ -50,6 +99,7 @@ def start_cluster(
         temperature: of the logits.
         engine: None where nothing is generated.
         critic: None where no values are needed.
+        placement: where they stand; None: as `cfg` has it.
     """
     megatron = cfg.actor.megatron
     actor = ActorSpec(
@@ -71,7 +121,7 @@ def start_cluster(
     )
     if isinstance(cfg, RunConfig) and cfg.ref.megatron.param_offload and not cfg.keeps_reference:
         logger.warning("not read here: ref.megatron.param_offload (no frozen copy is kept)")
-    placement = placement_of(cfg)
+    placement = placement or placement_of(cfg)
     engines = {}
     if engine is not None:
         urls = engine.config.server_urls or [""] * len(placement.engines)

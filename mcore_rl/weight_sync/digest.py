@@ -80,6 +80,13 @@ class Manifest:
         finally:
             added.result()
 
+    def texts(self) -> dict[str, str]:
+        """Return by name what a tensor is: "bfloat16[16, 64]:2f09a1b37c5d8e60"."""
+        return {
+            name: f"{entry.dtype}{list(entry.shape)}:{entry.content & 0xFFFFFFFFFFFFFFFF:016x}"
+            for name, entry in self._entries.items()
+        }
+
     def to_json(self) -> str:
         """Return it as text, for an engine that is reached by HTTP."""
         entries = {

@@ -30,6 +30,7 @@ def sync_weights(
     targets: Sequence[Target],
     version: int,
     with_digests: bool = False,
+    manifest: Manifest | None = None,
 ) -> Metrics:
     """Give every target the exported weights as `version` and return how much was moved.
 
@@ -41,15 +42,17 @@ def sync_weights(
         targets: are told in `problem`.
         version: of the weights.
         with_digests: as in `UpdateSession.start_weight_update`.
+        manifest: empty, takes up what is exported; None: it is not wanted.
     """
     num_buckets = num_bytes = 0
-    manifest = Manifest()
+    is_read = bool(targets) or manifest is not None
+    manifest = Manifest() if manifest is None else manifest
     try:
         for target in targets:
             _attempt(target, lambda t: t.session.start_weight_update(version, with_digests))
             _attempt(target, lambda t: _begin(t, version))
         for bucket in export:
-            with manifest.adding(bucket if targets else ()):
+            with manifest.adding(bucket if is_read else ()):
                 for target in targets:
                     _attempt(target, lambda t, b=bucket: t.sender.send(b, t.session.update_weights))
             num_buckets += 1

@@ -14,7 +14,7 @@ Numbers come back from the ranks that report them; the others return those of no
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_rl.errors import WeightSyncError
@@ -136,6 +136,8 @@ class SentWeights:
     metrics: Metrics
     problems: Mapping[int, WeightSyncError]
     """By number of an engine of its own process that did not take them."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """By tensor, what was sent; one rank says it, and the others nothing."""
 
 
 class WeightSource(Protocol):

@@ -11,6 +11,7 @@ from mcore_rl.metrics import to_host
 from mcore_rl.rollout.hosts.process import RemoteSession
 from mcore_rl.sockets import Address, address_towards
 from mcore_rl.weight_sync.base import Link, NamedTensors, Sender, UpdateSession
+from mcore_rl.weight_sync.digest import Manifest
 from mcore_rl.weight_sync.export import AdapterExporter, WeightExporter
 from mcore_rl.weight_sync.sync import Target, sync_weights
 from mcore_rl.workers.roles import SentWeights, WeightSource
@@ -27,6 +28,7 @@ class WeightSourceWorker(WeightSource):
         senders: ranks that feed engines, to which alone the weights are gathered; None: all.
         adapters: of the adapters, where engines take them beside the weights; then `exporter` is of
             the weights without them.
+        tells: whether it says what it has sent.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class WeightSourceWorker(WeightSource):
         bucket_bytes: int,
         senders: AbstractSet[int] | None,
         adapters: AdapterExporter | None = None,
+        tells: bool = False,
     ) -> None:
-        self._adapters = adapters
+        self._adapters, self._tells = adapters, tells
         self._exporter, self._inside = exporter, inside
         self._bucket_bytes, self._sending_ranks = bucket_bytes, senders
         self._links = links
@@ -57,7 +60,8 @@ class WeightSourceWorker(WeightSource):
                 sessions.append(RemoteSession(engines[engine]))
                 targets[engine] = Target(self._sender(link, engines[engine].host), sessions[-1])
         buckets = self._buckets(with_base)
-        metrics = sync_weights(buckets, list(targets.values()), version, with_digests)
+        manifest = Manifest() if self._tells else None
+        metrics = sync_weights(buckets, list(targets.values()), version, with_digests, manifest)
         for session in sessions:
             session.close()
         if self._inside is not None:
@@ -65,7 +69,7 @@ class WeightSourceWorker(WeightSource):
                 if target.problem is not None:
                     raise target.problem
         problems = {n: t.problem for n, t in targets.items() if t.problem is not None}
-        return SentWeights(to_host(metrics), problems)
+        return SentWeights(to_host(metrics), problems, {} if manifest is None else manifest.texts())
 
     def _sender(self, link: Link, host: str | None = None) -> Sender[Any]:
         """Return the sender to an engine; `host` is its address, where a network is between."""

@@ -64,12 +64,15 @@ class Worker:
                 is_first = self.place.engine_rank == 0
                 self.rollout = RolloutWorker(spec.engine, engine, is_first, self.actor.routes)
             bucket_bytes = spec.engine.config.update_weights_bucket_mib << 20
-            senders = {place.fed_by for place in self.placement.engines} or None
+            senders = None  # all: each has a part of an engine inside
+            if all(place.engine is None for place in self.placement.places):
+                senders = {place.fed_by for place in self.placement.engines} or {0}
+            tells = self.place.rank == min(senders or {0})
             exporter, adapters = self.actor.exporter, None
             if spec.engine.adapters:
                 exporter, adapters = self.actor.separate_exporters()
             self.weights = WeightSourceWorker(
-                exporter, links, engine, bucket_bytes, senders, adapters
+                exporter, links, engine, bucket_bytes, senders, adapters, tells
             )
 
     def _links(self, spec: EngineSpec) -> Mapping[int, Link]:

@@ -308,8 +308,12 @@ class FakeWorkers:
                 self.is_paused = not self.is_paused
             case WeightSource.send_weights:
                 export = [[("w", self.actor.weights)]]
+                sent = Manifest()
+                sent.add(export[0])
                 return [
-                    SentWeights(sync_one(export, sender, engine, version, with_digests), {})
+                    SentWeights(
+                        sync_one(export, sender, engine, version, with_digests), {}, sent.texts()
+                    )
                     for sender, engine, (version, _, with_digests, _) in zip(
                         self.senders, self.engines, args_of_rank, strict=True
                     )
@@ -453,8 +457,10 @@ def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: in
     )
 
 
-def make_cluster(workers: FakeWorkers, cfg: RunConfig | SftRunConfig) -> Cluster:
+def make_cluster(
+    workers: FakeWorkers, cfg: RunConfig | SftRunConfig, engine_size: int | None = 1
+) -> Cluster:
     has_critic = isinstance(cfg, RunConfig) and cfg.has_critic
     critic_cut = cfg.critic.cut_over(1) if has_critic else None
-    placement = colocated(Layout(dp=workers.world_size), workers.world_size, engine_size=1)
+    placement = colocated(Layout(dp=workers.world_size), workers.world_size, engine_size)
     return Cluster.of(workers, placement, cfg.actor.cut, critic_cut)

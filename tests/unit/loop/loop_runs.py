@@ -12,9 +12,12 @@ from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_con
 from sequences import sequences_of
 
 from mcore_rl.errors import StoppedError
-from mcore_rl.loop import on_policy, overlapped
+from mcore_rl.loop.loops import LOOPS
+from mcore_rl.loop.recorded import Journal, recorded
+from mcore_rl.loop.replayed import Playback, replayed
 from mcore_rl.loop.stop import Stop
 from mcore_rl.loop.validate import validate
+from mcore_rl.observability.run_folder import JOURNAL
 from mcore_rl.run.folder import open_run_folder
 
 
@@ -94,11 +97,34 @@ def run_in(
         if loop is validate:
             validate(cfg, inputs, cluster, run_dir)
         else:
-            loops = {"on_policy": on_policy, "overlapped": overlapped}
-            loops[cfg.trainer.loop].train(cfg, inputs, cluster, run_dir, stop)
+            journal = Journal(run_dir / JOURNAL)
+            cluster, inputs = recorded(cluster, inputs, journal)
+            LOOPS[cfg.trainer.loop](cfg, inputs, cluster, run_dir, stop)
+            journal.close()
         assert workers.crash_at is None, "the crash never came"
     except CrashError:
         pass
+    except StoppedError:
+        is_stopped = True
+    return Run(run_dir, workers, is_stopped)
+
+
+def replay_in(root, *overrides, folder="run", steps=3, num_val=0) -> Run:
+    """Do the run in a folder below `root` again from its journal, as `mcore-rl replay` does."""
+    reward_file = root / "no_reward.py"
+    reward_file.write_text("def compute_score(**_):\n    raise AssertionError('it is not asked')\n")
+    cfg = make_config(*overrides, f"trainer.default_local_dir={root / folder / 'replays' / '1'}")
+    inputs = make_inputs(reward_file, cfg, steps, num_val)
+    run_dir = open_run_folder(cfg, inputs.total_steps)
+    stop, workers = Stop(), FakeWorkers(temperature=cfg.rollout.temperature)
+    cluster = make_cluster(workers, cfg, engine_size=None)
+    playback = Playback(root / folder / JOURNAL)
+    cluster, inputs = replayed(cluster, inputs, playback, lambda _: "", stop.ask)
+    journal, is_stopped = Journal(run_dir / JOURNAL), False
+    cluster, inputs = recorded(cluster, inputs, journal)
+    try:
+        LOOPS[cfg.trainer.loop](cfg, inputs, cluster, run_dir, stop)
+        journal.close()
     except StoppedError:
         is_stopped = True
     return Run(run_dir, workers, is_stopped)

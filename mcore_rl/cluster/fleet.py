@@ -1,0 +1,61 @@
+"""What a loop asks of the engines: `engines.py` asks real ones, a replay answers from a journal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mcore_rl.metrics import Metrics
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+
+
+class Fleet(Protocol):
+    """All engines of a run; see `Engines` for what is not said here."""
+
+    @property
+    def num_engines(self) -> int:
+        """Engines that share the requests."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """By tensor: what the last sync sent, in few letters (`weight_sync/digest.py`)."""
+        ...
+
+    def generate(
+        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
+    ) -> list[list[GenerationResult]]:
+        """Return one result per request, in order."""
+        ...
+
+    def begin(
+        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
+    ) -> Any:
+        """Give requests to the engines; return what `end` takes."""
+        ...
+
+    def end(self, generation: Any) -> list[list[GenerationResult]]:
+        """Wait for what was begun; return one result per request, in order."""
+        ...
+
+    def sync_weights(self, version: int) -> Metrics:
+        """Give every engine the actor's weights as `version`."""
+        ...
+
+    def sync_and_compare(
+        self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
+    ) -> int:
+        """Do that, and compare what the engines have loaded; return of how many parameters."""
+        ...
+
+    def digests_of_model(self) -> list[dict[str, str]]:
+        """Return what the parts of an engine load from the model's folder."""
+        ...
+
+    def busy_share(self) -> float:
+        """Return for how much of the time since the last call engines had requests."""
+        ...
+
+    def interrupt(self) -> None:
+        """Give up what is generated, now and from now on."""
+        ...

@@ -1,0 +1,188 @@
+"""What a run was told from outside, step by step, so that its training can be done again.
+
+    journal/step_00007.npz    what the engines answered and the rewards said in step 7, and what
+                              the weights were that it began with
+
+All else follows: which prompts come, what is discarded, how a step is cut into minibatches. So a
+file holds no decision of the loop, and `replayed.py` has the same loop take them again. An answer
+is in the file of the step that took it, however many steps before it was begun.
+
+A file appears whole when the next weights are with the engines, before a checkpoint names them. A
+run that goes on from a checkpoint writes the files of the steps to come anew. About 8 bytes a
+token: ids and log-probabilities; texts are decoded again, and routes of experts are not kept.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mcore_rl.durable_files import make_private, rename_whole
+from mcore_rl.errors import UserError
+from mcore_rl.foreign_json import parse_json
+from mcore_rl.observability.jsonl import failed_write_ends_run
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.types import VersionSpan
+
+T = TypeVar("T")
+
+FORMAT = 1
+"""Of the files; another one is not read."""
+_FILE = "step_{:05d}.npz"
+
+
+class Key(NamedTuple):
+    """Which request an answer belongs to. One that comes again in a step is answered again."""
+
+    seed: int
+    prompt: int
+    """CRC-32 of its tokens."""
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> Key:
+        """Return the key of a request."""
+        return cls(request.sampling.seed, zlib.crc32(request.prompt_token_ids.tobytes()))
+
+
+class Score(NamedTuple):
+    """What a reward said of a sample."""
+
+    uid: str
+    """Of its prompt."""
+    sample: int
+    """Its position in its group."""
+    reward: float
+    status: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What came from outside in a step."""
+
+    weights: Mapping[str, str]
+    """By tensor: what the step began with, see `Fleet.weights`; in the order of the export."""
+    answers: list[tuple[Key, GenerationResult]] = field(default_factory=list)
+    """In the order in which they were taken; without texts."""
+    scores: list[Score] = field(default_factory=list)
+    """In the order in which they were given."""
+    has_routes: bool = False
+    """Whether the loop read routes of the engines, which are not kept."""
+
+
+def write_step(folder: Path, step: int, record: StepRecord) -> None:
+    """Write what came in a step; the file is there, whole, when this returns.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    results = [result for _, result in record.answers]
+    header = {
+        "format": FORMAT,
+        "weights": record.weights,
+        "has_routes": record.has_routes,
+        "scores": record.scores,
+        "finish_reasons": [result.finish_reason for result in results],
+        "versions": [[(x.version, x.start, x.end) for x in r.versions] for r in results],
+    }
+    arrays = {
+        "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+        "keys": np.array([key for key, _ in record.answers], np.int64).reshape(
+            -1, len(Key._fields)
+        ),
+        "lengths": np.array([len(result.token_ids) for result in results], np.int64),
+        "token_ids": _joined([result.token_ids for result in results], np.int32),
+        "logprobs": _joined([result.logprobs for result in results], np.float32),
+    }
+    file = folder / _FILE.format(step)
+    partial = file.with_name(f"{file.name}.partial")
+    with failed_write_ends_run(file, step):
+        make_private(folder)
+        with partial.open("wb") as stream:
+            np.savez(stream, **arrays)
+        rename_whole(partial, file)
+
+
+def read_step(folder: Path, step: int) -> StepRecord:
+    """Return what came in a step.
+
+    Raises:
+        UserError: if the file is not there, or is none of these.
+    """
+    return _read(folder, step, _record)
+
+
+def weights_of(folder: Path, step: int) -> Mapping[str, str]:
+    """Return what the weights were that a step began with: `StepRecord.weights`.
+
+    Raises:
+        UserError: as `read_step`.
+    """
+    return _read(folder, step, lambda header, _: header["weights"])
+
+
+def _read(
+    folder: Path, step: int, part: Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], T]
+) -> T:
+    """Return what `part` makes of the header and the arrays of a file."""
+    file = folder / _FILE.format(step)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            header = parse_json(arrays["header"].tobytes())
+            if header["format"] != FORMAT:
+                raise ValueError(f"it is of format {header['format']}, and this is {FORMAT}")
+            return part(header, arrays)
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there: the run did not finish that step.") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is no step of a journal: {reason}.") from error
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Return the steps that a journal has, in order."""
+    return sorted(int(file.stem.removeprefix("step_")) for file in folder.glob("step_*.npz"))
+
+
+def drop_from(folder: Path, step: int) -> None:
+    """Remove what a run that goes on with `step` writes anew."""
+    for later in steps_of(folder):
+        if later >= step:
+            (folder / _FILE.format(later)).unlink()
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])
+
+
+def _record(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> StepRecord:
+    ends = np.cumsum(arrays["lengths"])
+    rows = zip(
+        arrays["keys"].tolist(),
+        np.split(arrays["token_ids"], ends)[:-1],  # nothing stands behind the last
+        np.split(arrays["logprobs"], ends)[:-1],
+        header["finish_reasons"],
+        header["versions"],
+        strict=True,
+    )
+    answers = [
+        (
+            Key(*key),
+            GenerationResult(
+                token_ids=token_ids,
+                logprobs=logprobs,
+                finish_reason=reason,
+                versions=[VersionSpan(*span) for span in spans],
+            ),
+        )
+        for key, token_ids, logprobs, reason, spans in rows
+    ]
+    scores = [Score(*score) for score in header["scores"]]
+    return StepRecord(header["weights"], answers, scores, header["has_routes"])

@@ -1,0 +1,235 @@
+"""A run done again from its journal: no engine generates, no reward is called.
+
+The loop is the one of the run. It asks for the same samples, since prompts, settings and seeds are
+the same, and gets the answers that the run got; so it trains on the same tokens, with the log
+probabilities and the versions of weights that they came with, whatever was in flight then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.cluster.cluster import Cluster
+from mcore_rl.cluster.fleet import Fleet
+from mcore_rl.errors import StoppedError, UserError
+from mcore_rl.loop.inputs import RunInputs, Scorer
+from mcore_rl.loop.journal import Key, Score, StepRecord, read_step, steps_of
+from mcore_rl.metrics import Metrics
+from mcore_rl.rewards.score import reward_metrics
+from mcore_rl.rollout.base import GenerationRequest, GenerationResult
+from mcore_rl.types import Ids, SampleGroup, with_sample_fields
+
+logger = logging.getLogger(__name__)
+
+
+class Playback:
+    """Gives what a run was told, step by step.
+
+    Args:
+        folder: of the journal.
+
+    Raises:
+        UserError: if it holds no step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        steps = steps_of(folder)
+        if not steps:
+            raise UserError(f"{folder} holds no step: the run had trainer.journal=false, or none.")
+        self._folder = folder
+        self._answers: dict[Key, deque[GenerationResult]] = {}
+        self._scores: deque[Score] = deque()
+        self._step = -1
+        self.last_step = steps[-1]
+        """The last one that the journal has."""
+
+    def begin(self, step: int) -> StepRecord:
+        """Turn to a step and return its record.
+
+        Raises:
+            UserError: if the journal does not have it, or lacks what it was told.
+        """
+        record = read_step(self._folder, step)
+        if record.has_routes:
+            raise UserError(
+                f"{self._folder}: the run replayed routes of its engines "
+                "(actor.router_replay.mode=R3), which a journal does not keep."
+            )
+        answers: dict[Key, deque[GenerationResult]] = defaultdict(deque)
+        for key, result in record.answers:
+            answers[key].append(result)
+        self._step, self._answers, self._scores = step, answers, deque(record.scores)
+        return record
+
+    def answer(self, request: GenerationRequest) -> GenerationResult:
+        """Return what the engines answered to a request in the step.
+
+        Raises:
+            UserError: if the run did not ask for it.
+        """
+        left = self._answers.get(Key.of(request))
+        if not left:
+            raise UserError(
+                f"step {self._step}: the run did not ask for a prompt of "
+                f"{len(request.prompt_token_ids)} tokens with seed {request.sampling.seed}. Its "
+                "data, data.seed or what a step draws was not as it is now."
+            )
+        return left.popleft()
+
+    def score(self, uid: str, index: int) -> Score:
+        """Return what the reward said of the next sample.
+
+        Raises:
+            UserError: if the run scored another one.
+        """
+        score = self._scores.popleft() if self._scores else None
+        if score is None or (score.uid, score.sample) != (uid, index):
+            scored = "nothing" if score is None else f"sample {score.sample} of {score.uid}"
+            raise UserError(
+                f"step {self._step}: the run scored {scored} where sample {index} of {uid} is "
+                "scored now. Its data or its code was not as it is now."
+            )
+        return score
+
+
+def replayed(
+    cluster: Cluster,
+    inputs: RunInputs,
+    playback: Playback,
+    decode: Callable[[Ids], str],
+    at_end: Callable[[], None],
+) -> tuple[Cluster, RunInputs]:
+    """Return a cluster without engines, and inputs, that answer as those of a run did; see
+    `ReplayedEngines`."""
+    engines = ReplayedEngines(cluster.engines, playback, decode, at_end)
+    return replace(cluster, engines=engines), replace(inputs, scorer=ReplayedScorer(playback))
+
+
+class ReplayedEngines(Fleet):
+    """Engines that answer what those of a run answered.
+
+    Args:
+        source: engines without any, which gets the trainer's weights.
+        playback: of the run.
+        decode: returns the text of response tokens, as the engine's host does.
+        at_end: called when the trainer's weights are those of a step that the journal lacks.
+    """
+
+    def __init__(
+        self,
+        source: Fleet,
+        playback: Playback,
+        decode: Callable[[Ids], str],
+        at_end: Callable[[], None],
+    ) -> None:
+        self._source, self._playback = source, playback
+        self._decode, self._at_end = decode, at_end
+        self._is_interrupted = False
+
+    @property
+    def num_engines(self) -> int:
+        """See `Fleet`."""
+        return 1
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """See `Fleet`."""
+        return self._source.weights
+
+    def generate(
+        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
+    ) -> list[list[GenerationResult]]:
+        """See `Fleet`."""
+        return self.end(self.begin(groups, keep_routes=keep_routes))
+
+    def begin(
+        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
+    ) -> Any:
+        """See `Fleet`."""
+        if self._is_interrupted:
+            raise StoppedError
+        return groups
+
+    def end(self, generation: Any) -> list[list[GenerationResult]]:
+        """See `Fleet`.
+
+        Raises:
+            UserError: if the run did not ask for it.
+        """
+        return [[self._answer(request) for request in group] for group in generation]
+
+    def _answer(self, request: GenerationRequest) -> GenerationResult:
+        result = self._playback.answer(request)
+        return replace(result, text=self._decode(result.token_ids))
+
+    def sync_weights(self, version: int) -> Metrics:
+        """See `Fleet`; says so when they are not those of the run."""
+        metrics = self._source.sync_weights(version)
+        if version > self._playback.last_step:
+            self._at_end()
+            return metrics
+        wanted = self._playback.begin(version).weights
+        other = [name for name in self.weights if wanted.get(name) != self.weights[name]]
+        if other:
+            message = "weights %d are not those of the run: %s differs, first of %d"
+            logger.warning(message, version, other[0], len(other))
+        return metrics
+
+    def sync_and_compare(
+        self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
+    ) -> int:
+        """See `Fleet`; there is nothing to compare with."""
+        self.sync_weights(version)
+        return len(self.weights)
+
+    def digests_of_model(self) -> list[dict[str, str]]:
+        """See `Fleet`; no engine loads anything."""
+        return []
+
+    def busy_share(self) -> float:
+        """See `Fleet`."""
+        return 0.0
+
+    def interrupt(self) -> None:
+        """See `Fleet`."""
+        self._is_interrupted = True
+
+
+class ReplayedScorer(Scorer):
+    """Rewards that say what those of a run said.
+
+    Args:
+        playback: of the run.
+    """
+
+    def __init__(self, playback: Playback) -> None:
+        self._playback = playback
+
+    def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
+        """See `Scorer`.
+
+        Raises:
+            UserError: if the run scored others.
+        """
+        samples = [sample for group in groups for sample in group.samples]
+        scores = [self._playback.score(sample.prompt.uid, sample.index) for sample in samples]
+        if not scores:
+            return list(groups), reward_metrics(groups)
+        scored = with_sample_fields(
+            groups,
+            reward=[score.reward for score in scores],
+            reward_status=[score.status for score in scores],
+            reward_metrics=[score.metrics for score in scores],
+        )
+        return scored, reward_metrics(scored)
+
+    def check_failures(self, groups: Sequence[SampleGroup]) -> None:
+        """See `Scorer`; the run went on."""
+
+    def interrupt(self) -> None:
+        """See `Scorer`; nothing takes long."""
