@@ -31,7 +31,8 @@ class Comparison:
     """The first metric that differs: "step 3: actor/loss is 0.5, was 0.25, first of 7"; "" if none
     does."""
     tensor: str = ""
-    """The first tensor, the same way."""
+    """The first tensor, the same way, of the weights that a step begins with: "weights 4: ..." as
+    they are after the update of step 3."""
 
     @property
     def is_equal(self) -> bool:
@@ -59,11 +60,11 @@ def compare(folder: Path, other: Path) -> Comparison:
     for step in steps:
         found, wanted = (metrics[step] for metrics in of_both)
         num_numbers += len(found)
-        metric = metric or _first(step, found, wanted)
+        metric = metric or _first(f"step {step}", found, wanted)
     for step in of_weights:
         found, wanted = (weights_of(journal, step) for journal in journals)
         num_tensors += len(found)
-        tensor = tensor or _first(step, found, wanted)
+        tensor = tensor or _first(f"weights {step}", found, wanted)
     return Comparison(len({*steps, *of_weights}), num_numbers, num_tensors, metric, tensor)
 
 
@@ -79,7 +80,7 @@ def _metrics(run: Path) -> dict[int, dict[str, Any]]:
     }
 
 
-def _first(step: int, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _first(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return the first entry that is not the same in both, and how many there are; "" if none."""
     names = [*found, *(name for name in wanted if name not in found)]
     others = [name for name in names if _text(found, name) != _text(wanted, name)]
@@ -87,11 +88,12 @@ def _first(step: int, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> st
         return ""
     name = others[0]
     return (
-        f"step {step}: {name} is {_text(found, name)}, was {_text(wanted, name)}, "
+        f"{place}: {name} is {_text(found, name)}, was {_text(wanted, name)}, "
         f"first of {len(others)}"
     )
 
 
 def _text(entries: Mapping[str, Any], name: str) -> str:
     """Return a number such that equal bits give equal texts, and NaN is NaN."""
-    return json.dumps(entries[name]) if name in entries else "missing"
+    value = entries.get(name, "missing")
+    return value if isinstance(value, str) else json.dumps(value)

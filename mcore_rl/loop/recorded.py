@@ -72,9 +72,7 @@ class Journal:
         return self._record
 
 
-def recorded(
-    cluster: Cluster, inputs: RunInputs, journal: Journal
-) -> tuple[Cluster, RunInputs]:
+def recorded(cluster: Cluster, inputs: RunInputs, journal: Journal) -> tuple[Cluster, RunInputs]:
     """Return a cluster and inputs that do the same, and have notes taken in a journal."""
     return (
         replace(cluster, engines=RecordedEngines(cluster.engines, journal)),

@@ -40,7 +40,9 @@ def check_account(run_dir):
     return lines
 
 
-def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once(files, prepared, tmp_path):
+def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_replayed(
+    files, prepared, tmp_path
+):
     """The engines work on two requests at a time, so that weights come in the middle of many."""
     run_dir = tmp_path / "run"
     slow = ["data.max_response_length=48", "rollout.max_num_seqs=2"]
@@ -53,6 +55,11 @@ def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once(files, prep
     assert f"resumed from {run_dir}/checkpoints/global_step_1" in done.stderr
     lines = check_account(run_dir)
     assert sum(line["rollout/several_versions_frac"] for line in lines) > 0
+    replayed = prepared.run(str(run_dir), module="mcore_rl.replay")
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert f"equal   {NUM_STEPS + 1} steps: " in replayed.stdout
+    replay = run_dir / "replays" / "1"
+    assert [line["step"] for line in commands.read_metrics(replay)] == list(range(NUM_STEPS + 1))
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL generate 1", "SIGKILL update 2", "SIGSTOP generate 1"])

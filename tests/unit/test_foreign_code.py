@@ -21,6 +21,7 @@ PARENT = "a socket pair of this process and the one that started it; no other ha
 CHANNEL = "from the processes of the same run: over the channel, which drops strangers unread"
 BYTES = "bytes of a socket of ZeroMQ, which unpickles nothing"
 TENSOR = "a tensor that is there, filled"
+NO_PICKLES = "allow_pickle=False: numpy reads numbers alone"
 RANKS = "from the processes of the same run, over their process group"
 
 UNPICKLING = {
@@ -37,6 +38,7 @@ UNPICKLING = {
     ("launch.channel", "socket.recv"): BYTES,
     ("rollout.hosts.process", "socket.recv"): BYTES,
     ("weight_sync.export", "dist.recv"): TENSOR,
+    ("loop.journal", "np.load"): NO_PICKLES,
 }
 """(module, what is called or subclassed) -> guard."""
 
