@@ -5,6 +5,8 @@
     mcore-rl doctor --quick               none that computes something
     torchrun --nnodes 2 --nproc-per-node 1 ... -m mcore_rl.cli doctor --nodes
                                           on every node: which one differs from the others
+    RAY_ADDRESS=... mcore-rl doctor --nodes
+                                          the same of the machines of a Ray cluster
 
 Exit code 0: healthy, whatever is absent or a warning; 1: a fault, or nodes that differ; 2: a
 mistake in the command.
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the checks, say what they found and return the exit code."""
     _check(args)
+    if args.nodes and "RANK" not in os.environ:
+        return 0 if _in_cluster(args) else 1
     if args.nodes and os.environ.get("LOCAL_RANK", "0") != "0":
         return 0  # one process looks at a node
     node = node_of_torchrun() if args.nodes else None
@@ -73,8 +77,9 @@ def _check(args: argparse.Namespace) -> None:
     require(args.deadline > 0, "--deadline", args.deadline, "must be > 0")
     command = "torchrun --nnodes N --nproc-per-node 1 ... -m mcore_rl.cli doctor --nodes"
     is_launched = "RANK" in os.environ
-    fix = f"On every node: {command}"
-    require(is_launched or not args.nodes, "--nodes", True, "needs torchrun", fix)
+    finds_nodes = is_launched or "RAY_ADDRESS" in os.environ
+    fix = f"On every node: {command}; or set RAY_ADDRESS to that of a cluster."
+    require(finds_nodes or not args.nodes, "--nodes", True, "needs torchrun or Ray", fix)
     if is_launched and not args.nodes:
         raise UserError("torchrun started this process: add --nodes, or start one without it.")
 
@@ -100,7 +105,24 @@ def _on_nodes(args: argparse.Namespace, names: Iterable[str], site: Site, node: 
     rows = run_checks(names, site)
     if node.number > 0:
         return meeting.send(rows)
-    reports = meeting.reports(rows)
+    healthy = _tell(args, meeting.reports(rows))
+    sys.stdout.flush()
+    meeting.tell(healthy)
+    return healthy
+
+
+def _in_cluster(args: argparse.Namespace) -> bool:
+    """Have the machines of a Ray cluster look at themselves; return whether all are healthy and
+    alike."""
+    from mcore_rl.doctor.by_ray import reports_of_nodes
+
+    arguments = [*args.checks, *(["--quick"] if args.quick else [])]
+    arguments += ["--run-folder", str(args.run_folder.absolute()), "--deadline", str(args.deadline)]
+    return _tell(args, reports_of_nodes(os.environ["RAY_ADDRESS"], arguments, 3 * args.deadline))
+
+
+def _tell(args: argparse.Namespace, reports: Sequence[Report]) -> bool:
+    """Say what the nodes found; return whether all are healthy and alike."""
     differ = differences(reports)
     healthy = not differ and all(is_healthy(report.rows) for report in reports)
     if args.json:
@@ -115,8 +137,6 @@ def _on_nodes(args: argparse.Namespace, names: Iterable[str], site: Site, node: 
         print_differences(differ, reports)
         print_mends(reports)
         sys.stdout.write(f"{_verdict(healthy)}, {len(reports)} nodes\n")
-    sys.stdout.flush()
-    meeting.tell(healthy)
     return healthy
 
 
@@ -137,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checks", nargs="*", metavar="CHECK", help="name of a line; default: all")
     add("--quick", action="store_true", help="leave out what computes something")
-    add("--nodes", action="store_true", help="compare the nodes that torchrun started")
+    add("--nodes", action="store_true", help="compare the nodes of torchrun, or of Ray")
     add("--json", action="store_true", help="print one JSON object in place of the table")
     add(
         "--run-folder",

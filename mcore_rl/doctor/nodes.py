@@ -80,7 +80,7 @@ class Meeting:
             key = f"{_REPORT}/{number}"
             try:
                 self._store.wait([key], self._limit)
-                found.append(_read(number, self._store.get(key)))
+                found.append(report_from_json(number, "unknown", self._store.get(key)))
             except (RuntimeError, ValueError) as error:
                 what = str(error).splitlines()[0]
                 text = f"no report within {self._limit.total_seconds():g} s: {what}"
@@ -142,9 +142,21 @@ def _told(report: Report, name: str) -> tuple[str, str]:
     return "", "no such line"
 
 
-def _read(number: int, text: bytes) -> Report:
-    value = parse_json(text)
+def report_from_json(number: int, host: str, text: str | bytes) -> Report:
+    """Return the report of a node.
+
+    Args:
+        number: of the node.
+        host: its name, where the report does not say it.
+        text: an object with "rows", as `Report.to_json` and `mcore-rl doctor --json` have it.
+
+    Raises:
+        ValueError: if it is none.
+    """
     try:
-        return Report(number, str(value["host"]), [Row.from_json(row) for row in value["rows"]])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"no report: {error}") from error
+        value = parse_json(text)
+        rows = [Row.from_json(row) for row in value["rows"]]
+        return Report(number, str(value.get("host", host)), rows)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        shown = text.decode(errors="replace") if isinstance(text, bytes) else text
+        raise ValueError(f"no report: {error}; it said {shown[-200:]!r}") from error

@@ -203,18 +203,11 @@ def open_workers(
             devices.
         RunError: if other jobs do not leave what is needed within `PLACEMENT_LIMIT_S`.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            f"trainer.launcher=ray needs Ray, which is not there ({error}). "
-            "Install it: pip install 'mcore-rl[ray]'."
-        ) from error
-
+    ray = _ray()
     address = os.environ.get("RAY_ADDRESS", "")
     folder = None
     if address:
-        _join(address)
+        join_cluster(address)
     else:
         folder = PrivateFolder()
         num_cpus = sum(bundle["CPU"] for bundle in bundles_of(placement, on_devices=False))
@@ -288,9 +281,29 @@ def _listed(resources: Resources) -> str:
     return " and ".join(f"{number:g} {name}" for name, number in resources.items())
 
 
-def _join(address: str) -> None:
-    import ray
+def _ray() -> Any:
+    """Return Ray's module.
 
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            f"trainer.launcher=ray needs Ray, which is not there ({error}). "
+            "Install it: pip install 'mcore-rl[ray]'."
+        ) from error
+    return ray
+
+
+def join_cluster(address: str) -> Any:
+    """Become a driver of a cluster; return Ray's module.
+
+    Raises:
+        UserError: if Ray is not installed, or the cluster is not there.
+    """
+    ray = _ray()
     require(
         not address.startswith("ray://"),
         "RAY_ADDRESS",
@@ -310,6 +323,7 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address} is no cluster that can be joined: {what}. "
             "Start one with ray start --head, or unset RAY_ADDRESS."
         ) from error
+    return ray
 
 
 def _start_cluster(folder: PrivateFolder, run_folder: Path, num_cpus: int) -> None:

@@ -7,6 +7,7 @@ one that it joins; what the cluster lacks is said; nothing stays behind.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -95,7 +96,7 @@ class Cluster:
         self.folder = folder
         ports = [_free_port(), _free_port()]
         self.address, self.jobs = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-        self._head = subprocess.Popen(
+        head = subprocess.Popen(
             [
                 *RAY_COMMAND,
                 "start",
@@ -110,6 +111,7 @@ class Cluster:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self._nodes = [head]
 
     def submit(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m mcore_rl.train` as a job, and wait for it."""
@@ -129,16 +131,30 @@ class Cluster:
                 return done
             time.sleep(1)
 
+    def join(self, open_files: int) -> None:
+        """Start a second node, on this machine, that may open so many files."""
+        start = [*RAY_COMMAND, "start", "--block", f"--address={self.address}", "--num-cpus=1"]
+        self._nodes.append(
+            subprocess.Popen(
+                ["bash", "-c", f'ulimit -n {open_files} && exec "$@"', "bash", *start],
+                env=commands.ENVIRONMENT | ENVIRONMENT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
     def end(self) -> None:
-        for process in [psutil.Process(self._head.pid), *self._children()]:
+        for process in self._children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._head.wait(60)
+        for node in self._nodes:
+            node.wait(60)
         wait_until_gone(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _children(self) -> list[psutil.Process]:
-        return psutil.Process(self._head.pid).children(recursive=True)
+        nodes = [psutil.Process(node.pid) for node in self._nodes]
+        return [*nodes, *(child for node in nodes for child in node.children(recursive=True))]
 
 
 def _free_port() -> int:
@@ -182,6 +198,28 @@ def test_a_cluster_that_is_too_small_is_told_what_it_lacks(files, cluster, tmp_p
         "error: the Ray cluster is too small: wanted 4 CPU, each on one node; the nodes have 2 CPU."
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_says_which_node_of_a_cluster_differs(cluster):
+    """The last test of the cluster: it has two nodes from here on."""
+    cluster.submit("--help")  # it is up
+    cluster.join(open_files=512)
+    deadline = time.monotonic() + 120
+    while True:  # until the second node has joined
+        done = commands.run(
+            *("--nodes", "--json", "python", "open-files"),
+            module="mcore_rl.doctor",
+            environment=ENVIRONMENT | {"RAY_ADDRESS": cluster.address},
+        )
+        said = json.loads(done.stdout)
+        if len(said["nodes"]) == 2 or time.monotonic() > deadline:
+            break
+    assert done.returncode == 1, done.stderr
+    (difference,) = said["differences"]
+    assert difference["name"] == "open-files"
+    host = socket.gethostname()
+    assert difference["others"][f"node 1 ({host})"] == "fault: 512"
+    assert not difference["others"][f"node 0 ({host})"].startswith("fault")
 
 
 def test_no_cluster_at_the_address_is_one_line(files, tmp_path):

@@ -187,6 +187,7 @@ MAY_IMPORT = {
     # Its probes do in small what a run does.
     "doctor": (
         "launch.libraries",
+        "launch.ray",
         "launch.torchrun",
         "megatron",
         "models.reference",

@@ -31,7 +31,7 @@ def run(*argv: str, path=(), **variables: str) -> subprocess.CompletedProcess[st
     ("argv", "variables", "line"),
     [
         (["torchvison"], {}, "'torchvison' is no check. Did you mean 'torchvision'?"),
-        (["--nodes"], {}, "--nodes=True needs torchrun. On every node: torchrun --nnodes N"),
+        (["--nodes"], {}, "--nodes=True needs torchrun or Ray. On every node: torchrun --nn"),
         (["disk"], {"RANK": "0"}, "torchrun started this process: add --nodes"),
         (["disk", "--quick"], {}, "--quick=True is not read beside names of checks. Leave it out."),
         (["--deadline", "0"], {}, "--deadline=0.0 must be > 0."),
