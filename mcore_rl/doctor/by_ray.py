@@ -44,29 +44,14 @@ def reports_of_nodes(address: str, arguments: Sequence[str], limit_s: float) -> 
     Raises:
         UserError: if Ray is not installed, or the cluster is not there.
     """
-    from mcore_rl.launch.ray import forwarded, join_cluster  # Ray, which may be missing
+    from mcore_rl.launch.ray import forwarded, join_cluster, submit_to_nodes  # may be missing
 
     ray = join_cluster(address)
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     deadline = time.monotonic() + limit_s
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    environment = forwarded(os.environ)
-    tasks = [
-        ray.remote(look)
-        .options(
-            num_cpus=0,
-            num_gpus=node["Resources"].get("GPU", 0),
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        )
-        .remote(list(arguments), environment)
-        for node in nodes
-    ]
+    tasks = submit_to_nodes(look, list(arguments), forwarded(os.environ))
     try:
         return [
-            _report(number, node["NodeManagerHostname"], ray, task, deadline)
-            for number, (node, task) in enumerate(zip(nodes, tasks, strict=True))
+            _report(number, host, ray, task, deadline) for number, (host, task) in enumerate(tasks)
         ]
     finally:
         ray.shutdown()

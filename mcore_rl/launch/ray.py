@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,27 @@ def join_cluster(address: str) -> Any:
             "Start one with ray start --head, or unset RAY_ADDRESS."
         ) from error
     return ray
+
+
+def submit_to_nodes(function: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
+    """Have a function run once on every machine of the cluster that was joined, with all devices of
+    the machine; return its host name and Ray's reference of the result, by machine."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote: Any = ray.remote(function)
+    submitted = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = remote.options(
+                num_cpus=0,
+                num_gpus=node["Resources"].get("GPU", 0),
+                max_retries=0,
+                scheduling_strategy=there,
+            ).remote(*args)
+            submitted.append((node["NodeManagerHostname"], task))
+    return submitted
 
 
 def _start_cluster(folder: PrivateFolder, run_folder: Path, num_cpus: int) -> None:
