@@ -153,6 +153,22 @@ def test_nothing_is_generated_while_weights_are_half_there(in_vllm, before_weigh
         in_vllm(vllm_cases.generate, REQUESTS[:1])
 
 
+def test_an_engine_that_puts_requests_back_for_want_of_cache_draws_the_same(in_vllm, folders):
+    requests = [request([1 + i, 3, 4], seed=i, max_tokens=200) for i in range(12)]
+    found = []
+    for size in (32 << 20, 1 << 20):
+        in_vllm(vllm_cases.start, folders[MODEL], kv_cache_memory_bytes=size, max_num_seqs=12)
+        in_vllm(vllm_cases.sync, folders[MODEL], 0)
+        found.append(in_vllm(vllm_cases.generate_and_watch, requests))
+    (roomy, never), (tight, often) = found
+    assert never["preempted"] == 0
+    assert often["preempted"] > 0
+    for mine, theirs in zip(tight, roomy, strict=True):
+        assert list(mine.token_ids) == list(theirs.token_ids)
+        # What was computed again was computed in other batches; 0.0 observed.
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
 def test_another_engine_draws_the_same(in_vllm, results, folders):
     """A different share of the requests and other limits: what engines of several ranks do."""
     in_vllm(vllm_cases.start, folders[MODEL], stop_token_ids=STOPS, max_num_seqs=3)
