@@ -28,7 +28,8 @@ KILL_AT = "STAGE_MARKS_KILL_AT"
 start began, counted from 1, or at its end if that comes first."""
 WORKER = "STAGE_MARKS_WORKER"
 """Environment variable "<rank> <signal>": send that worker the signal instead, or for a rank
-"controller" this process, and write down when as the stage "signal"."""
+"controller" this process and for "engine" an engine that is a process of its own, and write down
+when as the stage "signal"."""
 
 
 @TRACKERS.register("stage_marks")
@@ -77,10 +78,12 @@ def _whole_run() -> list[int]:
 
 
 def _worker(rank: str) -> int:
-    """Return the id of the worker process of a rank, or of this process."""
+    """Return the id of the worker process of a rank, of an engine, or of this process."""
     if rank == "controller":
         return os.getpid()
     children = psutil.Process().children()
+    if rank == "engine":
+        return next(x.pid for x in children if "mcore_rl.launch.engine_process" in x.cmdline())
     (found,) = [child.pid for child in children if child.environ().get("RANK") == rank]
     return found
 

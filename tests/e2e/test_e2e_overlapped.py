@@ -1,13 +1,17 @@
-"""Generation beside training, by real engines in processes of their own."""
+"""Generation beside training, by real engines in processes of their own.
+
+`pytest -m slow tests/e2e/test_e2e_overlapped.py -rP` kills and stops again and again.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import commands
 import pytest
 from faulty_engine import ENVIRONMENT, FAULT, ONCE
-from stage_marks import KILL_AT, MARKED
+from stage_marks import KILL_AT, MARKED, WORKER
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 
@@ -40,6 +44,48 @@ def check_account(run_dir):
     return lines
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_whose_processes_are_killed_at_random_moments_trains_on_each_prompt_once(
+    files, tmp_path, max_staleness
+):
+    """Controller, worker and engine ten times each, in the first or second step after a start."""
+    source, num_each, num_epochs = random.Random(max_staleness), 10, 9
+    argv = [
+        *(*AHEAD, "trainer.logger=[stage_marks]", "trainer.save_freq=1"),
+        *("trainer.n_gpus_per_node=1", "actor.megatron.expert_model_parallel_size=1"),
+        f"trainer.max_staleness={max_staleness}",
+        f"trainer.total_training_steps={num_epochs * NUM_STEPS}",
+    ]
+    victims = ["controller", "0", "engine"] * num_each
+    source.shuffle(victims)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for victim in victims:
+        stage = source.choice(["rollout", "reward", "train", "weight_sync", "checkpoint"])
+        at = f"{stage} {source.choice((1, 2))} {source.random() * 0.3}"
+        strike = {KILL_AT: at, WORKER: f"{victim} SIGKILL"}
+        done = commands.run(*files.argv(killed, *argv), environment=MARKED | strike)
+        assert done.returncode != 0, f"{victim} at {at}:\n{done.stderr}"
+    done = commands.run(*files.argv(killed, *argv), environment=MARKED)
+    assert done.returncode == 0, done.stderr
+    metrics = commands.read_metrics(killed)
+    last = [line for line in metrics if "ledger/trained/prompts" in line][-1]
+    assert last["ledger/trained/prompts"] == num_epochs * NUM_STEPS * NUM_PROMPTS
+    assert last["ledger/generated/tokens"] == last["ledger/trained/tokens"]
+    samples = commands.read_lines(killed / "samples.jsonl")
+    for epoch in range(num_epochs):
+        steps = range(epoch * NUM_STEPS, (epoch + 1) * NUM_STEPS)
+        of_epoch = [x for x in samples if x["split"] == "train" and x["step"] in steps]
+        drawn = Counter(line["uid"] for line in of_epoch)
+        assert set(drawn.values()) == {GROUP}
+        assert len(drawn) == NUM_STEPS * NUM_PROMPTS
+    if max_staleness == 0:
+        done = commands.run(*files.argv(whole, *argv), environment=MARKED)
+        assert done.returncode == 0, done.stderr
+        assert commands.read_metrics(whole) == metrics
+
+
 def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_replayed(
     files, prepared, tmp_path
 ):
@@ -62,7 +108,25 @@ def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_repl
     assert [line["step"] for line in commands.read_metrics(replay)] == list(range(NUM_STEPS + 1))
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL generate 1", "SIGKILL update 2", "SIGSTOP generate 1"])
+FAULTS = [
+    f"{kind} {phase} {version}"
+    for version in (1, 2, 3)
+    for kind in ("SIGKILL", "SIGSTOP")
+    for phase in ("generate", "update")
+]
+USUAL = ("SIGKILL generate 1", "SIGKILL update 2", "SIGSTOP generate 1")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *USUAL,
+        *(
+            pytest.param(fault, marks=pytest.mark.slow, id=f"{fault}, {number}")
+            for number, fault in enumerate((FAULTS * 2)[:20])
+        ),
+    ],
+)
 def test_an_engine_that_fails_beside_training_is_started_again_and_nothing_is_lost(
     files, prepared, tmp_path, fault
 ):
