@@ -1,7 +1,8 @@
 # make quickstart   install into .venv and watch a small mixture of experts learn by GMPO
 # make test         install into .venv and run the whole default test suite, two files at a time
 # make lint         ruff, pyright, codespell
-# make clean        remove .venv and outputs
+# make dist         build the wheel into dist/
+# make clean        remove .venv, outputs and what was built
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 OUT ?= outputs/quickstart
 ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint dist clean
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
@@ -25,6 +26,11 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/codespell
 
+# setuptools packs whatever an earlier build left in build/.
+dist: $(STAMP)
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 # The stamp is newer than what was installed from, so this runs once.
 $(STAMP): requirements/cpu.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the CPU lock is for Python 3.11: make PYTHON=python3.11")'
@@ -34,4 +40,4 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs build dist

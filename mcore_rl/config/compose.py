@@ -49,7 +49,7 @@ Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
 
 BASE = "base"
-_RECIPES = Path(__file__).resolve().parents[2] / "configs"
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _PREFIX = "actor_rollout_ref."
 
 
@@ -86,9 +86,13 @@ def parse_command_line(program: str, description: str, argv: Sequence[str]) -> C
         epilog="Overrides are key=value pairs of the configuration: data.train_batch_size=64. "
         f"See all keys with: {program} --cfg job model.path=x data.train_files=x",
     )
-    parser.add_argument("--config-name", "-cn", default=BASE, help="recipe, a file in configs/")
+    parser.add_argument("--config-name", "-cn", default=BASE, help="recipe, a file of --config-dir")
     parser.add_argument(
-        "--config-dir", "--config-path", "-cd", default=None, help="folder of the recipe"
+        "--config-dir",
+        "--config-path",
+        "-cd",
+        default=None,
+        help="folder of the recipe; that of the package unless given",
     )
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
