@@ -270,9 +270,21 @@ def _check_finite(node: Any, key: str) -> None:
 
 def to_yaml(config: ComposedConfig) -> str:
     """Return the configuration as YAML, resolved but for what came from the environment."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    plain = _plain(config)
     put_references(plain, config.references)
     return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def _plain(node: Any) -> Any:
+    """Return a tree of dataclasses as one of dictionaries and lists that can be written to."""
+    if is_dataclass(node):
+        keys = [x.name for x in fields(node) if not x.metadata.get("omegaconf_ignore")]
+        return {key: _plain(getattr(node, key)) for key in keys}
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    return node
 
 
 def _check_recipe(line: CommandLine) -> None:

@@ -97,10 +97,10 @@ class FakeServer:
         return web.json_response({})
 
     async def _generate(self, request, body):
-        response = web.StreamResponse()
-        await response.prepare(request)
         if not body:
             return web.json_response({}, status=400)
+        response = web.StreamResponse()
+        await response.prepare(request)
         name, spans = "generate-tokens-" + body["request_id"], []
         for at in range(body["sampling_params"]["max_tokens"]):
             while self.is_paused or (self.hold_after is not None and at >= self.hold_after):
