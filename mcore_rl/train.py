@@ -36,6 +36,7 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.loop import on_policy, overlapped
     from mcore_rl.loop.validate import validate
     from mcore_rl.models.spec import engine_overrides
+    from mcore_rl.observability.results import results_table
     from mcore_rl.plan.measured import write_memory
     from mcore_rl.run.adapters import adapters_of_engines
     from mcore_rl.run.folder import open_run_folder
@@ -66,8 +67,9 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     )
     stop.interrupts(cluster.interrupt, inputs.scorer.interrupt)
     if cfg.trainer.val_only:
-        validate(cfg, inputs, cluster, run_dir)
+        folder = validate(cfg, inputs, cluster, run_dir)
         cluster.close()
+        sys.stdout.write(results_table(folder))
         return
     loop = {"on_policy": on_policy, "overlapped": overlapped}[cfg.trainer.loop]
     loop.train(cfg, inputs, cluster, run_dir, stop)

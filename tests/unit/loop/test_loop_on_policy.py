@@ -269,7 +269,38 @@ def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_lo
     sampling = first[0][0][0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 0.8, 5)
     line = run.metrics[0]
-    assert line["eval/val/best_at_4"] > line["eval/val/accuracy"]
+    best = [line[f"eval/val/best_at_{k}"] for k in (1, 2, 4)]
+    assert best == sorted(set(best))
+    assert best[0] == pytest.approx(line["eval/val/accuracy"])
+    assert line["eval/val/accuracy/std"] > 0
+    # The reward gives no answers, and other scores than 0 and 1.
+    assert not [key for key in line if "maj_at" in key or "pass_at" in key]
+
+
+VOTES = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    first = solution_str.split()[0]
+    right = first == ground_truth
+    return {"score": 2 * right - 1, "acc": right, "pred": first}
+"""
+
+
+def test_validation_reports_the_majority_and_the_chance_of_a_right_answer(run_loop):
+    """Of three samples: two are right, and state the same, or they are not."""
+    overrides = [
+        "data.val_files=unread",
+        "rollout.val_kwargs.n=3",
+        "rollout.val_kwargs.do_sample=true",
+    ]
+    run = run_loop(GMPO, *overrides, steps=1, num_val=40, reward=VOTES)
+    samples = run.arguments("generate")[1]
+    requests = [request for (share, _) in samples for request in share]
+    assert len(requests) == 120
+    line = run.metrics[0]
+    assert line["eval/val/pass_at_1"] == pytest.approx(line["eval/val/acc/mean"])
+    assert line["eval/val/maj_at_1"] == pytest.approx(line["eval/val/accuracy"])
+    assert line["eval/val/best_at_3"] == pytest.approx(2 * line["eval/val/pass_at_3"] - 1)
+    assert line["eval/val/pass_at_1"] < line["eval/val/pass_at_2"] < line["eval/val/pass_at_3"]
 
 
 BUILT_IN = ("response_tokens/mean", "truncated_frac", "failed_frac", "timeout_frac")
