@@ -252,7 +252,9 @@ def test_every_rule_of_the_module_is_in_the_table():
         for name, function in inspect.getmembers(checks, inspect.isfunction)
         if function.__module__ == checks.__name__ and not name.startswith("_")
     }
-    assert functions - {"check_eval", "check_run", "check_sft", "fine_tuning_only_trains"} == set(RULES)
+    assert functions - {"check_eval", "check_run", "check_sft", "fine_tuning_only_trains"} == set(
+        RULES
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
