@@ -70,10 +70,10 @@ def overlap_lines(
         found: its memory.
     """
     work = work_of_step(cfg, step.prompt_tokens, step.response_tokens)
-    num = num_engines(cfg)
+    engines = num_engines(cfg)
     # More at a time than a step has would slow each other: the times are not of that.
-    most_running = min(slots(cfg, counts, found.engine, work), math.ceil(work.samples / num))
-    fleet = Fleet(num_engines=num, slots=most_running)
+    most_running = min(slots(cfg, counts, found.engine, work), math.ceil(work.samples / engines))
+    fleet = Fleet(num_engines=engines, slots=most_running)
     yield "overlap     generation beside training, simulated (plan/overlap.py)"
     if not most_running:
         yield "  an engine's cache holds no sample of the mean length"
@@ -91,12 +91,12 @@ def overlap_lines(
         recompute=times.prefill / per_token,
     )
     yield (
-        f"  {fleet.num_engines} engines of {fleet.slots} requests at a time; generation "
+        f"  {engines} engines of {most_running} requests at a time; generation "
         f"{times.generate:.1f} s, rewards {rest.reward:.1f} s, training {rest.train:.1f} s, weight "
         f"sync {rest.sync:.1f} s"
     )
     yield f"  {times.source}"
-    if cfg.rollout.host == "process" and not cfg.rollout.nnodes:
+    if not (cfg.rollout.nnodes or cfg.rollout.server_urls):
         yield "  engines and trainer share devices: that each slows the other is not counted"
     routes = work.tokens * route_bytes_per_token(counts.arch)
     replays = cfg.actor.router_replay.mode == "R3"

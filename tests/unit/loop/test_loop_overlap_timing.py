@@ -13,6 +13,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from fake_workers import END, make_config, make_prompts
@@ -39,6 +40,7 @@ from mcore_rl.plan.overlap import (
     simulate,
 )
 from mcore_rl.plan.times import long_tailed as draw
+from mcore_rl.plan.times import measured_times
 
 GROUP = 4
 STEPS = 20
@@ -85,6 +87,7 @@ class Setting:
 class Measured:
     """What a run of the loop took."""
 
+    run_dir: Path
     steps: Sequence[float]
     """Seconds of each."""
     busy: float
@@ -133,6 +136,7 @@ def measure(run_dir, setting: Setting) -> Measured:
     times = [*workers.step_began, clock.now]
     busy = statistics.fmean(engine.busy_s(since=times[0]) for engine in engines)
     return Measured(
+        run_dir=run_dir,
         steps=[after - before for before, after in itertools.pairwise(times)],
         busy=busy / (times[-1] - times[0]),
         oldest=[line["rollout/staleness/max"] for line in lines],
@@ -169,6 +173,11 @@ SETTINGS = {
         length_of=S,
         seconds=Latencies(token=0.25, update=20.3, logprobs=17.7, sync=1.1, reward=2.2),
         updates=2,
+    ),
+    "steady, balanced, slow rewards": Setting(
+        max_staleness=1,
+        length_of=S,
+        seconds=Latencies(token=0.25, update=40.3, sync=1.1, reward=10.2),
     ),
     "steady, balanced, two engines": Setting(
         max_staleness=1,
@@ -264,3 +273,17 @@ def test_one_step_ahead_a_step_takes_no_longer_than_generation_or_training(measu
         begin = min(generate, trainer) / STEPS
         a_token = setting.seconds.token  # which a pause may wait for
         assert found.step_s <= longer + rest.sync + begin + a_token
+
+
+def test_a_run_leaves_behind_what_the_planner_reads(measured):
+    name = "long-tailed, generation-bound"
+    setting, found = SETTINGS[name], measured(name)
+    times = measured_times(found.run_dir)
+    assert times is not None
+    assert times.num_steps == STEPS - 1
+    tokens = [
+        [seconds / setting.seconds.token for group in groups for seconds in group]
+        for groups in found.draws[1:]
+    ]
+    assert times.mean == pytest.approx(statistics.fmean(map(statistics.fmean, tokens)))
+    assert times.longest == pytest.approx(statistics.fmean(map(max, tokens)))
