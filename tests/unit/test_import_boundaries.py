@@ -138,6 +138,7 @@ MAY_IMPORT = {
         "launch.libraries",
         "megatron.config",
         "models",
+        "observability.jsonl",
         "observability.log_setup",
         "observability.run_folder",
         "rollout.base",
