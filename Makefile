@@ -1,7 +1,10 @@
 # make quickstart   install into .venv and watch a small mixture of experts learn by GMPO
 # make test         install into .venv and run the whole default test suite, two files at a time
+# make test-fast    the unit tests that start no process
+# make test-slow    the tests that the default suite leaves out; hours
 # make lint         ruff, pyright, codespell
-# make clean        remove .venv and outputs
+# make dist         build the wheel into dist/
+# make clean        remove .venv, outputs and what was built
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,20 +13,33 @@ STAMP := $(VENV)/.installed
 # Settings of the quickstart: make quickstart ARGS="actor.policy_loss.loss_mode=vanilla"
 OUT ?= outputs/quickstart
 ARGS ?=
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-fast test-slow lint dist clean
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: $(STAMP)
+	$(PYTEST) tests/unit -m "not slow and not starts_processes"
+
+# One after the other: kills and restarts have deadlines.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+
+# setuptools packs whatever an earlier build left in build/.
+dist: $(STAMP)
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 # The stamp is newer than what was installed from, so this runs once.
 $(STAMP): requirements/cpu.lock pyproject.toml
@@ -34,4 +50,4 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs build dist

@@ -19,7 +19,6 @@ RUN pip install --no-cache-dir --no-deps -r requirements/cpu.lock
 
 COPY pyproject.toml README.md LICENSE ./
 COPY mcore_rl mcore_rl
-COPY configs configs
 COPY examples examples
 RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 

@@ -22,7 +22,6 @@ COPY mcore_rl mcore_rl
 # torch comes with vLLM and first: Transformer Engine is compiled against it.
 RUN pip install --no-cache-dir "setuptools>=77" wheel "vllm>=0.25" \
     && pip install --no-cache-dir --no-build-isolation -e ".[cuda,ray]"
-COPY configs configs
 COPY examples examples
 COPY tools tools
 

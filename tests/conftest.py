@@ -12,6 +12,13 @@ settings.register_profile("random", deadline=None)
 settings.load_profile("same_examples")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the tests are chosen by their markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "processes" in item.fixturenames:
+            item.add_marker("starts_processes")
+
+
 @pytest.fixture(scope="session")
 def processes():
     """Return the processes of the session: `processes.run(function, world_size, *args)`."""

@@ -15,6 +15,8 @@ ones of what is chosen get their types, and others are refused.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +51,7 @@ Config = TypeVar("Config")
 logger = logging.getLogger(__name__)
 
 BASE = "base"
-_RECIPES = Path(__file__).resolve().parents[2] / "configs"
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _PREFIX = "actor_rollout_ref."
 
 
@@ -86,9 +88,13 @@ def parse_command_line(program: str, description: str, argv: Sequence[str]) -> C
         epilog="Overrides are key=value pairs of the configuration: data.train_batch_size=64. "
         f"See all keys with: {program} --cfg job model.path=x data.train_files=x",
     )
-    parser.add_argument("--config-name", "-cn", default=BASE, help="recipe, a file in configs/")
+    parser.add_argument("--config-name", "-cn", default=BASE, help="recipe, a file of --config-dir")
     parser.add_argument(
-        "--config-dir", "--config-path", "-cd", default=None, help="folder of the recipe"
+        "--config-dir",
+        "--config-path",
+        "-cd",
+        default=None,
+        help="folder of the recipe; that of the package unless given",
     )
     parser.add_argument("--cfg", choices=["job"], help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -143,9 +149,9 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
                 return OmegaConf.select(hydra_compose(line.config_name, more), option.key)
 
             _refuse_two_values(line.overrides, value)
-        chosen = _with_chosen_options(composed, root)
-        config: Any = OmegaConf.to_object(chosen)
-        config.references = find_references(chosen)
+        _type_options(composed, root)
+        config: Any = OmegaConf.to_object(composed)
+        config.references = find_references(composed)
     except (HydraException, OmegaConfBaseException, UserError) as error:
         message = str(_one_line(error, schema))
         if composed is not None:
@@ -213,9 +219,15 @@ def _sections(root: type) -> dict[str, type[ChoosingSection]]:
     }
 
 
+@functools.cache
+def _defaults(root: type) -> DictConfig:
+    """Return the typed tree. It is made of dataclasses once in a process, and read only."""
+    return OmegaConf.structured(root)
+
+
 def _with_all_options(root: type) -> DictConfig:
     """Return the typed tree with the options of all that can be chosen, each of them unset."""
-    schema = OmegaConf.structured(root)
+    schema = copy.deepcopy(_defaults(root))
     for name, section in _sections(root).items():
         with open_dict(schema[name]):
             for option in option_names(section.REGISTRY):
@@ -223,24 +235,22 @@ def _with_all_options(root: type) -> DictConfig:
     return schema
 
 
-def _with_chosen_options(composed: DictConfig, root: type) -> DictConfig:
-    """Return the composed tree with the options, typed, of what is chosen in it.
+def _type_options(composed: DictConfig, root: type) -> None:
+    """Give the options of what is chosen in the composed tree their types; drop all others.
 
     Raises:
         UserError: for an option that is set and not read.
     """
-    values: Any = OmegaConf.to_container(composed)
-    sections: dict[str, ChoosingSection] = {}
     for name, section in _sections(root).items():
-        registry, of_section = section.REGISTRY, values[name]
+        registry = section.REGISTRY
         choice = OmegaConf.select(composed, registry.key)
-        options = {option: of_section.pop(option) for option in option_names(registry)}
+        values: Any = OmegaConf.to_container(composed[name])
+        options = {option: values.pop(option) for option in option_names(registry)}
         given = {option: value for option, value in options.items() if value != MISSING}
-        of_section |= options_read(registry, choice, given)
-        sections[name] = section.of(choice)
-    typed = OmegaConf.structured(root(**sections))
-    typed.merge_with(values)
-    return typed
+        values |= options_read(registry, choice, given)
+        composed[name] = OmegaConf.structured(section.of(choice))
+        with open_dict(composed[name]):  # dictionaries without types take any key
+            composed[name].merge_with(values)
 
 
 def _check_finite(node: Any, key: str) -> None:

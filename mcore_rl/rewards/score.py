@@ -12,7 +12,8 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from mcore_rl import metrics
 from mcore_rl.errors import UserError, require
@@ -33,18 +34,41 @@ from mcore_rl.types import Prompt, Sample, SampleGroup, with_sample_fields
 logger = logging.getLogger(__name__)
 
 
+class CallRunner(Protocol):
+    """Runs calls of reward functions; see `RewardPool`."""
+
+    def start(self) -> None:
+        """Return when a call can run; raise a UserError if the custom function cannot be loaded."""
+        ...
+
+    def run(self, calls: Sequence[RewardCall]) -> Iterator[tuple[int, Outcome]]:
+        """Yield the position and outcome of every call, in any order."""
+        ...
+
+    def interrupt(self) -> None:
+        """Have `run` raise StoppedError, now and from now on; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
 class RewardScorer:
     """Scores samples with the reward that their data source names, or with the user's own.
 
     Args:
         cfg: the `reward` section.
         custom: the `custom_reward_function` section; its function, if any, scores all samples.
+        pool: runs the functions; processes of its own unless given.
     """
 
-    def __init__(self, cfg: RewardConfig, custom: CustomRewardConfig) -> None:
+    def __init__(
+        self, cfg: RewardConfig, custom: CustomRewardConfig, pool: CallRunner | None = None
+    ) -> None:
         self._cfg = cfg
         self._is_custom = custom.path is not None
-        self._pool = RewardPool(cfg, custom)
+        self._pool = RewardPool(cfg, custom) if pool is None else pool
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         """Return if every prompt can be scored; call it before the run starts.

@@ -348,6 +348,7 @@ def loaded_modules(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.starts_processes
 def test_importing_the_package_loads_no_torch():
     loaded = loaded_modules("import mcore_rl, mcore_rl.cli, mcore_rl.errors")
     assert "mcore_rl.errors" in loaded
@@ -355,6 +356,7 @@ def test_importing_the_package_loads_no_torch():
     assert "torch" not in loaded_modules("import mcore_rl.types")
 
 
+@pytest.mark.starts_processes
 def test_a_configuration_composes_without_torch_megatron_vllm_and_transformers():
     """The seconds these imports take would stand between a typing error and its message."""
     loaded = loaded_modules(
@@ -372,6 +374,7 @@ def test_a_configuration_composes_without_torch_megatron_vllm_and_transformers()
     assert not loaded & {"torch", *others}
 
 
+@pytest.mark.starts_processes
 def test_a_worker_reads_an_objective_without_the_loop(tmp_path):
     """What travels to the workers brings along the mathematics and nothing of the controller."""
     objectives = [

@@ -12,11 +12,13 @@ import pytest
 from mcore_rl.processes import ending, kill
 
 
+@pytest.mark.starts_processes
 def test_a_process_that_is_orphaned_before_it_asks_to_die_with_its_parent_ends():
     program = "from mcore_rl.processes import die_with_parent; die_with_parent(0)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
 
 
+@pytest.mark.starts_processes
 def test_killing_waits_until_all_are_gone():
     processes = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) for _ in range(2)]
     kill(processes)
@@ -36,6 +38,7 @@ def test_how_a_process_ended_has_a_name(code, text):
     assert ending(code) == text
 
 
+@pytest.mark.starts_processes
 def test_a_scoring_process_that_is_orphaned_before_it_begins_ends():
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "mcore_rl.rewards.worker", str(reader), "0"]

@@ -290,6 +290,7 @@ def test_a_vocabulary_goes_with_the_model_whether_or_not_transformers_can_load_i
 
 
 @pytest.mark.parametrize("command", ["--help", "verify", "report"])
+@pytest.mark.starts_processes
 def test_the_commands_are_run_as_a_module_too(command):
     """Without a main part the module would do nothing and end with 0."""
     done = subprocess.run(

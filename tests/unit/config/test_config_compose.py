@@ -339,6 +339,7 @@ def run_train(folder: Path, *argv: str, plugins: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.starts_processes
 def test_a_plugin_s_loss_can_be_chosen_and_the_printed_configuration_composes_again(
     tmp_path, recipe
 ):
@@ -447,6 +448,7 @@ def test_the_printed_configuration_has_the_options_of_what_is_chosen_alone():
     assert not {"gamma", "gpg_alpha"} & printed.algorithm.keys()
 
 
+@pytest.mark.starts_processes
 def test_a_missing_plugin_is_one_line_and_exit_code_2(tmp_path):
     done = run_train(tmp_path, "--cfg", "job", plugins="no_such_module")
     assert done.returncode == 2

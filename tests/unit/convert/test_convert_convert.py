@@ -147,6 +147,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(conversions, tmp_path, d
 
 
 @DIRECTIONS
+@pytest.mark.starts_processes
 def test_a_killed_process_leaves_no_output_and_the_next_one_goes_on(
     conversions, tiny_checkpoint, tmp_path, direction
 ):
@@ -478,6 +479,7 @@ for mcore, hf in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.starts_processes
 def test_verify_tells_the_same_model_from_another(tiny_checkpoint, tmp_path):
     """In a process of its own: Megatron's support for CPU stays installed where it was.
 

@@ -8,6 +8,8 @@ import pytest
 
 from mcore_rl.data.prompts import DataConfig, load_prompts, load_sft_sequences
 
+pytestmark = pytest.mark.starts_processes
+
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_gsm8k.py"
 RAW = [
     {"question": "Two and three?", "answer": "2+3=<<2+3=5>>5\n#### 5"},

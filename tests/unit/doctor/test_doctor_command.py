@@ -49,6 +49,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, argv, variab
     assert found.startswith(f"error: {line}")
 
 
+@pytest.mark.starts_processes
 def test_the_table_keeps_to_100_columns_and_a_mend_to_one_line(tmp_path):
     source = f"raise RuntimeError('{'long ' * 40}\\x1b[2J')"
     path = package(tmp_path, "ray", "2.60.0", source)

@@ -21,6 +21,8 @@ from mcore_rl.doctor.network import interfaces
 from mcore_rl.doctor.site import Site
 from mcore_rl.doctor.system import sandbox
 
+pytestmark = pytest.mark.starts_processes
+
 HOST = socket.gethostname()
 SITE = Site(run_folder=Path(), deadline_s=1)
 

@@ -7,11 +7,14 @@ import shutil
 from importlib.metadata import requires, version
 from pathlib import Path
 
+import pytest
 from doctor_command import ROOT, doctor, package, without
 from packaging.requirements import Requirement
 
 from mcore_rl.doctor.checks import CHECKS
 from mcore_rl.doctor.rows import explained_by
+
+pytestmark = pytest.mark.starts_processes
 
 NO_OPERATOR = 'raise RuntimeError("operator torchvision::nms does not exist")'
 NO_DRIVER = not Path("/proc/driver/nvidia/version").exists()

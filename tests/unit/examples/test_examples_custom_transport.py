@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.starts_processes
+
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_transport"
 LOOP_TESTS = Path(__file__).parents[1] / "loop"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from shell_commands import composed, run_script
 
+pytestmark = pytest.mark.starts_processes
+
 TRAIN = Path(__file__).parents[3] / "examples" / "grpo" / "train.sh"
 
 

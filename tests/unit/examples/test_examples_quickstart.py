@@ -27,6 +27,7 @@ def test_the_readme_has_the_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.starts_processes
 def test_what_make_calls_trains_with_the_arguments(tmp_path, command):
     shown = subprocess.run(
         ["bash", "-c", f"{command} --dry-run"], cwd=ROOT, capture_output=True, text=True, check=True

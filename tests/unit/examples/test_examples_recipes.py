@@ -85,6 +85,7 @@ def run_recipe(tmp_path, recipe, *argv, **variables):
     return run_script_of(tmp_path, LAUNCH / "run.sh", recipe, *argv, **variables)
 
 
+@pytest.mark.starts_processes
 def test_a_node_runs_the_configuration_on_its_devices(tmp_path):
     argv = ["actor.optim.lr=2e-6", "trainer.nnodes=4"]
     ended = run_recipe(tmp_path, "dapo_qwen2_5_32b", *argv, NODE_RANK="3", MASTER_ADDR="first")
@@ -103,6 +104,7 @@ def test_a_node_runs_the_configuration_on_its_devices(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+@pytest.mark.starts_processes
 def test_a_job_is_submitted_with_the_nodes_and_devices_of_the_configuration(tmp_path, launcher):
     submit = LAUNCH / "submit.sh"
     argv = ["gmpo_qwen3_30b_a3b", "actor.optim.lr=2e-6"]
@@ -121,6 +123,7 @@ def test_a_job_is_submitted_with_the_nodes_and_devices_of_the_configuration(tmp_
     assert header["signal"] == "B:USR1@300"
 
 
+@pytest.mark.starts_processes
 def test_a_launcher_that_there_is_not_is_refused_before_the_queue(tmp_path):
     submit = LAUNCH / "submit.sh"
     ended = run_script_of(tmp_path, submit, "grpo_qwen2_7b", stand_ins="sbatch", LAUNCHER="mpi")
@@ -129,6 +132,7 @@ def test_a_launcher_that_there_is_not_is_refused_before_the_queue(tmp_path):
     assert ended.commands == []
 
 
+@pytest.mark.starts_processes
 def test_a_mistake_in_the_configuration_is_said_before_the_queue(tmp_path):
     argv = ["grpo_qwen2_7b", "actor.optim.rl=1"]
     ended = run_script_of(tmp_path, LAUNCH / "submit.sh", *argv, stand_ins="sbatch")
@@ -149,6 +153,7 @@ def job_environment(tmp_path, launcher):
     }
 
 
+@pytest.mark.starts_processes
 def test_a_job_by_torchrun_runs_the_recipe_on_each_node(tmp_path):
     ended = run_script_of(
         tmp_path,
@@ -164,6 +169,7 @@ def test_a_job_by_torchrun_runs_the_recipe_on_each_node(tmp_path):
     assert not (tmp_path / "told").exists()  # it has ended by itself: not queued again
 
 
+@pytest.mark.starts_processes
 def test_a_job_by_ray_starts_its_nodes_and_then_the_run_with_a_token(tmp_path):
     """The nodes live until the run has ended, and nothing calls `ray stop`."""
     ended = run_script_of(
@@ -187,6 +193,7 @@ def test_a_job_by_ray_starts_its_nodes_and_then_the_run_with_a_token(tmp_path):
 
 
 @pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.starts_processes
 def test_a_ray_node_is_the_head_or_joins_it(tmp_path, node):
     ended = run_script_of(
         tmp_path,
@@ -207,6 +214,7 @@ def test_a_ray_node_is_the_head_or_joins_it(tmp_path, node):
 
 
 @pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.starts_processes
 def test_a_job_whose_time_is_up_tells_the_run_and_is_queued_again(tmp_path, saves):
     """Also when the run does not end: then before Slurm ends the job, and no sooner."""
     environment = job_environment(tmp_path, "torchrun")
@@ -267,6 +275,7 @@ def test_a_recipe_s_folder_has_no_script_that_another_one_repeats():
         assert names - {"train.sh"} == {"README.md"}, folder
 
 
+@pytest.mark.starts_processes
 def test_scripts_are_clean():
     shellcheck = shutil.which(
         "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -277,6 +286,7 @@ def test_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.starts_processes
 def test_a_variable_that_is_missing_is_named(tmp_path):
     ended = run_recipe(tmp_path, "grpo_qwen2_7b", TRAIN_DATA="")
     assert ended.exit_code == 2
@@ -284,6 +294,7 @@ def test_a_variable_that_is_missing_is_named(tmp_path):
     assert ended.commands == []
 
 
+@pytest.mark.starts_processes
 def test_lists_of_data_files_and_paths_with_apostrophes_arrive(tmp_path):
     names = {"MODEL": "Ada's", "TRAIN_DATA": "['a.parquet', 'b.parquet']", "VAL_DATA": "c's"}
     (command,) = run_recipe(tmp_path, "grpo_qwen2_7b", **names).commands
@@ -293,6 +304,7 @@ def test_lists_of_data_files_and_paths_with_apostrophes_arrive(tmp_path):
     assert cfg.data.val_files == "c's"
 
 
+@pytest.mark.starts_processes
 def test_a_dry_run_starts_one_process(tmp_path):
     (command,) = run_recipe(tmp_path, "gmpo_qwen3_30b_a3b", "trainer.dry_run=true").commands
     assert command[0] == "python"

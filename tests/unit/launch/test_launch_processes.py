@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 LAUNCHERS = ["local", "torchrun"]
-pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+pytestmark = [pytest.mark.starts_processes, pytest.mark.timeout(2 * LIMIT_S)]
 
 
 def command(case: str, launcher: str = "local", hang_timeout_s: float = 600) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,15 @@ from mcore_rl.config.run import RunConfig, SftRunConfig
 from mcore_rl.data.batch import pack, unpack
 from mcore_rl.data.chat import decode_response
 from mcore_rl.data.prompts import ItemStream
+from mcore_rl.errors import StoppedError
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.loop.stop import Stop
 from mcore_rl.metrics import maximum, merge, to_host
 from mcore_rl.rewards.base import CustomRewardConfig
+from mcore_rl.rewards.custom import load_custom_reward
+from mcore_rl.rewards.pool import Outcome
 from mcore_rl.rewards.score import RewardScorer
+from mcore_rl.rewards.worker import RewardCall, read_result
 from mcore_rl.rollout.base import GenerationRequest, GenerationResult
 from mcore_rl.types import Layout, Prompt, RoutesAt, Share, TokenNumbers, VersionSpan, WriteState
 from mcore_rl.weight_sync.base import Link, NamedTensors
@@ -446,12 +450,42 @@ def make_config(*overrides: str) -> RunConfig:
     return compose_config(RunConfig, parse_command_line("train", "", [*base, *overrides]))
 
 
+class ScoringHere:
+    """Calls the custom function in this process, one response after the other."""
+
+    def __init__(self, custom: CustomRewardConfig) -> None:
+        loaded = load_custom_reward(custom)
+        assert loaded is not None
+        self._function = loaded.function
+        self._is_interrupted = False
+
+    def start(self) -> None:
+        """Have nothing to start."""
+
+    def run(self, calls: Sequence[RewardCall]) -> Iterator[tuple[int, Outcome]]:
+        for position, call in enumerate(calls):
+            if self._is_interrupted:
+                raise StoppedError
+            try:
+                score, others = read_result(self._function(**call.arguments))
+            except Exception as error:  # noqa: BLE001  whatever a function raises is an outcome
+                yield position, Outcome(error=f"{type(error).__name__}: {error}")
+            else:
+                yield position, Outcome(score=score, others=others)
+
+    def interrupt(self) -> None:
+        self._is_interrupted = True
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
 def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: int) -> RunInputs:
     custom = CustomRewardConfig(path=str(reward_file))
     return RunInputs(
         prompts=ItemStream(make_prompts(10, 0, "train"), seed=cfg.data.seed),
         val_prompts=make_prompts(num_val, 100, "val"),
-        scorer=RewardScorer(cfg.reward, custom),
+        scorer=RewardScorer(cfg.reward, custom, ScoringHere(custom)),
         stop_token_ids=[END],
         total_steps=total_steps,
     )

@@ -151,6 +151,7 @@ def test_a_path_that_is_no_checkpoint_is_refused_before_anything_is_touched(tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.starts_processes
 def test_a_folder_that_another_process_writes_is_refused_until_that_one_has_ended(
     tmp_path, monkeypatch
 ):

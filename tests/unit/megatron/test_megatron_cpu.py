@@ -22,6 +22,7 @@ def test_a_second_install_changes_nothing(on_cpu):
     assert not any(on_cpu(cases.replaced_names))
 
 
+@pytest.mark.starts_processes
 def test_another_version_and_a_vanished_name_are_refused_before_and_by_name(tmp_path):
     """In a process of its own, since a refused install must have left torch as it was."""
     metadata = tmp_path / "megatron_core-0.99.0.dist-info"

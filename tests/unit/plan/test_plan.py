@@ -79,6 +79,7 @@ def step_of(cfg):
     return plan_step(cfg, LAYOUT, prompt_lengths(cfg))
 
 
+@pytest.mark.starts_processes
 def test_the_command_plans_64_devices_in_one_process_without_weights(argv):
     done = subprocess.run(
         [sys.executable, "-m", "mcore_rl.cli", "plan", *argv, "rollout.max_num_seqs=32"],

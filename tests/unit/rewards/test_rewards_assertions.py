@@ -184,6 +184,7 @@ HOLDS = [
 
 
 @pytest.mark.parametrize(("text", "program", "holds"), HOLDS)
+@pytest.mark.starts_processes
 def test_assertions_hold_of_programs_as_python_has_it_but_by_type(text, program, holds):
     [parts] = _split(text)
     with Sandbox(program, LIMITS) as box, Sandbox("", LIMITS) as judge:

@@ -10,6 +10,8 @@ from mcore_rl.rewards.code import compute_score, read_tests
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
+pytestmark = pytest.mark.starts_processes
+
 SANDBOX = SandboxConfig(timeout_s=20.0, test_timeout_s=15.0)
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 ADD_TESTS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}

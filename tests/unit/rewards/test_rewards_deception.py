@@ -9,6 +9,8 @@ from mcore_rl.rewards.base import SandboxConfig
 from mcore_rl.rewards.code import compute_score
 from mcore_rl.rewards.sandbox import check_sandbox
 
+pytestmark = pytest.mark.starts_processes
+
 SANDBOX = SandboxConfig(cpu_s=30, timeout_s=100.0, test_timeout_s=90.0)
 
 STDIN = {"inputs": ["400000 24242\n", "1 2\n"], "outputs": ["424242\n", "3\n"]}

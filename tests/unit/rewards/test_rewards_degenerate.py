@@ -70,6 +70,7 @@ def test_any_text_has_a_score(data_source, parts, affixes):
     ],
     ids=["tags", "marks", "digits", "stated digits", "boxes", "hashes", "product"],
 )
+@pytest.mark.starts_processes
 def test_a_megabyte_is_read_in_seconds_of_cpu_time(data_source, text):
     start = time.process_time()
     assert score(data_source, text) == 0.0

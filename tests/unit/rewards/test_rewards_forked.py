@@ -7,6 +7,8 @@ from mcore_rl.errors import RunError
 from mcore_rl.rewards import forked
 from mcore_rl.rewards.forked import call_forked
 
+pytestmark = pytest.mark.starts_processes
+
 LIMITS = {"cpu_s": 20, "limit_s": 60, "memory_bytes": 2**34}
 
 

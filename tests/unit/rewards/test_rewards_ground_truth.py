@@ -75,6 +75,7 @@ def test_a_row_that_no_response_can_match_is_named_before_the_run(data_source, g
         ("qa", "C++", "Answer: C", 0.0),
     ],
 )
+@pytest.mark.starts_processes
 def test_a_list_is_any_of_its_answers_and_a_whole_float_its_integer(
     data_source, ground_truth, response, score
 ):

@@ -30,6 +30,7 @@ REWRITINGS = {
 
 
 @pytest.mark.parametrize("reference", REWRITINGS)
+@pytest.mark.starts_processes
 def test_an_answer_equals_its_reference_however_it_is_written(reference, monkeypatch):
     # Beyond the limit a right answer is wrong, which on a very busy machine says nothing about it.
     monkeypatch.setattr(math_reward, "_LIMIT_S", 120.0)
@@ -49,6 +50,7 @@ def test_an_answer_equals_its_reference_however_it_is_written(reference, monkeyp
         (r"\frac{14}{3}", r"\frac{14}{3}"),
     ],
 )
+@pytest.mark.starts_processes
 def test_another_answer_or_one_that_is_not_stated_earns_nothing(response, reference):
     assert _score(response, reference) == 0.0
 
@@ -70,6 +72,7 @@ def test_another_answer_or_one_that_is_not_stated_earns_nothing(response, refere
         "the answer is",
     ],
 )
+@pytest.mark.starts_processes
 def test_malformed_answers_score_zero(answer):
     assert _score(answer, "5") == 0.0
 
@@ -77,6 +80,7 @@ def test_malformed_answers_score_zero(answer):
 @pytest.mark.parametrize(
     "answer", [r"9^{9^{9^{9}}}", "(" * 20_000 + "5" + ")" * 20_000, r"\int_0^1 e^{e^{x^x}} dx"]
 )
+@pytest.mark.starts_processes
 def test_an_answer_that_no_simplifier_ends_on_is_wrong_after_the_limit(answer, monkeypatch):
     monkeypatch.setattr(math_reward, "_LIMIT_S", 0.5)
     assert _score(f"\\boxed{{{answer}}}", "5") == 0.0
@@ -103,6 +107,7 @@ def test_a_reference_that_cannot_be_parsed_is_compared_as_text():
     assert not is_equal("5", "")
 
 
+@pytest.mark.starts_processes
 def test_a_comparison_makes_do_with_less_memory_than_its_own_limit():
     """The scoring process may have 1.5 GiB; what it forks must not ask for the usual 2 GiB."""
     pool = RewardPool(RewardConfig(num_workers=1, memory_gib=1.5), CustomRewardConfig())
@@ -136,12 +141,14 @@ APART = [
 
 
 @pytest.mark.parametrize(("answer", "reference"), EQUAL)
+@pytest.mark.starts_processes
 def test_percent_mixed_numbers_thousands_units_and_powers_of_ten(answer, reference, monkeypatch):
     monkeypatch.setattr(math_reward, "_LIMIT_S", 120.0)
     assert _score(f"\\boxed{{{answer}}}", reference) == 1.0
 
 
 @pytest.mark.parametrize(("answer", "reference"), APART)
+@pytest.mark.starts_processes
 def test_what_rounding_or_juxtaposition_made_equal_is_not(answer, reference, monkeypatch):
     monkeypatch.setattr(math_reward, "_LIMIT_S", 120.0)
     assert _score(f"\\boxed{{{answer}}}", reference) == 0.0

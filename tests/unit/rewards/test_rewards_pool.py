@@ -14,6 +14,8 @@ from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.pool import RewardPool
 from mcore_rl.rewards.worker import RewardCall
 
+pytestmark = pytest.mark.starts_processes
+
 SIGNATURE = "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
 
 

@@ -18,6 +18,8 @@ from mcore_rl.rewards import sandbox
 from mcore_rl.rewards.base import SandboxConfig
 from mcore_rl.rewards.sandbox import Sandbox, check_sandbox
 
+pytestmark = pytest.mark.starts_processes
+
 # Each is refused with an error of the system, and the program itself goes on.
 REFUSED = {
     # files
@@ -128,6 +130,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("attempt", REFUSED)
+@pytest.mark.starts_processes
 def test_a_program_is_refused(attempt, storage, tmp_path):
     (tmp_path / "secret").write_text("secret")
     mode = os.stat(tmp_path / "secret").st_mode

@@ -11,6 +11,8 @@ from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import Prompt, Sample, SampleGroup
 
+pytestmark = pytest.mark.starts_processes
+
 
 def _group(*responses, data_source="arithmetic", ground_truth="5"):
     prompt = Prompt(

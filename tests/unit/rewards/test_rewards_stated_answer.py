@@ -85,6 +85,7 @@ def score(data_source, response, ground_truth):
 
 
 @pytest.mark.parametrize(("form", "case"), itertools.product(FORMS, [*ANSWERS, *WORDS]))
+@pytest.mark.starts_processes
 def test_every_form_states_every_kind_of_answer(form, case):
     answer, data_source, right, wrong = case
     response = FORMS[form].format(answer)

@@ -21,6 +21,8 @@ from mcore_rl.errors import RunError
 from mcore_rl.rewards import sandbox
 from mcore_rl.rewards.sandbox import Sandbox
 
+pytestmark = pytest.mark.starts_processes
+
 # Each keeps 1 MiB more, 32 times, without a name at the end.
 HIDDEN = {
     "deleted and open": "kept.append(made(i)); os.remove(i)",

@@ -49,12 +49,14 @@ def rewards(responses, prompt_text="", custom=None, **options):
 RESPONSES = ["<think>#### 5", "<think>#### 4</think>#### 5", "<think>#### 5</think>so", "#### 5"]
 
 
+@pytest.mark.starts_processes
 def test_registered_rewards_read_what_follows_the_thought():
     assert rewards(RESPONSES) == [0.0, 1.0, 0.0, 1.0]
     assert rewards(RESPONSES, "<think>\n") == [0.0, 1.0, 0.0, 0.0]
     assert rewards(RESPONSES, after_think=False) == [1.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.starts_processes
 def test_a_custom_function_gets_the_whole_response_unless_asked_otherwise(tmp_path):
     file = tmp_path / "reward.py"
     file.write_text(

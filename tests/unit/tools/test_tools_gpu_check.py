@@ -42,6 +42,7 @@ def run(*command):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.starts_processes
 def test_every_check_runs_and_passes_on_small_sizes(tmp_path):
     """On CPU both sides of "update on CPU" are the same code, so its differences are 0; the
     attention is the plain one in bfloat16."""
@@ -70,6 +71,7 @@ def test_every_check_runs_and_passes_on_small_sizes(tmp_path):
     assert rows["step dense"]["values"]["tokens_per_s"] > 0
 
 
+@pytest.mark.starts_processes
 def test_checks_that_fail_or_raise_do_not_stop_the_others_and_make_the_exit_code_1(tmp_path):
     out = tmp_path / "result.json"
     code, table, _ = run("-c", WITH_OTHER_CHECKS, "--device", "cpu", "--out", str(out))
@@ -82,6 +84,7 @@ def test_checks_that_fail_or_raise_do_not_stop_the_others_and_make_the_exit_code
     assert "1 of 4 checks passed" in table
 
 
+@pytest.mark.starts_processes
 def test_without_a_cuda_device_it_says_so_and_runs_nothing(tmp_path):
     code, table, _ = run(str(TOOL), "--out", str(tmp_path / "result.json"))
     assert code == 2

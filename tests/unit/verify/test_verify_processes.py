@@ -9,6 +9,8 @@ import pytest
 
 from mcore_rl.verify.processes import run_module
 
+pytestmark = pytest.mark.starts_processes
+
 
 @pytest.mark.parametrize(
     ("statement", "exit_code", "reason"),

@@ -149,6 +149,7 @@ def add_one():
         pass
 
 
+@pytest.mark.starts_processes
 def test_a_fork_of_a_process_that_added_tensors_adds_its_own():
     add_one()
     fork = multiprocessing.get_context("fork").Process(target=add_one)

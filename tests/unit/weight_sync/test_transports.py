@@ -39,6 +39,7 @@ def test_every_transport_of_the_package_brings_what_is_sent(name, tmp_path):
 
 @pytest.mark.parametrize("num_receivers", [1, 2])
 @pytest.mark.parametrize("name", BETWEEN_PROCESSES)
+@pytest.mark.starts_processes
 def test_weights_reach_engines_in_processes_of_their_own(name, num_receivers, tmp_path):
     """Each receiver in a process, which keeps all of a session and compares it at the end; a sync
     that breaks off between."""
@@ -196,6 +197,7 @@ def send_and_hang(folder, connection):
     sender.send([("w", torch.zeros(1000))], deliver)
 
 
+@pytest.mark.starts_processes
 def test_what_a_killed_sender_has_left_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -213,6 +215,7 @@ def test_what_a_killed_sender_has_left_is_removed_by_the_next_and_what_is_in_use
 
 
 @pytest.mark.parametrize("name", BETWEEN_PROCESSES)
+@pytest.mark.starts_processes
 def test_a_receiver_that_is_killed_ends_the_sync_and_leaves_nothing(name, tmp_path):
     before = slots()
     link = link_of(name, tmp_path, num_receivers=2)
