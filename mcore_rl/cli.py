@@ -11,6 +11,7 @@ from mcore_rl.errors import USER_ERROR_EXIT_CODE, closest_hint
 COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("mcore_rl.train",),
     "sft": ("mcore_rl.sft",),
+    "eval": ("mcore_rl.eval",),
     "replay": ("mcore_rl.replay",),
     "plan": ("mcore_rl.plan.__main__",),
     "convert": ("mcore_rl.convert.__main__",),

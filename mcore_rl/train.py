@@ -35,6 +35,7 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.loop.loops import LOOPS
     from mcore_rl.loop.recorded import Journal, recorded
     from mcore_rl.loop.validate import validate
+    from mcore_rl.observability.results import results_table
     from mcore_rl.observability.run_folder import JOURNAL
     from mcore_rl.plan.measured import write_memory
     from mcore_rl.run.folder import open_run_folder
@@ -45,8 +46,9 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     cluster = start_run(cfg, workers, inputs, run_dir, placement_of(cfg))
     stop.interrupts(cluster.interrupt, inputs.scorer.interrupt)
     if cfg.trainer.val_only:
-        validate(cfg, inputs, cluster, run_dir)
+        folder = validate(cfg, inputs, cluster, run_dir)
         cluster.close()
+        sys.stdout.write(results_table(folder))
         return
     journal = Journal(run_dir / JOURNAL) if cfg.trainer.journal else None
     if journal:

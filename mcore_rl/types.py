@@ -128,6 +128,9 @@ class Sample:
     """Scalar score of the sample."""
     reward_status: str = "scored"
     """"scored", or why the reward is 0.0 without a score: "failed" or "timeout"."""
+    answer: str | None = None
+    """That the response states, as the reward reads it: "72"; "" for none. None: the reward gives
+    no answers."""
     reward_metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers of the reward function, logged as `reward/<name>/mean`, or as
     `eval/<data source>/<name>/mean` in validation."""

@@ -28,6 +28,7 @@ from mcore_rl.weight_sync.base import TRANSPORTS, Distance
 def check_run(cfg: RunConfig) -> None:
     """Raise a UserError for the first rule that the configuration of a training run breaks."""
     _check_training(cfg)
+    _check_generation(cfg)
     minibatches_divide_a_step(cfg)
     a_critic_is_described_only_where_there_is_one(cfg)
     minibatches_of_the_critic_divide_a_step(cfg)
@@ -38,16 +39,14 @@ def check_run(cfg: RunConfig) -> None:
     the_overlong_buffer_fits_in_a_response(cfg)
     an_adaptive_kl_coefficient_stays_positive(cfg)
     recorded_routes_are_replayed(cfg)
-    syncs_of_adapters_are_chosen_only_where_there_are_some(cfg)
-    a_micro_batch_holds_the_longest_sample(cfg)
     a_micro_batch_of_the_critic_holds_the_longest_sample(cfg)
-    the_engine_holds_the_longest_sample(cfg)
-    engines_divide_the_devices(cfg)
-    weights_reach_the_engines(cfg)
-    routes_are_recorded_in_train_workers(cfg)
     engines_that_generate_beside_training_are_apart(cfg)
-    validation_data_is_named_when_asked_for(cfg)
-    responses_are_generated_not_read(cfg)
+
+
+def check_eval(cfg: RunConfig) -> None:
+    """Raise a UserError for the first rule that the configuration of an evaluation breaks."""
+    _check_model(cfg)
+    _check_generation(cfg)
 
 
 def check_sft(cfg: SftRunConfig) -> None:
@@ -57,14 +56,29 @@ def check_sft(cfg: SftRunConfig) -> None:
     fine_tuning_only_trains(cfg)
 
 
+def _check_generation(cfg: RunConfig) -> None:
+    syncs_of_adapters_are_chosen_only_where_there_are_some(cfg)
+    a_micro_batch_holds_the_longest_sample(cfg)
+    the_engine_holds_the_longest_sample(cfg)
+    engines_divide_the_devices(cfg)
+    weights_reach_the_engines(cfg)
+    routes_are_recorded_in_train_workers(cfg)
+    validation_data_is_named_when_asked_for(cfg)
+    responses_are_generated_not_read(cfg)
+
+
 def _check_training(cfg: RunConfig | SftRunConfig) -> None:
-    a_model_is_named(cfg)
+    _check_model(cfg)
     training_data_is_named(cfg)
+    the_best_checkpoint_is_told_by_a_validation_that_happens(cfg)
+
+
+def _check_model(cfg: RunConfig | SftRunConfig) -> None:
+    a_model_is_named(cfg)
     parallel_sizes_divide_the_workers(cfg)
     pipelines_are_interleaved_only_with_stages(cfg)
     overrides_leave_alone_what_others_decide(cfg)
     adapters_hang_on_layers_of_their_own(cfg)
-    the_best_checkpoint_is_told_by_a_validation_that_happens(cfg)
 
 
 def the_best_checkpoint_is_told_by_a_validation_that_happens(cfg: RunConfig | SftRunConfig) -> None:

@@ -5,26 +5,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.loop.generate import generate_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
+from mcore_rl.rewards.at_k import best_at, majority_at, sizes
 from mcore_rl.rewards.score import failure_metrics
-from mcore_rl.types import SampleGroup
+from mcore_rl.types import Sample, SampleGroup
 
 
 def evaluate(
     cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int, samples: SampleLog
 ) -> Metrics:
-    """Return `eval/<data source>/...` of the weights of `step`, and log some of the samples.
+    """Return `eval/<data source>/...` of the weights of `step`; see `validation_metrics`.
 
-    `accuracy` is the mean score over all samples: the share of right answers where scores are 0 or
-    1. With several samples per prompt `best_at_<n>` is the mean over prompts of the best one.
-    `<name>/mean` is the mean of a further number of the reward over the samples that have it.
-    `failed_frac` and `timeout_frac` are the shares of responses that the reward could not score,
-    which count 0 in the accuracy, and `truncated_frac` that of those cut off at the limit.
+    Raises:
+        UserError: if more rewards failed than `reward.max_failed_frac` allows.
+    """
+    return merge(validation_metrics(validation_groups(cfg, inputs, cluster, step, samples)))
+
+
+def validation_groups(
+    cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int, samples: SampleLog
+) -> list[SampleGroup]:
+    """Return `rollout.val_kwargs.n` scored samples of every validation prompt, drawn with the
+    weights of `step`, and log some of them.
 
     Raises:
         UserError: if more rewards failed than `reward.max_failed_frac` allows.
@@ -46,13 +55,51 @@ def evaluate(
         groups += inputs.scorer.score(answered)[0]
     samples.log(step, "val", groups)
     inputs.scorer.check_failures(groups)
-    return merge(_group_metrics(group) for group in groups)
+    return groups
 
 
 def _batches(items: Sequence, size: int):
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def validation_metrics(groups: Sequence[SampleGroup]) -> list[Metrics]:
+    """Return the metrics of each group, under `eval/<data source>/`; merged they are those of all.
+
+    `accuracy` is the mean score over all samples: the share of right answers where scores are 0 or
+    1. `<name>/mean` is the mean of a further number of the reward over the samples that have it.
+    `failed_frac` and `timeout_frac` are the shares of responses that the reward could not score,
+    which count 0 in the accuracy, and `truncated_frac` that of those cut off at the limit.
+
+    With several samples per prompt, n, these are means over prompts, for k = 1, 2, 4, ... and n of
+    what k of the n samples give (`rewards/at_k.py`):
+
+    - `best_at_<k>`: the best score.
+    - `maj_at_<k>`: the score of the answer that most of them state; not where the reward gives no
+      answers.
+    - `pass_at_<k>`: the chance that any is right, by the reward's `acc`, or the score where it
+      gives none; not where these are other numbers than 0 and 1.
+
+    and `accuracy/std`, the standard deviation of the scores of a prompt's samples.
+
+    Args:
+        groups: scored, all of one size.
+    """
+    found = [_group_metrics(group) for group in groups]
+    for source, of_source in positions_by_source(groups).items():
+        for name, values in _of_several_samples([groups[i] for i in of_source]).items():
+            for i, value in zip(of_source, values.tolist(), strict=True):
+                found[i][f"eval/{source}/{name}"] = mean(value)
+    return found
+
+
+def positions_by_source(groups: Sequence[SampleGroup]) -> dict[str, list[int]]:
+    """Return the positions of the groups of each data source."""
+    found: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        found.setdefault(group.prompt.data_source, []).append(i)
+    return found
 
 
 def _group_metrics(group: SampleGroup) -> Metrics:
@@ -67,8 +114,27 @@ def _group_metrics(group: SampleGroup) -> Metrics:
         for sample in group.samples
     )
     failures = failure_metrics(group.samples)
-    metrics |= {f"{section}/{name}": metric for name, metric in failures.items()}
-    if len(group.samples) > 1:
-        best = max(sample.reward for sample in group.samples)
-        metrics[f"{section}/best_at_{len(group.samples)}"] = mean(best)
-    return metrics
+    return metrics | {f"{section}/{name}": metric for name, metric in failures.items()}
+
+
+def _of_several_samples(groups: Sequence[SampleGroup]) -> dict[str, np.ndarray]:
+    """Return what takes several samples of a prompt, by name, [prompts] each: {} of one sample."""
+    n = len(groups[0].samples)
+    if n == 1:
+        return {}
+    scores = np.array([[sample.reward for sample in group.samples] for group in groups])
+    right = np.array([[_right(sample) for sample in group.samples] for group in groups])
+    answers = [[sample.answer for sample in group.samples] for group in groups]
+    ks = sizes(n)
+    values = {f"best_at_{k}": best_at(scores, k) for k in ks}
+    if any(answer is not None for row in answers for answer in row):
+        rows = zip(scores.tolist(), answers, strict=True)
+        majority = np.array([majority_at(*row, ks) for row in rows])
+        values |= {f"maj_at_{k}": majority[:, i] for i, k in enumerate(ks)}
+    if np.isin(right, (0, 1)).all():
+        values |= {f"pass_at_{k}": best_at(right, k) for k in ks}
+    return values | {"accuracy/std": scores.std(axis=1)}
+
+
+def _right(sample: Sample) -> float:
+    return sample.reward_metrics.get("acc", sample.reward)

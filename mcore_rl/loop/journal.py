@@ -61,6 +61,8 @@ class Score(NamedTuple):
     reward: float
     status: str
     metrics: Mapping[str, float]
+    answer: str | None
+    """That the response states; None: it states none."""
 
 
 @dataclass(frozen=True, slots=True)

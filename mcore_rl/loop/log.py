@@ -36,8 +36,19 @@ def performance(cluster: Cluster) -> Metrics:
     return busy | peak_metrics(cluster.workers)
 
 
+_OF_THE_TRAINER = ("old_logprobs", "values", "train_critic", "train")
+"""Stages in which the train workers compute."""
+
+
 def with_times(metrics: Metrics, times: Metrics) -> Metrics:
-    """Return the metrics of a step with its times and the tokens trained per second of it."""
+    """Return the metrics of a step with its times, the tokens trained per second of it, and the
+    share of it in which the train workers computed."""
     tokens = metrics.get("batch/tokens", total(0.0))  # none while the critic alone trains
-    tokens_per_s = tokens.value / times["time/step"].value
-    return {**metrics, **times, "perf/tokens_per_s": mean(tokens_per_s)}
+    seconds = times["time/step"].value
+    stages = [times.get(f"time/{stage}", total(0.0)).value for stage in _OF_THE_TRAINER]
+    return {
+        **metrics,
+        **times,
+        "perf/tokens_per_s": mean(tokens.value / seconds),
+        "perf/trainer_busy_frac": mean(sum(stages) / seconds),
+    }

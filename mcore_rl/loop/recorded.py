@@ -56,7 +56,7 @@ class Journal:
     def scored(self, groups: Sequence[SampleGroup]) -> None:
         """Take note of what the rewards said."""
         self._going_on.scores.extend(
-            Score(s.prompt.uid, s.index, s.reward, s.reward_status, s.reward_metrics)
+            Score(s.prompt.uid, s.index, s.reward, s.reward_status, s.reward_metrics, s.answer)
             for group in groups
             for s in group.samples
         )

@@ -225,6 +225,7 @@ class ReplayedScorer(Scorer):
             reward=[score.reward for score in scores],
             reward_status=[score.status for score in scores],
             reward_metrics=[score.metrics for score in scores],
+            answer=[score.answer for score in scores],
         )
         return scored, reward_metrics(scored)
 

@@ -322,6 +322,14 @@ PLOTS = (
         draw=draw_times,
     ),
     Plot(
+        name="busy",
+        title="Who works",
+        caption="Share of a step in which engines had requests, and in which the trainer computed. "
+        "Both near 1: they overlap. One near 1 and the other not: the other waits for it.",
+        keys=("perf/engines_busy_frac", "perf/trainer_busy_frac"),
+        draw=draw_lines,
+    ),
+    Plot(
         name="throughput",
         title="Throughput (tokens per second)",
         caption="Over the whole step.",

@@ -222,6 +222,13 @@ def kv_bytes_per_token(arch: Mapping[str, Any], dtype: str, engine_ranks: int) -
     return arch["num_layers"] * per_layer * BYTES[dtype]
 
 
+def route_bytes_per_token(arch: Mapping[str, Any]) -> int:
+    """Return the bytes of the experts that a token was routed to; 0 without experts."""
+    num_layers = sum(arch.get("moe_layer_freq") or ())
+    per_route = 1 if arch.get("num_moe_experts", 0) <= 256 else 2
+    return num_layers * arch.get("moe_router_topk", 0) * per_route
+
+
 def logit_memory(layout: Layout, stage: int, *, tokens: int, vocab_size: int) -> int:
     """Return the bytes of logits: kept blocks and one being computed, or all if they are fewer."""
     if stage != layout.pp - 1:

@@ -11,7 +11,9 @@ from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.metrics import to_floats
 from mcore_rl.plan.estimate import GIB, Estimate, ModelCounts, estimate
+from mcore_rl.plan.overlap_report import generates_beside_training, overlap_lines
 from mcore_rl.plan.step import StepPlan, plan_step, prompt_lengths
+from mcore_rl.plan.times import num_engines
 from mcore_rl.run.inputs import check_model
 from mcore_rl.types import Layout, Part
 
@@ -45,6 +47,8 @@ def write_plan(cfg: RunConfig) -> None:
         "",
         *_moment_lines(cfg, found),
     ]
+    if generates_beside_training(cfg):
+        lines += ["", *overlap_lines(cfg, counts, layout, step, found)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -71,13 +75,12 @@ def _placement_lines(cfg: RunConfig, layout: Layout) -> Iterable[str]:
 
 
 def _engines(cfg: RunConfig) -> str:
-    rollout, devices = cfg.rollout, cfg.trainer.world_size
+    rollout = cfg.rollout
     where = "" if rollout.host == "in_process" else " in processes of their own"
     if rollout.nnodes:
         devices = rollout.nnodes * (rollout.n_gpus_per_node or 0)
         where += f" on {devices} devices of their own"
-    size = rollout.tensor_model_parallel_size
-    return f"{devices // size} engines of {size}{where}"
+    return f"{num_engines(cfg)} engines of {rollout.tensor_model_parallel_size}{where}"
 
 
 def _step_lines(cfg: RunConfig, layout: Layout, step: StepPlan) -> Iterable[str]:

@@ -32,16 +32,9 @@ from mcore_rl.plan.estimate import (
 from mcore_rl.plan.memory import kv_bytes_per_token
 from mcore_rl.plan.moments import EngineMemory, fullest_moments, phases_of
 from mcore_rl.plan.step import step_lengths
-from mcore_rl.plan.step_time import (
-    Speeds,
-    Trainer,
-    Work,
-    decode_time,
-    forward_time,
-    sync_time,
-    train_time,
-)
-from mcore_rl.types import Layout, Part
+from mcore_rl.plan.step_time import Speeds, Work
+from mcore_rl.plan.times import generation_time, move_time, num_engines, trainer_times, work_of_step
+from mcore_rl.types import Layout
 
 NO_ENGINE = EngineMemory(weights=0, kv_cache=0, sleep_level=0)
 
@@ -80,17 +73,7 @@ def work_of(cfg: RunConfig, prompt_tokens: Sequence[int]) -> Work:
         cfg: the run.
         prompt_tokens: of every prompt of `data.train_files`.
     """
-    prompts, responses = step_lengths(cfg, prompt_tokens)
-    updates, epochs = len(prompts) // cfg.actor.ppo_mini_batch_size, cfg.actor.ppo_epochs
-    passes = [updates * epochs > 1, cfg.needs_reference, cfg.has_critic]
-    return Work.of(
-        prompts,
-        responses,
-        updates=max(1, updates),
-        epochs=epochs,
-        passes=sum(passes),
-        trained=2 if cfg.has_critic else 1,
-    )
+    return work_of_step(cfg, *step_lengths(cfg, prompt_tokens))
 
 
 def suggest(
@@ -150,10 +133,6 @@ def _engines(
             check_engine_layout(counts.hf_config, size, ENGINE_SIZE)
         except UserError:
             continue
-        devices = cfg.trainer.world_size
-        if rollout.nnodes:
-            devices = rollout.nnodes * (rollout.n_gpus_per_node or 0)
-        num_engines = len(rollout.server_urls) or devices // size
         memory = engine_memory(cfg, counts)
         per_token = kv_bytes_per_token(counts.arch, dtype, size)
         longest = cfg.data.max_prompt_length + cfg.data.max_response_length
@@ -161,17 +140,8 @@ def _engines(
         is_whole = memory.weights + memory.kv_cache <= USABLE * device_bytes(cfg)
         holds = memory.kv_cache >= longest * per_token and (is_whole or not rollout.nnodes)
         seconds = math.inf
-        if holds and num_engines:
-            seconds = decode_time(
-                counts.timed,
-                work,
-                speeds,
-                engine=size,
-                num_engines=num_engines,
-                sequences=min(rollout.max_num_seqs, int(memory.kv_cache / per_token / work.mean)),
-                kv_bytes=per_token,
-                dtype=dtype,
-            )
+        if holds and num_engines(cfg):
+            seconds = generation_time(cfg, counts, memory, work, speeds)
         found.append(
             _Engine(
                 values=values,
@@ -216,10 +186,10 @@ def _of_layout(
     for chosen in space.training(laid_out):
         training = with_values(laid_out, chosen)
         memory = _trainer_memory(training, counts, layout, work)
-        seconds = _trainer_times(training, counts, layout, memory, work, speeds)
+        seconds = trainer_times(training, counts, layout, memory, work, speeds)
         for turn in space.turns(placed):
             turned = with_values(training, turn)
-            times = {**seconds, "move": _move_time(turned, memory, speeds)}
+            times = {**seconds, "move": move_time(turned, memory, speeds)}
             phases, level = phases_of(turned), turned.rollout.sleep_level
             alone = fullest_moments(phases, memory.memory, NO_ENGINE, turned.offloads)
             for engine in engines:
@@ -273,47 +243,6 @@ def _trainer_memory(
         largest_micro_batch=work.longest * (size or 1),
         num_micro_batches=max(1, math.ceil(per_rank * work.mean / whole)),
     )
-
-
-def _trainer_times(
-    cfg: RunConfig,
-    counts: ModelCounts,
-    layout: Layout,
-    memory: TrainerMemory,
-    work: Work,
-    speeds: Speeds,
-) -> Mapping[str, float]:
-    actor = cfg.actor
-    size = actor.ppo_micro_batch_size_per_gpu
-    overrides = actor.megatron.override_transformer_config
-    trainer = Trainer(
-        layout=layout,
-        devices_per_node=cfg.trainer.n_gpus_per_node,
-        stages=memory.stages,
-        optimizer_bytes=max(stage.actor[Part.OPTIMIZER] for stage in memory.memory),
-        budget=actor.cut.capacity if size is None else int(work.mean * size),
-        recomputes=overrides.get("recompute_granularity") == "full",
-        adapters_only=cfg.model.lora is not None,
-        dtype=actor.megatron.dtype,
-    )
-    model, is_apart = counts.timed, cfg.rollout.nnodes > 0
-    forward = forward_time(model, work, speeds, trainer)
-    return {
-        "forward": work.passes * forward,
-        "train": work.trained * work.epochs * train_time(model, work, speeds, trainer),
-        "sync": sync_time(model, speeds, trainer, is_apart=is_apart, dtype=engine_type(cfg)),
-    }
-
-
-def _move_time(cfg: RunConfig, memory: TrainerMemory, speeds: Speeds) -> float:
-    """Return the seconds in which what is offloaded leaves and comes back, once a step."""
-    offloads = cfg.offloads
-    moved = max(
-        sum(size for part, size in stage.actor.items() if part in offloads.actor)
-        + sum(size for part, size in stage.critic.items() if part in offloads.critic)
-        for stage in memory.memory
-    )
-    return 2 * moved / speeds.host
 
 
 def _name(cfg: RunConfig, sizes: Values) -> str:

@@ -13,6 +13,7 @@ from mcore_rl.dtypes import BYTES
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.plan.candidates import value_of
 from mcore_rl.plan.estimate import GIB, ModelCounts, engine_type
+from mcore_rl.plan.memory import route_bytes_per_token
 from mcore_rl.plan.step import prompt_lengths
 from mcore_rl.plan.step_time import (
     BANDWIDTH_SHARE,
@@ -93,11 +94,10 @@ def _bytes_line(cfg: RunConfig, counts: ModelCounts, work: Work) -> str:
     """Return what moves besides activations."""
     weights = counts.num_parameters * BYTES[engine_type(cfg)] / GIB
     line = f"a sync brings {weights:.1f} GiB of weights to each engine"
-    layers, topk = counts.timed.num_moe_layers, counts.arch.get("moe_router_topk", 0)
-    if not layers:
+    per_token = route_bytes_per_token(counts.arch)
+    if not per_token:
         return line
-    per_route = 1 if counts.arch["num_moe_experts"] <= 256 else 2
-    routes = work.tokens * layers * topk * per_route / GIB
+    routes = work.tokens * per_token / GIB
     is_on = cfg.actor.router_replay.mode != "disabled"
     return f"{line}; routes {'are' if is_on else 'would be'} {routes:.1f} GiB"
 

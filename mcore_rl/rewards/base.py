@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_type_hints, is_typeddict
+from typing import Any, Protocol, TypedDict, get_type_hints, is_typeddict
 
 from mcore_rl.errors import refuse_unread, require, require_one_of
 from mcore_rl.registry import Registry
 
 Score = float | Mapping[str, Any]
-"""A number, or a mapping with the number under "score"; its other numbers are logged by name."""
+"""A number, or a mapping with the number under "score" and, under ANSWER, the answer that the
+response states; its other numbers are logged by name."""
+
+ANSWER = "pred"
+"""By verl's name. Answers that are the same text are votes for one answer; None or "": no answer is
+stated."""
+
+
+class AnswerScore(TypedDict):
+    """The score of a response, and its answer."""
+
+    score: float
+    pred: str | None
+
 
 BUILT_IN_NUMBERS = ("baseline", "response_tokens")
 """Names that no other number of a reward may have: `reward/baseline/mean` and
@@ -48,11 +61,13 @@ def find_reward(data_source: str) -> Callable[..., Score | Awaitable[Score]]:
 
 def further_numbers(function: Callable[..., Any]) -> frozenset[str] | None:
     """Return the names of the numbers that a reward gives beside its score, as its annotation says:
-    `float` for none, a TypedDict for its keys; None where it says neither."""
+    `float` for none, a TypedDict for its keys but the answer; None where it says neither."""
     returned = get_type_hints(function).get("return")
     if returned is float:
         return frozenset()
-    return frozenset(get_type_hints(returned)) - {"score"} if is_typeddict(returned) else None
+    if not is_typeddict(returned):
+        return None
+    return frozenset(get_type_hints(returned)) - {"score", ANSWER}
 
 
 PROTECTIONS = ("privileges", "files", "calls")

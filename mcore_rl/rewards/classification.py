@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mcore_rl.rewards.answer_text import answer_in_words
-from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.base import REWARDS, AnswerScore
 from mcore_rl.rewards.ground_truth import any_of, reads, text_of
 
 _AROUND = "()[]{}\"'`"
@@ -31,13 +31,14 @@ def read_labels(ground_truth: Any) -> list[str]:
 @reads(read_labels)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
-) -> float:
-    """Return 1.0 if the label of `solution_str` is `ground_truth`, otherwise 0.0.
+) -> AnswerScore:
+    """Return 1.0 if the label of `solution_str` is `ground_truth`, otherwise 0.0, and that label.
 
     Raises:
         ValueError: if `ground_truth` is empty.
     """
-    return float(_label(answer_in_words(solution_str)) in read_labels(ground_truth))
+    label = _label(answer_in_words(solution_str))
+    return {"score": float(label in read_labels(ground_truth)), "pred": label}
 
 
 def _read_label(value: Any) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.base import REWARDS, AnswerScore
 from mcore_rl.rewards.ground_truth import reads
-from mcore_rl.rewards.number_text import last_number, read_numbers
+from mcore_rl.rewards.number_text import last_number, number_answer, read_numbers
 
 
 @REWARDS.register("arithmetic")
@@ -15,10 +15,13 @@ from mcore_rl.rewards.number_text import last_number, read_numbers
 @reads(read_numbers)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
-) -> float:
-    """Return 1.0 if the last number of `solution_str` equals `ground_truth`, otherwise 0.0.
+) -> AnswerScore:
+    """Return 1.0 if the last number of `solution_str` equals `ground_truth`, otherwise 0.0, and
+    that number.
 
     Raises:
         ValueError: if `ground_truth` is not one number, or a list of them.
     """
-    return float(last_number(solution_str) in read_numbers(ground_truth))
+    number = last_number(solution_str)
+    score = float(number in read_numbers(ground_truth))
+    return {"score": score, "pred": number_answer(number)}

@@ -11,9 +11,9 @@ from fractions import Fraction
 from typing import Any
 
 from mcore_rl.rewards.answer_text import stated_answer
-from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.base import REWARDS, AnswerScore
 from mcore_rl.rewards.ground_truth import reads
-from mcore_rl.rewards.number_text import read_numbers, stated_number
+from mcore_rl.rewards.number_text import number_answer, read_numbers, stated_number
 
 
 @REWARDS.register("openai/gsm8k")
@@ -21,13 +21,16 @@ from mcore_rl.rewards.number_text import read_numbers, stated_number
 @reads(read_numbers)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
-) -> float:
-    """Return 1.0 if the final answer of `solution_str` equals `ground_truth`, otherwise 0.0.
+) -> AnswerScore:
+    """Return 1.0 if the final answer of `solution_str` equals `ground_truth`, otherwise 0.0, and
+    that answer.
 
     Raises:
         ValueError: if `ground_truth` is not one number, or a list of them.
     """
-    return float(final_answer(solution_str) in read_numbers(ground_truth))
+    answer = final_answer(solution_str)
+    score = float(answer in read_numbers(ground_truth))
+    return {"score": score, "pred": number_answer(answer)}
 
 
 def final_answer(response: str) -> Fraction | None:

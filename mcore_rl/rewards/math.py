@@ -22,10 +22,10 @@ from fractions import Fraction
 from typing import Any
 
 from mcore_rl.rewards.answer_text import stated_answer
-from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.base import REWARDS, AnswerScore
 from mcore_rl.rewards.forked import call_forked
 from mcore_rl.rewards.ground_truth import any_of, reads, text_of
-from mcore_rl.rewards.number_text import plain_number
+from mcore_rl.rewards.number_text import number_answer, plain_number
 
 _CPU_S = 5
 _LIMIT_S = 20.0
@@ -62,15 +62,20 @@ def read_answers(ground_truth: Any) -> list[str]:
 @reads(read_answers)
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
-) -> float:
-    """Return 1.0 if the stated answer of `solution_str` equals `ground_truth`, otherwise 0.0.
+) -> AnswerScore:
+    """Return 1.0 if the stated answer of `solution_str` equals `ground_truth`, otherwise 0.0, and
+    that answer: a plain number as such, so that 0.5 and 1/2 are one, all else as it is written.
 
     Raises:
         ValueError: if `ground_truth` is neither a text that holds anything nor a number, or a list
             of them.
     """
     references, answer = read_answers(ground_truth), stated_answer(solution_str)
-    return float(bool(answer) and any(_is_right(answer, reference) for reference in references))
+    if not answer:
+        return {"score": 0.0, "pred": None}
+    score = float(any(_is_right(answer, reference) for reference in references))
+    plain = plain_number(answer)
+    return {"score": score, "pred": number_answer(plain) or _canonical(answer)}
 
 
 def _is_right(answer: str, reference: str) -> bool:

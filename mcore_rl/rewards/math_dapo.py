@@ -10,15 +10,14 @@ Source: DAPO, arXiv:2503.14476, section 2.4. The names are those of verl's prepa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 from mcore_rl.rewards import math
-from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.base import REWARDS, AnswerScore
 from mcore_rl.rewards.ground_truth import reads
 
 
-class DapoScore(TypedDict):
-    score: float
+class DapoScore(AnswerScore):
     acc: float
 
 
@@ -30,6 +29,7 @@ class DapoScore(TypedDict):
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> DapoScore:
-    """Return 1.0 or -1.0 under "score", and 1.0 or 0.0 under "acc"."""
-    acc = cast(float, math.compute_score(data_source, solution_str, ground_truth, extra_info))
-    return {"score": 2 * acc - 1, "acc": acc}
+    """Return 1.0 or -1.0 under "score", 1.0 or 0.0 under "acc", and the answer."""
+    scored = math.compute_score(data_source, solution_str, ground_truth, extra_info)
+    found = cast(AnswerScore, scored)
+    return {"score": 2 * found["score"] - 1, "pred": found["pred"], "acc": found["score"]}

@@ -124,6 +124,11 @@ def parse_number(value: Any) -> Fraction:
     return number
 
 
+def number_answer(number: Fraction | None) -> str | None:
+    """Return a number as an answer: "72", "2/3"."""
+    return None if number is None else str(number)
+
+
 def read_numbers(ground_truth: Any) -> list[Fraction]:
     """Return the acceptable numbers of a row.
 

@@ -55,6 +55,8 @@ class Outcome:
     """What became of one call."""
 
     score: float = 0.0
+    answer: str | None = None
+    """That the response states, "" for none; None: the function gives no answers."""
     others: Mapping[str, float] = field(default_factory=dict)
     """The further numbers that the function returned."""
     error: str | None = None

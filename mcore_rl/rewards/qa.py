@@ -7,16 +7,15 @@ is one answer or a list of them. The exact match is logged beside the score.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 from mcore_rl.rewards.answer_text import answer_in_words
-from mcore_rl.rewards.base import REWARDS
+from mcore_rl.rewards.base import REWARDS, AnswerScore
 from mcore_rl.rewards.ground_truth import reads
 from mcore_rl.rewards.text_match import best, exact_match, f1, normalize, read_references
 
 
-class QaScore(TypedDict):
-    score: float
+class QaScore(AnswerScore):
     exact_match: float
 
 
@@ -25,7 +24,7 @@ class QaScore(TypedDict):
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping | None = None
 ) -> QaScore:
-    """Return the F1 under "score", within [0, 1], and the exact match.
+    """Return the F1 under "score", within [0, 1], the answer and the exact match.
 
     Raises:
         ValueError: if `ground_truth` names no answer.
@@ -34,5 +33,6 @@ def compute_score(
     answer = normalize(answer_in_words(solution_str))
     return {
         "score": best(f1, answer, references),
+        "pred": " ".join(answer),
         "exact_match": best(exact_match, answer, references),
     }

@@ -120,7 +120,7 @@ class RewardScorer:
                 ) from None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
-        """Return the groups with `reward` and `reward_metrics` set, and the `reward/` metrics.
+        """Return the groups with what the rewards give set, and the `reward/` metrics.
 
         Raises:
             UserError: under `reward.on_error=raise`, for the first reward that fails.
@@ -228,6 +228,7 @@ def with_outcomes(groups: Sequence[SampleGroup], outcomes: Sequence[Outcome]) ->
         reward=[outcome.score for outcome in outcomes],
         reward_status=[_status(outcome) for outcome in outcomes],
         reward_metrics=[_finite(outcome.others) for outcome in outcomes],
+        answer=[outcome.answer for outcome in outcomes],
     )
 
 

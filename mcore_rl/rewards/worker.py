@@ -29,7 +29,7 @@ from typing import Any
 
 from mcore_rl.errors import UserError
 from mcore_rl.processes import die_with_parent
-from mcore_rl.rewards.base import BUILT_IN_NUMBERS, CustomRewardConfig
+from mcore_rl.rewards.base import ANSWER, BUILT_IN_NUMBERS, CustomRewardConfig
 from mcore_rl.rewards.custom import CustomReward, is_async, load_custom_reward
 from mcore_rl.rewards.limits import limit_memory
 
@@ -69,7 +69,7 @@ class Job:
 
 
 Answer = dict[str, Any]
-"""Of one response: "score" and "others", or "error", and "timed_out" with it."""
+"""Of one response: "score", "answer" and "others", or "error", and "timed_out" with it."""
 
 
 def main() -> None:
@@ -225,14 +225,13 @@ def _answers(job: Job, result: object) -> list[Answer]:
 
 def _answer_of(result: object) -> Answer:
     try:
-        score, others = read_result(result)
+        return read_result(result)
     except Exception as error:  # noqa: BLE001  a mapping of the user's own may raise anything
         return _failure(error)
-    return {"score": score, "others": others}
 
 
-def read_result(result: object) -> tuple[float, dict[str, float]]:
-    """Return the score and the other numbers of what a reward function returned; of the others some
+def read_result(result: object) -> Answer:
+    """Return score, answer and other numbers of what a reward function returned; of the others some
     may be NaN or infinite.
 
     Raises:
@@ -243,6 +242,7 @@ def read_result(result: object) -> tuple[float, dict[str, float]]:
     if "score" not in others:
         raise TypeError(f"it returned a mapping without 'score': {sorted(map(str, others))}")
     returned = others.pop("score")
+    has_answer, stated = ANSWER in others, others.pop(ANSWER, None)
     score = _number(returned)
     if score is None:
         raise TypeError(f"it returned {returned!r}, not a number")
@@ -251,7 +251,8 @@ def read_result(result: object) -> tuple[float, dict[str, float]]:
     logged = {str(k): number for k, v in others.items() if (number := _number(v)) is not None}
     if taken := sorted(logged.keys() & set(BUILT_IN_NUMBERS)):
         raise ValueError(f"it returned the number {taken[0]!r}, which names a metric of every run")
-    return score, logged
+    answer = ("" if stated is None else str(stated)) if has_answer else None
+    return {"score": score, "answer": answer, "others": logged}
 
 
 def _number(value: Any) -> float | None:

@@ -40,7 +40,8 @@ class ValKwargsConfig:
     top_k: int = -1
 
     def __post_init__(self) -> None:
-        require(self.n >= 1, "rollout.val_kwargs.n", self.n, "must be at least 1")
+        # Of more, the number of subsets (rewards/at_k.py) is no float.
+        require(1 <= self.n <= 1000, "rollout.val_kwargs.n", self.n, "must lie in [1, 1000]")
         require(
             self.temperature > 0 or (self.temperature == 0 and not self.do_sample),
             "rollout.val_kwargs.temperature",

@@ -38,8 +38,11 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     if cfg.has_critic:
         _check_critic(cfg)
     scorer = RewardScorer(cfg.reward, cfg.custom_reward_function)
-    prompts = load_prompts(cfg.data.train_files, cfg.data, tokenizer, cfg.data.train_max_samples)
-    val_prompts = []
+    prompts, val_prompts = [], []
+    if cfg.data.train_files is not None:
+        prompts = load_prompts(
+            cfg.data.train_files, cfg.data, tokenizer, cfg.data.train_max_samples
+        )
     if cfg.data.val_files is not None:
         val_prompts = load_prompts(
             cfg.data.val_files, cfg.data, tokenizer, cfg.data.val_max_samples
@@ -48,13 +51,16 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     scorer.check_ground_truths([*prompts, *val_prompts])
     _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
     _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)
-    stream = ItemStream(prompts, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
+    # An evaluation has no training data: engines are checked on what they are to answer.
+    trains = cfg.data.train_files is not None
+    items = prompts if trains else val_prompts
+    stream = ItemStream(items, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
     return RunInputs(
         prompts=stream,
         val_prompts=val_prompts,
         scorer=scorer,
         stop_token_ids=end_token_ids(tokenizer, read_generation_config(cfg.model.folder)),
-        total_steps=count_steps(cfg.trainer, cfg.data, stream),
+        total_steps=count_steps(cfg.trainer, cfg.data, stream) if trains else 0,
         routing=_replayed_routing(cfg),
         adapters=adapters_of_engines(cfg),
     )

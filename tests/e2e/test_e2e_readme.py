@@ -72,6 +72,7 @@ RUN_ELSEWHERE = (
     "NODE_RANK=0 MASTER_ADDR=n1 examples/launch/",
     "LAUNCHER=ray examples/launch/",
     "mcore-rl replay ",  # tests/e2e/test_e2e_replay.py, test_e2e_overlapped.py
+    "mcore-rl eval ",  # tests/e2e/test_e2e_train.py
     "python benchmarks/algorithms.py",  # 54 trainings; tests/unit/tools has its parts
 )
 RUN_HERE = (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import commands
 import poison
+import pyarrow.parquet as pq
 import pytest
 import torch
 from stage_marks import KILL_AT, MARKED
@@ -108,6 +109,40 @@ def test_the_exported_model_answers_as_the_engine_did_after_the_last_step(first,
         )
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert text == sample["response"]
+
+
+def test_an_evaluation_of_the_exported_model_is_the_last_validation(
+    first, files, prepared, tmp_path
+):
+    """Bit for bit: in the run's layout, with no data to train on, from the exported weights."""
+    run_dir, _ = first
+    out = tmp_path / "eval"
+    done = prepared.run(
+        f"model.path={run_dir / 'hf_model'}",
+        f"data.val_files={files.data / 'val.parquet'}",
+        f"custom_reward_function.path={files.reward}",
+        f"trainer.default_local_dir={out}",
+        "data.max_prompt_length=16",
+        "data.max_response_length=8",
+        "actor.megatron.dtype=float32",
+        "actor.megatron.expert_model_parallel_size=2",
+        "rollout.kv_cache_memory_bytes=33554432",
+        "reward.on_error=zero",
+        "trainer.n_gpus_per_node=2",
+        module="mcore_rl.eval",
+    )
+    assert done.returncode == 0, done.stderr
+    folder = out / "validation" / "global_step_0"
+    found = json.loads((folder / "results.json").read_text())["data_sources"]["arithmetic"]
+    last = commands.read_metrics(run_dir)[-1]
+    assert {key: estimate["value"] for key, estimate in found["metrics"].items()} == {
+        key: value for key, value in last.items() if key.startswith("eval/")
+    }
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    logged = [s for s in commands.read_lines(run_dir / "samples.jsonl") if s["step"] == 4]
+    assert [row["response"] for row in rows] == [sample["response"] for sample in logged]
+    assert done.stdout.endswith(f"results  {folder / 'results.json'}\n")
+    assert "\narithmetic  (8 prompts, 8 samples)\n  " in done.stdout
 
 
 def test_a_second_run_under_torchrun_gives_the_same_numbers(first, files, tmp_path):

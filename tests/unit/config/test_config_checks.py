@@ -11,7 +11,7 @@ import pytest
 
 from mcore_rl.algorithms.advantages import ADVANTAGES
 from mcore_rl.config import checks
-from mcore_rl.config.checks import check_run, check_sft
+from mcore_rl.config.checks import check_eval, check_run, check_sft
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig, SftRunConfig, train_layout
 from mcore_rl.data.packing import SequenceCount, TokenBudget
@@ -252,7 +252,9 @@ def test_every_rule_of_the_module_is_in_the_table():
         for name, function in inspect.getmembers(checks, inspect.isfunction)
         if function.__module__ == checks.__name__ and not name.startswith("_")
     }
-    assert functions - {"check_run", "check_sft", "fine_tuning_only_trains"} == set(RULES)
+    assert functions - {"check_eval", "check_run", "check_sft", "fine_tuning_only_trains"} == set(
+        RULES
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -342,6 +344,20 @@ def test_fine_tuning_refuses_what_it_would_not_read(override):
 def test_a_validation_alone_needs_validation_data():
     with pytest.raises(UserError, match=r"^trainer\.val_only=True asks for validation without"):
         check_run(compose([*NAMED, "trainer.val_only=true"]))
+
+
+def test_an_evaluation_needs_model_and_validation_data_and_no_step_to_train():
+    evaluation = ["trainer.val_only=true", "model.path=m"]
+    check_eval(compose([*evaluation, "data.val_files=v"]))
+    with pytest.raises(UserError, match=r"^trainer\.val_only=True asks for validation without"):
+        check_eval(compose(evaluation))
+    with pytest.raises(UserError, match=r"^model\.path=None is not set"):
+        check_eval(compose(["trainer.val_only=true", "data.val_files=v"]))
+    short = ["data.val_files=v", "rollout.max_model_len=8"]
+    with pytest.raises(UserError, match=r"^rollout\.max_model_len=8 is less than"):
+        check_eval(compose([*evaluation, *short]))
+    with pytest.raises(UserError, match=r"^data\.train_files=None is not set"):
+        check_run(compose([*evaluation, "data.val_files=v"]))
 
 
 @pytest.mark.parametrize("section", ["actor", "critic"])

@@ -467,11 +467,11 @@ class ScoringHere:
             if self._is_interrupted:
                 raise StoppedError
             try:
-                score, others = read_result(self._function(**call.arguments))
+                found = read_result(self._function(**call.arguments))
             except Exception as error:  # noqa: BLE001  whatever a function raises is an outcome
                 yield position, Outcome(error=f"{type(error).__name__}: {error}")
             else:
-                yield position, Outcome(score=score, others=others)
+                yield position, Outcome(**found)
 
     def interrupt(self) -> None:
         self._is_interrupted = True

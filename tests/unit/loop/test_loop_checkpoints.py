@@ -7,6 +7,8 @@ import shutil
 from dataclasses import replace
 
 import fake_workers
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from fake_workers import make_prompts
 from loop_runs import run_in
@@ -14,6 +16,7 @@ from loop_runs import run_in
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.loop.validate import validate
+from mcore_rl.observability.run_folder import read_config
 
 STEPS = 4
 # Everything that a checkpoint keeps matters here: weights, schedule, place in the data (two and a
@@ -411,6 +414,10 @@ def test_a_validation_alone_leaves_the_run_as_it_is(run_loop, whole):
         [line] = replace(whole, folder=folder).metrics
         expected = {k: v for k, v in whole.metrics[step].items() if k.startswith(("eval/", "step"))}
         assert line == expected
+        results = json.loads((folder / "results.json").read_text())
+        assert results["step"] == step
+        values = {k: v["value"] for k, v in results["data_sources"]["val"]["metrics"].items()}
+        assert values == {k: v for k, v in expected.items() if k != "step"}
         samples = replace(whole, folder=folder).lines("samples.jsonl")
         assert samples == [
             sample
@@ -433,6 +440,42 @@ def test_a_validation_alone_of_a_new_run_is_of_the_first_weights(run_loop):
     assert (run.folder / "validation/global_step_0/metrics.jsonl").exists()
     trained = run_loop("data.val_files=unread", steps=2, num_val=3)  # the folder is free
     assert trained.counts["actor.update"] == 4
+
+
+SEVERAL = ["rollout.val_kwargs.n=3", "rollout.val_kwargs.do_sample=true"]
+
+
+def test_a_validation_alone_leaves_every_sample_and_metrics_with_their_intervals(run_loop):
+    """Every metric is a mean over the rows of the table, and lies within its interval."""
+    only = ["trainer.val_only=true", "data.val_files=unread", "trainer.log_val_generations=0"]
+    run = run_loop(*only, *SEVERAL, steps=2, num_val=40, loop=validate)
+    folder = run.folder / "validation" / "global_step_0"
+    assert read_config(folder / "config.yaml") == read_config(run.folder / "config.yaml")
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [(row["uid"], row["index"]) for row in rows] == [
+        (f"val:{100 + i}", j) for i in range(40) for j in range(3)
+    ]
+    found = json.loads((folder / "results.json").read_text())["data_sources"]["val"]
+    assert (found["num_prompts"], found["num_samples"]) == (40, 120)
+    metrics = found["metrics"]
+    rewards = np.array([row["reward"] for row in rows]).reshape(40, 3)
+    tokens = [row["response_tokens"] for row in rows]
+    expected = {
+        "accuracy": rewards.mean(),
+        "accuracy/std": rewards.std(axis=1).mean(),
+        "best_at_1": rewards.mean(),
+        "best_at_3": rewards.max(axis=1).mean(),
+        "response_tokens/mean": np.mean(tokens),
+        "truncated_frac": np.mean([row["finish_reason"] == "length" for row in rows]),
+    }
+    for name, value in expected.items():
+        assert metrics[f"eval/val/{name}"]["value"] == pytest.approx(value), name
+    for key, estimate in metrics.items():
+        assert estimate["low"] <= estimate["value"] <= estimate["high"], key
+    accuracy = metrics["eval/val/accuracy"]
+    deviation = rewards.mean(axis=1).std() / np.sqrt(40)
+    width = accuracy["high"] - accuracy["low"]
+    assert width == pytest.approx(2 * 1.96 * deviation, rel=0.1)  # of 1000 resamples
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(run_loop, whole):

@@ -33,8 +33,8 @@ def test_a_step_comes_back_as_it_was_written(tmp_path):
             (Key(5, 7), result([9], "length", [VersionSpan(6, 0, 1), VersionSpan(7, 1, 1)])),
         ],
         scores=[
-            Score("train:3", 1, 0.1, "scored", {"acc": 1 / 3}),
-            Score("x", 0, 0.0, "failed", {}),
+            Score("train:3", 1, 0.1, "scored", {"acc": 1 / 3}, "7"),
+            Score("x", 0, 0.0, "failed", {}, None),
         ],
     )
     write_step(tmp_path, 7, record)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 from fake_workers import VOCABULARY, UnigramEngine
@@ -269,7 +271,48 @@ def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_lo
     sampling = first[0][0][0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 0.8, 5)
     line = run.metrics[0]
-    assert line["eval/val/best_at_4"] > line["eval/val/accuracy"]
+    best = [line[f"eval/val/best_at_{k}"] for k in (1, 2, 4)]
+    assert best == sorted(set(best))
+    assert best[0] == pytest.approx(line["eval/val/accuracy"])
+    assert line["eval/val/accuracy/std"] > 0
+    # The reward gives no answers, and other scores than 0 and 1.
+    assert not [key for key in line if "maj_at" in key or "pass_at" in key]
+
+
+VOTES = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    first = (solution_str.split() or [None])[0]
+    right = first == ground_truth
+    return {"score": 2 * right - 1, "acc": right, "pred": first}
+"""
+
+
+def test_validation_reports_the_majority_and_the_chance_of_a_right_answer(run_loop):
+    """Held against the samples: the score of what two of three state, of one of them otherwise."""
+    overrides = [
+        "data.val_files=unread",
+        "rollout.val_kwargs.n=3",
+        "rollout.val_kwargs.do_sample=true",
+        "trainer.log_val_generations=120",
+    ]
+    run = run_loop(GMPO, *overrides, steps=1, num_val=40, reward=VOTES)
+    line, samples = run.metrics[0], run.lines("samples.jsonl")[:120]
+    expected = []
+    for i in range(0, 120, 3):
+        of_prompt = samples[i : i + 3]
+        assert len({sample["uid"] for sample in of_prompt}) == 1
+        score = {(s["response"].split() or [""])[0]: s["reward"] for s in of_prompt}
+        votes = Counter((s["response"].split() or [""])[0] for s in of_prompt)
+        silent = votes.pop("", 0)
+        most = [answer for answer in votes if votes[answer] == max(votes.values())]
+        expected.append(fmean(score[answer] for answer in most) if silent < 3 else -1)
+    assert line["eval/val/maj_at_3"] == pytest.approx(fmean(expected))
+    assert line["eval/val/maj_at_1"] == pytest.approx(line["eval/val/accuracy"])
+    rights = [any(s["reward"] == 1 for s in samples[i : i + 3]) for i in range(0, 120, 3)]
+    assert line["eval/val/pass_at_3"] == pytest.approx(fmean(rights))
+    assert line["eval/val/pass_at_1"] == pytest.approx(line["eval/val/acc/mean"])
+    assert line["eval/val/best_at_2"] == pytest.approx(2 * line["eval/val/pass_at_2"] - 1)
+    assert 0 < line["eval/val/pass_at_1"] < line["eval/val/pass_at_2"] < fmean(rights) < 1
 
 
 BUILT_IN = ("response_tokens/mean", "truncated_frac", "failed_frac", "timeout_frac")

@@ -44,6 +44,8 @@ def make_records():
             "actor/pg_loss": -0.01 * step,
             "actor/entropy": 1.0,
             "perf/tokens_per_s": 1000.0,
+            "perf/engines_busy_frac": 0.5 + 0.01 * step,
+            "perf/trainer_busy_frac": 0.4,
             "time/step": 3.0,
             "time/rollout": 1.0,
             "time/train": 1.5,

@@ -95,6 +95,7 @@ def test_a_response_without_a_word_scores_zero_whatever_the_reference(
     result = REWARDS.get(data_source)(
         data_source=data_source, solution_str=response, ground_truth=reference, extra_info=None
     )
+    assert result.pop("pred") == ""
     assert set(result.values()) == {0.0}
 
 

@@ -28,9 +28,9 @@ FORMS = [
 def test_a_stated_answer_scores_one_and_its_neighbours_zero(form, number):
     for text in (f"{number}", f"{number:,}"):
         response = form.format(n=text)
-        assert compute_score("gsm8k", response, str(number)) == 1.0
-        assert compute_score("gsm8k", response, str(number - 1)) == 0.0
-        assert compute_score("gsm8k", response, str(number + 1)) == 0.0
+        assert compute_score("gsm8k", response, str(number))["score"] == 1.0
+        assert compute_score("gsm8k", response, str(number - 1))["score"] == 0.0
+        assert compute_score("gsm8k", response, str(number + 1))["score"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_stated_answer_scores_one_and_its_neighbours_zero(form, number):
     ],
 )
 def test_an_unstated_hedged_or_broken_answer_scores_zero(response):
-    assert compute_score("gsm8k", response, "72") == 0.0
+    assert compute_score("gsm8k", response, "72")["score"] == 0.0
 
 
 def test_no_final_answer_is_none_rather_than_a_number():
@@ -60,4 +60,18 @@ def test_no_final_answer_is_none_rather_than_a_number():
 
 
 def test_a_reference_with_thousands_separators_is_understood():
-    assert compute_score("gsm8k", "#### 1080", "1,080") == 1.0
+    assert compute_score("gsm8k", "#### 1080", "1,080")["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("#### 1,080", "1080"),
+        ("#### $1080.00", "1080"),
+        ("The answer is 2/4.", "1/2"),
+        ("#### 9" + "0" * 500, None),
+        ("I cannot say.", None),
+    ],
+)
+def test_ways_to_write_a_number_are_one_answer(response, answer):
+    assert compute_score("gsm8k", response, "1")["pred"] == answer

@@ -11,7 +11,8 @@ from mcore_rl.rewards.worker import RewardCall
 
 
 def _score(response, reference):
-    return compute_score(data_source="math", solution_str=response, ground_truth=reference)
+    scored = compute_score(data_source="math", solution_str=response, ground_truth=reference)
+    return scored["score"]
 
 
 REWRITINGS = {
@@ -83,6 +84,21 @@ def test_malformed_answers_score_zero(answer):
 def test_an_answer_that_no_simplifier_ends_on_is_wrong_after_the_limit(answer, monkeypatch):
     monkeypatch.setattr(math_reward, "_LIMIT_S", 0.5)
     assert _score(f"\\boxed{{{answer}}}", "5") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{0.50}", "1/2"),
+        (r"\boxed{\dfrac{1}{2}}", "1/2"),
+        (r"\boxed{\left( 3, \dfrac{\pi}{2} \right)}", r"(3,\frac{\pi}{2})"),
+        (r"\boxed{(3,\frac{\pi}{2})}", r"(3,\frac{\pi}{2})"),
+        (r"\boxed{}", None),
+        ("I cannot say.", None),
+    ],
+)
+def test_an_answer_is_one_however_its_number_or_its_sizes_are_written(response, answer):
+    assert compute_score("math", response, "1")["pred"] == answer
 
 
 def test_a_reference_that_cannot_be_parsed_is_compared_as_text():

@@ -107,4 +107,4 @@ def test_a_reference_answer_that_is_not_one_number_is_an_error(value):
     ],
 )
 def test_the_last_number_must_equal_the_reference_exactly(response, ground_truth, score):
-    assert compute_score("arithmetic", response, ground_truth) == score
+    assert compute_score("arithmetic", response, ground_truth)["score"] == score

@@ -86,6 +86,38 @@ def test_each_data_source_is_scored_by_its_own_reward():
     )
 
 
+def test_the_answers_that_responses_state_go_with_the_samples():
+    """By the rewards that read one; the same number is the same answer."""
+    groups = [
+        _group("2+3=5", "5.0", "no idea"),
+        _group("#### 1,000", data_source="gsm8k"),
+        _group(r"\boxed{\frac12}", data_source="math"),
+        _group("Answer: (B)", data_source="classification"),
+        _group("Answer: Paris", data_source="math_dapo"),
+    ]
+    scored, _ = RewardScorer(RewardConfig(), CustomRewardConfig()).score(groups)
+    answers = [[sample.answer for sample in group.samples] for group in scored]
+    assert answers == [["5", "5", ""], ["1000"], ["1/2"], ["b"], ["Paris"]]
+    assert [sample.reward_metrics for sample in scored[0].samples] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("returned", "answer"),
+    [
+        ("1.0", None),
+        ("{'score': 1.0}", None),
+        ("{'score': 1.0, 'pred': ' 5'}", " 5"),
+        ("{'score': 1.0, 'pred': 5}", "5"),
+        ("{'score': 1.0, 'pred': None}", ""),
+        ("{'score': 1.0, 'pred': [1, 2]}", "[1, 2]"),
+    ],
+)
+def test_a_function_of_the_user_s_own_gives_answers_by_verl_s_name(make_scorer, returned, answer):
+    scored, metrics = make_scorer(f"return {returned}").score([_group("a")])
+    assert scored[0].samples[0].answer == answer
+    assert "reward/pred/mean" not in metrics
+
+
 def test_a_data_source_without_a_reward_is_refused_before_the_run():
     scorer = RewardScorer(RewardConfig(), CustomRewardConfig())
     scorer.check(_prompts("gsm8k", "arithmetic", "exact_number", "openai/gsm8k"))

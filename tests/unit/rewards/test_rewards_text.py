@@ -51,7 +51,7 @@ def test_without_a_stated_answer_the_last_line_counts():
     ],
 )
 def test_math_reasoning_reads_the_stated_number_or_the_last(response, reference, score):
-    assert _score("math_reasoning", response, reference) == score
+    assert _score("math_reasoning", response, reference)["score"] == score
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,28 @@ def test_f1_counts_each_common_word_as_often_as_it_stands_in_both():
 
 def test_qa_scores_the_overlap_with_the_best_reference():
     result = _score("qa", "<answer>the tall tower of Paris</answer>", ["Rome", "Tower of Paris"])
-    assert result == {"score": pytest.approx(6 / 7), "exact_match": 0.0}
+    assert result == {
+        "score": pytest.approx(6 / 7),
+        "pred": "tall tower of paris",
+        "exact_match": 0.0,
+    }
     assert _score("qa", "Answer: The Tower", {"target": ["tower"]}) == {
         "score": 1.0,
+        "pred": "tower",
         "exact_match": 1.0,
     }
 
 
 def test_trivia_scores_an_exact_match_with_any_alias():
     aliases = ["John F. Kennedy", "JFK"]
-    assert _score("trivia", "It was...\nAnswer: J.F.K.", aliases) == {"score": 1.0, "f1": 1.0}
+    assert _score("trivia", "It was...\nAnswer: J.F.K.", aliases) == {
+        "score": 1.0,
+        "pred": "jfk",
+        "f1": 1.0,
+    }
     assert _score("trivia", "Answer: John Kennedy", aliases) == {
         "score": 0.0,
+        "pred": "john kennedy",
         "f1": pytest.approx(4 / 5),
     }
 
@@ -117,7 +127,7 @@ def test_a_row_without_an_acceptable_answer_is_an_error(data_source, ground_trut
     ],
 )
 def test_classification_wants_the_label_and_nothing_else(response, label, score):
-    assert _score("classification", response, label) == score
+    assert _score("classification", response, label)["score"] == score
 
 
 def test_a_row_without_a_label_is_an_error():
