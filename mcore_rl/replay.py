@@ -35,6 +35,7 @@ _OTHERWISE = (
     "trainer.export_hf_model=false",
     "trainer.logger=[console]",
     "trainer.journal=true",
+    "trainer.launcher=auto",
     "rollout.compare_loaded_weights=false",
 )
 """What a replay does not do as the run did: no number depends on it."""
