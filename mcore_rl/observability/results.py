@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.durable_files import write_whole
+from mcore_rl.foreign_json import parse_json
 from mcore_rl.observability.jsonl import failed_write_ends_run
 from mcore_rl.printable import printable
 from mcore_rl.types import Sample, SampleGroup
@@ -60,7 +61,7 @@ def write_results(
 
 def results_table(folder: Path) -> str:
     """Return `results.json` as a table: a metric of a data source in each line."""
-    content = json.loads((folder / RESULTS_FILE).read_text())
+    content = parse_json((folder / RESULTS_FILE).read_text())
     lines = [f"step {content['step']}; in brackets: {content['interval']}"]
     for source, found in content["data_sources"].items():
         counts = f"{found['num_prompts']} prompts, {found['num_samples']} samples"
