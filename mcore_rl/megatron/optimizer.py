@@ -65,7 +65,7 @@ class PolicyOptimizer:
                 use_distributed_optimizer=megatron.use_distributed_optimizer,
             ),
             self.chunks,
-            use_gloo_process_groups=torch.cuda.is_available(),
+            use_gloo_process_groups=False,  # checkpoints gather nothing
         )
         # Where experts alone train (LoRA), the optimizer of all else is empty and cannot be saved.
         parts = [one for one in optimizers.chained_optimizers if one.optimizer is not None]

@@ -79,7 +79,7 @@ def initialize(layout: Layout, seed: int) -> Parallel:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        create_gloo_process_groups=dist.get_backend() != "gloo",
+        create_gloo_process_groups=False,  # a mesh of sockets for each; nothing of ours uses them
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     groups: Any = parallel_state  # its annotations also allow lists and absent groups
