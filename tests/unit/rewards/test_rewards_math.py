@@ -97,6 +97,7 @@ def test_an_answer_that_no_simplifier_ends_on_is_wrong_after_the_limit(answer, m
         ("I cannot say.", None),
     ],
 )
+@pytest.mark.starts_processes
 def test_an_answer_is_one_however_its_number_or_its_sizes_are_written(response, answer):
     assert compute_score("math", response, "1")["pred"] == answer
 
