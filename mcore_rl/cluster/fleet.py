@@ -26,7 +26,7 @@ class Fleet(Protocol):
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
     ) -> list[list[GenerationResult]]:
         """Return one result per request, in order."""
-        ...
+        return self.end(self.begin(groups, keep_routes=keep_routes))
 
     def begin(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False

@@ -110,12 +110,6 @@ class RecordedEngines(Fleet):
         """See `Fleet`."""
         return self._engines.weights
 
-    def generate(
-        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
-    ) -> list[list[GenerationResult]]:
-        """See `Fleet`."""
-        return self.end(self.begin(groups, keep_routes=keep_routes))
-
     def begin(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
     ) -> _Begun:

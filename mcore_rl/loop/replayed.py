@@ -141,12 +141,6 @@ class ReplayedEngines(Fleet):
         """See `Fleet`."""
         return self._source.weights
 
-    def generate(
-        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
-    ) -> list[list[GenerationResult]]:
-        """See `Fleet`."""
-        return self.end(self.begin(groups, keep_routes=keep_routes))
-
     def begin(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
     ) -> Any:
