@@ -45,7 +45,7 @@ class Health:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Requests that were given together, and their results so far."""
+    """The requests of a group, and their results so far."""
 
     results: list[GenerationResult | None]
     num_open: int
@@ -94,7 +94,14 @@ class ServingEngine:
         )
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[GenerationResult]]:
-        """Take requests; the future has one result per request, in order, after enough `run`s.
+        """Take requests of one group; see `submit_groups`."""
+        return self.submit_groups([requests])[0]
+
+    def submit_groups(
+        self, groups: Sequence[Sequence[GenerationRequest]]
+    ) -> list[Future[list[GenerationResult]]]:
+        """Take requests; the future of a group has one result per request, in order, after enough
+        `run`s.
 
         Raises:
             RolloutError: if the engine may not generate.
@@ -103,6 +110,9 @@ class ServingEngine:
         self._refuse_if(self._is_open, "generate", "is taking weights")
         self._refuse_if(bool(self._asleep), "generate", "is asleep")
         self._refuse_if(self.weight_version < 0, "generate", "has no complete weights")
+        return [self._add(requests) for requests in groups]
+
+    def _add(self, requests: Sequence[GenerationRequest]) -> Future[list[GenerationResult]]:
         batch = _Batch([None] * len(requests), len(requests))
         if not requests:
             batch.future.set_result([])
