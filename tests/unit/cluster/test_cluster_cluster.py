@@ -384,6 +384,72 @@ def test_when_a_worker_or_the_run_has_failed_no_engine_is_started_again(error):
     assert workers.restarted == []
 
 
+class SlowWorkers(EchoWorkers):
+    """An engine of its own process on rank 2 that answers the groups of `quick` at once, fails the
+    first time it is asked for group `lost`, and the others when it is stopped."""
+
+    quick, lost = (1, 3, 4), None
+
+    def __init__(self, placement):
+        super().__init__(placement)
+        self.open = {}
+        self.restarted = []
+
+    def submit(self, calls):
+        (method,) = {call.method for call in calls.values()}
+        if method is Rollout.stop:
+            assert {number for number, _ in self.open} == {calls[1].args[0]}
+            for future in self.open.values():
+                future.set_result([aborted()])
+        (rank, asked), *_ = calls.items()
+        if method is not Rollout.answer or asked.args[1] in self.quick:
+            return super().submit(calls)
+        future = Future()
+        if asked.args[1] == self.lost:
+            self.lost = None
+            future.set_exception(EngineLostError("it was ended by SIGKILL", role="engine 0"))
+        else:
+            self.open[asked.args] = future
+        return {rank: future}
+
+    def restart(self, rank):
+        self.open.clear()
+        self.restarted.append(rank)
+        return done(None)
+
+    def update_address(self, rank):
+        return f"address of {rank}"
+
+
+def aborted():
+    return GenerationResult(
+        token_ids=[7], logprobs=[-1.0], finish_reason="abort", versions=[VersionSpan(-1, 0, 1)]
+    )
+
+
+def test_once_enough_groups_have_ended_the_others_are_stopped_with_what_they_have():
+    placement = engines_apart(Layout(), 1, engine_size=1)
+    workers = SlowWorkers(placement)
+    engines = Cluster.of(workers, placement, TokenBudget(max_tokens=64)).engines
+    results = engines.end(engines.begin(alone(6)), enough=3)
+    assert [result.finish_reason for (result,) in results] == [
+        *("abort", "stop", "abort", "stop", "stop", "abort")
+    ]
+    assert [method for method, _ in workers.calls].count(Rollout.stop) == 1
+
+
+def test_what_ended_before_an_engine_was_lost_is_not_drawn_again():
+    placement = engines_apart(Layout(), 1, engine_size=1)
+    workers = SlowWorkers(placement)
+    workers.quick, workers.lost = (0, 1), 2
+    cluster = Cluster.of(workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=1)
+    results = cluster.engines.generate(alone(4))
+    assert [result.finish_reason for (result,) in results] == ["stop"] * 4
+    given = [args[1][1] for method, args in workers.calls if method is Rollout.generate]
+    assert [[len(groups) for groups in given]] == [[4, 2]]
+    assert workers.restarted == [1]
+
+
 class LoadingWorkers(EchoWorkers):
     """Engines of two ranks that have loaded what `loaded` says, by rank."""
 
