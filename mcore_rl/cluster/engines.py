@@ -123,12 +123,7 @@ class Engines:
         """
         if self._is_interrupted:
             raise StoppedError
-        if self._phases.engines_forgot:
-            if self._phases.has_trained:
-                message = f"weights {self._version} are wanted, which the trainer has left"
-                raise RolloutError(message, role="controller")
-            self.sync_weights(self._version)
-        self._phases.enter(Phase.GENERATE)
+        self._enter_generation()
         if keep_routes:
             self._routes.expect()
         generation = Generation(groups=groups, keep_routes=keep_routes, since=self._version)
@@ -151,6 +146,7 @@ class Engines:
             RolloutError: if an engine fails, or answers what cannot be.
             StoppedError: if they were interrupted; all of them have given up then.
         """
+        self._enter_generation()
         if enough is not None:
             self._stop_beyond(generation, enough)
         answers = [self._answer(generation, group) for group in range(len(generation.groups))]
@@ -158,6 +154,15 @@ class Engines:
         if self._is_interrupted:
             raise StoppedError
         return answers
+
+    def _enter_generation(self) -> None:
+        """Have engines that slept go on."""
+        if self._phases.engines_forgot:
+            if self._phases.has_trained:
+                message = f"weights {self._version} are wanted, which the trainer has left"
+                raise RolloutError(message, role="controller")
+            self.sync_weights(self._version)
+        self._phases.enter(Phase.GENERATE)
 
     def busy_share(self) -> float:
         """Return for how much of the time since the last call engines had requests, in the mean."""
@@ -247,7 +252,8 @@ class Engines:
         self._phases.enter(Phase.SYNC)
         self._version = version
         with_base = with_digests or not self._have_base or self._phases.engines_forgot
-        paused: Sequence[int] = range(self.num_engines) if self._in_flight else ()
+        are_drawing = bool(self._in_flight) and not self._phases.engines_sleep
+        paused: Sequence[int] = range(self.num_engines) if are_drawing else ()
         problems = self._ask(paused, call(Rollout.pause, PauseMode.KEEP))
         engines = range(self.num_engines) if self._are_apart else ()
         whole = [engine for engine in engines if engine not in problems]

@@ -277,15 +277,12 @@ def an_adaptive_kl_coefficient_stays_positive(cfg: RunConfig) -> None:
 
 
 def engines_that_generate_beside_training_are_apart(cfg: RunConfig) -> None:
-    """An engine inside a train worker, or one that sleeps while it trains, cannot."""
+    """An engine inside a train worker has no requests left when it has answered."""
     age, rollout = cfg.trainer.max_staleness, cfg.rollout
     key, rule = "trainer.max_staleness", "has engines generate while the trainer works, and "
     fix = "Set rollout.host=process, or trainer.max_staleness=0."
     is_apart = rollout.host != "in_process"
     require(age == 0 or is_apart, key, age, f"{rule}rollout.host={rollout.host} has none", fix)
-    level = rollout.sleep_level
-    fix = "Set rollout.sleep_level=0, or trainer.max_staleness=0."
-    require(age == 0 or level == 0, key, age, f"{rule}rollout.sleep_level={level}", fix)
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:

@@ -409,7 +409,8 @@ class RolloutEngine(UpdateSession, Protocol):
         ...
 
     def sleep(self, level: int) -> None:
-        """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them."""
+        """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them. What was
+        computed of running requests is forgotten, and computed again when all is awake."""
         ...
 
     def wake(self, part: EnginePart) -> None:

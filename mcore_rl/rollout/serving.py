@@ -2,7 +2,8 @@
 
     without weights --start--> taking weights --finish--> ready --generate--> results
     ready --pause--> paused (weights may be taken while requests wait) --resume--> ready
-    ready, without a request --sleep--> asleep --wake--> ready (level 2: without weights)
+    ready --sleep--> asleep (requests wait, weights may be taken) --wake--> ready (level 2: without
+    weights)
 
 Whatever the state does not allow is refused. An update that breaks off leaves an engine without
 weights, which generates nothing.
@@ -82,7 +83,7 @@ class ServingEngine:
     @property
     def is_busy(self) -> bool:
         """Whether `run` has something to do."""
-        return bool(self._unfinished) and not self._is_paused
+        return bool(self._unfinished) and not self._is_paused and not self._asleep
 
     def health(self) -> Health:
         """Return how the engine is."""
@@ -167,10 +168,9 @@ class ServingEngine:
         self._is_paused = False
 
     def sleep(self, level: int) -> None:
-        """Free the device's memory; see `RolloutEngine.sleep`."""
+        """Free the device's memory; see `RolloutEngine.sleep`. Unfinished requests wait."""
         self._refuse_if(self._is_open, "sleep", "is taking weights")
         self._refuse_if(self._asleep == frozenset(EnginePart), "sleep", "is asleep already")
-        self._refuse_if(bool(self._unfinished), "sleep", "has unfinished requests")
         self._engine.sleep(level)
         self._asleep = frozenset(EnginePart)
 
