@@ -78,7 +78,7 @@ RECIPES = "tests/e2e/test_e2e_recipes.py"
 RUN_ELSEWHERE = {
     "make test": "is what runs this test",
     "make lint": "is what a change must pass",
-    "make docs": "tests/unit/examples/test_examples_quickstart.py",
+    "make docs": "tests/unit/docs/test_docs_site.py",
     "make quickstart": "tests/unit/examples/test_examples_quickstart.py",
     "mcore-rl doctor": "tests/e2e/test_e2e_doctor.py",
     "export MODEL=": RECIPES,  # and what follows it

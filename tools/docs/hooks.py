@@ -10,6 +10,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import architecture
+import configuration_page
+import metrics_page
+import verl_page
+
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -34,8 +39,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every generated page by its name in the site."""
-    return {page: _linked((ROOT / file).read_text()) for file, page in OF_THE_ROOT.items()}
+    """Return the text of every generated file by its name in the site."""
+    return {
+        "architecture.svg": architecture.svg(),
+        "configuration.md": configuration_page.page(),
+        "metrics.md": metrics_page.page(),
+        "verl-options.md": verl_page.page(),
+        **{page: _linked((ROOT / file).read_text()) for file, page in OF_THE_ROOT.items()},
+    }
 
 
 def _linked(text: str) -> str:
