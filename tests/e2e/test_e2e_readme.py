@@ -83,6 +83,8 @@ RUN_ELSEWHERE = {
     "mcore-rl doctor": "tests/e2e/test_e2e_doctor.py",
     "export MODEL=": RECIPES,  # and what follows it
     "examples/launch/": RECIPES,
+    "examples/custom_loss/run.sh": "tests/unit/examples/test_examples_custom.py",
+    "MCORE_RL_PLUGINS=": "tests/e2e/test_e2e_examples.py",
     "NODE_RANK=0 MASTER_ADDR=n1 examples/launch/": RECIPES,
     "LAUNCHER=ray examples/launch/": RECIPES,
     "MODEL=... TRAIN_DATA=... VAL_DATA=... examples/launch/": RECIPES,
