@@ -3,6 +3,7 @@
 # make test-fast    the unit tests that start no process
 # make test-slow    the tests that the default suite leaves out; hours
 # make lint         ruff, pyright, codespell
+# make docs         build the documentation into site/; open site/index.html
 # make dist         build the wheel into dist/
 # make clean        remove .venv, outputs and what was built
 
@@ -15,7 +16,7 @@ OUT ?= outputs/quickstart
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-slow lint dist clean
+.PHONY: quickstart test test-fast test-slow lint docs dist clean
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
@@ -36,6 +37,10 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/codespell
 
+# The variable turns off an advertisement of the theme.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # setuptools packs whatever an earlier build left in build/.
 dist: $(STAMP)
 	rm -rf build dist
@@ -50,4 +55,4 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs build dist
+	rm -rf $(VENV) outputs build dist site
