@@ -98,6 +98,7 @@ MEANINGS = {
     "rollout/in_flight/prompts": "prompts that engines work on while the step trains",
     "rollout/in_flight/samples": "their samples",
     "rollout/kept_group_frac": "share of groups that `algorithm.filter_groups` kept",
+    "rollout/stopped_group_frac": "share of groups that `rollout.stop_stragglers` stopped",
     "rollout/num_gen_batches": "batches that were generated to fill the step",
     "mismatch/logprob_abs_diff/mean": "mean difference",
     "mismatch/logprob_abs_diff/max": "largest difference",
