@@ -3,19 +3,23 @@
 # make test-fast    the unit tests that start no process
 # make test-slow    the tests that the default suite leaves out; hours
 # make lint         ruff, pyright, codespell
+# make install-cuda install the CUDA stack into .venv-cuda: Python 3.12, CUDA 13 and its compiler
 # make dist         build the wheel into dist/
-# make clean        remove .venv, outputs and what was built
+# make clean        remove the environments, outputs and what was built
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA_PYTHON ?= python3.12
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
 STAMP := $(VENV)/.installed
 # Settings of the quickstart: make quickstart ARGS="actor.policy_loss.loss_mode=vanilla"
 OUT ?= outputs/quickstart
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-slow lint dist clean
+.PHONY: quickstart test test-fast test-slow lint install-cuda dist clean
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
@@ -36,6 +40,14 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/codespell
 
+# Transformer Engine's extension is compiled against the torch that is there, so it comes second.
+install-cuda:
+	$(CUDA_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "the CUDA lock is for Python 3.12: make install-cuda CUDA_PYTHON=python3.12")'
+	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/pip install --no-deps -r requirements/cuda.lock
+	$(CUDA_BIN)/pip install --no-deps --no-build-isolation -r requirements/cuda-compiled.lock
+	$(CUDA_BIN)/pip install --no-deps --no-build-isolation -e .
+
 # setuptools packs whatever an earlier build left in build/.
 dist: $(STAMP)
 	rm -rf build dist
@@ -50,4 +62,4 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs build dist
+	rm -rf $(VENV) $(CUDA_VENV) outputs build dist
