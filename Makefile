@@ -3,6 +3,7 @@
 # make test-fast    the unit tests that start no process
 # make test-slow    the tests that the default suite leaves out; hours
 # make lint         ruff, pyright, codespell
+# make contracts    hold calls into vLLM and Transformer Engine against their newest sources (0.4 GB)
 # make install-cuda install the CUDA stack into .venv-cuda: Python 3.12, CUDA 13 and its compiler
 # make dist         build the wheel into dist/
 # make clean        remove the environments, outputs and what was built
@@ -19,7 +20,7 @@ OUT ?= outputs/quickstart
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-slow lint install-cuda dist clean
+.PHONY: quickstart test test-fast test-slow lint contracts install-cuda dist clean
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
@@ -39,6 +40,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+
+contracts: $(STAMP)
+	$(BIN)/pip install --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --upgrade --target .contracts -r requirements/contracts.lock
+	$(PYTEST) tests/unit/contracts
 
 # Transformer Engine's extension is compiled against the torch that is there, so it comes second.
 install-cuda:
@@ -62,4 +67,4 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) outputs build dist
+	rm -rf $(VENV) $(CUDA_VENV) .contracts outputs build dist

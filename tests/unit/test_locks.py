@@ -74,6 +74,11 @@ def test_what_is_compiled_comes_after_what_it_is_compiled_with_and_is_of_one_ver
     assert "--no-build-isolation" in steps[1]
 
 
+def test_contracts_are_those_of_the_cuda_lock():
+    first = pins("cuda")
+    assert pins("contracts") == {name: first[name] for name in pins("contracts")}
+
+
 def test_the_makefile_asks_for_the_python_of_each_lock():
     for name, python in (("CPU", "3.11"), ("CUDA", "3.12")):
         assert f"the {name} lock is for Python {python}" in MAKEFILE
