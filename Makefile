@@ -2,6 +2,7 @@
 # make test         install into .venv and run the whole default test suite, two files at a time
 # make test-fast    the unit tests that start no process
 # make test-slow    the tests that the default suite leaves out; hours
+# make test-next    layouts, checkpoints, numbers and weight syncs with the Megatron-Core of the CUDA lock
 # make lint         ruff, pyright, codespell
 # make contracts    hold calls into vLLM and Transformer Engine against their newest sources (0.4 GB)
 # make install-cuda install the CUDA stack into .venv-cuda: Python 3.12, CUDA 13 and its compiler
@@ -20,7 +21,7 @@ OUT ?= outputs/quickstart
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-slow lint contracts install-cuda dist clean
+.PHONY: quickstart test test-fast test-slow test-next lint contracts install-cuda dist clean
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUT="$(OUT)" examples/quickstart/run.sh $(ARGS)
@@ -34,6 +35,11 @@ test-fast: $(STAMP)
 # One after the other: kills and restarts have deadlines.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Its Python part serves every Python that the tests run on.
+test-next: $(STAMP)
+	$(BIN)/pip install --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --upgrade --target .next $$(grep ^megatron-core requirements/cuda.lock)
+	PYTHONPATH=.:.next:$$PYTHONPATH $(PYTEST) tests/unit/megatron tests/parity tests/distributed tests/e2e/test_e2e_agreement.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -67,4 +73,4 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) .contracts outputs build dist
+	rm -rf $(VENV) $(CUDA_VENV) .contracts .next outputs build dist
