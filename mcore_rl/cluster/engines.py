@@ -8,9 +8,10 @@ weights that all have, and draws the same samples, since a request brings its se
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,22 +38,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Generation:
-    """Requests that the engines have been given."""
+    """Groups of requests that the engines have been given."""
 
-    shares: Sequence[Sequence[int]]
-    """Groups of each engine, in order."""
-    requests: Sequence[Sequence[GenerationRequest]]
-    """Of each engine: those of its groups, one group after the other."""
-    sizes: Sequence[int]
-    """Requests of each group."""
-    calls: Sequence[Call[list[GenerationResult]]]
-    """To each engine."""
+    groups: Sequence[Sequence[GenerationRequest]]
+    keep_routes: bool
     since: int
     """Version of the weights when they were given."""
-    futures: dict[int, Future[list[GenerationResult]]] = field(default_factory=dict)
-    """Of the answers, by rank."""
-    starts: dict[int, int] = field(default_factory=dict)
-    """How often its engine had been started again, by engine."""
+    given: dict[int, _Given] = field(default_factory=dict)
+    """By group: to whom."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Given:
+    """A group in the hands of an engine."""
+
+    engine: int
+    start: int
+    """How often the engine had been started again."""
+    call: int
+    """Number of the call that gave it."""
+    begun: Sequence[Future[None]]
+    """Of that call, by rank of the engine."""
+    answer: Future[list[GenerationResult]]
 
 
 class Engines:
@@ -80,6 +87,8 @@ class Engines:
         self._num_restarts_left = max_restarts
         self._starts = [0] * len(self._ranks)
         """How often each engine was started again."""
+        self._numbers = itertools.count()
+        """Of calls."""
         self._in_flight: list[Generation] = []
         self._busy = BusyTimes(len(self._ranks))
         self._version = -1
@@ -114,44 +123,46 @@ class Engines:
         """
         if self._is_interrupted:
             raise StoppedError
+        self._enter_generation()
+        if keep_routes:
+            self._routes.expect()
+        generation = Generation(groups=groups, keep_routes=keep_routes, since=self._version)
+        self._in_flight.append(generation)
+        shares = deal([group_cost(group) for group in groups], self.num_engines)
+        self._give(generation, dict(enumerate(shares)))
+        return generation
+
+    def end(
+        self, generation: Generation, enough: int | None = None
+    ) -> list[list[GenerationResult]]:
+        """Wait for what was begun; return one result per request, in order, by group.
+
+        Args:
+            generation: what was begun.
+            enough: groups after which engines of their own processes stop the others, whose
+                requests end by "abort" with what they have; None: all are waited for.
+
+        Raises:
+            RolloutError: if an engine fails, or answers what cannot be.
+            StoppedError: if they were interrupted; all of them have given up then.
+        """
+        self._enter_generation()
+        if enough is not None:
+            self._stop_beyond(generation, enough)
+        answers = [self._answer(generation, group) for group in range(len(generation.groups))]
+        self._in_flight.remove(generation)
+        if self._is_interrupted:
+            raise StoppedError
+        return answers
+
+    def _enter_generation(self) -> None:
+        """Have engines that slept go on."""
         if self._phases.engines_forgot:
             if self._phases.has_trained:
                 message = f"weights {self._version} are wanted, which the trainer has left"
                 raise RolloutError(message, role="controller")
             self.sync_weights(self._version)
         self._phases.enter(Phase.GENERATE)
-        if keep_routes:
-            self._routes.expect()
-        shares = deal([group_cost(group) for group in groups], self.num_engines)
-        asked = [[request for g in share for request in groups[g]] for share in shares]
-        generation = Generation(
-            shares=shares,
-            requests=asked,
-            sizes=[len(group) for group in groups],
-            since=self._version,
-            calls=[call(Rollout.generate, requests, keep_routes) for requests in asked],
-        )
-        self._in_flight.append(generation)
-        self._submit(generation, range(self.num_engines))
-        return generation
-
-    def end(self, generation: Generation) -> list[list[GenerationResult]]:
-        """Wait for what was begun; return one result per request, in order.
-
-        Raises:
-            RolloutError: if an engine fails, or answers what cannot be.
-            StoppedError: if they were interrupted; all of them have given up then.
-        """
-        answers = [self._answer(generation, engine) for engine in range(self.num_engines)]
-        self._in_flight.remove(generation)
-        if self._is_interrupted:
-            raise StoppedError
-        shares = generation.shares
-        groups: list[list[GenerationResult]] = [[] for share in shares for _ in share]
-        for share, of_engine in zip(shares, map(iter, answers), strict=True):
-            for group in share:
-                groups[group] = [next(of_engine) for _ in range(generation.sizes[group])]
-        return groups
 
     def busy_share(self) -> float:
         """Return for how much of the time since the last call engines had requests, in the mean."""
@@ -162,38 +173,71 @@ class Engines:
         self._is_interrupted = True  # first: what comes after it is not read
         self._workers.interrupt()
 
-    def _submit(self, generation: Generation, engines: Iterable[int]) -> None:
-        """Give engines their requests, together."""
-        asked = {rank: engine for engine in engines for rank in self._ranks[engine]}
-        futures = self._workers.submit(
-            {rank: generation.calls[engine] for rank, engine in asked.items()}
+    def _give(self, generation: Generation, shares: Mapping[int, Sequence[int]]) -> None:
+        """Give engines groups: each all of its share in one call, so that it begins with them
+        together; a group is answered when it has ended."""
+        number = next(self._numbers)
+        asked = {
+            engine: call(
+                Rollout.generate,
+                number,
+                [generation.groups[group] for group in share],
+                generation.keep_routes,
+            )
+            for engine, share in shares.items()
+        }
+        begun = self._workers.submit(
+            {rank: of_engine for engine, of_engine in asked.items() for rank in self._ranks[engine]}
         )
-        for rank, engine in asked.items():
-            generation.futures[rank] = futures[rank]
-            generation.starts[engine] = self._starts[engine]
-        for engine in set(asked.values()):
-            self._busy.begin(engine)
-            first = futures[self._ranks[engine][0]]
-            first.add_done_callback(lambda _, engine=engine: self._busy.end(engine))
+        for engine, share in shares.items():
+            ranks, start = self._ranks[engine], self._starts[engine]
+            for position, group in enumerate(share):
+                asked_for = call(Rollout.answer, number, position)
+                answer = self._workers.submit({ranks[0]: asked_for})[ranks[0]]
+                self._busy.begin(engine)
+                answer.add_done_callback(lambda _, engine=engine: self._busy.end(engine))
+                generation.given[group] = _Given(
+                    engine=engine,
+                    start=start,
+                    call=number,
+                    begun=[begun[rank] for rank in ranks],
+                    answer=answer,
+                )
 
-    def _answer(self, generation: Generation, engine: int) -> list[GenerationResult]:
-        """Return the results of an engine, from another one in its place if it fails; anything if
+    def _stop_beyond(self, generation: Generation, enough: int) -> None:
+        """Wait until so many groups have ended; stop the others."""
+        answers = {given.answer: group for group, given in generation.given.items()}
+        num_ended = 0
+        while answers and num_ended < enough:
+            for answer in wait(answers, return_when=FIRST_COMPLETED).done:
+                group = answers.pop(answer)
+                self._answer(generation, group)  # of a failed engine: from its successor
+                num_ended += 1
+        calls = {(generation.given[g].engine, generation.given[g].call) for g in answers.values()}
+        for engine, number in sorted(calls):
+            first = self._ranks[engine][0]
+            self._workers.submit({first: call(Rollout.stop, number)})
+
+    def _answer(self, generation: Generation, group: int) -> list[GenerationResult]:
+        """Return the results of a group, from a successor of its engine if that fails; anything if
         it was interrupted."""
         while True:
-            futures = {rank: generation.futures[rank] for rank in self._ranks[engine]}
+            given = generation.given[group]
             try:
-                answers = results(futures)[self._ranks[engine][0]]
+                for begun in given.begun:
+                    begun.result()
+                answers = given.answer.result()
                 if not self._is_interrupted:
                     versions = range(generation.since, self._version + 1)
-                    check_results(generation.requests[engine], answers, versions)
+                    check_results(generation.groups[group], answers, versions)
                 return answers
             except RunError as error:
                 if self._is_interrupted:
                     raise
-                if generation.starts[engine] == self._starts[engine]:
-                    self._revive(engine, error, "generating", Phase.REVIVE)
+                if given.start == self._starts[given.engine]:
+                    self._revive(given.engine, error, "generating", Phase.REVIVE)
             self._phases.enter(Phase.GENERATE)
-            self._submit(generation, [engine])
+            self._give(generation, {given.engine: _unanswered(generation, given, group)})
 
     def sync_weights(self, version: int, with_digests: bool = False) -> Metrics:
         """Give every engine the actor's weights as `version`.
@@ -208,7 +252,8 @@ class Engines:
         self._phases.enter(Phase.SYNC)
         self._version = version
         with_base = with_digests or not self._have_base or self._phases.engines_forgot
-        paused: Sequence[int] = range(self.num_engines) if self._in_flight else ()
+        are_drawing = bool(self._in_flight) and not self._phases.engines_sleep
+        paused: Sequence[int] = range(self.num_engines) if are_drawing else ()
         problems = self._ask(paused, call(Rollout.pause, PauseMode.KEEP))
         engines = range(self.num_engines) if self._are_apart else ()
         whole = [engine for engine in engines if engine not in problems]
@@ -334,6 +379,22 @@ class Engines:
             if not problems:
                 return
         raise failure from error
+
+
+def _unanswered(generation: Generation, failed: _Given, refused: int) -> list[int]:
+    """Return the groups of a start of an engine that have no results, and the one whose results
+    are refused, in order."""
+    return sorted(
+        group
+        for group, given in generation.given.items()
+        if (given.engine, given.start) == (failed.engine, failed.start)
+        and (group == refused or not _is_answered(given))
+    )
+
+
+def _is_answered(given: _Given) -> bool:
+    futures = [*given.begun, given.answer]
+    return all(future.done() and future.exception() is None for future in futures)
 
 
 def _is_of_the_run(error: RunError) -> bool:

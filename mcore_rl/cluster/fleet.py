@@ -34,8 +34,9 @@ class Fleet(Protocol):
         """Give requests to the engines; return what `end` takes."""
         ...
 
-    def end(self, generation: Any) -> list[list[GenerationResult]]:
-        """Wait for what was begun; return one result per request, in order."""
+    def end(self, generation: Any, enough: int | None = None) -> list[list[GenerationResult]]:
+        """Wait for what was begun, and stop the rest once so many groups have ended; return one
+        result per request, in order."""
         ...
 
     def sync_weights(self, version: int) -> Metrics:

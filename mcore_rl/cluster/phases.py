@@ -135,6 +135,11 @@ class Phases:
         self._wake(self._engine_ranks, self._engines_have, needed)
         self._engines_have = max(self._engines_have, needed, key=lambda has: has.value)
 
+    @property
+    def engines_sleep(self) -> bool:
+        """Whether some part of the engines is asleep: their requests wait."""
+        return self._engines_have is not EngineNeeds.ALL
+
     def synced(self) -> None:
         """Take note that all engines have the actor's weights."""
         self.engines_forgot = self.has_trained = False

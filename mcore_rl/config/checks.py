@@ -35,7 +35,9 @@ def check_run(cfg: RunConfig) -> None:
     groups_are_large_enough(cfg)
     groups_that_are_filtered_have_several_samples(cfg)
     groups_are_filtered_by_what_is_known_by_then(cfg)
-    prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg)
+    prompts_are_drawn_in_other_batches_only_to_be_chosen(cfg)
+    stragglers_are_stopped_where_more_is_drawn_than_trains(cfg)
+    stragglers_are_stopped_before_they_are_scored(cfg)
     the_overlong_buffer_fits_in_a_response(cfg)
     an_adaptive_kl_coefficient_stays_positive(cfg)
     recorded_routes_are_replayed(cfg)
@@ -235,11 +237,28 @@ def groups_are_filtered_by_what_is_known_by_then(cfg: RunConfig) -> None:
     )
 
 
-def prompts_are_drawn_in_other_batches_only_to_be_filtered(cfg: RunConfig) -> None:
-    size = cfg.data.gen_batch_size
-    rule = "is not read without algorithm.filter_groups.enable=true"
-    reads = size is None or cfg.algorithm.filter_groups.enable
+def prompts_are_drawn_in_other_batches_only_to_be_chosen(cfg: RunConfig) -> None:
+    size, stops = cfg.data.gen_batch_size, cfg.rollout.stop_stragglers
+    rule = "is not read without algorithm.filter_groups.enable or rollout.stop_stragglers"
+    reads = size is None or stops or cfg.algorithm.filter_groups.enable
     require(reads, "data.gen_batch_size", size, rule, "Remove it.")
+
+
+def stragglers_are_stopped_where_more_is_drawn_than_trains(cfg: RunConfig) -> None:
+    size, trained = cfg.data.gen_batch_size, cfg.data.train_batch_size
+    fits = not cfg.rollout.stop_stragglers or (size is not None and size > trained)
+    rule = "leaves no group that rollout.stop_stragglers could stop"
+    fix = f"Set it above data.train_batch_size={trained}."
+    require(fits, "data.gen_batch_size", size, rule, fix)
+
+
+def stragglers_are_stopped_before_they_are_scored(cfg: RunConfig) -> None:
+    stops, filtering = cfg.rollout.stop_stragglers, cfg.algorithm.filter_groups.enable
+    rule = (
+        "stops groups when enough have ended, and with algorithm.filter_groups.enable=true how "
+        "many are enough shows when they are scored"
+    )
+    require(not (stops and filtering), "rollout.stop_stragglers", stops, rule, "Set one of them.")
 
 
 def the_overlong_buffer_fits_in_a_response(cfg: RunConfig) -> None:
@@ -258,15 +277,12 @@ def an_adaptive_kl_coefficient_stays_positive(cfg: RunConfig) -> None:
 
 
 def engines_that_generate_beside_training_are_apart(cfg: RunConfig) -> None:
-    """An engine inside a train worker, or one that sleeps while it trains, cannot."""
+    """An engine inside a train worker has no requests left when it has answered."""
     age, rollout = cfg.trainer.max_staleness, cfg.rollout
     key, rule = "trainer.max_staleness", "has engines generate while the trainer works, and "
     fix = "Set rollout.host=process, or trainer.max_staleness=0."
     is_apart = rollout.host != "in_process"
     require(age == 0 or is_apart, key, age, f"{rule}rollout.host={rollout.host} has none", fix)
-    level = rollout.sleep_level
-    fix = "Set rollout.sleep_level=0, or trainer.max_staleness=0."
-    require(age == 0 or level == 0, key, age, f"{rule}rollout.sleep_level={level}", fix)
 
 
 def a_micro_batch_holds_the_longest_sample(cfg: RunConfig | SftRunConfig) -> None:

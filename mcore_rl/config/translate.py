@@ -321,7 +321,11 @@ _ROLLOUT = (
     Refused("rollout.pipeline_model_parallel_size", _WHOLE_MODEL, {1: ""}),
     Refused("rollout.quantization", "The engine holds the trainer's weights.", _UNSET),
     Refused("rollout.repetition_penalty", "Samples are those of the policy.", {1: ""}),
-    Refused("rollout.over_sample_rate", "Every prompt gets rollout.n responses.", {0: ""}),
+    Refused(
+        "rollout.over_sample_rate",
+        "Set data.gen_batch_size and rollout.stop_stragglers, which stop whole groups.",
+        {0: ""},
+    ),
     Refused("rollout.skip_rollout", "Every step generates.", _OFF),
     Refused("rollout.multi_turn.enable", "A response is one turn.", _OFF),
     Unread("rollout.multi_turn.*", "a response is one turn", _UNSET),

@@ -88,7 +88,8 @@ class DataConfig:
     train_batch_size: int = 1024
     """Prompts per step; each gets `rollout.n` responses."""
     gen_batch_size: int | None = None
-    """Prompts answered at a time with algorithm.filter_groups; None: train_batch_size."""
+    """Prompts answered at a time with algorithm.filter_groups or rollout.stop_stragglers; None:
+    train_batch_size."""
     val_batch_size: int | None = None
     """Prompts per validation batch; None takes all at once."""
     max_prompt_length: int = 1024

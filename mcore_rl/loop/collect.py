@@ -46,6 +46,7 @@ class Draws:
         self._cfg, self._inputs, self._cluster = cfg, inputs, cluster
         self.batch_size = cfg.data.gen_batch_size or cfg.data.train_batch_size
         """Prompts of a draw."""
+        self._enough = cfg.data.train_batch_size if cfg.rollout.stop_stragglers else None
         self.ledger = Ledger()
 
     def draw(self, step: int, number: int) -> list[SampleGroup]:
@@ -56,7 +57,7 @@ class Draws:
             number: of the draw within the step, counted from 0; another one draws other samples of
                 a prompt that comes again within the step.
         """
-        return self._answered(step, self._ask(step, number, self._next_prompts()))
+        return self._answered(step, self._ask(step, number, self._next_prompts()), self._enough)
 
     def baselines(self, step: int, prompts: Sequence[Prompt]) -> list[SampleGroup]:
         """Return one greedy sample of each prompt."""
@@ -83,9 +84,10 @@ class Draws:
             keep_routes=self._inputs.routing is not None and not greedy,
         )
 
-    def _answered(self, step: int, asked: Asked) -> list[SampleGroup]:
-        groups = answered_groups(self._cluster, asked)
-        versions = {sample.weight_version for group in groups for sample in group.samples}
+    def _answered(self, step: int, asked: Asked, enough: int | None = None) -> list[SampleGroup]:
+        groups = answered_groups(self._cluster, asked, enough)
+        samples = [sample for group in groups for sample in group.samples]
+        versions = {s.weight_version for s in samples if s.num_response_tokens}
         oldest = step - self._cfg.trainer.max_staleness
         assert all(oldest <= v <= step for v in versions), f"step {step}: weights {versions}"
         self.ledger.generated(groups)
@@ -111,6 +113,9 @@ def collect_groups(
         _check_progress(cfg, len(inputs.prompts), step, num_batches, len(kept), alike)
         with log.stage("rollout"):
             drawn = draws.draw(step, num_batches)
+            if cfg.rollout.stop_stragglers:
+                drawn, stopped_metrics = _without_stopped(draws, drawn)
+                metrics.append(stopped_metrics)
             metrics.append(rollout_metrics(drawn, step))
         with log.stage("reward"):
             groups, reward_metrics = _score(cfg, inputs, drawn)
@@ -132,6 +137,17 @@ def collect_groups(
         kept, baseline_metrics = _with_baselines(cfg, inputs, draws, kept, step, log)
         metrics.append(baseline_metrics)
     return kept, merge(metrics)
+
+
+def _without_stopped(
+    draws: Draws, groups: Sequence[SampleGroup]
+) -> tuple[list[SampleGroup], Metrics]:
+    """Return the groups that ended, and which share did not; the others are discarded."""
+    is_whole = [all(s.finish_reason != "abort" for s in group.samples) for group in groups]
+    pairs = list(zip(groups, is_whole, strict=True))
+    draws.ledger.discarded("straggler", [group for group, whole in pairs if not whole])
+    stopped = mean(1 - sum(is_whole) / len(groups), len(groups))
+    return [group for group, whole in pairs if whole], {"rollout/stopped_group_frac": stopped}
 
 
 def _check_progress(

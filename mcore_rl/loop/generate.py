@@ -96,9 +96,10 @@ def ask_for_groups(
     return Asked(prompts, cluster.engines.begin(groups, keep_routes=keep_routes))
 
 
-def answered_groups(cluster: Cluster, asked: Asked) -> list[SampleGroup]:
-    """Wait for the samples and return them, group by group."""
-    answered = cluster.engines.end(asked.generation)
+def answered_groups(cluster: Cluster, asked: Asked, enough: int | None = None) -> list[SampleGroup]:
+    """Wait for the samples and return them, group by group; once `enough` groups have ended the
+    others are stopped, and samples of them end by "abort"."""
+    answered = cluster.engines.end(asked.generation, enough)
     return [
         SampleGroup(
             prompt=prompt,

@@ -145,7 +145,7 @@ class Ahead(Draws):
         """See `Draws`."""
         if number > 0:
             return super().draw(step, number)
-        return self._answered(step, self._buffer.take(step).asked)
+        return self._answered(step, self._buffer.take(step).asked, self._enough)
 
     def published(self, version: int) -> None:
         """Take note that all engines have the weights of a version."""

@@ -116,9 +116,9 @@ class RecordedEngines(Fleet):
         """See `Fleet`."""
         return _Begun(groups, keep_routes, self._engines.begin(groups, keep_routes=keep_routes))
 
-    def end(self, generation: _Begun) -> list[list[GenerationResult]]:
+    def end(self, generation: _Begun, enough: int | None = None) -> list[list[GenerationResult]]:
         """See `Fleet`."""
-        results = self._engines.end(generation.generation)
+        results = self._engines.end(generation.generation, enough)
         self._journal.answered(generation.requests, results, generation.keep_routes)
         return results
 

@@ -149,8 +149,8 @@ class ReplayedEngines(Fleet):
             raise StoppedError
         return groups
 
-    def end(self, generation: Any) -> list[list[GenerationResult]]:
-        """See `Fleet`.
+    def end(self, generation: Any, enough: int | None = None) -> list[list[GenerationResult]]:
+        """See `Fleet`; what was stopped then has ended by "abort" in the journal.
 
         Raises:
             UserError: if the run did not ask for it.

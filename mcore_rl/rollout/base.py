@@ -81,6 +81,9 @@ class RolloutConfig:
     """With host process: how often engines that fail are started again, in all."""
     n: int = 1
     """Samples per prompt: the size of a group."""
+    stop_stragglers: bool = False
+    """Draw data.gen_batch_size groups and stop the rest once data.train_batch_size have ended.
+    What is long then trains less often."""
     temperature: float = 1.0
     top_p: float = 1.0
     """Only 1.0: the trainer cannot reproduce renormalised log-probabilities."""
@@ -194,6 +197,8 @@ class RolloutConfig:
         )
 
     def _check_placement(self) -> None:
+        if self.host == "in_process":
+            refuse_unread(self, "rollout", ["stop_stragglers"], "host=in_process")
         if self.host != "process":
             unread = ["nnodes", "n_gpus_per_node", "max_engine_restarts"]
             refuse_unread(self, "rollout", unread, f"host={self.host}")
@@ -404,7 +409,8 @@ class RolloutEngine(UpdateSession, Protocol):
         ...
 
     def sleep(self, level: int) -> None:
-        """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them."""
+        """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them. What was
+        computed of running requests is forgotten, and computed again when all is awake."""
         ...
 
     def wake(self, part: EnginePart) -> None:

@@ -2,7 +2,8 @@
 
     without weights --start--> taking weights --finish--> ready --generate--> results
     ready --pause--> paused (weights may be taken while requests wait) --resume--> ready
-    ready, without a request --sleep--> asleep --wake--> ready (level 2: without weights)
+    ready --sleep--> asleep (requests wait, weights may be taken) --wake--> ready (level 2: without
+    weights)
 
 Whatever the state does not allow is refused. An update that breaks off leaves an engine without
 weights, which generates nothing.
@@ -45,7 +46,7 @@ class Health:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Requests that were given together, and their results so far."""
+    """The requests of a group, and their results so far."""
 
     results: list[GenerationResult | None]
     num_open: int
@@ -82,7 +83,7 @@ class ServingEngine:
     @property
     def is_busy(self) -> bool:
         """Whether `run` has something to do."""
-        return bool(self._unfinished) and not self._is_paused
+        return bool(self._unfinished) and not self._is_paused and not self._asleep
 
     def health(self) -> Health:
         """Return how the engine is."""
@@ -94,7 +95,14 @@ class ServingEngine:
         )
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[GenerationResult]]:
-        """Take requests; the future has one result per request, in order, after enough `run`s.
+        """Take requests of one group; see `submit_groups`."""
+        return self.submit_groups([requests])[0]
+
+    def submit_groups(
+        self, groups: Sequence[Sequence[GenerationRequest]]
+    ) -> list[Future[list[GenerationResult]]]:
+        """Take requests; the future of a group has one result per request, in order, after enough
+        `run`s.
 
         Raises:
             RolloutError: if the engine may not generate.
@@ -103,6 +111,9 @@ class ServingEngine:
         self._refuse_if(self._is_open, "generate", "is taking weights")
         self._refuse_if(bool(self._asleep), "generate", "is asleep")
         self._refuse_if(self.weight_version < 0, "generate", "has no complete weights")
+        return [self._add(requests) for requests in groups]
+
+    def _add(self, requests: Sequence[GenerationRequest]) -> Future[list[GenerationResult]]:
         batch = _Batch([None] * len(requests), len(requests))
         if not requests:
             batch.future.set_result([])
@@ -157,10 +168,9 @@ class ServingEngine:
         self._is_paused = False
 
     def sleep(self, level: int) -> None:
-        """Free the device's memory; see `RolloutEngine.sleep`."""
+        """Free the device's memory; see `RolloutEngine.sleep`. Unfinished requests wait."""
         self._refuse_if(self._is_open, "sleep", "is taking weights")
         self._refuse_if(self._asleep == frozenset(EnginePart), "sleep", "is asleep already")
-        self._refuse_if(bool(self._unfinished), "sleep", "has unfinished requests")
         self._engine.sleep(level)
         self._asleep = frozenset(EnginePart)
 

@@ -243,7 +243,7 @@ class VllmEngine:
 
     def sleep(self, level: int) -> None:
         """See `RolloutEngine`. On CPU vLLM accepts it and frees nothing."""
-        self._llm.sleep(level)
+        self._llm.sleep(level, mode="keep")
         if level > 1:
             self.weight_version = -1
 

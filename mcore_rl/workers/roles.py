@@ -157,11 +157,20 @@ class Rollout(Protocol):
     """A rollout engine, or one rank of it."""
 
     def generate(
-        self, requests: Sequence[GenerationRequest], keep_routes: bool
-    ) -> Future[list[GenerationResult]]:
-        """Return one result per request, in order; nothing on ranks but the engine's first, which
-        all must be given the same requests. Routes to be replayed are kept. Nothing too when the
-        run is asked to end, which they notice within a few steps."""
+        self, number: int, groups: Sequence[Sequence[GenerationRequest]], keep_routes: bool
+    ) -> None:
+        """Begin with groups of requests; all ranks of the engine must be given the same. Routes to
+        be replayed are kept. `number` is of no earlier call."""
+        ...
+
+    def answer(self, number: int, group: int) -> Future[list[GenerationResult]]:
+        """Return one result per request, in order, of a group that call `number` of `generate`
+        gave; asked of the engine's first rank, once. Nothing when the run is asked to end, which
+        engines notice within a few steps."""
+        ...
+
+    def stop(self, number: int) -> None:
+        """End the unfinished requests of such a call with what they have."""
         ...
 
     def pause(self, mode: PauseMode) -> None:

@@ -24,6 +24,8 @@ from mcore_rl.workers.routes import RouteStore, check_experts_differ, check_rout
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Given = tuple[Future[list[GenerationResult]], Future[list[GenerationResult]]]
+"""What the engine draws of a group, and what is answered."""
 
 
 class RolloutWorker(Rollout):
@@ -43,19 +45,56 @@ class RolloutWorker(Rollout):
         self._routes, self._routing = routes, spec.routing
         self._model_path = spec.model_path
         self._knows_experts_differ = False
+        self._given: dict[int, dict[int, _Given]] = {}
+        """By number of a call and of a group: what is not answered yet, on the first rank."""
         self._tokenizer = load_tokenizer(spec.model_path) if spec.with_text else None
 
     def generate(
-        self, requests: Sequence[GenerationRequest], keep_routes: bool
-    ) -> Future[list[GenerationResult]]:
+        self, number: int, groups: Sequence[Sequence[GenerationRequest]], keep_routes: bool
+    ) -> None:
+        """See `Rollout`."""
+        drawn = self.engine.submit_groups(groups)
+        if not self._is_first:
+            for of_group in drawn:
+                of_group.result()  # nobody asks for it, and what failed is to be told
+            return
+        self._given[number] = {
+            group: (of_group, self._answer(requests, of_group, keep_routes))
+            for group, (requests, of_group) in enumerate(zip(groups, drawn, strict=True))
+        }
+
+    def answer(self, number: int, group: int) -> Future[list[GenerationResult]]:
         """See `Rollout`.
 
         Raises:
             RolloutError: if routes are to be kept and the engine returns none, or impossible ones.
         """
+        _, answer = self._given[number][group]
+        answer.add_done_callback(lambda _: self._forget(number, group))
+        return answer
+
+    def stop(self, number: int) -> None:
+        """See `Rollout`."""
+        for drawn, _ in list(self._given.get(number, {}).values()):
+            self.engine.abort(drawn)
+
+    def _forget(self, number: int, group: int) -> None:
+        """Drop an answer that is on its way, and the call with its last one."""
+        of_call = self._given[number]
+        del of_call[group]
+        if not of_call:
+            del self._given[number]
+
+    def _answer(
+        self,
+        requests: Sequence[GenerationRequest],
+        drawn: Future[list[GenerationResult]],
+        keep_routes: bool,
+    ) -> Future[list[GenerationResult]]:
+        """Return a future of the results as they are answered."""
 
         def answer(results: list[GenerationResult]) -> list[GenerationResult]:
-            if not self._is_first or interruption.is_asked():
+            if interruption.is_asked():
                 return []
             kept: list[RoutesAt | None] = [None] * len(results)
             if keep_routes:
@@ -66,7 +105,7 @@ class RolloutWorker(Rollout):
                 for result, at in zip(results, kept, strict=True)
             ]
 
-        return _then(self.engine.submit(requests), answer)
+        return _then(drawn, answer)
 
     def _keep_routes(self, request: GenerationRequest, result: GenerationResult) -> RoutesAt:
         assert self._routing is not None, "the engine was not asked for routes"

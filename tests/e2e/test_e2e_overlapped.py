@@ -108,6 +108,38 @@ def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_repl
     assert [line["step"] for line in commands.read_metrics(replay)] == list(range(NUM_STEPS + 1))
 
 
+def test_stragglers_are_stopped_by_an_engine_that_sleeps_while_the_trainer_works(
+    files, prepared, tmp_path
+):
+    """The engine works on a few requests at a time, so that the last groups are not begun with. It
+    goes on after a sleep, with the weights that came meanwhile; the run is replayed."""
+    run_dir, num_steps, num_drawn = tmp_path / "run", 3, NUM_PROMPTS + 2
+    stops = [
+        *("rollout.stop_stragglers=true", f"data.gen_batch_size={num_drawn}"),
+        *("rollout.max_num_seqs=4", "data.max_response_length=48"),
+        *(
+            "rollout.sleep_level=1",
+            "trainer.max_staleness=1",
+            f"trainer.total_training_steps={num_steps}",
+        ),
+    ]
+    done = prepared.run(*files.argv(run_dir, *AHEAD, *stops))
+    assert done.returncode == 0, done.stderr
+    lines = [x for x in commands.read_metrics(run_dir) if "ledger/trained/prompts" in x]
+    assert [line["step"] for line in lines] == list(range(num_steps))
+    last = lines[-1]
+    assert last["ledger/trained/prompts"] == num_steps * NUM_PROMPTS
+    assert last["ledger/generated/prompts"] == num_steps * num_drawn
+    given_up = [value for key, value in last.items() if "discarded" in key and "prompts" in key]
+    assert sum(given_up) == num_steps * (num_drawn - NUM_PROMPTS)
+    assert last["ledger/discarded/straggler/prompts"] > 0
+    assert {line["rollout/failed_frac"] for line in lines} == {0.0}
+    assert sum(line["rollout/several_versions_frac"] for line in lines) > 0
+    replayed = prepared.run(str(run_dir), module="mcore_rl.replay")
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert f"equal   {num_steps + 1} steps: " in replayed.stdout
+
+
 FAULTS = [
     f"{kind} {moment}"
     # Four steps, two ahead: nothing is begun after weights 1.

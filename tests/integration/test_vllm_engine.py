@@ -169,6 +169,20 @@ def test_an_engine_that_puts_requests_back_for_want_of_cache_draws_the_same(in_v
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
+def test_an_engine_that_sleeps_in_the_midst_of_requests_draws_the_same(in_vllm, folders):
+    requests = [request([1 + i, 3, 4], seed=i, max_tokens=40) for i in range(6)]
+    in_vllm(vllm_cases.start, folders[MODEL], sleep_level=1)
+    in_vllm(vllm_cases.sync, folders[MODEL], 0)
+    whole = in_vllm(vllm_cases.generate, requests)
+    broken, num_sleeps = in_vllm(vllm_cases.generate_and_sleep, requests, 7)
+    assert num_sleeps >= 5
+    for mine, theirs in zip(broken, whole, strict=True):
+        assert list(mine.token_ids) == list(theirs.token_ids)
+        assert mine.versions == theirs.versions
+        # What was computed again was computed in other batches; 0.0 observed.
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
 def test_another_engine_draws_the_same(in_vllm, results, folders):
     """A different share of the requests and other limits: what engines of several ranks do."""
     in_vllm(vllm_cases.start, folders[MODEL], stop_token_ids=STOPS, max_num_seqs=3)

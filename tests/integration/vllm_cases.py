@@ -22,8 +22,9 @@ from mcore_rl.errors import RunError, WeightSyncError
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import engine_overrides, load_hf_config, model_family, routing
-from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig
+from mcore_rl.rollout.base import EnginePart, EngineSpec, GenerationRequest, RolloutConfig
 from mcore_rl.rollout.hosts.in_process import InProcessEngine
+from mcore_rl.rollout.serving import ServingEngine
 from mcore_rl.weight_sync.base import (
     TRANSPORTS,
     Deliver,
@@ -275,6 +276,23 @@ def generate_and_watch(requests: list[GenerationRequest]):
         return generate(requests), seen
     finally:
         runner.execute_model = inner
+
+
+def generate_and_sleep(requests: list[GenerationRequest], every: int):
+    """Return the results of an engine that sleeps after so many steps, and how often it did."""
+    [future] = ServingEngine.submit_groups(engine(), [requests])
+    num_sleeps = 0
+    while not future.done():
+        for _ in range(every):
+            if engine().is_busy:
+                engine().run()
+        engine().sleep(1)
+        assert not engine().is_busy
+        engine().wake(EnginePart.WEIGHTS)
+        assert not engine().is_busy
+        engine().wake(EnginePart.KV_CACHE)
+        num_sleeps += 1
+    return future.result(), num_sleeps
 
 
 def start_update() -> None:

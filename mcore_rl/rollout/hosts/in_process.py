@@ -32,14 +32,16 @@ class InProcessEngine(ServingEngine):
         with _process_state_kept():
             super().__init__(load_engine(spec, link))
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[GenerationResult]]:
-        """Return a future that is done: between two calls nothing goes on in a train worker."""
+    def submit_groups(
+        self, groups: Sequence[Sequence[GenerationRequest]]
+    ) -> list[Future[list[GenerationResult]]]:
+        """Return futures that are done: between two calls nothing goes on in a train worker."""
         self._refuse_if(self._is_paused, "generate", "is paused")
         with _process_state_kept():
-            future = super().submit(requests)
-            while not future.done():
+            futures = super().submit_groups(groups)
+            while not all(future.done() for future in futures):
                 self.run()
-        return future
+        return futures
 
 
 @contextlib.contextmanager

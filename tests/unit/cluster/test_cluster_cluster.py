@@ -45,12 +45,14 @@ class EchoWorkers:
         self.world_size = placement.world_size
         self.step = None
         self.calls = []
+        self.given = {}
         self.save_states = []
 
     def submit(self, calls):
         (method,) = {call.method for call in calls.values()}
         self.calls.append((method, {rank: call.args for rank, call in calls.items()}))
-        answers = {Rollout.generate: self.generate, WeightSource.send_weights: self.send_weights}
+        answers = {Rollout.generate: self.take, Rollout.answer: self.answer}
+        answers |= {WeightSource.send_weights: self.send_weights}
         answers |= dict.fromkeys((Actor.logprobs, Actor.ref_logprobs), self.logprobs)
         answers |= {Actor.update: self.update, Actor.save_state: self.save_state}
         answer = answers.get(method, lambda rank, *args: None)
@@ -64,8 +66,14 @@ class EchoWorkers:
                 return share
         return None
 
-    def generate(self, rank, requests, keep_routes):
-        assert self.placement.places[rank].engine is not None
+    def take(self, rank, number, groups, keep_routes):
+        assert self.placement.engines or self.placement.places[rank].engine is not None
+        self.given[rank, number] = groups
+
+    def answer(self, rank, number, group):
+        return self.generate(rank, self.given[rank, number][group])
+
+    def generate(self, rank, requests):
         return [
             GenerationResult(
                 token_ids=[rank, *request.prompt_token_ids],
@@ -128,9 +136,10 @@ def test_groups_of_one_cost_go_round_the_engines_and_results_come_back_in_order(
     cluster, workers = make_cluster(dp=3)
     results = cluster.engines.generate(alone(num))
     assert tokens(results) == [[[i % 3, 100 + i]] for i in range(num)]
-    method, shares = workers.calls[-1]
+    method, shares = workers.calls[0]
     assert method == Rollout.generate
     assert len(shares) == 3  # every rank is asked, if only for nothing
+    assert [method for method, _ in workers.calls[1:]] == [Rollout.answer] * num
 
 
 def test_a_group_stays_together():
@@ -177,11 +186,13 @@ def test_all_ranks_of_an_engine_get_its_requests_and_the_first_one_answers():
     assert cluster.engines.num_engines == 2
     results = cluster.engines.generate(alone(3))
     assert tokens(results) == [[[0, 100]], [[2, 101]], [[0, 102]]]
-    [(first, _), (same, _), (second, _), (also, _)] = workers.calls[-1][1].values()
-    assert [request.prompt_token_ids.tolist() for request in first] == [[100], [102]]
+    (_, given), *answers = workers.calls
+    [(_, first, _), (_, same, _), (_, second, _), (_, also, _)] = given.values()
+    assert [request.prompt_token_ids.tolist() for (request,) in first] == [[100], [102]]
     assert first == same
-    assert [request.prompt_token_ids.tolist() for request in second] == [[101]]
+    assert [request.prompt_token_ids.tolist() for (request,) in second] == [[101]]
     assert second == also
+    assert [list(asked) for _, asked in answers] == [[0], [0], [2]]
 
 
 @pytest.mark.parametrize("method", ["logprobs", "ref_logprobs"])
@@ -296,10 +307,11 @@ class FailingWorkers(EchoWorkers):
             future = Future()
             future.set_exception(self.error)
             self.error = None
+            self.given |= {(rank, call.args[0]): call.args[1] for rank, call in calls.items()}
             return dict.fromkeys(calls, future)
         return super().submit(calls)
 
-    def generate(self, rank, requests, keep_routes):
+    def generate(self, rank, requests):
         return [
             GenerationResult(
                 token_ids=[rank],
@@ -332,8 +344,12 @@ def test_an_engine_that_is_lost_is_started_again_gets_the_weights_and_is_asked_a
     assert tokens(cluster.engines.generate(alone(2))) == [[[2]], [[2]]]
     assert workers.restarted == [2]
     methods = [method for method, _ in workers.calls]
-    assert methods == [EngineProcess.receive_weights, WeightSource.send_weights, Rollout.generate]
-    assert workers.calls[1][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}, False, True))
+    assert methods == [
+        *(Rollout.answer, Rollout.answer),  # of the call that fails
+        *(EngineProcess.receive_weights, WeightSource.send_weights),
+        *(Rollout.generate, Rollout.answer, Rollout.answer),
+    ]
+    assert workers.calls[3][1] == dict.fromkeys((0, 1), (-1, {0: "address of 2"}, False, True))
 
 
 def test_weights_that_do_not_train_go_to_engines_once_and_again_to_one_that_was_lost():
@@ -366,6 +382,72 @@ def test_when_a_worker_or_the_run_has_failed_no_engine_is_started_again(error):
         cluster.engines.generate(alone(2))
     assert caught.value is error
     assert workers.restarted == []
+
+
+class SlowWorkers(EchoWorkers):
+    """An engine of its own process on rank 2 that answers the groups of `quick` at once, fails the
+    first time it is asked for group `lost`, and the others when it is stopped."""
+
+    quick, lost = (1, 3, 4), None
+
+    def __init__(self, placement):
+        super().__init__(placement)
+        self.open = {}
+        self.restarted = []
+
+    def submit(self, calls):
+        (method,) = {call.method for call in calls.values()}
+        if method is Rollout.stop:
+            assert {number for number, _ in self.open} == {calls[1].args[0]}
+            for future in self.open.values():
+                future.set_result([aborted()])
+        (rank, asked), *_ = calls.items()
+        if method is not Rollout.answer or asked.args[1] in self.quick:
+            return super().submit(calls)
+        future = Future()
+        if asked.args[1] == self.lost:
+            self.lost = None
+            future.set_exception(EngineLostError("it was ended by SIGKILL", role="engine 0"))
+        else:
+            self.open[asked.args] = future
+        return {rank: future}
+
+    def restart(self, rank):
+        self.open.clear()
+        self.restarted.append(rank)
+        return done(None)
+
+    def update_address(self, rank):
+        return f"address of {rank}"
+
+
+def aborted():
+    return GenerationResult(
+        token_ids=[7], logprobs=[-1.0], finish_reason="abort", versions=[VersionSpan(-1, 0, 1)]
+    )
+
+
+def test_once_enough_groups_have_ended_the_others_are_stopped_with_what_they_have():
+    placement = engines_apart(Layout(), 1, engine_size=1)
+    workers = SlowWorkers(placement)
+    engines = Cluster.of(workers, placement, TokenBudget(max_tokens=64)).engines
+    results = engines.end(engines.begin(alone(6)), enough=3)
+    assert [result.finish_reason for (result,) in results] == [
+        *("abort", "stop", "abort", "stop", "stop", "abort")
+    ]
+    assert [method for method, _ in workers.calls].count(Rollout.stop) == 1
+
+
+def test_what_ended_before_an_engine_was_lost_is_not_drawn_again():
+    placement = engines_apart(Layout(), 1, engine_size=1)
+    workers = SlowWorkers(placement)
+    workers.quick, workers.lost = (0, 1), 2
+    cluster = Cluster.of(workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=1)
+    results = cluster.engines.generate(alone(4))
+    assert [result.finish_reason for (result,) in results] == ["stop"] * 4
+    given = [args[1][1] for method, args in workers.calls if method is Rollout.generate]
+    assert [[len(groups) for groups in given]] == [[4, 2]]
+    assert workers.restarted == [1]
 
 
 class LoadingWorkers(EchoWorkers):

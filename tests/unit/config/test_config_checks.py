@@ -25,6 +25,7 @@ RECIPES = sorted(file.stem for file in CONFIGS.glob("*.yaml") if "sft" not in fi
 
 OVERRIDE = "+actor.megatron.override_transformer_config"
 PP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.pipeline_model_parallel_size=2"]
+STOPPING = ["rollout.host=process", "rollout.stop_stragglers=true"]
 CP2 = ["trainer.n_gpus_per_node=2", "actor.megatron.context_parallel_size=2"]
 
 # rule: (overrides that break it, how its message begins, the nearest overrides that keep it)
@@ -88,9 +89,25 @@ RULES = {
             "algorithm.filter_groups.metric=seq_final_reward",
         ],
     ),
-    "prompts_are_drawn_in_other_batches_only_to_be_filtered": (
+    "stragglers_are_stopped_where_more_is_drawn_than_trains": (
+        [*STOPPING, "data.gen_batch_size=1024"],
+        "data.gen_batch_size=1024 leaves no group that rollout.stop_stragglers could stop. Set it "
+        "above data.train_batch_size=1024.",
+        [*STOPPING, "data.gen_batch_size=1025"],
+    ),
+    "stragglers_are_stopped_before_they_are_scored": (
+        [
+            *(*STOPPING, "data.gen_batch_size=1025"),
+            *("algorithm.filter_groups.enable=true", "rollout.n=2"),
+        ],
+        "rollout.stop_stragglers=True stops groups when enough have ended, and with "
+        "algorithm.filter_groups.enable=true how many are enough",
+        [*STOPPING, "data.gen_batch_size=1025"],
+    ),
+    "prompts_are_drawn_in_other_batches_only_to_be_chosen": (
         ["data.gen_batch_size=8"],
-        "data.gen_batch_size=8 is not read without algorithm.filter_groups.enable=true.",
+        "data.gen_batch_size=8 is not read without algorithm.filter_groups.enable or "
+        "rollout.stop_stragglers. Remove it.",
         ["data.gen_batch_size=8", "algorithm.filter_groups.enable=true", "rollout.n=2"],
     ),
     "an_adaptive_kl_coefficient_stays_positive": (
@@ -216,7 +233,9 @@ NOT_OF_SFT = {
     "minibatches_of_the_critic_divide_a_step",
     "groups_are_filtered_by_what_is_known_by_then",
     "groups_that_are_filtered_have_several_samples",
-    "prompts_are_drawn_in_other_batches_only_to_be_filtered",
+    "prompts_are_drawn_in_other_batches_only_to_be_chosen",
+    "stragglers_are_stopped_where_more_is_drawn_than_trains",
+    "stragglers_are_stopped_before_they_are_scored",
     "an_adaptive_kl_coefficient_stays_positive",
     "the_overlong_buffer_fits_in_a_response",
     "groups_are_large_enough",

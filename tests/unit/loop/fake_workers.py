@@ -260,6 +260,8 @@ class FakeWorkers:
         self.is_interrupted = self.is_paused = False
         self.calls: list[tuple[str, Any]] = []
         self.versions: list[int] = []
+        self.drawn: dict[int, list[list[list[GenerationResult]]]] = {}
+        """By number of the call: of each rank, its groups."""
         self.routes: dict[tuple[int, int, int], np.ndarray] = {}
         """By rank that has them, rank that recorded them, and key."""
         self.replayed: list[list[np.ndarray]] = []
@@ -273,6 +275,8 @@ class FakeWorkers:
 
     def submit(self, calls: Mapping[int, Call[Any]]) -> dict[int, Any]:
         (method,) = {call.method for call in calls.values()}
+        if method == Rollout.answer:
+            return {rank: done(self.drawn_of(rank, *call.args)) for rank, call in calls.items()}
         if method == RouteHolder.exchange:
             return self.exchange({rank: call.args for rank, call in calls.items()})
         if method == Rollout.digests_of_model:
@@ -296,14 +300,10 @@ class FakeWorkers:
         match called:
             case Critic.values:
                 return [model.forward(mb, model.weights) for (mb,) in args_of_rank]
-            case Rollout.generate if self.is_interrupted:
-                return [[] for _ in args_of_rank]
             case Rollout.generate:
-                return [
-                    [self.handed_out(rank, result) for result in engine.generate(requests)]
-                    for rank, (engine, (requests, _)) in enumerate(
-                        zip(self.engines, args_of_rank, strict=True)
-                    )
+                self.drawn[args_of_rank[0][0]] = [
+                    [] if self.is_interrupted else self.drawn_by(rank, groups)
+                    for rank, (_, groups, _) in enumerate(args_of_rank)
                 ]
             case Memory.take_peak:
                 return [None, 5 << 30]
@@ -364,6 +364,18 @@ class FakeWorkers:
             case _:
                 raise AssertionError(f"the loop asked for {method}")
         return [None] * self.world_size
+
+    def drawn_by(
+        self, rank: int, groups: Sequence[Sequence[GenerationRequest]]
+    ) -> list[list[GenerationResult]]:
+        """Return what the engine of a rank draws."""
+        requests = [request for group in groups for request in group]
+        results = iter(self.engines[rank].generate(requests))
+        return [[self.handed_out(rank, next(results)) for _ in group] for group in groups]
+
+    def drawn_of(self, rank: int, number: int, group: int) -> list[GenerationResult]:
+        """Return what it has drawn for a group of a call."""
+        return [] if self.is_interrupted else self.drawn[number][rank][group]
 
     def handed_out(self, rank: int, result: GenerationResult) -> GenerationResult:
         """Return the result as the host of the engine does."""

@@ -52,6 +52,11 @@ class Run:
         return [args for called, args in self.workers.calls if called == method]
 
     @property
+    def requests(self) -> list[list[list[Any]]]:
+        """What the engines were asked for, by call and by rank."""
+        return requests_of(self.workers)
+
+    @property
     def updates(self) -> list[list[Any]]:
         """The sequences of every update, over both ranks."""
         return [
@@ -128,3 +133,12 @@ def replay_in(root, *overrides, folder="run", steps=3, num_val=0) -> Run:
     except StoppedError:
         is_stopped = True
     return Run(run_dir, workers, is_stopped)
+
+
+def requests_of(workers: FakeWorkers) -> list[list[list[Any]]]:
+    """Return the requests of each call to generate, by rank."""
+    return [
+        [[request for group in groups for request in group] for _, groups, _ in args]
+        for called, args in workers.calls
+        if called == "generate"
+    ]

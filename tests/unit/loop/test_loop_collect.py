@@ -91,9 +91,9 @@ def test_batches_have_the_size_asked_for_and_a_prompt_that_comes_again_is_answer
     # 10 prompts and at least 4 batches of 3: one prompt or more comes twice.
     run = run_loop(FILTER, "data.gen_batch_size=3", steps=1, reward=ALIKE_W1)
     assert run.metrics[0]["rollout/num_gen_batches"] >= 2
-    sizes = [sum(len(share) for (share, _) in args) for args in run.arguments("generate")[1:]]
+    sizes = [sum(map(len, of_call)) for of_call in run.requests[1:]]
     assert sizes == [9] * int(run.metrics[0]["rollout/num_gen_batches"])
-    requests = [r for args in run.arguments("generate")[1:] for (share, _) in args for r in share]
+    requests = [r for of_call in run.requests[1:] for of_rank in of_call for r in of_rank]
     assert max(Counter(r.sampling.seed for r in requests).values()) == 1
 
 
@@ -113,7 +113,7 @@ def test_a_run_with_dynamic_sampling_resumes_to_the_same_numbers(run_loop, crash
 def test_remax_answers_every_prompt_once_more_greedily(run_loop):
     run = run_loop("algorithm.adv_estimator=remax", steps=2)
     _, sampled, greedy, *_ = [
-        [r for (share, _) in args for r in share] for args in run.arguments("generate")
+        [r for of_rank in of_call for r in of_rank] for of_call in run.requests
     ]
     assert len(sampled) == 4 * 3
     assert {r.sampling.temperature for r in sampled} == {1.0}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
+from loop_runs import requests_of
 
 from mcore_rl.loop.generate import generate_groups, rollout_metrics
 from mcore_rl.metrics import to_floats
@@ -81,10 +82,9 @@ def test_seeds_differ_between_steps_prompts_and_samples(setting):
         setting.answer(seed, [*prompts, *same_tokens[1:]], n=4)
     seeds = [
         request.sampling.seed
-        for method, args in setting.workers.calls
-        if method == "generate"
-        for (share, _) in args
-        for request in share
+        for of_call in requests_of(setting.workers)
+        for of_rank in of_call
+        for request in of_rank
     ]
     assert len(set(seeds)) == len(seeds) == 3 * 4 * 4
     assert all(0 <= seed < 2**31 for seed in seeds)

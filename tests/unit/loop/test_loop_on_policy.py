@@ -181,9 +181,7 @@ def test_kl_in_the_reward_is_taken_off_before_advantages_and_not_from_the_logged
 
 def test_every_step_draws_new_responses_also_of_prompts_seen_before(run_loop):
     run = run_loop(GMPO, steps=4)  # two epochs
-    requests = [
-        [request for (share, _) in args for request in share] for args in run.arguments("generate")
-    ]
+    requests = [[request for of_rank in of_call for request in of_rank] for of_call in run.requests]
     check, *seeds = [[request.sampling.seed for request in call] for call in requests]
     seeds = [*sorted(set(check)), *(seed for of_step in seeds for seed in of_step)]
     assert len(set(check)) == 8  # every engine is asked the same
@@ -193,12 +191,12 @@ def test_every_step_draws_new_responses_also_of_prompts_seen_before(run_loop):
 
 def test_sampling_while_training_follows_the_configuration(run_loop):
     run = run_loop(GMPO, "rollout.temperature=0.7", steps=1, num_val=2)
-    agreement, validation, rollout, _ = run.arguments("generate")
+    agreement, validation, rollout, _ = run.requests
     for args in (agreement, rollout):
-        sampling = args[0][0][0].sampling
+        sampling = args[0][0].sampling
         assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 1.0, -1)
         assert sampling.max_tokens == 6
-    assert validation[0][0][0].sampling.temperature == 0.0
+    assert validation[0][0].sampling.temperature == 0.0
 
 
 @pytest.mark.parametrize(
@@ -266,9 +264,9 @@ def test_validation_takes_batches_and_reports_the_best_of_several_samples(run_lo
         "rollout.val_kwargs.top_k=5",
     ]
     run = run_loop(GMPO, *overrides, steps=1, num_val=5)
-    first, second = run.arguments("generate")[1:3]
-    assert [sum(len(share) for (share, _) in args) for args in (first, second)] == [12, 8]
-    sampling = first[0][0][0].sampling
+    first, second = run.requests[1:3]
+    assert [sum(map(len, of_call)) for of_call in (first, second)] == [12, 8]
+    sampling = first[0][0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 0.8, 5)
     line = run.metrics[0]
     best = [line[f"eval/val/best_at_{k}"] for k in (1, 2, 4)]
@@ -385,8 +383,7 @@ def test_every_validation_draws_with_the_same_seeds(run_loop):
         *(GMPO, "data.val_files=unread", "rollout.val_kwargs.do_sample=true"), steps=1, num_val=3
     )
     seeds = [
-        sorted(r.sampling.seed for (share, _) in args for r in share)
-        for args in run.arguments("generate")
+        sorted(r.sampling.seed for of_rank in of_call for r in of_rank) for of_call in run.requests
     ]
     assert seeds[1] == seeds[3] != seeds[2]
 
@@ -447,11 +444,11 @@ def test_logprobs_that_are_no_numbers_do_not_pass_as_agreement(run_loop):
 
 def test_the_agreement_check_asks_every_engine_and_leaves_the_data_where_it_was(run_loop):
     run = run_loop(GMPO, steps=1)
-    check, rollout = run.arguments("generate")
-    by_engine = [[tuple(r.prompt_token_ids) for r in share] for (share, _) in check]
+    check, rollout = run.requests
+    by_engine = [[tuple(r.prompt_token_ids) for r in of_rank] for of_rank in check]
     assert by_engine[0] == by_engine[1]
     assert len(by_engine[0]) == 8
-    drawn = {tuple(r.prompt_token_ids) for (share, _) in rollout for r in share}
+    drawn = {tuple(r.prompt_token_ids) for of_rank in rollout for r in of_rank}
     assert len(drawn) == 4
 
 

@@ -63,7 +63,7 @@ def test_the_routes_of_the_engines_reach_every_update(run_r3, run_loop):
     assert len(workers.replayed) == 4
     for number, routes in enumerate(workers.replayed):
         assert {value for of_sequence in routes for value in of_sequence.flat} == {number // 2}
-    asked = [args[0][1] for method, args in workers.calls if method == "generate"]
+    asked = [args[0][2] for method, args in workers.calls if method == "generate"]
     # The check before the first step, then validation and rollout of each step, and the last one.
     assert asked == [True, False, True, False, True, False]
 
@@ -72,7 +72,7 @@ def test_the_routes_of_earlier_steps_are_dropped(run_r3):
     workers = run_r3()
     drops = [i for i, method in enumerate(workers.methods) if method == "route_holder.drop"]
     rollouts = [
-        i for i, (method, args) in enumerate(workers.calls) if method == "generate" and args[0][1]
+        i for i, (method, args) in enumerate(workers.calls) if method == "generate" and args[0][2]
     ]
     check, first, second = rollouts
     assert check < drops[0] < first < drops[1] < second

@@ -180,6 +180,8 @@ class VirtualEngine:
         self._is_drawing = False
         self._calls: list[tuple[Callable[[], Any], Answer]] = []
         self._catching_up = 0.0
+        self._given: dict[tuple[int, int], Future[list[GenerationResult]]] = {}
+        """By number of a call and of a group."""
         self.batches: list[list[int]] = []
         """Tokens of each response, by call."""
         self._busy: list[tuple[float, float]] = []
@@ -194,8 +196,12 @@ class VirtualEngine:
         answer = Answer(self._clock)
         match call.method:
             case Rollout.generate:
-                requests, _ = call.args
-                self._give(requests, answer)
+                number, groups, _ = call.args
+                self._give(number, groups)
+                answer.set_result(None)
+            case Rollout.answer:
+                submitted = self._given.pop(call.args)
+                submitted.add_done_callback(lambda done: answer.set_result(done.result()))
             case Rollout.pause:
                 self._between_steps(partial(self._serving.pause, *call.args), answer)
             case Rollout.resume:
@@ -207,12 +213,12 @@ class VirtualEngine:
                 raise AssertionError(f"an engine was asked for {call.name}")
         return answer
 
-    def _give(self, requests: Sequence[GenerationRequest], answer: Answer) -> None:
-        self.batches.append([self._engine.length(request) for request in requests])
+    def _give(self, number: int, groups: Sequence[Sequence[GenerationRequest]]) -> None:
+        self.batches.append([self._engine.length(request) for of in groups for request in of])
         if not self._serving.health().num_unfinished:
             self._given_at = self._clock.now
-        submitted = self._serving.submit(requests)
-        submitted.add_done_callback(lambda done: answer.set_result(done.result()))
+        for group, submitted in enumerate(self._serving.submit_groups(groups)):
+            self._given[number, group] = submitted
         self._go_on()
 
     def _take_weights(self, version: int) -> None:

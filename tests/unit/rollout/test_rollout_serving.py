@@ -111,6 +111,24 @@ def test_a_pause_that_keeps_goes_on_with_new_weights_and_says_which_tokens_are_w
     assert list(result.versions) == [VersionSpan(0, 0, 2), VersionSpan(1, 2, num)]
 
 
+def test_requests_wait_while_an_engine_sleeps_and_go_on_with_the_weights_that_came(engine):
+    whole = drawn(_alone(engine, 20))
+    future = engine.submit(requests(20))
+    for _ in range(2):
+        engine.run()
+    engine.sleep(2)
+    assert not engine.is_busy
+    engine.wake(EnginePart.WEIGHTS)
+    update(engine, 1)
+    assert not engine.is_busy, "its cache is asleep"
+    engine.wake(EnginePart.KV_CACHE)
+    finish(engine)
+    (result,) = future.result()
+    assert [result.token_ids.tolist()] == whole
+    num = len(result.token_ids)
+    assert list(result.versions) == [VersionSpan(0, 0, 2), VersionSpan(1, 2, num)]
+
+
 def test_a_pause_that_aborts_ends_requests_with_what_they_have(engine):
     whole = drawn(_alone(engine, 20))
     future = engine.submit(requests(20))
@@ -153,7 +171,6 @@ REFUSED = {
     "start while generating": (["submit"], "start", "has requests and no pause"),
     "update unopened": ([], "update", "is not taking weights"),
     "finish unopened": ([], "finish", "is not taking weights"),
-    "sleep while generating": (["submit"], "sleep 1", "has unfinished requests"),
     "sleep while taking weights": (["start"], "sleep 1", "is taking weights"),
     "sleep twice": (["sleep 1"], "sleep 1", "is asleep already"),
     "wake twice": (["sleep 1", "wake kv"], "wake kv", "has its kv_cache awake"),

@@ -1,5 +1,6 @@
 """The host of an engine, with the fake engine."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from mcore_rl.workers.routes import RouteStore
 from mcore_rl.workers.weight_source import WeightSourceWorker
 
 END, VOCABULARY = 0, 12
+NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -80,8 +82,15 @@ def requests(num):
     ]
 
 
+def drawn_by(worker, num, keep_routes=False):
+    """Return what a worker answers to so many requests, a group."""
+    number = next(NUMBERS)
+    worker.generate(number, [requests(num)], keep_routes)
+    return worker.answer(number, 0).result()
+
+
 def test_answers_are_decoded_where_they_are_made_without_special_tokens(make_worker):
-    results = make_worker(with_text=True).generate(requests(20), False).result()
+    results = drawn_by(make_worker(with_text=True), 20)
     assert any(result.token_ids[-1] == END for result in results)
     for result in results:
         words = [f"w{token}" for token in result.token_ids.tolist() if token != END]
@@ -89,13 +98,15 @@ def test_answers_are_decoded_where_they_are_made_without_special_tokens(make_wor
 
 
 def test_nothing_is_decoded_where_nobody_reads_it(make_worker):
-    assert {result.text for result in make_worker().generate(requests(3), False).result()} == {""}
+    assert {result.text for result in drawn_by(make_worker(), 3)} == {""}
 
 
 def test_the_first_rank_of_an_engine_answers_alone(make_worker):
     first, second = (make_worker(rank, tensor_model_parallel_size=2) for rank in (2, 3))
-    assert len(first.generate(requests(3), False).result()) == 3
-    assert second.generate(requests(3), False).result() == []
+    assert len(drawn_by(first, 3)) == 3
+    second.generate(0, [requests(3)], False)
+    with pytest.raises(KeyError):
+        second.answer(0, 0)
 
 
 ROUTING = Routing(layers=[1, 3], num_experts=4, topk=2)
@@ -120,17 +131,15 @@ def answering(make_worker, monkeypatch):
 
     def make(routes):
         worker = make_worker(routing=ROUTING)
-        submit = worker.engine.submit
+        submit = worker.engine.submit_groups
 
-        def with_routes(asked):
-            return done(
-                [
-                    replace(result, routed_experts=routes(1 + len(result.token_ids)))
-                    for result in submit(asked).result()
-                ]
-            )
+        def with_routes(groups):
+            return [
+                done([replace(r, routed_experts=routes(1 + len(r.token_ids))) for r in of_group])
+                for of_group in (future.result() for future in submit(groups))
+            ]
 
-        monkeypatch.setattr(worker.engine, "submit", with_routes)
+        monkeypatch.setattr(worker.engine, "submit_groups", with_routes)
         return worker
 
     return make
@@ -139,13 +148,13 @@ def answering(make_worker, monkeypatch):
 def test_routes_stay_in_the_worker_and_results_say_where(make_worker):
     worker = make_worker(rank=2, routing=ROUTING)
     drawn = worker.engine.submit(requests(3)).result()
-    results = worker.generate(requests(3), True).result()
+    results = drawn_by(worker, 3, True)
     assert [r.routed_experts for r in results] == [RoutesAt(rank=2, key=key) for key in range(3)]
     for key, result in enumerate(drawn):
         held = worker._routes.get(2, key)
         assert held.dtype == np.uint8
         assert np.array_equal(held, result.routed_experts)
-    assert {r.routed_experts for r in worker.generate(requests(3), False).result()} == {None}
+    assert {r.routed_experts for r in drawn_by(worker, 3, False)} == {None}
 
 
 WRONG_SHAPES = {
@@ -165,16 +174,16 @@ def test_routes_that_are_missing_or_of_no_expert_are_refused_in_any_step(answeri
     routes, message = WRONG_SHAPES[case]
     found = [good_routes, routes]
     worker = answering(lambda num_inputs: found[0](num_inputs))
-    worker.generate(requests(2), True).result()
+    drawn_by(worker, 2, True)
     found.pop(0)
     with pytest.raises(RolloutError, match=message):
-        worker.generate(requests(2), True).result()
+        drawn_by(worker, 2, True)
 
 
 def test_routes_that_name_an_expert_twice_are_refused_at_the_start(answering):
     worker = answering(with_one_row_changed([2, 2]))
     with pytest.raises(RolloutError, match=r"the experts \[2, 2\] .* not 2 different ones below 4"):
-        worker.generate(requests(2), True).result()
+        drawn_by(worker, 2, True)
 
 
 def test_both_ends_are_those_of_the_chosen_transport_by_one_link_and_close_with_the_worker(
