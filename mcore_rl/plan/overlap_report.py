@@ -31,8 +31,11 @@ AGES = (0, 1, 2, 4)
 """Of `trainer.max_staleness` that are shown, beside that of the run."""
 NUM_STEPS = 8
 """That are averaged, after those of the beginning and before those of the end."""
-TOKEN_BYTES = 4 + 1 + 4
-"""Of a sample in host memory: ids, mask, the engine's log-probabilities."""
+WAITING_TOKEN_BYTES = 4 + 4
+"""Of a response that waits for its step: ids and the engine's log-probabilities."""
+TRAINED_TOKEN_BYTES = 72
+"""Of the step that trains, at most: answers, samples, what the trainer says of them, advantages,
+what is packed and sent, and the journal's copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +107,30 @@ def overlap_lines(
         "  max_staleness    step s  trainer waits  engines busy  both work  age at most  buffer GiB"
         + "  routes GiB" * replays
     )
-    of_sample = work.tokens * TOKEN_BYTES + work.response_tokens * CHARACTERS_PER_TOKEN
+    characters = work.response_tokens * CHARACTERS_PER_TOKEN
     for age in ages:
         steps = simulate(draws[: _num_draws(age)], fleet, rest, age)
         mean = Overlap.of(steps[age + 1 :][:NUM_STEPS])
-        held = (age + 1) * of_sample  # a slot of the buffer each
+        held = controller_bytes(work.tokens, characters, age)
         row = (
             f"{age:15d}{mean.step_s:10.1f}{mean.shares[Doing.WAIT]:15.0%}{mean.engines_busy:14.0%}"
             f"{mean.overlap:11.0%}{mean.oldest:13d}{held / GIB:12.3f}"
         )
         yield row + f"{(age + 1) * routes / GIB:12.1f}" * replays
     yield "  buffer: host memory of the controller for samples that wait or train, at most"
+
+
+def controller_bytes(num_tokens: int, num_characters: int, max_staleness: int) -> int:
+    """Return what samples take at most in the controller's memory, in bytes, however fast the
+    engines are: each step that may be begun has all its responses, and one of them trains.
+
+    Args:
+        num_tokens: of the samples of a step, with their prompts.
+        num_characters: of the texts of their responses.
+        max_staleness: of the run.
+    """
+    waiting = max_staleness * (num_tokens * WAITING_TOKEN_BYTES + num_characters)
+    return waiting + num_tokens * TRAINED_TOKEN_BYTES + num_characters
 
 
 def _num_draws(age: int) -> int:

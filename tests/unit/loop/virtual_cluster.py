@@ -200,7 +200,7 @@ class VirtualEngine:
                 self._give(number, groups)
                 answer.set_result(None)
             case Rollout.answer:
-                submitted = self._given[call.args]
+                submitted = self._given.pop(call.args)
                 submitted.add_done_callback(lambda done: answer.set_result(done.result()))
             case Rollout.pause:
                 self._between_steps(partial(self._serving.pause, *call.args), answer)
