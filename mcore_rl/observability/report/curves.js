@@ -29,9 +29,10 @@ function figure(plot) {
 
 /** Return what is drawn of each key in each run: by color the run where there are two, else the key. */
 function lines(plot) {
+  const isMixed = new Set(plot.keys.map((key) => key.split("/")[0])).size > 1;
   return RUNS.flatMap((run, r) => plot.keys.filter((key) => run.columns[key]).map((key) => {
     const k = plot.keys.indexOf(key);
-    return { name: named(key.slice(key.indexOf("/") + 1), r), ...look(r, k), ...run.columns[key] };
+    return { name: named(isMixed ? key : key.slice(key.indexOf("/") + 1), r), ...look(r, k), ...run.columns[key] };
   }));
 }
 

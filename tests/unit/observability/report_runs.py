@@ -26,6 +26,7 @@ def make_records() -> list[dict[str, float]]:
             "reward/mean": 0.1 + math.sin(step),
             "reward/zero_std_group_frac": 0.25,
             "reward/failed_frac": 0.0,
+            "rollout/failed_frac": 0.5,
             "rollout/response_tokens/mean": 3.0 + step,
             "rollout/response_tokens/min": 1.0,
             "rollout/response_tokens/max": 9.0,

@@ -75,6 +75,9 @@ def test_every_section_is_there(show):
     titles = [plot.title for plot in PLOTS]
     assert texts(dom, "h3") == [*titles, "Time per step (seconds)", "What they mean"]
     assert dom.count('role="img"') == len(titles) + 1
+    legends = texts(dom, "div", "legend")
+    assert "mean -0.6568" in legends
+    assert "rollout/failed_frac 0.5reward/failed_frac 0" in legends
     assert texts(dom, "p", "banner") == ["1 of 7 alarms fired: Gradient norm. Where"]
     assert texts(dom, "div", "card")[:1] == ["reward/mean-0.657from 0.100"]
     assert "eval/gsm8k/accuracy" in texts(dom, "td")
