@@ -1,8 +1,10 @@
 """The fleet of rollout engines: requests go out to all of them, results come back in order, and
 weights go to all of them.
 
-An engine that is a process of its own and fails is started again where that is allowed: it gets the
-weights that all have, and draws the same samples, since a request brings its seed.
+An engine that is a process of its own and fails is started again where that is allowed. Others draw
+its requests meanwhile, from the first token on and with the seeds that these bring: the same
+samples, if the weights are the same. It takes requests again from the next weight sync on; where no
+other engine is left, all wait for it (`membership.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from mcore_rl.cluster.answers import check_results
 from mcore_rl.cluster.busy import BusyTimes
 from mcore_rl.cluster.group import Call, WorkerGroup, call, results
+from mcore_rl.cluster.membership import Membership, Start
 from mcore_rl.cluster.phases import Phase, Phases
 from mcore_rl.cluster.placement import Placement
 from mcore_rl.cluster.routes import Routes
@@ -52,9 +55,8 @@ class Generation:
 class _Given:
     """A group in the hands of an engine."""
 
-    engine: int
-    start: int
-    """How often the engine had been started again."""
+    start: Start
+    """Which it was."""
     call: int
     """Number of the call that gave it."""
     begun: Sequence[Future[None]]
@@ -84,9 +86,9 @@ class Engines:
         self._workers, self._routes, self._phases = workers, routes, phases
         self._ranks = placement.engine_ranks
         self._are_apart = bool(placement.engines)
-        self._num_restarts_left = max_restarts
-        self._starts = [0] * len(self._ranks)
-        """How often each engine was started again."""
+        self._fleet = Membership(len(self._ranks), max_restarts)
+        self._restarts: dict[int, Future[None]] = {}
+        """Of engines that are started again."""
         self._numbers = itertools.count()
         """Of calls."""
         self._in_flight: list[Generation] = []
@@ -100,7 +102,7 @@ class Engines:
 
     @property
     def num_engines(self) -> int:
-        return len(self._ranks)
+        return len(self._fleet.members)
 
     def generate(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
@@ -128,8 +130,7 @@ class Engines:
             self._routes.expect()
         generation = Generation(groups=groups, keep_routes=keep_routes, since=self._version)
         self._in_flight.append(generation)
-        shares = deal([group_cost(group) for group in groups], self.num_engines)
-        self._give(generation, dict(enumerate(shares)))
+        self._give(generation, range(len(groups)))
         return generation
 
     def end(
@@ -173,15 +174,17 @@ class Engines:
         self._is_interrupted = True  # first: what comes after it is not read
         self._workers.interrupt()
 
-    def _give(self, generation: Generation, shares: Mapping[int, Sequence[int]]) -> None:
-        """Give engines groups: each all of its share in one call, so that it begins with them
-        together; a group is answered when it has ended."""
-        number = next(self._numbers)
+    def _give(self, generation: Generation, groups: Sequence[int]) -> None:
+        """Deal groups to the engines: each gets all of its share in one call, so that it begins
+        with them together; a group is answered when it has ended."""
+        number, members = next(self._numbers), self._fleet.members
+        dealt = deal([group_cost(generation.groups[group]) for group in groups], len(members))
+        shares = dict(zip(members, dealt, strict=True))
         asked = {
             engine: call(
                 Rollout.generate,
                 number,
-                [generation.groups[group] for group in share],
+                [generation.groups[groups[i]] for i in share],
                 generation.keep_routes,
             )
             for engine, share in shares.items()
@@ -190,15 +193,14 @@ class Engines:
             {rank: of_engine for engine, of_engine in asked.items() for rank in self._ranks[engine]}
         )
         for engine, share in shares.items():
-            ranks, start = self._ranks[engine], self._starts[engine]
-            for position, group in enumerate(share):
+            ranks = self._ranks[engine]
+            for position, i in enumerate(share):
                 asked_for = call(Rollout.answer, number, position)
                 answer = self._workers.submit({ranks[0]: asked_for})[ranks[0]]
                 self._busy.begin(engine)
                 answer.add_done_callback(lambda _, engine=engine: self._busy.end(engine))
-                generation.given[group] = _Given(
-                    engine=engine,
-                    start=start,
+                generation.given[groups[i]] = _Given(
+                    start=self._fleet.start_of(engine),
                     call=number,
                     begun=[begun[rank] for rank in ranks],
                     answer=answer,
@@ -213,14 +215,15 @@ class Engines:
                 group = answers.pop(answer)
                 self._answer(generation, group)  # of a failed engine: from its successor
                 num_ended += 1
-        calls = {(generation.given[g].engine, generation.given[g].call) for g in answers.values()}
+        left = [generation.given[group] for group in answers.values()]
+        calls = {(given.start.engine, given.call) for given in left}
         for engine, number in sorted(calls):
             first = self._ranks[engine][0]
             self._workers.submit({first: call(Rollout.stop, number)})
 
     def _answer(self, generation: Generation, group: int) -> list[GenerationResult]:
-        """Return the results of a group, from a successor of its engine if that fails; anything if
-        it was interrupted."""
+        """Return the results of a group, from another engine if its own fails; anything if they
+        were interrupted."""
         while True:
             given = generation.given[group]
             try:
@@ -234,10 +237,11 @@ class Engines:
             except RunError as error:
                 if self._is_interrupted:
                     raise
-                if given.start == self._starts[given.engine]:
-                    self._revive(given.engine, error, "generating", Phase.REVIVE)
+                if self._fleet.is_member(given.start):
+                    self._lose(given.start.engine, error, "generating")
+            self._have_members(1, Phase.REVIVE)
             self._phases.enter(Phase.GENERATE)
-            self._give(generation, {given.engine: _unanswered(generation, given, group)})
+            self._give(generation, _unanswered(generation, given, group))
 
     def sync_weights(self, version: int, with_digests: bool = False) -> Metrics:
         """Give every engine the actor's weights as `version`.
@@ -253,16 +257,23 @@ class Engines:
         self._version = version
         with_base = with_digests or not self._have_base or self._phases.engines_forgot
         are_drawing = bool(self._in_flight) and not self._phases.engines_sleep
-        paused: Sequence[int] = range(self.num_engines) if are_drawing else ()
+        members = self._fleet.members
+        paused = members if are_drawing else []
         problems = self._ask(paused, call(Rollout.pause, PauseMode.KEEP))
-        engines = range(self.num_engines) if self._are_apart else ()
-        whole = [engine for engine in engines if engine not in problems]
-        metrics, not_taken = self._send(whole, with_digests, with_base)
+        coming = self._started()
+        targets = [*members, *coming] if self._are_apart else []
+        whole = [engine for engine in targets if engine not in problems]
+        metrics, not_taken = self._send(whole, with_digests, with_base or bool(coming))
         problems = {**problems, **not_taken}
         still = [engine for engine in paused if engine not in problems]
         problems |= self._ask(still, call(Rollout.resume))
+        for engine in coming:
+            if engine not in problems:
+                self._fleet.join(engine)
         for engine, problem in problems.items():
-            self._revive(engine, problem, "taking weights", Phase.SYNC, with_digests)
+            self._lose(engine, problem, "taking weights")
+        # What has digests is to be compared with those of all.
+        self._have_members(len(self._ranks) if with_digests else 1, Phase.SYNC, with_digests)
         self._have_base = True
         self._phases.synced()
         return metrics
@@ -285,7 +296,7 @@ class Engines:
         `RolloutEngine.loaded_digests`. The first engine is then without weights."""
         self._phases.enter(Phase.SYNC)
         self._have_base = False
-        return self._digests(Rollout.digests_of_model, 1)[0]
+        return self._digests(Rollout.digests_of_model, self._fleet.members[:1])[0]
 
     def sync_and_compare(
         self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
@@ -301,7 +312,7 @@ class Engines:
             WeightSyncError: if an engine has loaded others, or does not take them.
         """
         self.sync_weights(version, with_digests=True)
-        found = self._digests(Rollout.loaded_digests, self.num_engines)
+        found = self._digests(Rollout.loaded_digests, self._fleet.members)
         where = "in the first engine" if wanted is None else "in the model's folder"
         for engine, of_engine in enumerate(found):
             for of_part, wanted_part in zip(of_engine, wanted or found[0], strict=True):
@@ -312,10 +323,10 @@ class Engines:
         return sum(len(of_part) for of_part in found[0])
 
     def _digests(
-        self, method: Callable[..., list[dict[str, str]]], num_engines: int
+        self, method: Callable[..., list[dict[str, str]]], engines: Sequence[int]
     ) -> list[list[dict[str, str]]]:
-        """Return what each part of the first engines answers, by engine."""
-        asked = self._ranks[:num_engines]
+        """Return what each part of these engines answers, by engine."""
+        asked = [self._ranks[engine] for engine in engines]
         futures = self._workers.submit(
             dict.fromkeys([rank for ranks in asked for rank in ranks], call(method))
         )
@@ -346,10 +357,8 @@ class Engines:
                 raise error
         return merge(of_rank.metrics for of_rank in sent), problems
 
-    def _revive(
-        self, engine: int, error: RunError, doing: str, phase: Phase, with_digests: bool = False
-    ) -> None:
-        """Start a failed engine again and give it the weights.
+    def _lose(self, engine: int, error: RunError, doing: str) -> None:
+        """Have a failed engine started again; its requests are for others.
 
         Raises:
             RunError: if that may not be done any more, or it is not the engine that has failed.
@@ -359,26 +368,45 @@ class Engines:
         message = f"{error.message}, while {doing} (engine {engine}, weights {self._version})"
         failure = type(error)(message, rank=error.rank, role=error.role, step=error.step)
         failure.exit_code = error.exit_code
-        while self._are_apart and self._num_restarts_left:
-            self._num_restarts_left -= 1
-            logger.warning(
-                "%s; it is started again, %d more times at most", failure, self._num_restarts_left
-            )
-            try:
-                rank = self._ranks[engine][0]
-                self._starts[engine] += 1
-                self._workers.restart(rank).result()
-                self._phases.join(rank)
-                self._phases.enter(phase)
-                _, problems = self._send([engine], with_digests, with_base=True)
-            except RunError as again:
-                if _is_of_the_run(again):
-                    raise
-                logger.warning("engine %d did not start again: %s", engine, again)
+        if not self._are_apart or not self._fleet.lose(engine):
+            raise failure from error
+        left = self._fleet.num_restarts_left
+        logger.warning("%s; it is started again, %d more times at most", failure, left)
+        rank = self._ranks[engine][0]
+        self._phases.leave(rank)
+        self._restarts[engine] = self._workers.restart(rank)
+
+    def _started(self, wait: bool = False) -> list[int]:
+        """Return the engines that were started again and are up, without weights.
+
+        Args:
+            wait: for those that are not yet.
+        """
+        found = []
+        for engine in self._fleet.starting:
+            restart = self._restarts[engine]
+            if not (wait or restart.done()):
                 continue
-            if not problems:
-                return
-        raise failure from error
+            try:
+                restart.result()
+            except RunError as error:
+                self._lose(engine, error, "starting")
+                continue
+            self._phases.join(self._ranks[engine][0])
+            found.append(engine)
+        return found
+
+    def _have_members(self, least: int, phase: Phase, with_digests: bool = False) -> None:
+        """If fewer engines are left, wait for those that start again and give them the weights."""
+        while len(self._fleet.members) < least:
+            coming = self._started(wait=True)
+            self._phases.enter(phase)
+            _, problems = self._send(coming, with_digests, with_base=True)
+            for engine in coming:
+                if engine in problems:
+                    self._lose(engine, problems[engine], "taking weights")
+                else:
+                    self._fleet.join(engine)
 
 
 def _unanswered(generation: Generation, failed: _Given, refused: int) -> list[int]:
@@ -387,8 +415,7 @@ def _unanswered(generation: Generation, failed: _Given, refused: int) -> list[in
     return sorted(
         group
         for group, given in generation.given.items()
-        if (given.engine, given.start) == (failed.engine, failed.start)
-        and (group == refused or not _is_answered(given))
+        if given.start == failed.start and (group == refused or not _is_answered(given))
     )
 
 

@@ -107,7 +107,7 @@ class Phases:
         sleep_level: int = 0,
     ) -> None:
         self._workers, self._offloads = workers, offloads
-        self._engine_ranks, self._sleep_level = engine_ranks, sleep_level
+        self._engine_ranks, self._sleep_level = list(engine_ranks), sleep_level
         self._away = offloads.actor, offloads.critic
         self._engines_have = EngineNeeds.ALL
         self.engines_forgot = False
@@ -144,8 +144,14 @@ class Phases:
         """Take note that all engines have the actor's weights."""
         self.engines_forgot = self.has_trained = False
 
+    def leave(self, rank: int) -> None:
+        """Take note that an engine is started again; it is told nothing."""
+        if rank in self._engine_ranks:
+            self._engine_ranks.remove(rank)
+
     def join(self, rank: int) -> None:
         """Have an engine that was started again, all of it awake, be as the others are."""
+        self._engine_ranks.append(rank)
         if self._engines_have is not EngineNeeds.ALL:
             self._sleep([rank])
             self._wake([rank], EngineNeeds.NOTHING, self._engines_have)

@@ -450,6 +450,59 @@ def test_what_ended_before_an_engine_was_lost_is_not_drawn_again():
     assert workers.restarted == [1]
 
 
+def test_other_engines_draw_for_one_that_is_lost_which_joins_at_the_next_sync():
+    placement = engines_apart(Layout(), 1, 1, own_nodes=1, own_devices_per_node=3)
+    workers = TwoStarts(placement)
+    cluster = Cluster.of(workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=1)
+    engines = cluster.engines
+    engines.sync_weights(-1)
+    given = engines.begin(alone(6))
+    workers.kill(2)
+    by_rank = [1, 1, 3, 1, 3, 3]  # 1 and 4 were those of rank 2
+    assert tokens(engines.end(given)) == [[[rank, 100 + i]] for i, rank in enumerate(by_rank)]
+    assert engines.num_engines == 2
+    engines.sync_weights(-1)
+    assert sent(workers)[-1] == {1, 3}, "it has not started yet"
+    assert engines.num_engines == 2
+    workers.starting.set_result(None)
+    assert tokens(engines.generate(alone(2))) == [[[1, 100]], [[3, 101]]]
+    engines.sync_weights(-1)
+    assert sent(workers)[-1] == {1, 2, 3}
+    assert tokens(engines.generate(alone(3))) == [[[1, 100]], [[2, 101]], [[3, 102]]]
+
+
+class TwoStarts(EchoWorkers):
+    """Engines on ranks 1, 2 and 3, of which one is killed before it answers, and starts slowly."""
+
+    def __init__(self, placement):
+        super().__init__(placement)
+        self.lost, self.starting, self.open = None, Future(), {}
+
+    def submit(self, calls):
+        futures = super().submit(calls)
+        (method,) = {call.method for call in calls.values()}
+        if method is Rollout.answer and 2 in calls and self.lost is None:
+            futures = self.open[calls[2].args] = {2: Future()}
+        return futures
+
+    def kill(self, rank):
+        self.lost = rank
+        for futures in self.open.values():
+            futures[rank].set_exception(EngineLostError("SIGKILL", role="engine 1"))
+
+    def restart(self, rank):
+        assert rank == self.lost
+        return self.starting
+
+    def update_address(self, rank):
+        return f"address of {rank}"
+
+
+def sent(workers):
+    """Return to which ranks each sync sent weights."""
+    return [set(args) for method, args in workers.calls if method is EngineProcess.receive_weights]
+
+
 class LoadingWorkers(EchoWorkers):
     """Engines of two ranks that have loaded what `loaded` says, by rank."""
 

@@ -23,10 +23,10 @@ from mcore_rl.config.run import RunConfig
 from mcore_rl.loop.buffer import Buffer
 from mcore_rl.plan.memory import route_bytes_per_token
 from mcore_rl.plan.overlap import Doing, Fleet, Overlap, StepSeconds, alone, simulate
-from mcore_rl.plan.overlap_report import TOKEN_BYTES
+from mcore_rl.plan.overlap_report import WAITING_TOKEN_BYTES
 from mcore_rl.plan.report import write_plan
 from mcore_rl.plan.times import MeasuredTimes, long_tailed, measured_times
-from mcore_rl.types import Prompt, Sample
+from mcore_rl.rollout.base import GenerationResult
 
 ONE = Fleet(num_engines=1, slots=8)
 
@@ -227,8 +227,10 @@ def test_a_plan_shows_what_staleness_brings_where_engines_are_apart_or_the_loop_
     assert seconds[0] == pytest.approx(generate + train + sync, abs=0.25)  # each is rounded
     # Of unlike lengths: beside the last of a step those of the next are drawn.
     assert train + sync - 0.2 <= seconds[1] <= max(generate, train) + sync + 0.2 < seconds[0]
-    held = [float(row[5]) for row in rows.values()]
-    assert held == pytest.approx([held[0] * slots for slots in (1, 2, 3, 5)], abs=0.003)
+    held = {age: float(row[5]) for age, row in rows.items()}
+    a_step = (held[4] - held[0]) / 4  # that waits
+    assert 0 < a_step < held[0]
+    assert list(held.values()) == pytest.approx([held[0] + age * a_step for age in rows], abs=0.002)
     overlaps = ["trainer.loop=overlapped", "trainer.max_staleness=3"]
     assert list(planned(capsys, [*argv, *APART, *overlaps])[1]) == [0, 1, 2, 3, 4]
 
@@ -256,16 +258,11 @@ def test_routes_are_shown_where_they_are_replayed(argv, capsys):
 
 
 def test_bytes_of_a_token_are_those_of_a_sample_and_of_its_routes():
-    sample = Sample(
-        prompt=Prompt(uid="x", token_ids=[1], text="", data_source="", ground_truth=""),
-        index=0,
-        token_ids=[1, 2, 3],
-        loss_mask=[False, True, True],
-        rollout_logprobs=[0.0, -1.0, -1.0],
-        finish_reason="stop",
+    result = GenerationResult(
+        token_ids=[1, 2, 3], logprobs=[-1.0] * 3, finish_reason="stop", versions=[]
     )
-    arrays = (sample.token_ids, sample.loss_mask, sample.rollout_logprobs)
-    assert sum(array.nbytes for array in arrays) == 3 * TOKEN_BYTES
+    held = result.token_ids.nbytes + result.logprobs.nbytes
+    assert held == 3 * WAITING_TOKEN_BYTES
     experts = {"moe_layer_freq": [0, 1, 1], "moe_router_topk": 4}
     routes = np.zeros((3, 2, 4), np.uint8)
     assert 3 * route_bytes_per_token({**experts, "num_moe_experts": 256}) == routes.nbytes
