@@ -3,9 +3,9 @@
 #   docker build -f docker/cuda.Dockerfile -t mcore-rl:cuda .
 #   docker run --rm --gpus all --shm-size=64g mcore-rl:cuda
 #
-# There is no lock for CUDA yet: pip takes the newest versions that the extra allows. This image has
-# not been built, and the CUDA branches have not been run: docs/gpu.md.
-ARG BASE=nvidia/cuda:12.9.1-cudnn-devel-ubuntu24.04
+# It installs requirements/cuda.lock as `make install-cuda` does. This image has not been built, and
+# the CUDA branches have not been run: docs/gpu.md.
+ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 FROM ${BASE}
 
 # A compiler for Transformer Engine, pkill for examples/launch/run.sh, libnuma for vLLM.
@@ -17,11 +17,14 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /opt/mcore_rl
+COPY requirements/cuda.lock requirements/cuda-compiled.lock requirements/
+RUN pip install --no-cache-dir --no-deps -r requirements/cuda.lock
+# Compiled against the torch that is there now.
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -r requirements/cuda-compiled.lock
+
 COPY pyproject.toml README.md LICENSE ./
 COPY mcore_rl mcore_rl
-# torch comes with vLLM and first: Transformer Engine is compiled against it.
-RUN pip install --no-cache-dir "setuptools>=77" wheel "vllm>=0.25" \
-    && pip install --no-cache-dir --no-build-isolation -e ".[cuda,ray]"
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 COPY examples examples
 COPY tools tools
 

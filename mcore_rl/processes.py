@@ -54,3 +54,11 @@ def raise_file_limit() -> None:
     many ranks, tensors passed between processes and files of checkpoints are files too."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def collective_backend(device_type: str) -> str:
+    """Return what the default process group of processes on such devices ("cuda", "cpu") is made
+    of. Every group that Megatron makes is of the same: with gloo beside NCCL each would have a mesh
+    of sockets of its own. What lies on the host goes by the gloo groups of `megatron/parallel.py`.
+    """
+    return "nccl" if device_type == "cuda" else "gloo"

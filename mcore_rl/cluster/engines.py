@@ -398,7 +398,7 @@ class Engines:
 
     def _have_members(self, least: int, phase: Phase, with_digests: bool = False) -> None:
         """If fewer engines are left, wait for those that start again and give them the weights."""
-        while len(self._fleet.members) < least:
+        while self._fleet.starting and len(self._fleet.members) < least:
             coming = self._started(wait=True)
             self._phases.enter(phase)
             _, problems = self._send(coming, with_digests, with_base=True)

@@ -232,9 +232,11 @@ class TrainerConfig:
     data.gen_batch_size a step counts as the prompts that it draws at least, whatever it trains on;
     steps that must draw more make the passes more."""
     total_training_steps: int | None = None
+    """Steps of the run; None: as many as total_epochs take."""
     n_gpus_per_node: int = 1
     """Train processes per node, one per device; on CPU, processes."""
     nnodes: int = 1
+    """Nodes of the trainer."""
     launcher: str = "auto"
     """What starts the processes: local (this command, on this machine), torchrun (which starts this
     command), ray (joins the cluster at RAY_ADDRESS, or starts one of this machine); auto: torchrun
@@ -246,7 +248,9 @@ class TrainerConfig:
     """With loop overlapped: steps that the weights which draw a token may be older than those which
     train on it; 0: nothing overlaps, and the numbers are those of on_policy."""
     project_name: str = "mcore_rl"
+    """For trackers and the name of the run folder, as the next."""
     experiment_name: str = "default"
+    """Of the run."""
     default_local_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
     """The run folder: config, metrics, samples, checkpoints, report."""
     logger: list[str] = field(default_factory=lambda: ["console", "tensorboard"])

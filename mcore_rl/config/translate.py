@@ -82,6 +82,7 @@ _OFFLOAD_ALL: Mapping[Hashable, str] = {
 }
 
 # Reasons and fixes of several rows.
+_ADAM = "The optimizer is AdamW with float32 masters and moments: actor.optim."
 _CONFIG_JSON = "Change config.json in model.path."
 _CORRECTION = "Set algorithm.rollout_correction."
 _CRITIC_MEGATRON = "A critic has the layout and options of actor.megatron."
@@ -98,6 +99,7 @@ _REFERENCE = "the reference is laid out as the actor"
 _REWARD_FUNCTION = "Set custom_reward_function.path to a function of one response or of a batch."
 _SHARDS = "Megatron shards by actor.megatron"
 _SPEED = "changes speed or memory alone"
+_SUMMED = "Gradients are summed over ranks, and the loss has every denominator."
 _SYNC = "weights reach the engine within its process"
 _TEXT_ALONE = "text alone is read"
 _VALUES = "values are computed in the micro-batches of training"
@@ -166,6 +168,22 @@ _ACTOR_MEGATRON = (
         "Gradients are reduced in float32.",
         _ON,
     ),
+    Renamed(
+        "actor.megatron.override_ddp_config.use_distributed_optimizer",
+        "actor.megatron.use_distributed_optimizer",
+    ),
+    Refused("actor.megatron.override_ddp_config.average_in_collective", _SUMMED, _OFF),
+    Refused(
+        "actor.megatron.override_ddp_config.data_parallel_sharding_strategy",
+        "Set actor.megatron.use_distributed_optimizer.",
+        {"no_shard": ""},
+    ),
+    Unread("actor.megatron.override_ddp_config.bucket_size", _SPEED),
+    Unread("actor.megatron.override_ddp_config.align_param_gather", _SPEED),
+    Unread(
+        "actor.megatron.override_ddp_config.check_for_nan_in_grad",
+        "an update with a norm that is not finite is left out",
+    ),
     Refused("actor.megatron.override_mcore_model_config.*", _CONFIG_JSON),
     Refused("actor.megatron.use_dist_checkpointing", "Set model.path to the model's folder.", _OFF),
     Refused(
@@ -179,6 +197,7 @@ _ACTOR_OPTIM = (
     Unread("actor.optim.override_optimizer_config.optimizer_cpu_offload", _ON_DEVICE, _OFF),
     Unread("actor.optim.override_optimizer_config.optimizer_offload_fraction", _ON_DEVICE, _OFF),
     Unread("actor.optim.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d", _ON_DEVICE, _OFF),
+    Refused("actor.optim.override_optimizer_config.*", _ADAM),
     Renamed("actor.optim.clip_grad", "actor.grad_clip"),
     Renamed("actor.optim.warmup_style", "actor.optim.lr_decay_style"),
     Renamed("actor.optim.lr_scheduler_type", "actor.optim.lr_decay_style"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from mcore_rl.dtypes import DTYPES, torch_dtype
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
 from mcore_rl.model_files import find_model
+from mcore_rl.plugins import import_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Megatron's loader goes through parts of torch.distributed.checkpoint that torch deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
+        import_plugins()  # of families
         args.run(args)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -27,6 +27,7 @@ from mcore_rl.models.mappings import to_hf
 from mcore_rl.models.reference import build_reference
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
+from mcore_rl.processes import collective_backend
 from mcore_rl.torch_dist.parts import bytes_of
 from mcore_rl.torch_dist.source import TorchDistSource
 from mcore_rl.types import Layout, MicroBatch, TokenSequence
@@ -151,7 +152,7 @@ def _megatron_logits(
     from mcore_rl.megatron.model import build_chunks, build_transformer_config
 
     cpu.install()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = collective_backend("cuda" if torch.cuda.is_available() else "cpu")
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     groups = parallel.initialize(Layout(), seed=0)

@@ -18,7 +18,7 @@ from typing import Any
 
 from mcore_rl.doctor.children import ANSWER_FILE
 from mcore_rl.launch.libraries import quiet_libraries
-from mcore_rl.processes import die_with_parent
+from mcore_rl.processes import collective_backend, die_with_parent
 
 _COLLECTIVE_S = 60.0
 _SEED = 17
@@ -127,7 +127,7 @@ def forward(folder: Path) -> Values:
 
     _write_model(folder, "float32")
     cpu.install()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = collective_backend("cuda" if torch.cuda.is_available() else "cpu")
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     groups = parallel.initialize(Layout(), _SEED)

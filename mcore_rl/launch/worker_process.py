@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mcore_rl.launch.channel import WorkerEnd
 from mcore_rl.launch.processes import started_child
 from mcore_rl.launch.serve import Identity, Servant, serve
+from mcore_rl.processes import collective_backend
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -70,7 +71,7 @@ def _start(value: tuple[Any, int, float], store: Store) -> Servant:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        collective_backend(device.type),
         store=store,
         rank=int(os.environ["RANK"]),
         world_size=world_size,

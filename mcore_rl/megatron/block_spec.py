@@ -77,7 +77,12 @@ def block_spec(
         vp_stage: virtual pipeline stage, None without one.
     """
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        for layer in spec.layer_specs or ():
+            attention: Any = layer.submodules.self_attention  # pyright: ignore
+            if attention.module is MLASelfAttention:
+                attention.module = LatentAttention
+        return spec
     return local_block_spec(config, moe_layers, vp_stage)
 
 
@@ -114,6 +119,18 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
+
+
+class LatentAttention(MLASelfAttention):
+    """Latent attention of the modules that its spec names.
+
+    Megatron 0.19 exchanges some of them: queries that are not compressed get a norm, which no
+    model has (mla_qk_norm_config.py, _resolve_mla_qk_layernorm). Before it, this is not called.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        return {name: getattr(submodules, name) for name in (*names, "q_layernorm", "kv_layernorm")}
 
 
 class LocalSpec(LocalSpecProvider):
@@ -197,10 +214,12 @@ def _latent_attention_spec(backend: LocalSpec) -> ModuleSpec:
     # The module takes the names that it can import for an installed Transformer Engine, and then
     # fails on one that is None (multi_latent_attention.py:51, 185).
     multi_latent_attention.HAVE_TE = HAVE_TE
+    # 0.19 compares with this class, and has its name only beside Transformer Engine (:69).
+    multi_latent_attention.Linear = Linear  # pyright: ignore[reportAttributeAccessIssue]
     column = backend.column_parallel_linear()
     rms_norm: Any = RMSNorm  # a class where the annotation says ModuleSpec
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,

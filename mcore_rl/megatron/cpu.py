@@ -1,9 +1,10 @@
 """Run Megatron-Core on a machine without CUDA, Transformer Engine and Apex.
 
-Everything that CPU support needs is in this file, and `install` returns at once where CUDA is
-present. Each repair replaces one name and first checks that the name is still there, so another
-version of Megatron-Core fails here with a sentence and not later with wrong numbers. Remove an
-entry when the named upstream line is mended. `versions.py` has the versions it is tested with.
+Everything that this needs is in this file. Where CUDA is present `install` repairs only what the
+absence of Transformer Engine breaks there too. Each repair replaces one name and first checks that
+the name is still there, so another version of Megatron-Core fails here with a sentence and not
+later with wrong numbers. Remove an entry when the named upstream line is mended. `versions.py` has
+the versions it is tested with.
 
 What is replaced (line numbers of 0.16.1, relative to megatron/core):
 
@@ -12,7 +13,7 @@ What is replaced (line numbers of 0.16.1, relative to megatron/core):
 3. Literal `device="cuda"`, `.cuda()` and `.type()` string tests: a module-level stand-in for
    `torch` in four modules, and a function mode that is entered only inside the optimizer and where
    tied embeddings are set up.
-4. Four defects that show only without Transformer Engine or with gloo.
+4. Defects: two that show without Transformer Engine on any device, and two on the host.
 5. Adam: shaped like the fused Adam that the checkpoint code of the optimizer expects.
 """
 
@@ -32,18 +33,21 @@ from torch.overrides import TorchFunctionMode
 from mcore_rl.megatron.versions import require_supported_megatron
 
 _CPU = torch.device("cpu")
-_installed = False
+_installed = _repaired = False
 
 
 def install() -> None:
-    """Make Megatron-Core usable without CUDA; a no-op with CUDA or when already done.
+    """Make Megatron-Core usable without CUDA, and on it without Transformer Engine.
 
     Raises:
         RuntimeError: if the installed Megatron-Core is not supported (on CUDA too) or a repaired
             name is gone.
     """
-    global _installed
+    global _installed, _repaired
     require_supported_megatron()
+    if not _repaired:
+        _repair_missing_transformer_engine()
+        _repaired = True
     if _installed or torch.cuda.is_available():
         return
     _answer_cuda_calls()
@@ -51,7 +55,7 @@ def install() -> None:
     _redirect_device_literals()
     _enter_mode_inside_optimizer()
     _enter_mode_where_embeddings_are_tied()
-    _repair_missing_transformer_engine()
+    _leave_splits_on_host()
     _repair_unequal_collectives()
     _use_group_step_adam()
     _installed = True
@@ -260,23 +264,16 @@ def _enter_mode_where_embeddings_are_tied() -> None:
 
 
 def _repair_missing_transformer_engine() -> None:
-    """Names that only Transformer Engine's presence sets."""
+    """Names that only its presence sets, and a default that needs it."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
 
+    if HAVE_TE:
+        return
     # moe_utils.py:1192 reads te_general_gemm, which the except branch at :37 never defines.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
-
-    # moe_utils.py:1093 turns only CUDA tensors to numbers; all_to_all_single wants numbers.
-    def splits_to_host(tensor, as_numpy=False, record_stream=False):
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    _replace(
-        "megatron.core.transformer.moe.token_dispatcher",
-        "maybe_move_tensor_to_cpu",
-        splits_to_host,
-    )
 
     # random.py:629 says `self.fp8 = fp8 is not None`: the default False counts as True.
     original_init: Any = mcore_random.CheckpointWithoutOutput.__init__
@@ -286,6 +283,19 @@ def _repair_missing_transformer_engine() -> None:
 
     _replace(
         "megatron.core.tensor_parallel.random:CheckpointWithoutOutput", "__init__", init_without_fp8
+    )
+
+
+def _leave_splits_on_host() -> None:
+    """moe_utils.py:1093 turns only CUDA tensors to numbers; all_to_all_single wants numbers."""
+
+    def splits_to_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        splits_to_host,
     )
 
 

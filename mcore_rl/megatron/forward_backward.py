@@ -201,12 +201,20 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    """Return the boundaries of the padded sequences as all four of Megatron's.
+
+    Padding follows the tokens of a sequence, so causal attention lets none of them see it.
+    Transformer Engine compares the boundaries as objects, not as numbers: two tensors mean padding
+    between sequences to it, for which only Hopper's fused attention is left
+    (dot_product_attention.py of 2.20).
+    """
+    boundaries = batch.cu_seqlens_padded
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        cu_seqlens_q_padded=batch.cu_seqlens_padded,
-        cu_seqlens_kv_padded=batch.cu_seqlens_padded,
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )

@@ -76,6 +76,10 @@ def _is_other_than_alltoall_in_a_pipeline(value: Any, run: Circumstances) -> boo
     return run.pp > 1 and value != "alltoall"
 
 
+def _is_on_without_flex(value: Any, run: Circumstances) -> bool:
+    return bool(value) and run.override("moe_token_dispatcher_type") != "flex"
+
+
 def _divides_the_layers_of_one_stage(value: Any, run: Circumstances) -> bool:
     vpp = run.megatron.virtual_pipeline_model_parallel_size or 1
     return bool(value) and run.pp * vpp == 1
@@ -225,6 +229,16 @@ TABLE = (
         "moe_token_dispatcher_type",
         "exchanges rows of one length only, not those of {run.pp} pipeline stages",
         applies=_is_other_than_alltoall_in_a_pipeline,
+    ),
+    # Megatron reads what the flexible dispatcher is made of where it is chosen, and nowhere else.
+    *(
+        Refusal(
+            field,
+            "has no effect without moe_token_dispatcher_type=flex",
+            "Set that too, or remove it.",
+            _is_on_without_flex,
+        )
+        for field in ("moe_enable_deepep", "moe_flex_dispatcher_backend")
     ),
     # Megatron would build the layers of one stage alone, and the rest of the model would be neither
     # trained nor saved.

@@ -33,9 +33,10 @@ class Parallel:
     """Expert tensor and expert parallel together, ranked etp fastest."""
     expert_dp: ProcessGroup
     share: ProcessGroup
-    """The ranks that work on the same sequences (tp, cp and pp together), of gloo."""
+    """The ranks that work on the same sequences (tp, cp and pp together), of gloo: for what lies on
+    the host."""
     host: ProcessGroup | None
-    """All ranks, of gloo; None: the default group."""
+    """All ranks, of gloo, for what lies on the host; None: the default group."""
 
     @property
     def coordinates(self) -> tuple[int, ...]:
@@ -96,15 +97,15 @@ def initialize(layout: Layout, seed: int) -> Parallel:
         etp=groups.get_expert_tensor_parallel_group(),
         tp_ep=groups.get_expert_tensor_and_model_parallel_group(),
         expert_dp=groups.get_expert_data_parallel_group(),
-        share=_share_group(layout.dp, groups.get_data_parallel_rank()),
+        share=_share_group(layout.dp, groups.get_data_parallel_rank(), host),
         host=host,
     )
 
 
-def _share_group(num_shares: int, dp_rank: int) -> ProcessGroup:
+def _share_group(num_shares: int, dp_rank: int, host: ProcessGroup | None) -> ProcessGroup:
     """Return the group of this rank and all others with its place in data parallelism."""
     by_rank: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(by_rank, dp_rank)
+    dist.all_gather_object(by_rank, dp_rank, group=host)
     own: Any = None
     for share in range(num_shares):  # every rank takes part in making every group
         ranks = [rank for rank, of_rank in enumerate(by_rank) if of_rank == share]

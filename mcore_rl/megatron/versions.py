@@ -4,9 +4,10 @@ The package subclasses and replaces parts of Megatron-Core that are not its publ
 names the versions whose tests it has passed and refuses others. A branch on a version number is
 written here and nowhere else.
 
-Known differences from 0.16.1 to 0.19.2: none in a name or signature that the package uses. What
-0.16.1 gets wrong without CUDA or Transformer Engine (see `cpu.py`) the later ones get wrong too,
-except for `te_general_gemm`, which they define; that repair asks for the name.
+Known differences from 0.16.1 to 0.19.2: 0.19 builds latent attention otherwise, for which
+`block_spec.py` has a class that leaves it as it was. What 0.16.1 gets wrong without CUDA or
+Transformer Engine (see `cpu.py`) the later ones get wrong too, except for `te_general_gemm`, which
+they define; that repair asks for the name.
 """
 
 from __future__ import annotations

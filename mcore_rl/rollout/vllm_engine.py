@@ -49,6 +49,7 @@ from mcore_rl.rollout.base import (
     GenerationRequest,
     GenerationResult,
 )
+from mcore_rl.rollout.vllm_routes import keep_routes_on_every_rank
 from mcore_rl.types import VersionSpan
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
@@ -85,7 +86,7 @@ class VllmEngine:
             "max_model_len": spec.max_model_len,
             "max_num_seqs": cfg.max_num_seqs,
             "tensor_parallel_size": size,
-            "distributed_executor_backend": _executor(size, spec.is_apart),
+            "distributed_executor_backend": executor(size, is_apart=spec.is_apart),
             "enforce_eager": on_cpu if cfg.enforce_eager is None else cfg.enforce_eager,
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": WeightTransferConfig(backend="linked"),  # pyright: ignore
@@ -119,6 +120,8 @@ class VllmEngine:
             settings["gpu_memory_utilization"] = cfg.gpu_memory_utilization
         if on_cpu and self._is_part:
             _remove_shared_memory(size)
+        if self._is_part and settings["enable_return_routed_experts"]:
+            keep_routes_on_every_rank()
         self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
         self._engine = self._llm.llm_engine
         self._requests: dict[int, str] = {}
@@ -307,12 +310,16 @@ def _lora_settings(adapters: EngineAdapters | None) -> dict[str, Any]:
     }
 
 
-def _executor(size: int, is_apart: bool) -> str:
-    """Return how vLLM runs its ranks; beside the trainer the engine is ranks of the default process
-    group that lie side by side."""
-    if size == 1:
-        return "uni"
-    return "mp" if is_apart else "external_launcher"
+def executor(size: int, *, is_apart: bool) -> str:
+    """Return how vLLM runs its ranks.
+
+    Beside the trainer the engine is ranks of the default process group that lie side by side, of
+    which each takes the device that its process was told by RANK and LOCAL_RANK. The executor of a
+    single process takes the first device that it sees, whichever the trainer has.
+    """
+    if not is_apart:
+        return "external_launcher"
+    return "uni" if size == 1 else "mp"
 
 
 def _remove_shared_memory(engine_size: int) -> None:

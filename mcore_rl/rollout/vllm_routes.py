@@ -1,4 +1,7 @@
-"""Experts of every token, from a model runner that cannot return them itself.
+"""Experts of every token, where vLLM by itself does not return them.
+
+On CUDA an engine that is several train workers has a scheduler in each, and each is to hand out the
+experts. vLLM gives what they are collected by to the first rank alone: `keep_routes_on_every_rank`.
 
 vLLM 0.32.0 returns routed experts only from its second model runner, which needs Triton
 (config/vllm.py, "AuxOutput Connector requires Model Runner V2"), so not on CPU. Its capturer
@@ -18,11 +21,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import vllm.distributed.aux_output_connector.worker as aux_output_worker
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
     RoutedExpertsCapturer,
     bind_routed_experts_capturer,
 )
+
+
+class _AsFirstRank:
+    """A tensor-parallel group in which this rank counts as the first."""
+
+    is_first_rank = True
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+
+def keep_routes_on_every_rank() -> None:
+    """Have every rank of the engine that is started in this process collect experts.
+
+    vLLM 0.32 and 0.33 ask whether a rank is the first (aux_output_connector/worker.py,
+    AuxOutputWorkerConnector), and schedulers of other ranks then fail for want of its output
+    (connector.py, take_output). All ranks take part in the capture and have the same.
+    """
+    aux_output_worker.get_tp_group = lambda: _AsFirstRank(get_tp_group())  # pyright: ignore
 
 
 class RouteRecorder:

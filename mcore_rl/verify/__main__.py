@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError
+from mcore_rl.plugins import import_plugins
 from mcore_rl.verify import layouts, model
 
 CHECKS = (model, layouts)
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check.add_parser(parsers)
     args = parser.parse_args(argv)
     try:
+        import_plugins()  # of families and losses
         sys.exit(args.run(args))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -1,4 +1,4 @@
-"""The commands of the README and of the examples, as they stand there.
+"""The commands of the README, of the pages of docs/ and of the examples, as they stand there.
 
 They run in a folder that has what they name: `/models/...` is found in it, and models of the hub in
 a cache of the hub in it. Where a command would train on a cluster's batch, sizes are added.
@@ -40,15 +40,21 @@ SMALLER = (
 )
 
 
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
 def blocks() -> list[list[str]]:
-    """Return the lines of each block of the README that is for a shell, without comments."""
-    text = (ROOT / "README.md").read_text()
+    """Return the lines of each block that is for a shell, without comments and here-documents."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    text = re.sub(r" <<'EOF'\n.*?^EOF$", "", text, flags=re.MULTILINE | re.DOTALL)
     found = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [block.replace("\\\n", " ").splitlines() for block in found]
+    lines = [re.sub(r" *\\\n *", " ", block).splitlines() for block in found]
     return [[re.sub(r"(^|\s+)#.*", "", line) for line in block if line.strip()] for block in lines]
 
 
-COMMANDS = [line for block in blocks() for line in block if not line.startswith(" ")]
+COMMANDS = dict.fromkeys(
+    line for block in blocks() for line in block if line and not line.startswith(" ")
+)
 OVERRIDES = [
     [word for line in block if line.startswith(" ") for word in shlex.split(line)]
     for block in blocks()
@@ -57,27 +63,55 @@ OVERRIDES = [block for block in OVERRIDES if block]
 
 
 def command(beginning: str) -> str:
-    """Return the one command of the README that begins so."""
+    """Return the one command of the pages that begins so."""
     (found,) = (line for line in COMMANDS if line.startswith(beginning))
     return found
 
 
-RUN_ELSEWHERE = (
-    "make test",  # is what runs this test
-    "make lint",
-    "make quickstart",  # tests/unit/examples/test_examples_quickstart.py
-    "mcore-rl doctor",  # tests/e2e/test_e2e_doctor.py
-    "export MODEL=",  # and what follows it: tests/e2e/test_e2e_recipes.py
-    "examples/launch/",
-    "NODE_RANK=0 MASTER_ADDR=n1 examples/launch/",
-    "LAUNCHER=ray examples/launch/",
-    "mcore-rl replay ",  # tests/e2e/test_e2e_replay.py, test_e2e_overlapped.py
-    "mcore-rl eval ",  # tests/e2e/test_e2e_train.py
-    "python benchmarks/algorithms.py",  # 54 trainings; tests/unit/tools has its parts
-)
+NEEDS_MACHINES = "needs several machines; in small: tests/e2e/test_e2e_machines.py"
+NEEDS_RAY_CLUSTER = "needs a cluster of Ray; in small: tests/e2e/test_e2e_ray.py"
+NEEDS_GPU = "needs a GPU; on CPU: tests/unit/tools/test_tools_gpu_check.py"
+NEEDS_KUBERNETES = "needs a cluster of Kubernetes"
+INSTALLS = "installs packages"
+RECIPES = "tests/e2e/test_e2e_recipes.py"
+
+RUN_ELSEWHERE = {
+    "make test": "is what runs this test",
+    "make lint": "is what a change must pass",
+    "make docs": "tests/unit/docs/test_docs_site.py",
+    "make quickstart": "tests/unit/examples/test_examples_quickstart.py",
+    "mcore-rl doctor": "tests/e2e/test_e2e_doctor.py",
+    "export MODEL=": RECIPES,  # and what follows it
+    "examples/launch/": RECIPES,
+    "examples/custom_loss/run.sh": "tests/unit/examples/test_examples_custom.py",
+    "MCORE_RL_PLUGINS=": "tests/e2e/test_e2e_examples.py",
+    "NODE_RANK=0 MASTER_ADDR=n1 examples/launch/": RECIPES,
+    "LAUNCHER=ray examples/launch/": RECIPES,
+    "MODEL=... TRAIN_DATA=... VAL_DATA=... examples/launch/": RECIPES,
+    "LAUNCHER=ray MODEL=... TRAIN_DATA=... VAL_DATA=... examples/launch/": RECIPES,
+    "mcore-rl replay ": "tests/e2e/test_e2e_replay.py",
+    "mcore-rl eval ": "tests/e2e/test_e2e_train.py",
+    "python benchmarks/algorithms.py": "54 trainings, hours",
+    "torchrun ": NEEDS_MACHINES,
+    "python -m mcore_rl.train --config-name gmpo trainer.launcher=ray": "tests/e2e/test_e2e_ray.py",
+    "RAY_ADDRESS=": NEEDS_RAY_CLUSTER,
+    "ray job submit ": NEEDS_RAY_CLUSTER,
+    "kubectl ": NEEDS_KUBERNETES,
+    "pip install ": INSTALLS,
+    "python tools/gpu_check.py": NEEDS_GPU,
+    # Of mutations.md: cosmic-ray is no dependency.
+    "python -m venv /tmp/mutants": INSTALLS,
+    "git clone . /tmp/mutated": INSTALLS,
+    "cat > cosmic-ray.toml": INSTALLS,
+    "export PYTHONDONTWRITEBYTECODE=1": INSTALLS,
+    "/tmp/mutants/bin/": INSTALLS,
+}
+"""Beginnings of commands -> the test that runs them, or what they need that a test has not."""
+
 RUN_HERE = (
-    "python -m mcore_rl.train --config-name gmpo ",
-    "mcore-rl convert hf-to-mcore ",
+    "python -m mcore_rl.train --config-name gmpo model.path",
+    "mcore-rl convert hf-to-mcore /models/",
+    "mcore-rl convert hf-to-mcore outputs/",
     "mcore-rl convert mcore-to-hf ",
     "mcore-rl verify model ",
     "mcore-rl verify layouts ",
@@ -86,15 +120,35 @@ RUN_HERE = (
 )
 
 
-def test_every_command_of_the_readme_is_run_by_a_test():
+def test_every_command_is_run_by_a_test_or_needs_what_no_test_has():
     for line in COMMANDS:
-        assert sum(line.startswith(start) for start in (*RUN_HERE, *RUN_ELSEWHERE)) == 1, line
+        if line.startswith("pytest "):  # tests of this suite
+            files = [word for word in line.split()[1:] if word.startswith("tests/")]
+            assert files, line
+            assert [name for name in files if not (ROOT / name).exists()] == []
+        else:
+            starts = [start for start in (*RUN_HERE, *RUN_ELSEWHERE) if line.startswith(start)]
+            assert len(starts) == 1, (line, starts)
     for start in RUN_HERE:
         assert command(start)
+    for start in RUN_ELSEWHERE:
+        assert [line for line in COMMANDS if line.startswith(start)], start
+
+
+def test_the_tests_that_run_commands_elsewhere_are_there():
+    named = re.findall(r"tests/[\w/.]+\.py", " ".join(RUN_ELSEWHERE.values()))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_no_command_hides_in_an_indented_block():
+    for page in PAGES:
+        assert re.findall(r"^ +```bash", page.read_text(), re.MULTILINE) == [], page.name
 
 
 @pytest.mark.parametrize("block", OVERRIDES, ids=lambda block: block[0].split("=")[0])
-def test_the_overrides_of_the_readme_are_taken_together(block):
+def test_the_overrides_of_a_block_are_taken_together(block, monkeypatch):
+    monkeypatch.setenv("KEY", "of the environment")
     named = ["model.path=m", "data.train_files=d", "data.val_files=v", "trainer.test_freq=20"]
     argv = ["--config-name", "gmpo", *named, "actor.megatron.transformer_impl=local", *block]
     line = parse_command_line("train", "", argv)
@@ -156,7 +210,7 @@ def place(tmp_path_factory) -> Place:
 
 
 def test_the_training_and_the_conversions_run(place):
-    done = place.run(command("python -m mcore_rl.train --config-name gmpo "), *SMALLER)
+    done = place.run(command("python -m mcore_rl.train --config-name gmpo model.path"), *SMALLER)
     assert done.returncode == 0, done.stderr
     run = place.folder / "outputs" / "mcore_rl" / "default"
     (first, last) = commands.read_metrics(run)
@@ -165,8 +219,12 @@ def test_the_training_and_the_conversions_run(place):
     (place.folder / "runs").mkdir()
     (place.folder / "runs" / "x").symlink_to(run)
     (run / "checkpoints" / "global_step_20").symlink_to(run / "checkpoints" / "global_step_1")
-    for start, out in (("hf-to-mcore", "qwen3-mcore"), ("mcore-to-hf", "my-model")):
-        done = place.run(command(f"mcore-rl convert {start} "))
+    for start, out in (
+        ("hf-to-mcore /models/", "qwen3-mcore"),
+        ("hf-to-mcore outputs/", "outputs/quickstart/mcore"),
+        ("mcore-to-hf ", "my-model"),
+    ):
+        done = place.run(command(f"mcore-rl convert {start}"))
         assert done.returncode == 0, done.stderr
         assert (place.folder / out).is_dir()
     weights = {"model.safetensors", "config.json", "tokenizer.json"}

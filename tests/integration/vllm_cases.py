@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -50,6 +51,7 @@ def start(
     if "noting" not in TRANSPORTS:  # here, so that the process of the tests does not know it
         ends = {"sender": DirectSender, "receiver": NotingReceiver}
         TRANSPORTS.add("noting", Transport(**ends, reaches=frozenset(Distance)))
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     if not dist.is_initialized():
         store = dist.HashStore()
         dist.init_process_group(
@@ -316,3 +318,64 @@ def random_draws() -> tuple[float, float, float]:
 def thread_state() -> tuple[str, int]:
     """Return whose function sets torch's threads, and how many there are."""
     return torch.set_num_threads.__module__ or "torch", torch.get_num_threads()
+
+
+def device_taken(rank: int, local_rank: int, *, is_apart: bool) -> tuple[int, int]:
+    """Return the (rank, number of the device) that vLLM takes for an engine of one device in a
+    process that was told these; asked of vLLM's own executor, which starts nothing here."""
+    from types import SimpleNamespace
+
+    from vllm.v1.executor import Executor
+
+    from mcore_rl.rollout.vllm_engine import executor
+
+    backend = executor(1, is_apart=is_apart)
+    parallel = SimpleNamespace(distributed_executor_backend=backend)
+    kind: Any = Executor.get_class(SimpleNamespace(parallel_config=parallel))  # pyright: ignore
+    own = object.__new__(kind)
+    own.vllm_config = SimpleNamespace(device_config=SimpleNamespace(device=torch.device("cuda")))
+    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+    try:
+        return own._distributed_args()[1:]
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def second_rank_keeps_routes() -> tuple[bool, bool]:
+    """Return whether the second rank of an engine has what experts are collected by, in vLLM by
+    itself and after `keep_routes_on_every_rank`; everything but that decision is a stand-in."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    import vllm.distributed.aux_output_connector.worker as worker
+
+    from mcore_rl.rollout import vllm_routes
+
+    def is_kept() -> bool:
+        config = mock.MagicMock()
+        config.aux_output_config.max_bytes = 1 << 20
+        config.scheduler_config.max_num_seqs = config.max_concurrent_batches = 2
+        config.scheduler_config.max_num_batched_tokens = 8
+        capturer = SimpleNamespace(shape_per_token=(1, 2), output_dtype_name="uint8")
+        with (
+            mock.patch.object(worker, "RoutedExpertsCapturer", return_value=capturer),
+            mock.patch.object(worker, "bind_routed_experts_capturer"),
+            mock.patch.object(worker, "resolve_kv_cache_block_sizes", return_value=(4, 4)),
+        ):
+            connector = worker.AuxOutputWorkerConnector(
+                vllm_config=config, model=mock.MagicMock(), kv_cache_config=mock.MagicMock()
+            )
+        has_both = None not in (connector._store, connector._buffer)
+        connector.close()
+        return has_both
+
+    second = SimpleNamespace(is_first_rank=False)
+    with (
+        mock.patch.object(worker, "get_tp_group", return_value=second),
+        mock.patch.object(vllm_routes, "get_tp_group", return_value=second),
+    ):
+        by_itself = is_kept()
+        vllm_routes.keep_routes_on_every_rank()
+        return by_itself, is_kept()

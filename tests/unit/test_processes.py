@@ -46,3 +46,16 @@ def test_a_scoring_process_that_is_orphaned_before_it_begins_ends():
     os.close(reader)
     os.close(writer)
     assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.starts_processes
+def test_a_process_may_open_as_many_files_as_the_system_allows():
+    program = (
+        "import resource\n"
+        "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))\n"
+        "from mcore_rl.processes import raise_file_limit\n"
+        "raise_file_limit()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

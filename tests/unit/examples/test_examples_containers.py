@@ -54,13 +54,22 @@ def test_what_a_dockerfile_copies_is_there_before_it_is_installed(name):
             assert {"pyproject.toml", "README.md", "LICENSE", "mcore_rl"} <= set(copied)
 
 
-def test_the_cpu_image_installs_what_the_makefile_installs():
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("cpu", "$(BIN)/pip install --quiet "), ("cuda", "$(CUDA_BIN)/pip install ")],
+)
+def test_an_image_installs_what_the_makefile_installs(name, command):
     makefile = (ROOT / "Makefile").read_text()
-    wanted = re.findall(r"\$\(BIN\)/pip install --quiet (.*)", makefile)
-    runs = [arguments for instruction, arguments in instructions("cpu") if instruction == "RUN"]
+    wanted = re.findall(rf"{re.escape(command)}(.*)", makefile)
+    assert wanted
+    runs = [arguments for instruction, arguments in instructions(name) if instruction == "RUN"]
     assert [
         run.removeprefix("pip install --no-cache-dir ") for run in runs if "pip" in run
     ] == wanted
+
+
+def test_the_cpu_image_has_the_python_of_its_lock():
+    makefile = (ROOT / "Makefile").read_text()
     version = re.search(r"the CPU lock is for Python (\d+\.\d+)", makefile)
     assert version is not None
     assert instructions("cpu")[0] == ("FROM", f"python:{version[1]}-slim-bookworm")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from mcore_rl.cluster.placement import engines_apart
-from mcore_rl.launch.processes import visible_devices
+from mcore_rl.launch.processes import loopback, network_environment, visible_devices
 from mcore_rl.launch.programs import devices_beside, engine_program, worker_program
+from mcore_rl.sockets import Address
 from mcore_rl.types import Layout
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @pytest.mark.parametrize(
@@ -46,3 +49,15 @@ def test_a_worker_is_told_its_rank_and_its_place_on_its_node():
     assert program.environment["LOCAL_WORLD_SIZE"] == "3"
     assert program.environment["MASTER_ADDR"] == "a"
     assert program.options["engine"] == "", "its engines are processes of their own"
+
+
+def test_collectives_go_by_the_interface_on_the_way_to_the_controller(monkeypatch):
+    """A host name that is 127.0.1.1 on its machine would have them hang between machines."""
+    for variable in INTERFACES:
+        monkeypatch.delenv(variable, raising=False)
+    here = Address("ipc:///tmp/calls", b"")
+    assert network_environment(here) == dict.fromkeys(INTERFACES, loopback())
+    elsewhere = Address("tcp://127.0.0.1:4000", b"")
+    assert network_environment(elsewhere) == dict.fromkeys(INTERFACES, loopback())
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert set(network_environment(elsewhere)) == {"GLOO_SOCKET_IFNAME"}, "the user's is kept"

@@ -46,6 +46,27 @@ def test_another_version_and_a_vanished_name_are_refused_before_and_by_name(tmp_
     assert "token_dispatcher.maybe_move_tensor_to_cpu is gone" in found["missing_name"]
 
 
+@pytest.mark.starts_processes
+def test_on_cuda_only_what_lacks_transformer_engine_is_repaired():
+    """Megatron's router without it reads a name that its file does not define, and recomputation
+    of a norm takes it to be there."""
+    program = Path(cases.__file__).with_name("cuda_install.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {
+        "untouched": True,
+        "router_logits": [[1.5] * 4] * 2,
+        "recomputes_in_fp8": False,
+    }
+
+
 def test_devices_streams_and_events_answer_for_the_cpu(on_cpu):
     device, event_is_done, cuda_is_there = on_cpu(cases.cuda_answers)
     assert device == "cpu"

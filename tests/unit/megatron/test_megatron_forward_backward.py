@@ -1,7 +1,10 @@
 """What a rank of a layout that cuts rows hands to Megatron: the quickest case of
 `tests/distributed/test_distributed_invariance.py`, which has every layout and objective."""
 
+import itertools
+
 import actor_cases
+import forward_cases
 import pytest
 from actor_inputs import CP2, ONE_MICRO_BATCH, actor_spec, policy_objective, random_sequences
 
@@ -30,3 +33,15 @@ def test_sequences_cut_over_two_ranks_train_as_on_one(processes, tiny_checkpoint
             assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
         for name, weight in expected_weights.items():
             assert (weights[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("cut", [{}, CP2])
+def test_boundaries_reach_the_attention_as_one_object(processes, tiny_checkpoint, cut):
+    """Transformer Engine takes two objects for padding between sequences, whatever is in them, and
+    then finds no attention before Hopper (dot_product_attention.py of 2.20, pad_between_seqs)."""
+    size = cut.get("context_parallel_size", 1)
+    spec = actor_spec(tiny_checkpoint("qwen3"), **cut)
+    for is_one_object, boundaries, longest in processes.run(forward_cases.boundaries, size, spec):
+        assert is_one_object
+        assert boundaries[0] == 0
+        assert max(b - a for a, b in itertools.pairwise(boundaries)) == longest

@@ -52,6 +52,13 @@ REFUSED = [
         {},
         "='allgather' exchanges rows of one length only, not those of 2 pipeline stages. Remove it",
     ),
+    ({"moe_enable_deepep": True}, {}, {}, "=True has no effect without moe_token_dispatcher_type"),
+    (
+        {"moe_flex_dispatcher_backend": "deepep", "moe_token_dispatcher_type": "alltoall"},
+        {},
+        {},
+        "='deepep' has no effect without moe_token_dispatcher_type=flex. Set that too, or remove",
+    ),
     (AUX_LOSS, TP2, {}, "=0.01 has another gradient in every layout that cuts rows (tensor 2, con"),
     (
         {"moe_z_loss_coeff": 1e-3},
@@ -119,6 +126,8 @@ def test_what_a_run_may_not_override_is_refused(overrides, megatron, others, exp
         ({"recompute_granularity": "selective", "moe_permute_fusion": True}, {}, {}),
         ({"moe_token_dispatcher_type": "allgather"}, {}, {}),
         ({"moe_token_dispatcher_type": "alltoall"}, PP2, {}),
+        ({"moe_token_dispatcher_type": "flex", "moe_enable_deepep": True}, {}, {}),
+        ({"moe_enable_deepep": False}, {}, {}),
         (AUX_LOSS, PP2, {}),
         ({"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}, TP2, {}),
         ({"moe_router_bias_update_rate": 0.001}, {}, {}),
