@@ -35,6 +35,7 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     from mcore_rl.loop.loops import LOOPS
     from mcore_rl.loop.recorded import Journal, recorded
     from mcore_rl.loop.validate import validate
+    from mcore_rl.observability.report.page import write_report
     from mcore_rl.observability.results import results_table
     from mcore_rl.observability.run_folder import JOURNAL
     from mcore_rl.plan.measured import write_memory
@@ -62,8 +63,6 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, stop: Stop) -> None:
     prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
     write_memory(cfg, prompt_tokens, measured(cluster.workers), run_dir)
     cluster.close()
-    from mcore_rl.observability.report import write_report  # matplotlib: a second, at the end
-
     sys.stdout.write(f"report  {write_report(run_dir)}\n")
 
 

@@ -254,7 +254,8 @@ class TrainerConfig:
     default_local_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
     """The run folder: config, metrics, samples, checkpoints, report."""
     logger: list[str] = field(default_factory=lambda: ["console", "tensorboard"])
-    """Trackers: console, tensorboard, wandb; metrics.jsonl is always written."""
+    """Trackers: console, tensorboard, wandb, mlflow, swanlab, trackio; metrics.jsonl is always
+    written."""
     critic_warmup: int = 0
     """Steps in which the critic alone trains; read with a critic."""
     val_before_train: bool = True

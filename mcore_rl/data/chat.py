@@ -34,6 +34,9 @@ Message = Mapping[str, Any]
 _VERBOSE = False
 """Of transformers, which would warn of long texts; their length is judged by the `data` section."""
 
+_MOST_TOKENS_OF_A_CHARACTER = 4
+"""A character has at most 4 bytes in UTF-8."""
+
 
 class ChatTemplateError(UserError):
     """The chat template refuses the messages."""
@@ -221,6 +224,35 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
     assert isinstance(text, str)
     return text
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> list[str]:
+    """Return the text that each token adds to those before it, special tokens too.
+
+    Where several tokens make one character, it belongs to the last of them and the others have "".
+    """
+    texts: list[str] = []
+    before: list[int] = []  # a tokenizer may write a space before a word that does not begin a text
+    pending: list[int] = []
+    for token_id in map(int, token_ids):
+        pending.append(token_id)
+        text = _added_text(tokenizer, before, pending)
+        is_part = text.endswith("\ufffd") and len(pending) < _MOST_TOKENS_OF_A_CHARACTER
+        texts.append("" if is_part else text)
+        if not is_part:
+            before, pending = pending, []
+    if pending:
+        texts[-1] = _added_text(tokenizer, before, pending)
+    return texts
+
+
+def _added_text(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]
+) -> str:
+    def text_of(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
+    return text_of([*before, *ids])[len(text_of(before)) :]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.metrics import Metrics
 from mcore_rl.rollout.base import EngineAdapters
-from mcore_rl.types import Prompt, Routing, SampleGroup, TokenSequence
+from mcore_rl.types import Ids, Prompt, Routing, SampleGroup, TokenSequence
 
 
 class Scorer(Protocol):
@@ -36,6 +36,8 @@ class RunInputs:
     val_prompts: Sequence[Prompt]
     scorer: Scorer
     stop_token_ids: Sequence[int]
+    token_texts: Callable[[Ids], list[str]]
+    """The text of each of some tokens, for the samples that are logged."""
     total_steps: int
     routing: Routing | None = None
     """The experts whose routes the engines return; None: they do not."""

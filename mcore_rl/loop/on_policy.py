@@ -33,7 +33,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
     kept = {"prompts": inputs.prompts, "kl": learner.kl, "ledger": draws.ledger}
     checkpoints = Checkpoints(trainer, run_dir, cluster, kept)
     start = checkpoints.resume()
-    samples = SampleLog(run_dir, start, trainer.log_val_generations)
+    samples = SampleLog(run_dir, start, trainer.log_val_generations, inputs.token_texts)
 
     bring_weights(cfg, inputs, cluster, start)
 
@@ -47,8 +47,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
                 with log.stage("eval"):
                     metrics.append(evaluate(cfg, inputs, cluster, step, samples))
             groups, rollout_metrics = collect_groups(cfg, inputs, draws, step, log)
-            samples.log(step, "train", groups)
             groups, learned = learner.prepare(groups, log)
+            samples.log(step, "train", groups)
             stop.check()
             checkpoints.begin_updates()  # from here on the step is finished
             metrics += [rollout_metrics, *learned, *learner.update(step, groups, log)]

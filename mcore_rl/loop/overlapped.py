@@ -51,7 +51,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
     }
     checkpoints = Checkpoints(trainer, run_dir, cluster, kept)
     start = checkpoints.resume()
-    samples = SampleLog(run_dir, start, trainer.log_val_generations)
+    samples = SampleLog(run_dir, start, trainer.log_val_generations, inputs.token_texts)
 
     bring_weights(cfg, inputs, cluster, start)
     ahead.begin(start, total_steps)
@@ -66,8 +66,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
                 with log.stage("eval"):
                     metrics.append(evaluate(cfg, inputs, cluster, step, samples))
             groups, rollout_metrics = collect_groups(cfg, inputs, ahead, step, log)
-            samples.log(step, "train", groups)
             groups, learned = learner.prepare(groups, log)
+            samples.log(step, "train", groups)
             stop.check()
             checkpoints.begin_updates()  # from here on the step is finished
             metrics += [rollout_metrics, *learned, *learner.update(step, groups, log)]

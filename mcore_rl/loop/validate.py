@@ -33,7 +33,7 @@ def validate(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path)
     step = Checkpoints(cfg.trainer, run_dir, cluster, {}).load()
     folder = run_dir / "validation" / f"global_step_{step}"
     folder.mkdir(parents=True, exist_ok=True)
-    samples = SampleLog(folder, step, cfg.trainer.log_val_generations)
+    samples = SampleLog(folder, step, cfg.trainer.log_val_generations, inputs.token_texts)
     bring_weights(cfg, inputs, cluster, step)
     with open_log(cfg.trainer, folder, step, step) as log:
         with log.stage("eval"):

@@ -68,6 +68,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _finished_lines(path)]
 
 
+def each_record(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what `read_records` returns, a line at a time, each with the bytes of its line."""
+    return ((len(line), record) for line, record in _finished_lines(path))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file of which every value is a number.
 

@@ -19,7 +19,6 @@ from mcore_rl.printable import printable
 QUIETED_LOGGERS = {
     "megatron.core": "prints whole configs, and every parameter of every gradient bucket, at INFO",
     "httpx": "one INFO line per request, so one per sample with a remote reward or engine",
-    "matplotlib": "font cache messages at INFO while the report is drawn",
 }
 """Loggers held at WARNING, each with the reason."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import re
 import sys
 import time
 import uuid
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -175,25 +177,16 @@ class TensorboardTracker(Tracker):
 class WandbTracker(Tracker):
     """Weights & Biases; offline, to be sent by `wandb sync`, when its server does not take the run.
 
-    The run's id is kept in the run folder, so that a resumed run continues the same curves.
+    A resumed run continues the run whose id the run folder keeps.
     """
 
     def __init__(self, run: RunInfo) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise UserError(
-                "trainer.logger='wandb' needs the package wandb, which cannot be imported:"
-                f' {error}. Install it with: pip install "mcore-rl[wandb]"'
-            ) from error
-        id_file = run.dir / "wandb_run_id"
-        if run.start_step == 0 or not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
+        wandb = _optional("wandb")
         start = functools.partial(
             wandb.init,
             project=run.project,
             name=run.experiment,
-            id=id_file.read_text(),
+            id=_run_id(run, "wandb", lambda: uuid.uuid4().hex[:8]),
             resume="allow",
             dir=str(run.dir),
         )
@@ -210,6 +203,99 @@ class WandbTracker(Tracker):
 
     def close(self) -> None:
         self._run.finish()
+
+
+@TRACKERS.register("mlflow")
+class MlflowTracker(Tracker):
+    """MLflow, at MLFLOW_TRACKING_URI; a resumed run continues the run whose id the folder keeps."""
+
+    def __init__(self, run: RunInfo) -> None:
+        mlflow = _optional("mlflow")
+        self._client = client = mlflow.MlflowClient()
+        self._metric = mlflow.entities.Metric
+        found = client.get_experiment_by_name(run.project)
+        experiment = found.experiment_id if found else client.create_experiment(run.project)
+        start = functools.partial(client.create_run, experiment, run_name=run.experiment)
+        self._id = _run_id(run, "mlflow", lambda: start().info.run_id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        # It takes no other characters in a name.
+        named = {re.sub(r"[^\w .:/-]", "_", key, flags=re.ASCII): v for key, v in metrics.items()}
+        entries = [self._metric(key, value, now, step) for key, value in named.items()]
+        self._client.log_batch(self._id, entries)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+@TRACKERS.register("swanlab")
+class SwanlabTracker(Tracker):
+    """SwanLab; offline, to be sent by `swanlab sync`, where nobody has logged in."""
+
+    def __init__(self, run: RunInfo) -> None:
+        swanlab = _optional("swanlab")
+        start = functools.partial(
+            swanlab.init,
+            settings=swanlab.Settings(interactive=False),  # nobody may sit before a run
+            project=run.project,
+            name=run.experiment,
+            id=_run_id(run, "swanlab", lambda: uuid.uuid4().hex[:21]),
+            resume="allow",
+            log_dir=str(run.dir / "swanlab"),
+        )
+        try:
+            self._run = start()
+        except RuntimeError as error:  # no account set up, or no network
+            logger.warning("swanlab writes to %s/swanlab, offline: %s", run.dir, error)
+            self._run = start(mode="offline")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({printable(key): value for key, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@TRACKERS.register("trackio")
+class TrackioTracker(Tracker):
+    """Trackio, in TRACKIO_DIR; a resumed run continues the run of its name."""
+
+    def __init__(self, run: RunInfo) -> None:
+        self._trackio = _optional("trackio")
+        self._trackio.init(
+            project=run.project,
+            name=_run_id(run, "trackio", lambda: f"{run.experiment}-{uuid.uuid4().hex[:8]}"),
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._trackio.log({printable(key): value for key, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+def _optional(package: str) -> Any:
+    """Return a package that only who asks for its tracker needs."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"trainer.logger={package!r} needs the package {package}, which cannot be imported:"
+            f' {error}. Install it with: pip install "mcore-rl[{package}]"'
+        ) from error
+
+
+def _run_id(run: RunInfo, service: str, make: Callable[[], str]) -> str:
+    """Return what a service knows the run by; it is kept in the run folder for a resumed run."""
+    file = run.dir / f"{service}_run_id"
+    if run.start_step == 0 or not file.exists():
+        file.write_text(make())
+    return file.read_text()
 
 
 @TRACKERS.register("console")

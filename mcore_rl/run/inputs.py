@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_rl.algorithms.filter_groups import KNOWN_METRICS, FilterGroupsConfig
 from mcore_rl.config.run import RunConfig, SftRunConfig, TrainerConfig, train_layout
-from mcore_rl.data.chat import end_token_ids, load_tokenizer
+from mcore_rl.data.chat import end_token_ids, load_tokenizer, token_texts
 from mcore_rl.data.prompts import DataConfig, ItemStream, load_prompts, load_sft_sequences
 from mcore_rl.data.vocabulary import check_vocabulary
 from mcore_rl.errors import UserError, closest_hint, require
@@ -60,6 +61,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
         val_prompts=val_prompts,
         scorer=scorer,
         stop_token_ids=end_token_ids(tokenizer, read_generation_config(cfg.model.folder)),
+        token_texts=partial(token_texts, tokenizer),
         total_steps=count_steps(cfg.trainer, cfg.data, stream) if trains else 0,
         routing=_replayed_routing(cfg),
         adapters=adapters_of_engines(cfg),

@@ -35,7 +35,7 @@ LIBRARIES = (
     "mcore_rl.loop.on_policy",
     "mcore_rl.run.folder",
     "mcore_rl.run.inputs",
-    "mcore_rl.observability.report",
+    "mcore_rl.observability.report.page",
 )
 
 _set_by_libraries: dict[str, str] = {}

@@ -242,7 +242,6 @@ LIBRARY_OWNERS = {
     "safetensors": ("models.", "weight_sync.disk", "rollout.fake_engine"),
     "pyarrow": ("data.", "observability.results"),
     "jinja2": ("data.chat",),
-    "matplotlib": ("observability.",),
     "math_verify": ("rewards.math",),
     "sympy": ("rewards.math",),
     "rich": ("observability.", "convert.", "doctor.table"),
@@ -370,7 +369,7 @@ def test_a_configuration_composes_without_torch_megatron_vllm_and_transformers()
         "import mcore_rl.train, mcore_rl.sft\n"
     )
     assert "mcore_rl.config.run" in loaded
-    others = {"megatron.core", "vllm", "transformers", "pyarrow", "matplotlib", "rich"}
+    others = {"megatron.core", "vllm", "transformers", "pyarrow", "rich"}
     assert not loaded & {"torch", *others}
 
 

@@ -4,8 +4,8 @@ import json
 import logging
 
 import pytest
-from tokenizers import processors
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mcore_rl.data.chat import (
     ChatTemplateError,
@@ -17,6 +17,7 @@ from mcore_rl.data.chat import (
     end_of_turn_id,
     end_token_ids,
     load_tokenizer,
+    token_texts,
 )
 from mcore_rl.errors import UserError
 
@@ -68,6 +69,46 @@ def test_a_response_ends_with_the_templates_end_of_turn(tokenizer):
     ids = encode_response(tokenizer, "42")
     assert tokenizer.convert_ids_to_tokens(ids) == ["4", "2", "<|im_end|>"]
     assert decode_response(tokenizer, ids) == "42"
+
+
+def byte_tokenizer():
+    """A tokenizer of one token per byte, as byte-level BPE without merges is."""
+    vocabulary = {
+        character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def test_the_texts_of_tokens_are_those_of_the_characters_that_they_end():
+    tokenizer = byte_tokenizer()
+    text = "a é 日🙂<|end|>"
+    ids = tokenizer.encode(text)
+    texts = token_texts(tokenizer, ids)
+    # é has 2 bytes, 日 3 and the face 4; each belongs to its last.
+    faces = ["", "", "日", "", "", "", "🙂"]
+    assert texts == ["a", " ", "", "é", " ", *faces, "<|end|>"]
+
+
+def test_bytes_that_are_no_character_take_nothing_from_what_follows():
+    tokenizer = byte_tokenizer()
+    half = tokenizer.encode("日")[:2]
+    for ids in ([*half, *tokenizer.encode("ab")], half, tokenizer.encode("ab") + half):
+        texts = token_texts(tokenizer, ids)
+        assert len(texts) == len(ids)
+        assert "".join(texts) == tokenizer.decode(ids)
+
+
+def test_a_space_that_begins_a_word_is_part_of_its_token():
+    """A tokenizer of SentencePiece leaves it out where the word begins the text."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "\u2581the", "\u2581cat", "s"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert token_texts(tokenizer, [1, 2, 3, 1]) == ["the", " cat", "s", " the"]
+    assert token_texts(tokenizer, []) == []
 
 
 def test_a_response_without_a_template_ends_with_eos(plain_tokenizer):

@@ -499,6 +499,7 @@ def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: in
         val_prompts=make_prompts(num_val, 100, "val"),
         scorer=RewardScorer(cfg.reward, custom, ScoringHere(custom)),
         stop_token_ids=[END],
+        token_texts=lambda ids: [f" {i}" for i in ids],
         total_steps=total_steps,
     )
 

@@ -116,6 +116,7 @@ def measure(run_dir, setting: Setting) -> Measured:
         val_prompts=[],
         scorer=VirtualScorer(cfg, clock, seconds.reward),
         stop_token_ids=[END],
+        token_texts=lambda ids: [f" {i}" for i in ids],
         total_steps=STEPS,
     )
     cluster, inputs = recorded(make_cluster(workers, cfg), inputs, Journal(run_dir / "journal"))

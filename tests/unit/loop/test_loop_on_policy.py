@@ -247,6 +247,30 @@ def test_samples_of_every_validation_are_logged_and_told_from_those_of_training(
     assert [line["uid"].split(":")[0] for line in samples] == [line["split"] for line in samples]
 
 
+def test_samples_of_training_carry_what_the_updates_read(run_loop):
+    """The engine and the trainer of the fake have one model: they differ by rounding alone."""
+    run = run_loop(GMPO, "trainer.log_val_generations=12", steps=1)
+    sequences = [sequence for update in run.updates for sequence in update]
+    for sample in run.lines("samples.jsonl"):
+        tokens = sample["tokens"]
+        assert len(tokens["texts"]) == len(tokens["rollout_logprobs"]) == sample["num_tokens"]
+        assert all(abs(difference) < 1e-5 for difference in tokens["logprob_diffs"])
+        assert sum(tokens["advantages"]["counts"]) == sample["num_tokens"]
+        assert sample["versions"] == [[0, 0, sample["num_tokens"]]]
+    advantages = {
+        tuple(sample["tokens"]["advantages"]["values"]) for sample in run.lines("samples.jsonl")
+    }
+    trained = {float(f"{max(s.advantages, key=abs):.5g}") for s in sequences}
+    assert advantages == {(value,) for value in trained}
+
+
+def test_the_difference_of_tokens_is_not_measured_where_a_step_has_one_update(run_loop):
+    run = run_loop(GMPO, ONE_UPDATE, steps=1)
+    tokens = [sample["tokens"] for sample in run.lines("samples.jsonl")]
+    assert [of["logprob_diffs"] for of in tokens] == [None] * len(tokens)
+    assert all(of["advantages"]["values"] for of in tokens)
+
+
 def test_without_validation_data_nothing_is_validated(run_loop):
     run = run_loop(GMPO, steps=2)
     assert run.counts["generate"] == 1 + 2

@@ -71,10 +71,11 @@ def test_an_unknown_logger_names_the_closest_one(tmp_path):
         open_log(tmp_path, "tensorbord")
 
 
-def test_a_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what import sees when it is not installed
-    with pytest.raises(UserError, match=r"mcore-rl\[wandb\]"):
-        open_log(tmp_path, "wandb")
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "swanlab", "trackio"])
+def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # what import sees when it is not installed
+    with pytest.raises(UserError, match=rf"mcore-rl\[{name}\]"):
+        open_log(tmp_path, name)
 
 
 class WandbRun:
@@ -114,6 +115,65 @@ def test_wandb_takes_the_steps_that_a_resumed_run_does_again(tmp_path, monkeypat
     assert run.axes == {"*": "step"}
     shown = {row["step"]: row["reward/mean"] for row in run.rows}
     assert shown == {0: 1.0, 1: 1.0, 2: 9.0, 3: 9.0}
+
+
+def log_and_resume(run_dir, name):
+    """Log four steps, the last two of them again in a resumed run, as name/[x] to the tracker."""
+    for first, value in ((0, 1.0), (2, 9.0)):
+        log = open_log(run_dir, name, start_step=first)
+        for step in range(first, 4):
+            log.log(step, {"reward/[x]/mean": mean(value), "actor/lr": mean(step)})
+        log.close()
+
+
+@pytest.mark.starts_processes
+def test_mlflow_has_one_run_whose_last_word_on_a_step_is_the_resumed_run_s(tmp_path, monkeypatch):
+    """With the package itself, where it is installed."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlflow").as_uri())
+    log_and_resume(tmp_path / "run", "mlflow")
+    client = mlflow.MlflowClient()
+    experiments = [client.get_experiment_by_name("p").experiment_id]
+    (run,) = client.search_runs(experiments)
+    assert run.info.run_name == "e"
+    history = client.get_metric_history(run.info.run_id, "reward/_x_/mean")
+    assert [(point.step, point.value) for point in history] == [
+        *((step, 1.0) for step in range(4)),
+        (2, 9.0),
+        (3, 9.0),
+    ]
+
+
+@pytest.mark.starts_processes
+def test_swanlab_writes_offline_where_nobody_has_logged_in(tmp_path, monkeypatch, caplog):
+    """With the package itself, where it is installed."""
+    pytest.importorskip("swanlab")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+    log_and_resume(tmp_path / "run", "swanlab")
+    assert "offline" in caplog.text
+    files = list((tmp_path / "run" / "swanlab").glob("run-*/run-*.swanlab"))
+    assert {file.stem for file in files} == {
+        f"run-{(tmp_path / 'run' / 'swanlab_run_id').read_text()}"
+    }
+    assert b"reward/[x]/mean" in b"".join(file.read_bytes() for file in files)
+
+
+@pytest.mark.starts_processes
+def test_trackio_has_one_run_with_the_steps_of_both(tmp_path, monkeypatch):
+    """With the package itself, where it is installed."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    log_and_resume(tmp_path / "run", "trackio")
+    (run,) = trackio.Api().runs("p")
+    assert run.name == (tmp_path / "run" / "trackio_run_id").read_text()
+    rows = trackio.sqlite_storage.SQLiteStorage.get_logs("p", run.name)
+    assert [(row["step"], row["reward/[x]/mean"]) for row in rows] == [
+        *((step, 1.0) for step in range(4)),
+        (2, 9.0),
+        (3, 9.0),
+    ]
 
 
 def test_tensorboard_files_hold_the_logged_scalars(tmp_path):

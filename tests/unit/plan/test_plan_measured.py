@@ -9,7 +9,8 @@ from mcore_rl.cluster.memory import Measured
 from mcore_rl.cluster.phases import Phase
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
-from mcore_rl.observability.report import write_report
+from mcore_rl.observability.report.page import report_data
+from mcore_rl.observability.report.run import RunFolder
 from mcore_rl.plan.estimate import GIB
 from mcore_rl.plan.measured import HELD, memory_rows, write_memory
 from mcore_rl.plan.memory import StageMemory
@@ -93,19 +94,23 @@ def test_a_finished_run_does_not_fail_for_a_plan_that_does_not_know_its_options(
     assert list(tmp_path.iterdir()) == []
 
 
+def reported_memory(run_dir):
+    (run,) = report_data([RunFolder.read(run_dir)])["runs"]
+    return run["memory"]
+
+
 def test_the_report_shows_the_rows_of_the_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward/mean": 0.5}) + "\n")
-    assert "Memory" not in write_report(tmp_path).read_text()
+    assert reported_memory(tmp_path) is None
     row = {"phase": "train", "estimated_gib": 1.5, "measured_gib": 2.0}
     record = {"what": "a device", "rows": [row]}
     (tmp_path / "memory.json").write_text(json.dumps(record))
-    page = write_report(tmp_path).read_text()
-    assert "<h2>Memory</h2>" in page
-    assert "<td>train</td><td>1.50</td><td>2.00</td><td>0.750</td>" in page
+    shown = {"what": "a device", "rows": [["train", "1.50", "2.00", "0.750"]]}
+    assert reported_memory(tmp_path) == shown
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"rows": 3}', '{"what": "x", "rows": [{}]}'])
 def test_a_report_goes_without_a_file_of_another_form(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward/mean": 0.5}) + "\n")
     (tmp_path / "memory.json").write_text(text)
-    assert "<h2>Memory</h2>" not in write_report(tmp_path).read_text()
+    assert reported_memory(tmp_path) is None
