@@ -146,8 +146,9 @@ def _without_stopped(
     is_whole = [all(s.finish_reason != "abort" for s in group.samples) for group in groups]
     pairs = list(zip(groups, is_whole, strict=True))
     draws.ledger.discarded("straggler", [group for group, whole in pairs if not whole])
-    stopped = mean(1 - sum(is_whole) / len(groups), len(groups))
-    return [group for group, whole in pairs if whole], {"rollout/stopped_group_frac": stopped}
+    share = 1 - sum(is_whole) / len(groups)
+    metrics: Metrics = {"rollout/stopped_group_frac": mean(share, len(groups))}
+    return [group for group, whole in pairs if whole], metrics
 
 
 def _check_progress(
