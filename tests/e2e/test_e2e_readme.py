@@ -78,6 +78,7 @@ RECIPES = "tests/e2e/test_e2e_recipes.py"
 RUN_ELSEWHERE = {
     "make test": "is what runs this test",
     "make lint": "is what a change must pass",
+    "make install-cuda": "installs what needs a GPU; its locks: tests/unit/test_locks.py",
     "make docs": "tests/unit/docs/test_docs_site.py",
     "make quickstart": "tests/unit/examples/test_examples_quickstart.py",
     "mcore-rl doctor": "tests/e2e/test_e2e_doctor.py",
@@ -98,7 +99,7 @@ RUN_ELSEWHERE = {
     "ray job submit ": NEEDS_RAY_CLUSTER,
     "kubectl ": NEEDS_KUBERNETES,
     "pip install ": INSTALLS,
-    "python tools/gpu_check.py": NEEDS_GPU,
+    ".venv-cuda/bin/python tools/gpu_check.py": NEEDS_GPU,
     # Of mutations.md: cosmic-ray is no dependency.
     "python -m venv /tmp/mutants": INSTALLS,
     "git clone . /tmp/mutated": INSTALLS,
