@@ -7,6 +7,7 @@ engine at a time, beside a gloo group, as a train worker does.
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import os
 import random
@@ -84,6 +85,7 @@ def stop() -> None:
     if _sender is not None:
         _sender.close()
     _engine = _sender = None
+    gc.collect()  # an engine that goes later takes the default group of its successor with it
 
 
 class NotingReceiver(DirectReceiver):
