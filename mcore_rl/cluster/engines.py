@@ -20,6 +20,7 @@ import numpy as np
 
 from mcore_rl.cluster.answers import check_results
 from mcore_rl.cluster.busy import BusyTimes
+from mcore_rl.cluster.fleet import Fleet
 from mcore_rl.cluster.group import Call, WorkerGroup, call, results
 from mcore_rl.cluster.membership import Membership, Start
 from mcore_rl.cluster.phases import Phase, Phases
@@ -64,8 +65,8 @@ class _Given:
     answer: Future[list[GenerationResult]]
 
 
-class Engines:
-    """All engines of a run.
+class Engines(Fleet):
+    """All engines of a run, real ones.
 
     Args:
         workers: running workers.
@@ -86,7 +87,7 @@ class Engines:
         self._workers, self._routes, self._phases = workers, routes, phases
         self._ranks = placement.engine_ranks
         self._are_apart = bool(placement.engines)
-        self._fleet = Membership(len(self._ranks), max_restarts)
+        self._membership = Membership(len(self._ranks), max_restarts)
         self._restarts: dict[int, Future[None]] = {}
         """Of engines that are started again."""
         self._numbers = itertools.count()
@@ -94,21 +95,25 @@ class Engines:
         self._in_flight: list[Generation] = []
         self._busy = BusyTimes(len(self._ranks))
         self._version = -1
-        self.weights: Mapping[str, str] = {}
-        """By tensor: what the last sync sent; see `Manifest.texts`."""
+        self._weights: Mapping[str, str] = {}
         self._have_base = False
         """Whether all engines have the weights that do not train."""
         self._is_interrupted = False
 
     @property
     def num_engines(self) -> int:
-        return len(self._fleet.members)
+        """See `Fleet`."""
+        return len(self._membership.members)
 
-    def generate(
-        self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
-    ) -> list[list[GenerationResult]]:
-        """Return one result per request, in order, generated on all engines; see `begin`, `end`."""
-        return self.end(self.begin(groups, keep_routes=keep_routes))
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """See `Fleet`."""
+        return self._weights
+
+    @property
+    def num_restarts(self) -> int:
+        """See `Fleet`."""
+        return self._membership.num_restarts
 
     def begin(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
@@ -177,7 +182,7 @@ class Engines:
     def _give(self, generation: Generation, groups: Sequence[int]) -> None:
         """Deal groups to the engines: each gets all of its share in one call, so that it begins
         with them together; a group is answered when it has ended."""
-        number, members = next(self._numbers), self._fleet.members
+        number, members = next(self._numbers), self._membership.members
         dealt = deal([group_cost(generation.groups[group]) for group in groups], len(members))
         shares = dict(zip(members, dealt, strict=True))
         asked = {
@@ -200,7 +205,7 @@ class Engines:
                 self._busy.begin(engine)
                 answer.add_done_callback(lambda _, engine=engine: self._busy.end(engine))
                 generation.given[groups[i]] = _Given(
-                    start=self._fleet.start_of(engine),
+                    start=self._membership.start_of(engine),
                     call=number,
                     begun=[begun[rank] for rank in ranks],
                     answer=answer,
@@ -237,7 +242,7 @@ class Engines:
             except RunError as error:
                 if self._is_interrupted:
                     raise
-                if self._fleet.is_member(given.start):
+                if self._membership.is_member(given.start):
                     self._lose(given.start.engine, error, "generating")
             self._have_members(1, Phase.REVIVE)
             self._phases.enter(Phase.GENERATE)
@@ -257,7 +262,7 @@ class Engines:
         self._version = version
         with_base = with_digests or not self._have_base or self._phases.engines_forgot
         are_drawing = bool(self._in_flight) and not self._phases.engines_sleep
-        members = self._fleet.members
+        members = self._membership.members
         paused = members if are_drawing else []
         problems = self._ask(paused, call(Rollout.pause, PauseMode.KEEP))
         coming = self._started()
@@ -269,7 +274,7 @@ class Engines:
         problems |= self._ask(still, call(Rollout.resume))
         for engine in coming:
             if engine not in problems:
-                self._fleet.join(engine)
+                self._membership.join(engine)
         for engine, problem in problems.items():
             self._lose(engine, problem, "taking weights")
         # What has digests is to be compared with those of all.
@@ -296,7 +301,7 @@ class Engines:
         `RolloutEngine.loaded_digests`. The first engine is then without weights."""
         self._phases.enter(Phase.SYNC)
         self._have_base = False
-        return self._digests(Rollout.digests_of_model, self._fleet.members[:1])[0]
+        return self._digests(Rollout.digests_of_model, self._membership.members[:1])[0]
 
     def sync_and_compare(
         self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
@@ -312,7 +317,7 @@ class Engines:
             WeightSyncError: if an engine has loaded others, or does not take them.
         """
         self.sync_weights(version, with_digests=True)
-        found = self._digests(Rollout.loaded_digests, self._fleet.members)
+        found = self._digests(Rollout.loaded_digests, self._membership.members)
         where = "in the first engine" if wanted is None else "in the model's folder"
         for engine, of_engine in enumerate(found):
             for of_part, wanted_part in zip(of_engine, wanted or found[0], strict=True):
@@ -348,7 +353,7 @@ class Engines:
         problems: dict[int, RunError] = {}
         for of_rank in sent:
             problems |= of_rank.problems
-        self.weights = next((x.digests for x in sent if x.digests), {})
+        self._weights = next((x.digests for x in sent if x.digests), {})
         for engine, rank in ranks.items():  # what an engine says itself comes first
             error = receiving[rank].exception()
             if isinstance(error, RunError):
@@ -368,9 +373,9 @@ class Engines:
         message = f"{error.message}, while {doing} (engine {engine}, weights {self._version})"
         failure = type(error)(message, rank=error.rank, role=error.role, step=error.step)
         failure.exit_code = error.exit_code
-        if not self._are_apart or not self._fleet.lose(engine):
+        if not self._are_apart or not self._membership.lose(engine):
             raise failure from error
-        left = self._fleet.num_restarts_left
+        left = self._membership.num_restarts_left
         logger.warning("%s; it is started again, %d more times at most", failure, left)
         rank = self._ranks[engine][0]
         self._phases.leave(rank)
@@ -383,7 +388,7 @@ class Engines:
             wait: for those that are not yet.
         """
         found = []
-        for engine in self._fleet.starting:
+        for engine in self._membership.starting:
             restart = self._restarts[engine]
             if not (wait or restart.done()):
                 continue
@@ -398,15 +403,16 @@ class Engines:
 
     def _have_members(self, least: int, phase: Phase, with_digests: bool = False) -> None:
         """If fewer engines are left, wait for those that start again and give them the weights."""
-        while self._fleet.starting and len(self._fleet.members) < least:
-            coming = self._started(wait=True)
+        while self._membership.starting and len(self._membership.members) < least:
+            if not (coming := self._started(wait=True)):
+                continue
             self._phases.enter(phase)
             _, problems = self._send(coming, with_digests, with_base=True)
             for engine in coming:
                 if engine in problems:
                     self._lose(engine, problems[engine], "taking weights")
                 else:
-                    self._fleet.join(engine)
+                    self._membership.join(engine)
 
 
 def _unanswered(generation: Generation, failed: _Given, refused: int) -> list[int]:

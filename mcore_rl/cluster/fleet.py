@@ -14,7 +14,12 @@ class Fleet(Protocol):
 
     @property
     def num_engines(self) -> int:
-        """Engines that share the requests."""
+        """Engines that share the requests, without those that are started again."""
+        ...
+
+    @property
+    def num_restarts(self) -> int:
+        """How often engines were started again, in all."""
         ...
 
     @property

@@ -30,11 +30,13 @@ class Membership:
     """
 
     def __init__(self, num_engines: int, max_restarts: int) -> None:
-        self.num_restarts_left = max_restarts
-        self.epoch = 0
-        """Grows whenever the members change."""
+        self.num_restarts, self._max_restarts = 0, max_restarts
         self._starts = [Start(engine, 0) for engine in range(num_engines)]
         self._starting: set[int] = set()
+
+    @property
+    def num_restarts_left(self) -> int:
+        return self._max_restarts - self.num_restarts
 
     @property
     def members(self) -> list[int]:
@@ -59,10 +61,8 @@ class Membership:
         be started again, which is counted."""
         if not self.num_restarts_left:
             return False
-        self.num_restarts_left -= 1
-        if engine not in self._starting:
-            self.epoch += 1
-            self._starting.add(engine)
+        self.num_restarts += 1
+        self._starting.add(engine)
         self._starts[engine] = Start(engine, self._starts[engine].number + 1)
         return True
 
@@ -70,4 +70,3 @@ class Membership:
         """Take note that an engine which was started again has the weights that all have."""
         assert engine in self._starting, f"engine {engine} was not lost"
         self._starting.remove(engine)
-        self.epoch += 1

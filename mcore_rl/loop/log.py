@@ -9,7 +9,7 @@ from pathlib import Path
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.memory import peak_metrics
 from mcore_rl.config.run import TrainerConfig
-from mcore_rl.metrics import Metrics, mean, total
+from mcore_rl.metrics import Metrics, maximum, mean, total
 from mcore_rl.observability.trackers import RunLog
 
 
@@ -31,9 +31,15 @@ def open_log(
 
 
 def performance(cluster: Cluster) -> Metrics:
-    """Return how busy the engines and how full the train workers have been since the last call."""
-    busy = {"perf/engines_busy_frac": mean(cluster.engines.busy_share())}
-    return busy | peak_metrics(cluster.workers)
+    """Return how busy the engines and how full the train workers have been since the last call, how
+    many engines there are, and how often any was started again so far."""
+    engines = cluster.engines
+    found = {
+        "perf/engines_busy_frac": mean(engines.busy_share()),
+        "perf/engines": maximum(float(engines.num_engines)),
+        "perf/engine_restarts": maximum(float(engines.num_restarts)),
+    }
+    return found | peak_metrics(cluster.workers)
 
 
 _OF_THE_TRAINER = ("old_logprobs", "values", "train_critic", "train")

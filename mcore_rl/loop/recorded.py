@@ -106,6 +106,11 @@ class RecordedEngines(Fleet):
         return self._engines.num_engines
 
     @property
+    def num_restarts(self) -> int:
+        """See `Fleet`."""
+        return self._engines.num_restarts
+
+    @property
     def weights(self) -> Mapping[str, str]:
         """See `Fleet`."""
         return self._engines.weights

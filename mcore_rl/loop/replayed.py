@@ -137,6 +137,11 @@ class ReplayedEngines(Fleet):
         return 1
 
     @property
+    def num_restarts(self) -> int:
+        """See `Fleet`; none is started."""
+        return 0
+
+    @property
     def weights(self) -> Mapping[str, str]:
         """See `Fleet`."""
         return self._source.weights

@@ -78,6 +78,10 @@ def overlap_lines(
     most_running = min(slots(cfg, counts, found.engine, work), math.ceil(work.samples / engines))
     fleet = Fleet(num_engines=engines, slots=most_running)
     yield "overlap     generation beside training, simulated (plan/overlap.py)"
+    if level := cfg.rollout.sleep_level:
+        yield f"  not of engines that sleep while the trainer works (rollout.sleep_level={level}):"
+        yield "  the end of a step's generation then overlaps with the beginning of the next one's"
+        return
     if not most_running:
         yield "  an engine's cache holds no sample of the mean length"
         return

@@ -94,11 +94,7 @@ class ServingEngine:
             asleep=self._asleep,
         )
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[GenerationResult]]:
-        """Take requests of one group; see `submit_groups`."""
-        return self.submit_groups([requests])[0]
-
-    def submit_groups(
+    def submit(
         self, groups: Sequence[Sequence[GenerationRequest]]
     ) -> list[Future[list[GenerationResult]]]:
         """Take requests; the future of a group has one result per request, in order, after enough

@@ -53,7 +53,7 @@ class RolloutWorker(Rollout):
         self, number: int, groups: Sequence[Sequence[GenerationRequest]], keep_routes: bool
     ) -> None:
         """See `Rollout`."""
-        drawn = self.engine.submit_groups(groups)
+        drawn = self.engine.submit(groups)
         if not self._is_first:
             for of_group in drawn:
                 of_group.result()  # nobody asks for it, and what failed is to be told

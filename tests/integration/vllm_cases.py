@@ -255,7 +255,7 @@ def own_checksums() -> dict[str, str]:
 
 def generate(requests: list[GenerationRequest]):
     """Return the results of the engine."""
-    return engine().submit(requests).result()
+    return engine().submit([requests])[0].result()
 
 
 def generate_and_watch(requests: list[GenerationRequest]):
@@ -282,7 +282,7 @@ def generate_and_watch(requests: list[GenerationRequest]):
 
 def generate_and_sleep(requests: list[GenerationRequest], every: int):
     """Return the results of an engine that sleeps after so many steps, and how often it did."""
-    [future] = ServingEngine.submit_groups(engine(), [requests])
+    [future] = ServingEngine.submit(engine(), [requests])
     num_sleeps = 0
     while not future.done():
         for _ in range(every):

@@ -128,6 +128,8 @@ MEANINGS = {
     "sft/loss": "mean negative log-likelihood of the trained tokens",
     "perf/tokens_per_s": "tokens of the step per second of the step",
     "perf/engines_busy_frac": "share of the step in which engines had requests",
+    "perf/engines": "engines that take requests; fewer while one is started again",
+    "perf/engine_restarts": "how often engines were started again, since the run's start or resume",
     "perf/trainer_busy_frac": "share of the step in which the trainer computed",
     "perf/memory_peak_gib": "the fullest worker's largest memory; on CPU the resident set",
     "time/<stage>": "`step`, `rollout`, `reward`, `old_logprobs`, `values`, `train_critic`, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,11 @@ def logits_float32(sizes: Sizes, device: torch.device) -> Outcome:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     values: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as root:
-        for family, config in parity_models(sizes).items():
-            folder = Path(root) / family
-            save_random_model(config, folder, device)
-            sequences = sequences_of(sizes.parity_lengths, config.vocab_size)
-            expected = hugging_face_logits(folder, sequences, torch.float32, device)
-            found = megatron_logits(folder, sequences, device, dtype="float32")
-            values[family] = float((found - expected).abs().max())
-            values[f"{family}/median"] = float((found - expected).abs().median())
+    for family, folder, sequences in saved_models(sizes, device):
+        expected = hugging_face_logits(folder, sequences, torch.float32, device)
+        found = megatron_logits(folder, sequences, device, dtype="float32")
+        values[family] = float((found - expected).abs().max())
+        values[f"{family}/median"] = float((found - expected).abs().median())
     bounds = [
         Bound("dense", values["dense"], 1e-4, "float32 sums in another order; 4e-6 seen on CPU")
     ]
@@ -47,21 +43,27 @@ def logits_bfloat16(sizes: Sizes, device: torch.device) -> Outcome:
     """Errors of logits in bfloat16 against transformers' in float32, as multiples of the error
     that transformers makes itself in bfloat16; for every kind of layers that can run here."""
     values: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as root:
-        for family, config in parity_models(sizes).items():
-            folder = Path(root) / family
-            save_random_model(config, folder, device)
-            sequences = sequences_of(sizes.parity_lengths, config.vocab_size)
-            exact = hugging_face_logits(folder, sequences, torch.float32, device)
-            theirs = hugging_face_logits(folder, sequences, torch.bfloat16, device)
-            for kind in layers_here("bfloat16"):
-                ours = megatron_logits(
-                    folder, sequences, device, dtype="bfloat16", transformer_impl=kind
-                )
-                # The median, since one token that is routed to another expert is far off.
-                errors = [(x - exact).abs().median() for x in (ours, theirs)]
-                values[f"{family}/{kind}"] = float(errors[0] / errors[1])
+    for family, folder, sequences in saved_models(sizes, device):
+        exact = hugging_face_logits(folder, sequences, torch.float32, device)
+        theirs = hugging_face_logits(folder, sequences, torch.bfloat16, device)
+        for kind in layers_here("bfloat16"):
+            ours = megatron_logits(
+                folder, sequences, device, dtype="bfloat16", transformer_impl=kind
+            )
+            # The median, since one token that is routed to another expert is far off.
+            errors = [(x - exact).abs().median() for x in (ours, theirs)]
+            values[f"{family}/{kind}"] = float(errors[0] / errors[1])
     return within(values, 2.0, "both round to bfloat16 after each layer, in other places")
+
+
+def saved_models(
+    sizes: Sizes, device: torch.device
+) -> Iterator[tuple[str, Path, Sequence[TokenSequence]]]:
+    """Yield each model with random weights: its name, its folder while it is used, its inputs."""
+    for family, config in parity_models(sizes).items():
+        with tempfile.TemporaryDirectory() as folder:
+            save_random_model(config, Path(folder), device)
+            yield family, Path(folder), sequences_of(sizes.parity_lengths, config.vocab_size)
 
 
 @torch.no_grad()

@@ -32,13 +32,13 @@ class InProcessEngine(ServingEngine):
         with _process_state_kept():
             super().__init__(load_engine(spec, link))
 
-    def submit_groups(
+    def submit(
         self, groups: Sequence[Sequence[GenerationRequest]]
     ) -> list[Future[list[GenerationResult]]]:
         """Return futures that are done: between two calls nothing goes on in a train worker."""
         self._refuse_if(self._is_paused, "generate", "is paused")
         with _process_state_kept():
-            futures = super().submit_groups(groups)
+            futures = super().submit(groups)
             while not all(future.done() for future in futures):
                 self.run()
         return futures

@@ -217,7 +217,7 @@ class VirtualEngine:
         self.batches.append([self._engine.length(request) for of in groups for request in of])
         if not self._serving.health().num_unfinished:
             self._given_at = self._clock.now
-        for group, submitted in enumerate(self._serving.submit_groups(groups)):
+        for group, submitted in enumerate(self._serving.submit(groups)):
             self._given[number, group] = submitted
         self._go_on()
 

@@ -246,6 +246,13 @@ def test_a_plan_takes_times_from_the_run_folder(argv, capsys, tmp_path):
     assert float(rows[1][0]) == pytest.approx(60, rel=0.01)  # train-bound
 
 
+def test_engines_that_sleep_do_not_generate_beside_training(argv, capsys):
+    sleeps = ["trainer.loop=overlapped", "rollout.host=process", "rollout.sleep_level=1"]
+    table, rows = planned(capsys, [*argv, *sleeps])
+    assert rows == {}
+    assert "not of engines that sleep while the trainer works" in table[1]
+
+
 def test_routes_are_shown_where_they_are_replayed(argv, capsys):
     replays = ["trainer.loop=overlapped", "actor.router_replay.mode=R3"]
     more = ["rollout.tensor_model_parallel_size=4", "rollout.n=128"]

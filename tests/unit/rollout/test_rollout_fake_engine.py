@@ -63,14 +63,16 @@ def drawn(result):
 
 def test_answers_depend_on_prompt_and_seed_alone(make_engine):
     first, second = make_engine(), make_engine()
-    forward = [drawn(result) for result in first.submit(REQUESTS).result()]
-    assert [drawn(result) for result in second.submit(REQUESTS[::-1]).result()][::-1] == forward
-    assert [drawn(first.submit([r]).result()[0]) for r in REQUESTS] == forward
+    forward = [drawn(result) for result in first.submit([REQUESTS])[0].result()]
+    assert [drawn(result) for result in second.submit([REQUESTS[::-1]])[0].result()][
+        ::-1
+    ] == forward
+    assert [drawn(first.submit([[r]])[0].result()[0]) for r in REQUESTS] == forward
     assert len({tuple(tokens) for tokens, *_ in forward}) > 50
 
 
 def test_answers_end_within_the_limit_with_a_stop_token_or_by_length(make_engine):
-    results = make_engine().submit(REQUESTS).result()
+    results = make_engine().submit([REQUESTS])[0].result()
     assert {result.finish_reason for result in results} == {"stop", "length"}
     for result in results:
         assert 1 <= len(result.token_ids) <= 8
@@ -83,22 +85,24 @@ def test_answers_end_within_the_limit_with_a_stop_token_or_by_length(make_engine
 
 
 def test_routes_are_drawn_when_they_are_asked_for(make_engine):
-    assert {result.routed_experts for result in make_engine().submit(REQUESTS).result()} == {None}
+    assert {result.routed_experts for result in make_engine().submit([REQUESTS])[0].result()} == {
+        None
+    }
     engine = make_engine(routing=Routing(layers=[1, 3, 5], num_experts=6, topk=4))
-    results = engine.submit(REQUESTS).result()
+    results = engine.submit([REQUESTS])[0].result()
     for r, result in zip(REQUESTS, results, strict=True):
         num_inputs = len(r.prompt_token_ids) + len(result.token_ids) - 1
         assert result.routed_experts.shape == (num_inputs, 3, 4)
         assert all(len(set(experts)) == 4 for experts in result.routed_experts.reshape(-1, 4))
         assert result.routed_experts.max() < 6
-    again = engine.submit(REQUESTS).result()
+    again = engine.submit([REQUESTS])[0].result()
     assert all(
         (a.routed_experts == b.routed_experts).all() for a, b in zip(results, again, strict=True)
     )
 
 
 def test_without_stop_tokens_every_answer_ends_by_length(make_engine):
-    results = make_engine(stop_token_ids=[]).submit(REQUESTS).result()
+    results = make_engine(stop_token_ids=[]).submit([REQUESTS])[0].result()
     assert {result.finish_reason for result in results} == {"length"}
 
 
@@ -106,22 +110,22 @@ def test_nothing_is_generated_without_complete_weights(make_engine):
     engine = make_engine(version=-1)
     assert engine.weight_version == -1
     with pytest.raises(RolloutError, match="an engine that"):
-        engine.submit(REQUESTS).result()
+        engine.submit([REQUESTS])[0].result()
     engine.start_weight_update(3)
     tensors, manifest = [("a", torch.zeros(2)), ("b", torch.zeros(2))], Manifest()
     manifest.add(tensors)
     engine.update_weights(Tensors(tensors))
     with pytest.raises(RolloutError, match="an engine that"):
-        engine.submit(REQUESTS).result()
+        engine.submit([REQUESTS])[0].result()
     engine.finish_weight_update(manifest)
     assert {
-        span.version for result in engine.submit(REQUESTS).result() for span in result.versions
+        span.version for result in engine.submit([REQUESTS])[0].result() for span in result.versions
     } == {3}
     assert engine._engine.num_updated_tensors == 2
     engine.start_weight_update(4)
     assert engine.weight_version == -1
     with pytest.raises(RolloutError):
-        engine.submit(REQUESTS).result()
+        engine.submit([REQUESTS])[0].result()
 
 
 def test_an_engine_refuses_to_finish_with_other_weights_and_tells_what_it_loaded(make_engine):
@@ -134,5 +138,5 @@ def test_an_engine_refuses_to_finish_with_other_weights_and_tells_what_it_loaded
     engine.abort_weight_update()
     assert engine.weight_version == -1
     with pytest.raises(RolloutError, match="has no complete weights"):
-        engine.submit(REQUESTS).result()
+        engine.submit([REQUESTS])[0].result()
     assert engine.loaded_digests() == [{"a": full_digest(torch.ones(2))}]

@@ -170,7 +170,7 @@ def take_weights(engine, version):
 def test_tokens_and_logprobs_come_as_they_were_drawn_and_the_run_s_ends_hold_alone(fake):
     engine = make_engine(fake)
     take_weights(engine, 3)
-    future = engine.submit(requests(2, 5))
+    future = engine.submit([requests(2, 5)])[0]
     while not future.done():
         engine.run()
     for result in future.result():
@@ -186,7 +186,7 @@ def test_running_requests_go_on_under_new_weights_with_a_span_for_each(fake):
     engine = make_engine(fake)
     take_weights(engine, 1)
     fake.hold_after = 2
-    future = engine.submit(requests(1, 6))
+    future = engine.submit([requests(1, 6)])[0]
     engine.run()
     engine.pause(PauseMode.KEEP)
     engine.start_weight_update(2)
@@ -207,7 +207,7 @@ def test_an_aborted_response_has_what_was_drawn_of_it(fake):
     engine = make_engine(fake)
     take_weights(engine, 1)
     fake.hold_after = 3
-    future = engine.submit(requests(1, 9))
+    future = engine.submit([requests(1, 9)])[0]
     engine.run()
     engine.abort(future)
     (result,) = future.result()
@@ -227,7 +227,7 @@ def test_a_server_whose_update_broke_off_draws_nothing_more(fake):
     assert fake.is_paused
     assert fake.calls.count("/finish_weight_update") == 1
     with pytest.raises(RunError, match="has no complete weights"):
-        engine.submit(requests(1, 1))
+        engine.submit([requests(1, 1)])[0]
     engine.close()
 
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_of_a_response_names_the_server(fake, fault, message):
     engine = make_engine(fake)
     take_weights(engine, 1)
     fake.fault = fault
-    future = engine.submit(requests(1, 3))
+    future = engine.submit([requests(1, 3)])[0]
     engine.run()
     with pytest.raises(RunError, match=message) as caught:
         future.result()
@@ -261,7 +261,7 @@ def test_a_server_that_hangs_is_named(fake, monkeypatch):
     engine = make_engine(fake)
     take_weights(engine, 1)
     fake.is_frozen = True
-    future = engine.submit(requests(1, 3))
+    future = engine.submit([requests(1, 3)])[0]
     engine.run()
     with pytest.raises(RunError, match="does not answer") as caught:
         future.result()

@@ -75,20 +75,20 @@ def drawn(future):
 
 
 def test_batches_that_run_side_by_side_get_their_own_results_in_order(engine):
-    first, second = engine.submit(requests(9, 3)), engine.submit(requests(5))
+    first, second = engine.submit([requests(9, 3)])[0], engine.submit([requests(5)])[0]
     finish(engine)
     assert drawn(first) == [*drawn(_alone(engine, 9)), *drawn(_alone(engine, 3))]
     assert drawn(second) == drawn(_alone(engine, 5))
 
 
 def _alone(engine, length):
-    future = engine.submit(requests(length))
+    future = engine.submit([requests(length)])[0]
     finish(engine)
     return future
 
 
 def test_a_batch_is_answered_before_a_longer_one_that_came_earlier(engine):
-    long, short = engine.submit(requests(60)), engine.submit(requests(1))
+    long, short = engine.submit([requests(60)])[0], engine.submit([requests(1)])[0]
     engine.run()
     assert short.done()
     assert not long.done()
@@ -96,7 +96,7 @@ def test_a_batch_is_answered_before_a_longer_one_that_came_earlier(engine):
 
 def test_a_pause_that_keeps_goes_on_with_new_weights_and_says_which_tokens_are_whose(engine):
     whole = drawn(_alone(engine, 20))
-    future = engine.submit(requests(20))
+    future = engine.submit([requests(20)])[0]
     for _ in range(2):
         engine.run()
     engine.pause(PauseMode.KEEP)
@@ -113,7 +113,7 @@ def test_a_pause_that_keeps_goes_on_with_new_weights_and_says_which_tokens_are_w
 
 def test_requests_wait_while_an_engine_sleeps_and_go_on_with_the_weights_that_came(engine):
     whole = drawn(_alone(engine, 20))
-    future = engine.submit(requests(20))
+    future = engine.submit([requests(20)])[0]
     for _ in range(2):
         engine.run()
     engine.sleep(2)
@@ -131,7 +131,7 @@ def test_requests_wait_while_an_engine_sleeps_and_go_on_with_the_weights_that_ca
 
 def test_a_pause_that_aborts_ends_requests_with_what_they_have(engine):
     whole = drawn(_alone(engine, 20))
-    future = engine.submit(requests(20))
+    future = engine.submit([requests(20)])[0]
     for _ in range(3):
         engine.run()
     engine.pause(PauseMode.ABORT)
@@ -142,13 +142,13 @@ def test_a_pause_that_aborts_ends_requests_with_what_they_have(engine):
 
 
 def test_a_pause_that_waits_ends_requests_first(engine):
-    future = engine.submit(requests(20, 4))
+    future = engine.submit([requests(20, 4)])[0]
     engine.pause(PauseMode.WAIT)
     assert {result.finish_reason for result in future.result()} <= {"stop", "length"}
 
 
 def test_one_batch_is_aborted_and_the_others_go_on(engine):
-    gone, stays = engine.submit(requests(30)), engine.submit(requests(31))
+    gone, stays = engine.submit([requests(30)])[0], engine.submit([requests(31)])[0]
     engine.run()
     engine.abort(gone)
     assert gone.result()[0].finish_reason == "abort"
@@ -184,8 +184,8 @@ REFUSED = {
 }
 
 ACTS = {
-    "generate": lambda engine: engine.submit(requests(2)),
-    "submit": lambda engine: engine.submit(requests(50)),
+    "generate": lambda engine: engine.submit([requests(2)])[0],
+    "submit": lambda engine: engine.submit([requests(50)])[0],
     "start": lambda engine: engine.start_weight_update(1),
     "update": lambda engine: engine.update_weights(Tensors([])),
     "finish": lambda engine: engine.finish_weight_update(Manifest()),
@@ -220,7 +220,7 @@ def test_an_engine_sleeps_and_wakes_part_by_part_and_again(engine):
 
 
 def test_what_goes_wrong_in_a_step_is_the_answer_to_all_and_ends_the_engine(engine, monkeypatch):
-    futures = [engine.submit(requests(5)), engine.submit(requests(6))]
+    futures = [engine.submit([requests(5)])[0], engine.submit([requests(6)])[0]]
 
     def fail():
         raise ZeroDivisionError("in a kernel")
@@ -231,7 +231,7 @@ def test_what_goes_wrong_in_a_step_is_the_answer_to_all_and_ends_the_engine(engi
         with pytest.raises(ZeroDivisionError, match="in a kernel"):
             future.result()
     with pytest.raises(RolloutError, match="has failed"):
-        engine.submit(requests(2))
+        engine.submit([requests(2)])[0]
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def interrupted(monkeypatch):
 
 def test_requests_that_are_wanted_no_more_end_within_a_few_steps(engine, interrupted):
     """A response of 1000 tokens, and one that comes afterwards."""
-    future = engine.submit(requests(1000))
+    future = engine.submit([requests(1000)])[0]
     for _ in range(3 * STEPS_BETWEEN_QUESTIONS):
         engine.run()
     assert not future.done()
@@ -256,7 +256,7 @@ def test_requests_that_are_wanted_no_more_end_within_a_few_steps(engine, interru
     engine.sleep(1)  # nothing is unfinished
     engine.wake(EnginePart.WEIGHTS)
     engine.wake(EnginePart.KV_CACHE)
-    later = engine.submit(requests(1000))
+    later = engine.submit([requests(1000)])[0]
     for _ in range(STEPS_BETWEEN_QUESTIONS):
         engine.run()
     assert later.result(timeout=0)[0].finish_reason == "abort"
@@ -265,7 +265,7 @@ def test_requests_that_are_wanted_no_more_end_within_a_few_steps(engine, interru
 def test_ranks_of_an_engine_give_up_together(engine, interrupted, monkeypatch):
     """Each is told at another moment; one that went on alone would wait for the others forever."""
     monkeypatch.setattr(engine._engine, "any_rank", lambda is_so: True)  # another one was told
-    future = engine.submit(requests(1000))
+    future = engine.submit([requests(1000)])[0]
     for _ in range(STEPS_BETWEEN_QUESTIONS):
         assert not future.done()
         engine.run()

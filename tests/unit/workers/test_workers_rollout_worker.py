@@ -131,7 +131,7 @@ def answering(make_worker, monkeypatch):
 
     def make(routes):
         worker = make_worker(routing=ROUTING)
-        submit = worker.engine.submit_groups
+        submit = worker.engine.submit
 
         def with_routes(groups):
             return [
@@ -139,7 +139,7 @@ def answering(make_worker, monkeypatch):
                 for of_group in (future.result() for future in submit(groups))
             ]
 
-        monkeypatch.setattr(worker.engine, "submit_groups", with_routes)
+        monkeypatch.setattr(worker.engine, "submit", with_routes)
         return worker
 
     return make
@@ -147,7 +147,7 @@ def answering(make_worker, monkeypatch):
 
 def test_routes_stay_in_the_worker_and_results_say_where(make_worker):
     worker = make_worker(rank=2, routing=ROUTING)
-    drawn = worker.engine.submit(requests(3)).result()
+    drawn = worker.engine.submit([requests(3)])[0].result()
     results = drawn_by(worker, 3, True)
     assert [r.routed_experts for r in results] == [RoutesAt(rank=2, key=key) for key in range(3)]
     for key, result in enumerate(drawn):
