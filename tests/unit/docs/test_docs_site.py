@@ -61,6 +61,7 @@ def test_the_site_builds_without_a_warning_and_has_every_page(site):
     }
     assert (site / "architecture.svg").is_file()
     assert (site / "flow.svg").is_file()
+    assert (site / "quickstart.svg").is_file()
 
 
 @pytest.mark.starts_processes
