@@ -100,10 +100,17 @@ class _Outbox:
     def __init__(self) -> None:
         self._messages: collections.deque[list[Any]] = collections.deque()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._is_open = True
+        self._lock = threading.Lock()  # the number of a closed descriptor may be another's
 
     def put(self, message: list[Any]) -> None:
         self._messages.append(message)
-        os.eventfd_write(self.wake, 1)
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        with self._lock:
+            if self._is_open:
+                os.eventfd_write(self.wake, 1)
 
     def take(self) -> list[list[Any]]:
         with contextlib.suppress(BlockingIOError):
@@ -112,6 +119,11 @@ class _Outbox:
         while self._messages:
             taken.append(self._messages.popleft())
         return taken
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_open = False
+            os.close(self.wake)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +161,8 @@ class Listener:
         self._outbox.put([rank, kind, json.dumps(header).encode(), *frames])
 
     def wake_up(self) -> None:
-        """Have `poll` return; from any thread."""
-        os.eventfd_write(self._outbox.wake, 1)
+        """Have `poll` return; from any thread, also of a listener that has closed meanwhile."""
+        self._outbox.wake_up()
 
     def poll(self) -> tuple[list[Received], set[int]]:
         """Send what is to be sent and return (what came, ranks that cannot be reached any more)."""
@@ -210,9 +222,9 @@ class Listener:
             del self._ranks[identity]
 
     def close(self) -> None:
-        """Close the socket; what is not sent is lost."""
+        """Close the socket; what is not sent is lost, and so is what is sent from now on."""
         self._server.close()
-        os.close(self._outbox.wake)
+        self._outbox.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +300,7 @@ class WorkerEnd:
     def close(self) -> None:
         """Send what is to be sent and end the connection."""
         self._is_closing.set()
-        os.eventfd_write(self._outbox.wake, 1)
+        self._outbox.wake_up()
         self._thread.join()
 
     def _run(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 
 import pytest
@@ -124,6 +125,20 @@ def test_a_worker_that_is_gone_is_noticed_when_something_is_sent_to_it(listening
         listener.send(0, channel.PING, {})
         lost = listener.poll()[1]
     assert lost == {0}
+
+
+def test_what_is_told_a_listener_that_has_closed_goes_nowhere():
+    """A thread may learn too late that the one that listens has ended. The number of a closed
+    descriptor may have become that of a file, which nobody may write into."""
+    made = Listener(Address("tcp://127.0.0.1:*", SECRET))
+    made.close()
+    successors = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(20)]
+    made.wake_up()
+    made.send(0, channel.PING, {})
+    for successor in successors:
+        with pytest.raises(BlockingIOError):  # nothing was written
+            os.eventfd_read(successor)
+        os.close(successor)
 
 
 def test_a_private_folder_may_be_entered_by_its_owner_alone(tmp_path):
