@@ -1,5 +1,7 @@
 """Fixtures of more than one folder; makes the modules of this folder importable."""
 
+import gc
+
 import pytest
 from hypothesis import settings
 from processes import ProcessPool
@@ -17,6 +19,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "processes" in item.fixturenames:
             item.add_marker("starts_processes")
+
+
+def pytest_collection_finish():
+    """Have collections pass over what stays: the modules, and the tests themselves."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

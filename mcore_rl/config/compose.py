@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hydra import compose as hydra_compose
-from hydra import initialize, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -134,14 +134,13 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     if line.recipe is not None:
         recipe = {"defaults": [BASE, "_self_"], **line.recipe}
         ConfigStore.instance().store(name=line.config_name, node=recipe)
-    if line.config_name == BASE or line.recipe is not None:
-        search_path = initialize(config_path=None, version_base=None)
-    else:
+    folder = _RECIPES  # which has none of the names that the store has
+    if line.config_name != BASE and line.recipe is None:
         _check_recipe(line)
-        search_path = initialize_config_dir(str(line.config_dir), version_base=None)
+        folder = line.config_dir
     composed: Any = None
     try:
-        with search_path:
+        with initialize_config_dir(str(folder), version_base=None):
             composed = _compose(line.config_name, overrides, root)
 
             def value(option: Assignment) -> object:

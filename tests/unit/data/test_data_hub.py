@@ -91,7 +91,7 @@ def asked(tmp_path, monkeypatch):
     """Have the library ask a server of this test, and return the paths that it asks for."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked = []
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
     url = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"

@@ -8,6 +8,7 @@ numbers. Everything that the loop asks for is written down.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
@@ -446,7 +447,8 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="w0")
 
 
-def make_config(*overrides: str) -> RunConfig:
+def make_config(*overrides: str, folder: object = None) -> RunConfig:
+    """Return the configuration of a small run, of a run in `folder` if there is one."""
     base = [
         "data.train_batch_size=4",
         "data.max_prompt_length=4",
@@ -459,7 +461,15 @@ def make_config(*overrides: str) -> RunConfig:
         "reward.num_workers=1",
         "trainer.logger=[]",
     ]
-    return compose_config(RunConfig, parse_command_line("train", "", [*base, *overrides]))
+    config = copy.deepcopy(_compose(*base, *overrides))
+    if folder is not None:
+        config.trainer.default_local_dir = str(folder)
+    return config
+
+
+@functools.cache
+def _compose(*overrides: str) -> RunConfig:
+    return compose_config(RunConfig, parse_command_line("train", "", overrides))
 
 
 class ScoringHere:

@@ -91,7 +91,7 @@ def run_in(
     """
     reward_file = root / "reward.py"
     reward_file.write_text(reward)
-    cfg = make_config(*overrides, f"trainer.default_local_dir={root / folder}")
+    cfg = make_config(*overrides, folder=root / folder)
     inputs = make_inputs(reward_file, cfg, steps, num_val)
     run_dir = open_run_folder(cfg, inputs.total_steps)
     stop = Stop()
@@ -118,7 +118,7 @@ def replay_in(root, *overrides, folder="run", steps=3, num_val=0) -> Run:
     """Do the run in a folder below `root` again from its journal, as `mcore-rl replay` does."""
     reward_file = root / "no_reward.py"
     reward_file.write_text("def compute_score(**_):\n    raise AssertionError('it is not asked')\n")
-    cfg = make_config(*overrides, f"trainer.default_local_dir={root / folder / 'replays' / '1'}")
+    cfg = make_config(*overrides, folder=root / folder / "replays" / "1")
     inputs = make_inputs(reward_file, cfg, steps, num_val)
     run_dir = open_run_folder(cfg, inputs.total_steps)
     stop, workers = Stop(), FakeWorkers(temperature=cfg.rollout.temperature)

@@ -98,7 +98,6 @@ def measure(run_dir, setting: Setting) -> Measured:
     ]
     workers = VirtualWorkers(clock, seconds, engines)
     cfg = make_config(
-        f"trainer.default_local_dir={run_dir}",
         "trainer.loop=overlapped",
         f"trainer.max_staleness={setting.max_staleness}",
         "rollout.host=process",
@@ -110,6 +109,7 @@ def measure(run_dir, setting: Setting) -> Measured:
         f"data.max_response_length={setting.most_tokens}",
         "trainer.log_val_generations=1",
         f"actor.ppo_mini_batch_size={setting.prompts // setting.updates}",
+        folder=run_dir,
     )
     inputs = RunInputs(
         prompts=ItemStream(make_prompts(64, 0, "train"), seed=0),

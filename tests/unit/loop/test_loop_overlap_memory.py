@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from overlap_runs import GROUP, Setting, measure
@@ -10,11 +11,11 @@ from virtual_cluster import Latencies
 
 from mcore_rl.plan.overlap_report import controller_bytes
 
-LENGTH = 4000
+LENGTH = 1000
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2, 4])
-def test_the_controller_holds_no_more_than_the_planner_says(tmp_path, max_staleness):
+def test_the_controller_holds_no_more_than_the_planner_says(tmp_path_factory, max_staleness):
     """Every step that may be begun has all its responses long before the trainer takes them."""
     setting = Setting(
         max_staleness=max_staleness,
@@ -26,13 +27,15 @@ def test_the_controller_holds_no_more_than_the_planner_says(tmp_path, max_stalen
     )
     num_tokens = setting.prompts * GROUP * (LENGTH + 3)  # prompts of at most three tokens
     ceiling = controller_bytes(num_tokens, 0, max_staleness)
+    brief = replace(setting, length_of=lambda _: 10)
+    measure(tmp_path_factory.mktemp("brief"), brief)  # imports count no more
     tracemalloc.start()
     try:
-        found = measure(tmp_path, setting)
+        found = measure(tmp_path_factory.mktemp("run"), setting)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert max(found.oldest) == max_staleness
     assert peak <= ceiling
-    # 0.68 to 0.86 observed: not all of it is held at once.
+    # 0.57 to 0.73 observed: not all of it is held at once.
     assert peak >= 0.5 * ceiling

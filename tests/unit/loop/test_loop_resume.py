@@ -19,7 +19,7 @@ CUSTOM = "custom_reward_function.path=r.py"
 
 
 def open_with(tmp_path, *overrides):
-    cfg = make_config(f"trainer.default_local_dir={tmp_path / 'run'}", *overrides)
+    cfg = make_config(*overrides, folder=tmp_path / "run")
     return open_run_folder(cfg, cfg.trainer.total_training_steps or 10)
 
 
