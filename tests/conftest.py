@@ -37,9 +37,9 @@ def processes():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """Return a function: name in `tiny_checkpoints.CHECKPOINTS`, with fields of its config that are
+    """Return a function: name in `tiny_models.MODELS`, with fields of its config that are
     to differ -> its folder, written once."""
-    from tiny_checkpoints import save_tiny_checkpoint
+    from tiny_models import save_tiny_checkpoint
 
     folders = {}
 

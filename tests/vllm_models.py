@@ -1,132 +1,20 @@
-"""Tiny models that vLLM can run on CPU, as transformers makes them."""
+"""Tiny models that vLLM can run on CPU, and what transformers says of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV2Config,
-    DeepseekV3Config,
-    Glm4MoeConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from tiny_models import MODELS as ALL
+from tiny_models import make_tiny_model, tiny_config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-# vLLM's CPU attention wants heads of 32; qwen2 has them as hidden_size / heads.
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-}
-QWEN3 = SIZES | {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-MOE = QWEN3 | {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "norm_topk_prob": True,
-}
-# Queries of several heads, which vLLM's rotary kernel misreads on CPU. Without scoring_func and
-# topk_method in the configuration of V3, as transformers writes it.
-LATENT = SIZES | {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 48,
-    "kv_lora_rank": 40,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 48,
-    "routed_scaling_factor": 1.5,
-    "eos_token_id": None,
-}
-MODELS = {
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**QWEN3),
-    "qwen3_tied": Qwen3Config(**QWEN3, tie_word_embeddings=True),
-    "qwen3_moe": Qwen3MoeConfig(**MOE),
-    "qwen3_moe_mixed": Qwen3MoeConfig(**MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
-    # Experts called otherwise.
-    "mixtral": MixtralConfig(**SIZES | {"num_local_experts": 4, "eos_token_id": None}),
-    # Biases of routers, shared experts, a dense layer first.
-    "glm4_moe": Glm4MoeConfig(
-        **QWEN3
-        | {
-            "attention_bias": True,
-            "use_qk_norm": True,
-            "first_k_dense_replace": 1,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 4,
-            "n_shared_experts": 2,
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 1.5,
-            "moe_intermediate_size": 48,
-            "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
-        }
-    ),
-    "deepseek_v2": DeepseekV2Config(
-        **LATENT
-        | {
-            "topk_method": "group_limited_greedy",
-            "n_group": 4,
-            "topk_group": 4,
-            "q_lora_rank": None,
-        }
-    ),
-    # Groups that greedy choice is to pass over.
-    "deepseek_v2_greedy": DeepseekV2Config(
-        **LATENT | {"topk_method": "greedy", "n_group": 4, "topk_group": 2}
-    ),
-    "deepseek_v3": DeepseekV3Config(**LATENT | {"n_group": 4, "topk_group": 2}),
-    "deepseek_v3_yarn": DeepseekV3Config(
-        **LATENT
-        | {
-            "n_group": 4,
-            "topk_group": 2,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 500.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-                "mscale": 0.8,
-                "mscale_all_dim": 1.2,
-            },
-        }
-    ),
-}
+MODELS = {name: model.vllm for name, model in ALL.items() if model.vllm is not None}
 
 
 def make_model(name: str, seed: int) -> Any:
-    """Return a model in which no parameter is without effect and logits spread over some units."""
-    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.copy_(0.3 * noise + (1.0 if "norm" in parameter_name else 0.0))
-            elif "embed" in parameter_name:
-                parameter.copy_(0.4 * noise)
-            else:
-                parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
-        for buffer_name, buffer in model.named_buffers():
-            if buffer_name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return model.float().eval()
+    """Return a transformers model of the sizes that vLLM can run."""
+    return make_tiny_model(tiny_config(name, **MODELS[name]), seed)
 
 
 @torch.no_grad()

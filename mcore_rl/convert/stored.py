@@ -71,6 +71,8 @@ class StoredParam:
         mapping = self.entry.mapping
         if kind != "weight" or mapping.is_replicated or isinstance(mapping, Vocab):
             return None
+        if len(self.shape) == 1:  # of a norm that is cut
+            return None
         index, count = (*self.place, 0)[0], (*self.num_places, 1)[0]
         return f"{module}._extra_state/shard_{index}_{count}"
 

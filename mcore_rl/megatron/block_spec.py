@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -21,7 +22,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -41,10 +48,13 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
 
 from mcore_rl.errors import require
 from mcore_rl.megatron.attention import PackedAttention
 from mcore_rl.megatron.config import MegatronConfig
+from mcore_rl.models.spec import QkNorm
 
 
 def transformer_impl(cfg: MegatronConfig) -> str:
@@ -67,7 +77,10 @@ def transformer_impl(cfg: MegatronConfig) -> str:
 
 
 def block_spec(
-    config: TransformerConfig, moe_layers: Sequence[int], vp_stage: int | None = None
+    config: TransformerConfig,
+    moe_layers: Sequence[int],
+    vp_stage: int | None = None,
+    qk_norm: QkNorm = "none",
 ) -> TransformerBlockSubmodules:
     """Return the layer specs of this pipeline stage, of the kind that the config names.
 
@@ -75,15 +88,21 @@ def block_spec(
         config: Megatron's model config.
         moe_layers: 1 for each layer of the whole model whose MLP is a mixture of experts, else 0.
         vp_stage: virtual pipeline stage, None without one.
+        qk_norm: of the family. Of norms of each head the config says it too (`qk_layernorm`).
     """
     if config.transformer_impl == "transformer_engine":
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        for layer in spec.layer_specs or ():
-            attention: Any = layer.submodules.self_attention  # pyright: ignore
-            if attention.module is MLASelfAttention:
-                attention.module = LatentAttention
-        return spec
-    return local_block_spec(config, moe_layers, vp_stage)
+    else:
+        spec = local_block_spec(config, moe_layers, vp_stage)
+    for layer in spec.layer_specs or ():
+        attention: Any = layer.submodules.self_attention  # pyright: ignore
+        if attention.module is MLASelfAttention:  # Transformer Engine's spec names it
+            attention.module = LatentAttention
+        if qk_norm == "whole":
+            q_heads, k_heads = config.num_attention_heads, config.num_query_groups
+            attention.submodules.q_layernorm = ModuleSpec(WholeNorm, params={"num_heads": q_heads})
+            attention.submodules.k_layernorm = ModuleSpec(WholeNorm, params={"num_heads": k_heads})
+    return spec
 
 
 _FUSED_NAMES = (
@@ -119,6 +138,45 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
+
+
+class WholeNorm(torch.nn.Module):
+    """RMSNorm over all heads of a token together, of which every tensor-parallel rank has a part.
+
+    Args:
+        config: Megatron's.
+        hidden_size: of one head.
+        eps: added to the mean square.
+        num_heads: of all ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int
+    ) -> None:
+        super().__init__()
+        self.eps, self.size = eps, num_heads * hidden_size
+        self.group = get_tensor_model_parallel_group()
+        size = self.size // self.group.size()
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Return the normalized heads, [S, B, heads of this rank, head size]."""
+        exact = heads.float()
+        squares = exact.square().sum((-2, -1), keepdim=True)
+        if self.group.size() > 1:
+            squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
+            # Every rank normalizes by the sum, so its gradient comes from all of them.
+            squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
+        normalized = exact * torch.rsqrt(squares / self.size + self.eps)
+        return (normalized.to(heads.dtype).flatten(-2) * self.weight).view_as(heads)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> ShardedStateDict:
+        """Return the weight as what it is, a part of a larger one."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
 class LatentAttention(MLASelfAttention):

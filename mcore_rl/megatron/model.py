@@ -245,7 +245,9 @@ def build_models(
         vp_stage = stage if layout.vpp > 1 else None
         chunk = make(
             config=config,
-            transformer_layer_spec=block_spec(config, moe_layers, vp_stage),
+            transformer_layer_spec=block_spec(
+                config, moe_layers, vp_stage, family.qk_norm(hf_config)
+            ),
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),

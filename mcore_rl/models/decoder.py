@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from mcore_rl.models.mappings import (
+    Column,
     GateUp,
     HfTensor,
     ParamEntry,
@@ -23,7 +24,7 @@ from mcore_rl.models.mappings import (
     Row,
 )
 from mcore_rl.models.rope import check_rope, gpt_rope_kwargs, yarn_config_kwargs
-from mcore_rl.models.spec import ModelFamily, require_field
+from mcore_rl.models.spec import ModelFamily, QkNorm, require_field
 
 
 class DecoderFamily(ModelFamily):
@@ -34,10 +35,6 @@ class DecoderFamily(ModelFamily):
 
     def has_qkv_bias(self, config: PreTrainedConfig) -> bool:
         """Whether the query, key and value projections have biases."""
-        return False
-
-    def has_qk_norm(self, config: PreTrainedConfig) -> bool:
-        """Whether there is an RMSNorm on each query and key head."""
         return False
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -81,7 +78,9 @@ class DecoderFamily(ModelFamily):
             "num_query_groups": config.num_key_value_heads,
             "kv_channels": head_dim(config),
             "add_qkv_bias": self.has_qkv_bias(config),
-            "qk_layernorm": self.has_qk_norm(config),
+            # With it Megatron sums gradients of these norms over tensor-parallel ranks
+            # (finalize_model_grads.py:354), which are of one whole weight only here.
+            "qk_layernorm": self.qk_norm(config) == "head",
             **yarn_config_kwargs(config),
         }
 
@@ -94,7 +93,7 @@ class DecoderFamily(ModelFamily):
             config,
             layer,
             qkv_bias=self.has_qkv_bias(config),
-            qk_norm=self.has_qk_norm(config),
+            qk_norm=self.qk_norm(config),
         )
 
     def mlp_entries(self, config: PreTrainedConfig, layer: int) -> list[ParamEntry]:
@@ -117,7 +116,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def grouped_query_entries(
-    config: PreTrainedConfig, layer: int, *, qkv_bias: bool, qk_norm: bool
+    config: PreTrainedConfig, layer: int, *, qkv_bias: bool, qk_norm: QkNorm
 ) -> list[ParamEntry]:
     """Return the input norm and the grouped-query attention of one layer."""
     hf = f"model.layers.{layer}.self_attn"
@@ -135,9 +134,12 @@ def grouped_query_entries(
     }
     if qkv_bias:
         params["self_attention.linear_qkv.bias"] = qkv("bias")
-    if qk_norm:
-        params["self_attention.q_layernorm.weight"] = norm(f"{hf}.q_norm", dim)
-        params["self_attention.k_layernorm.weight"] = norm(f"{hf}.k_norm", dim)
+    for kind in "qk" if qk_norm != "none" else "":
+        name = f"{hf}.{kind}_norm"
+        whole = Column(HfTensor(f"{name}.weight", (rows[kind],)))
+        params[f"self_attention.{kind}_layernorm.weight"] = (
+            whole if qk_norm == "whole" else norm(name, dim)
+        )
     params["self_attention.linear_proj.weight"] = Row(
         HfTensor(f"{hf}.o_proj.weight", (config.hidden_size, rows["q"]))
     )

@@ -17,7 +17,7 @@ from mcore_rl.models.moe import (
     shared_and_routed_sizes,
     sigmoid_routing,
 )
-from mcore_rl.models.spec import MODEL_FAMILIES
+from mcore_rl.models.spec import MODEL_FAMILIES, QkNorm
 
 
 class Glm4Moe(MoeFamily):
@@ -26,8 +26,8 @@ class Glm4Moe(MoeFamily):
     def has_qkv_bias(self, config: PreTrainedConfig) -> bool:
         return config.attention_bias
 
-    def has_qk_norm(self, config: PreTrainedConfig) -> bool:
-        return config.use_qk_norm
+    def qk_norm(self, config: PreTrainedConfig) -> QkNorm:
+        return "head" if config.use_qk_norm else "none"
 
     def is_moe(self, config: PreTrainedConfig, layer: int) -> bool:
         return layer >= config.first_k_dense_replace

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mcore_rl.errors import require
+from mcore_rl.errors import UserError, require
 from mcore_rl.models.spec import model_family
 from mcore_rl.types import Layout
 
@@ -32,7 +32,8 @@ def check_layout(
         key: config section that holds the sizes.
         sequence_parallel: whether it is on where tensor parallelism is.
     """
-    arch = model_family(config).transformer_kwargs(config)
+    family = model_family(config)
+    arch = family.transformer_kwargs(config)
     moe_layers = arch.get("moe_layer_freq", [0] * arch["num_layers"])
 
     tp = "tensor_model_parallel_size"
@@ -66,6 +67,9 @@ def check_layout(
         f"times {vpp}={layout.vpp} is more than num_hidden_layers={num_layers} of the model",
         "A stage has at least one layer.",
     )
+    if (found := family.layout_problem(config, layout)) is not None:
+        axis, problem = found
+        raise UserError(f"{key}.{axis}: {problem}.")
 
 
 def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:

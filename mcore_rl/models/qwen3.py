@@ -5,12 +5,12 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from mcore_rl.models.decoder import DecoderFamily, check_no_attention_bias
-from mcore_rl.models.spec import MODEL_FAMILIES
+from mcore_rl.models.spec import MODEL_FAMILIES, QkNorm
 
 
 class Qwen3(DecoderFamily):
-    def has_qk_norm(self, config: PreTrainedConfig) -> bool:
-        return True
+    def qk_norm(self, config: PreTrainedConfig) -> QkNorm:
+        return "head"
 
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)

@@ -6,12 +6,12 @@ from transformers import PreTrainedConfig
 
 from mcore_rl.models.decoder import check_no_attention_bias
 from mcore_rl.models.qwen2_moe import QwenMoe
-from mcore_rl.models.spec import MODEL_FAMILIES
+from mcore_rl.models.spec import MODEL_FAMILIES, QkNorm
 
 
 class Qwen3Moe(QwenMoe):
-    def has_qk_norm(self, config: PreTrainedConfig) -> bool:
-        return True
+    def qk_norm(self, config: PreTrainedConfig) -> QkNorm:
+        return "head"
 
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mcore_rl.models.spec import load_hf_config
+
 _LATENT_NORMS = ("q_a_layernorm", "kv_a_layernorm")
 
 
@@ -31,7 +33,11 @@ def build_reference(folder: str | Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM  # seconds, so only when needed
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        folder,
+        config=load_hf_config(folder),
+        dtype=dtype,
+        attn_implementation="eager",
+        trust_remote_code=False,
     )
     for name, module in model.named_modules():
         if name.endswith(_LATENT_NORMS):

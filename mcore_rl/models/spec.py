@@ -18,7 +18,7 @@ import os
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -35,7 +35,11 @@ from mcore_rl.models.mappings import (
 )
 from mcore_rl.models.safetensors_io import CheckpointReader, check_checkpoint
 from mcore_rl.registry import Registry
-from mcore_rl.types import Routing
+from mcore_rl.types import Layout, Routing
+
+QkNorm = Literal["none", "head", "whole"]
+"""What an RMSNorm between the query and key projections and rotation normalizes: nothing, each head
+of a token by itself, or all heads of the token together."""
 
 _EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
 """Names in Hugging Face checkpoints."""
@@ -45,6 +49,10 @@ _ROWS_AT_ONCE = 4096
 
 class ModelFamily(ABC):
     """Everything that is particular to one `model_type`. Stateless."""
+
+    config_class: ClassVar[type[PreTrainedConfig] | None] = None
+    """Reads config.json where transformers does not know the `model_type`: an alias. The
+    configuration is then of the type of this class."""
 
     @abstractmethod
     def check(self, config: PreTrainedConfig) -> None:
@@ -72,6 +80,15 @@ class ModelFamily(ABC):
             "max_sequence_length": config.max_position_embeddings,
             "share_embeddings_and_output_weights": config.tie_word_embeddings,
         }
+
+    def qk_norm(self, config: PreTrainedConfig) -> QkNorm:
+        """Return which norm queries and keys have beside what `transformer_kwargs` says."""
+        return "none"
+
+    def layout_problem(self, config: PreTrainedConfig, layout: Layout) -> tuple[str, str] | None:
+        """Return (axis of MegatronConfig, why its size cannot be) for what only this family rules
+        out: ("tensor_model_parallel_size", "is more than ..."); None if there is nothing."""
+        return None
 
     def engine_overrides(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the fields that vLLM has to be told although they are not in every config.json,
@@ -120,8 +137,6 @@ MODEL_FAMILIES: Registry[ModelFamily] = Registry("model family", f"{CONFIG_FILE}
 MISSING = {
     "gpt_oss": "rows of packed sequences have no attention sinks and sliding windows yet, and "
     "mappings no expert tensors that are stacked, transposed and interleaved",
-    "olmoe": "it normalizes whole query and key projections; Megatron-Core's qk_layernorm "
-    "normalizes each head",
 }
 """What stands against families that are often asked for, by model_type."""
 
@@ -179,9 +194,13 @@ def load_hf_config(folder: str | Path, key: str = "model.path") -> PreTrainedCon
         model_type = parse_json(file.read_bytes())["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not the configuration of a model: {error!r}.") from error
-    _family_called(model_type)
+    config_class = _family_called(model_type).config_class
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config_class is None:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:  # transformers knows what it is under another name
+            values, _ = config_class.get_config_dict(folder)
+            config = config_class.from_dict(values | {"model_type": config_class.model_type})
     # KeyError: `rope_scaling` lacks a number of its type.
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -21,7 +21,7 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from tiny_checkpoints import save_tiny_checkpoint
+from tiny_models import save_tiny_checkpoint
 
 from mcore_rl.checkpoint_metadata import read_metadata
 from mcore_rl.data.packing import SequenceCount

@@ -6,7 +6,7 @@ import poison
 import pytest
 import torch
 from actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id, random_sequences
-from tiny_checkpoints import CHECKPOINTS
+from tiny_models import MODELS
 
 from mcore_rl.checkpoint_metadata import read_metadata
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
@@ -32,7 +32,7 @@ def test_keys_shapes_and_dtypes_are_those_that_megatron_saves(
     processes, tiny_checkpoint, converted
 ):
     """For every family, against `sharded_state_dict` of the model on one process."""
-    names = list(CHECKPOINTS)
+    names = list(MODELS)
     args = [str(tiny_checkpoint(name)) for name in names]
     (saved,) = processes.run(convert_cases.what_megatron_saves, 1, args)
     for name, (tensors, objects) in zip(names, saved, strict=True):

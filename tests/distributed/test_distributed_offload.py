@@ -17,7 +17,7 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from tiny_checkpoints import MOE
+from tiny_models import MOE
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from mcore_rl.megatron.config import OptimConfig

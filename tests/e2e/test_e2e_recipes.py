@@ -21,7 +21,7 @@ from pathlib import Path
 import commands
 import psutil
 import pytest
-from tiny_checkpoints import save_tiny_checkpoint
+from tiny_models import save_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 DENSE = [

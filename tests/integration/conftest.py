@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import save_tiny_model
 from vllm_models import MODELS, make_model
 
 ANSWER_LIMIT_S = 240
@@ -30,7 +31,7 @@ def folders(models, tmp_path_factory) -> dict[tuple[str, str], str]:
     """The same as checkpoints: ("qwen3", "A") -> folder."""
     root: Path = tmp_path_factory.mktemp("checkpoints")
     for (name, version), model in models.items():
-        model.save_pretrained(root / f"{name}_{version}")
+        save_tiny_model(name, model, root / f"{name}_{version}")
     return {key: str(root / "_".join(key)) for key in models}
 
 

@@ -1,7 +1,7 @@
 """Megatron and transformers: the same logits, log-probabilities and gradients from one checkpoint.
 
 Sequences are packed into one row for Megatron and run one by one through transformers, in float32
-on CPU, with eager attention. The checkpoints are those of `tiny_checkpoints`: every norm and bias
+on CPU, with eager attention. The checkpoints are those of `tiny_models`: every norm and bias
 counts, and the mean probability of the likeliest token is about a quarter.
 """
 
@@ -11,39 +11,19 @@ import actor_cases
 import pytest
 import torch
 from actor_inputs import (
-    EP2,
-    ETP1,
     ONE_MICRO_BATCH,
-    PP2,
-    TP2,
     actor_spec,
     layout_id,
     random_sequences,
 )
+from tiny_models import MODELS
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
+from mcore_rl.models.spec import load_hf_config
 
-FAMILIES = [
-    "llama",
-    "mixtral",
-    "qwen2_moe",
-    "glm4_moe",
-    "deepseek_v3",
-    "moonlight",
-    "deepseek_v2",
-    "qwen3_yarn",
-    "qwen3_linear",
-    "qwen2",
-    "qwen2_tied",
-    "qwen3",
-    "qwen3_one_group",
-    "qwen3_moe",
-    "qwen3_moe_mixed",
-    "qwen3_moe_unnormalized",
-]
 SEQUENCES = random_sequences(7, (13, 2, 21, 5, 1, 8, 3))
 
 
@@ -53,8 +33,12 @@ def transformers_model(tiny_checkpoint):
 
     @functools.cache
     def load(name):
+        folder = tiny_checkpoint(name)
         return AutoModelForCausalLM.from_pretrained(
-            tiny_checkpoint(name), dtype=torch.float32, attn_implementation="eager"
+            folder,
+            config=load_hf_config(folder),
+            dtype=torch.float32,
+            attn_implementation="eager",
         )
 
     return load
@@ -65,7 +49,7 @@ def transformers_logits(model, sequence):
     return model(torch.tensor(sequence.token_ids[None])).logits[0, :-1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(processes, tiny_checkpoint, transformers_model, name):
     """Proves the forward pass of every family, its packing and its loading, on one process.
 
@@ -108,14 +92,9 @@ def test_logprobs_by_token_are_those_of_transformers(
 
 
 GRADIENT_CASES = [
-    *((name, 1, {}) for name in FAMILIES),
-    # What these families add to those of test_distributed_invariance, where it is cut or shared.
-    ("qwen2_moe", 2, TP2 | EP2 | ETP1),
-    ("glm4_moe", 2, TP2),
-    ("deepseek_v3", 2, TP2 | EP2 | ETP1),
-    ("moonlight", 2, TP2),
-    ("deepseek_v2", 2, PP2),
-    ("llama", 2, PP2),
+    (name, world_size, megatron)
+    for name, model in MODELS.items()
+    for world_size, megatron in ((1, {}), *model.layouts)
 ]
 
 

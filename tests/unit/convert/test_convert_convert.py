@@ -17,7 +17,7 @@ from file_limit import files_no_longer_than
 from hub_cache import COMMIT, put_model
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import CHECKPOINTS
+from tiny_models import MODELS
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert import __main__ as command
@@ -46,7 +46,7 @@ def assert_same_tensors(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_family_comes_back_bit_by_bit(tiny_checkpoint, tmp_path, name):
     source = tiny_checkpoint(name)
     hf_to_mcore(source, tmp_path / "mcore", file_bytes=FILE_BYTES)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import save_tiny_checkpoint
+from tiny_models import save_tiny_checkpoint
 
 from mcore_rl.loop.agreement import counts, disagreement, summary
 

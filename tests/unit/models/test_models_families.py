@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tiny_checkpoints import CHECKPOINTS
-from transformers import GPT2Config, Qwen2Config
+from tiny_models import MODELS, tiny_config
+from transformers import GPT2Config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from mcore_rl.errors import UserError
@@ -112,8 +112,8 @@ def test_megatron_accepts_the_arguments_of_every_family(hf_config):
 
 def test_head_size_defaults_to_an_equal_share_of_the_hidden_size(make_config):
     qwen2, qwen3 = make_config("qwen2"), make_config("qwen3")
-    assert model_family(qwen2).transformer_kwargs(qwen2)["kv_channels"] == 16 // 4
-    assert model_family(qwen3).transformer_kwargs(qwen3)["kv_channels"] == 8
+    assert model_family(qwen2).transformer_kwargs(qwen2)["kv_channels"] == 32 // 4
+    assert model_family(qwen3).transformer_kwargs(qwen3)["kv_channels"] == 16
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -144,7 +144,7 @@ def test_vocabulary_of_the_model_is_that_of_the_embedding_shards(make_config):
         for rank in range(2)
         for block in embedding.mapping.blocks(rank, 2)
     )
-    assert num_rows == family.gpt_kwargs(config, 2, vocab_divisible_by=8)["vocab_size"] == 48
+    assert num_rows == family.gpt_kwargs(config, 2, vocab_divisible_by=8)["vocab_size"] == 64
 
 
 YARN = {
@@ -194,6 +194,10 @@ REFUSALS = [
     ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+    ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ("olmoe", {"attention_bias": True}, "attention_bias=True"),
+    ("olmoe", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06 is not 1e-05, with which vLLM"),
     ("qwen2_moe", {"use_sliding_window": True}, "sliding_window=4096"),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
     ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8'"),
@@ -209,7 +213,7 @@ REFUSALS = [
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
     (
         "deepseek_v2",
-        {"topk_method": "group_limited_greedy"},
+        {"topk_group": 2},
         "topk_group=2 with num_experts_per_tok=4: .* best 2 experts, this model by its best 1",
     ),
     ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
@@ -306,9 +310,7 @@ def test_an_unknown_family_is_answered_with_those_that_are_known(tmp_path):
         model_family(GPT2Config())
 
 
-@pytest.mark.parametrize(
-    ("model_type", "reason"), [("gpt_oss", "attention sinks"), ("olmoe", "normalizes each head")]
-)
+@pytest.mark.parametrize(("model_type", "reason"), [("gpt_oss", "attention sinks")])
 def test_a_family_that_megatron_lacks_something_for_is_refused_with_the_reason(
     tmp_path, model_type, reason
 ):
@@ -384,6 +386,7 @@ BAD_LAYOUTS = [
         Layout(tp=4),
         "tensor_model_parallel_size=4 does not divide hidden units of the shared experts=14",
     ),
+    ("olmoe", {}, Layout(tp=4), "tensor_model_parallel_size: 4 is more than num_key_value_heads=2"),
     (
         "qwen3_moe_mixed",
         {"intermediate_size": 30},
@@ -427,8 +430,7 @@ def test_experts_under_tensor_parallelism_need_sequence_parallelism(make_config)
 def test_an_engine_is_told_what_it_would_not_take_from_the_configuration(name, changes, told):
     """vLLM gives a router a softmax and no biases unless fields say otherwise that transformers
     does not write, and groups whatever topk_method says."""
-    config_class, sizes = CHECKPOINTS[name]
-    config = config_class(**sizes | changes)
+    config = tiny_config(name, **changes)
     assert model_family(config).engine_overrides(config) == told
 
 
@@ -442,7 +444,7 @@ def test_an_engine_is_told_what_it_would_not_take_from_the_configuration(name, c
     ],
 )
 def test_a_suggested_tensor_parallel_size_divides_all_of_the_model(sizes, tp, nearest):
-    config = Qwen2Config(**CHECKPOINTS["qwen2"][1] | sizes)
+    config = tiny_config("qwen2", **sizes)
     with pytest.raises(UserError, match=f"Nearest that does: {nearest}\\.$"):
         check_layout(config, Layout(tp=tp))
     for size in nearest.split(" or "):
@@ -450,7 +452,7 @@ def test_a_suggested_tensor_parallel_size_divides_all_of_the_model(sizes, tp, ne
 
 
 def test_an_engine_whose_ranks_do_not_divide_the_heads_is_refused():
-    config = Qwen2Config(**CHECKPOINTS["qwen2"][1])  # 4 query heads, 2 of keys and values
+    config = tiny_config("qwen2")  # 4 query heads, 2 of keys and values
     for size in (1, 2, 4):
         check_engine_layout(config, size, "rollout.tensor_model_parallel_size")
     with pytest.raises(
@@ -462,7 +464,7 @@ def test_an_engine_whose_ranks_do_not_divide_the_heads_is_refused():
 def test_an_override_of_what_any_family_sets_is_refused_whatever_the_family_of_the_run():
     """A dense model that is told of experts, or of a gate that others have, would not fit its
     weights, or be another model."""
-    families = [config_class(**sizes) for config_class, sizes in CHECKPOINTS.values()]
+    families = [tiny_config(name) for name in MODELS]
     set_by = [set(model_family(config).transformer_kwargs(config)) for config in families]
     of_megatron = {field.name for field in dataclasses.fields(TransformerConfig)}
     not_by_all = (set.union(*set_by) - set.intersection(*set_by)) & of_megatron

@@ -76,7 +76,7 @@ def test_an_adapter_is_cut_as_its_weight_is(weights, tp_size):
 
 
 def test_layers_are_chosen_by_hugging_face_names(make_config):
-    config = make_config("qwen3_moe_mixed")
+    config = make_config("qwen3_moe_mixed", mlp_only_layers=[0, 1, 2])
     weights = linear_weights(model_family(config).entries(config))
     chosen = chosen_weights(weights, ["o_proj", "up_proj", "gate_proj"])
     kinds = {weight.megatron_name.rpartition("linear_")[2] for weight in chosen}
@@ -151,13 +151,13 @@ def test_the_written_files_have_pefts_names_and_keys(make_config, tmp_path):
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         f"{layer}.{module}.lora_{half}.weight": shape
         for module, rows, cols in (
-            ("self_attn.q_proj", 32, 16),
-            ("self_attn.k_proj", 16, 16),
-            ("self_attn.v_proj", 16, 16),
-            ("self_attn.o_proj", 16, 32),
-            *((f"mlp.experts.{e}.gate_proj", 8, 16) for e in range(2)),
-            *((f"mlp.experts.{e}.up_proj", 8, 16) for e in range(2)),
-            *((f"mlp.experts.{e}.down_proj", 16, 8) for e in range(2)),
+            ("self_attn.q_proj", 64, 32),
+            ("self_attn.k_proj", 32, 32),
+            ("self_attn.v_proj", 32, 32),
+            ("self_attn.o_proj", 32, 64),
+            *((f"mlp.experts.{e}.gate_proj", 24, 32) for e in range(2)),
+            *((f"mlp.experts.{e}.up_proj", 24, 32) for e in range(2)),
+            *((f"mlp.experts.{e}.down_proj", 32, 24) for e in range(2)),
         )
         for half, shape in (("A", (3, cols)), ("B", (rows, 3)))
     }

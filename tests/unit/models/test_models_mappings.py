@@ -207,7 +207,7 @@ def test_every_expert_gets_its_own_weights(make_config):
     number = lambda layer, expert, kind: float(100 * layer + 10 * expert + kinds[kind])  # noqa: E731
     hf = {
         f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight": torch.full(
-            (16, 8) if kind == "down_proj" else (8, 16), number(layer, expert, kind)
+            (32, 24) if kind == "down_proj" else (24, 32), number(layer, expert, kind)
         )
         for layer in range(config.num_hidden_layers)
         for expert in range(config.num_experts)
@@ -223,12 +223,12 @@ def test_every_expert_gets_its_own_weights(make_config):
             gate, up = (
                 number(entry.layer, entry.expert, kind) for kind in ("gate_proj", "up_proj")
             )
-            assert shard.shape == (8, 16)
-            assert (shard[:4] == gate).all()
-            assert (shard[4:] == up).all()
+            assert shard.shape == (24, 32)
+            assert (shard[:12] == gate).all()
+            assert (shard[12:] == up).all()
         else:
             assert entry.megatron_name == f"{where}.linear_fc2.weight"
-            assert shard.shape == (16, 4)
+            assert shard.shape == (32, 12)
             assert (shard == number(entry.layer, entry.expert, "down_proj")).all()
 
 
