@@ -141,7 +141,7 @@ MODELS = {
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
         },
-        vllm=TWO_HEADS,
+        vllm=TWO_HEADS | {"eos_token_id": None},
         layouts=((2, PP2),),
     ),
     "mistral": TinyModel(

@@ -15,7 +15,6 @@ ones of what is chosen get their types, and others are refused.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import logging
 import math
@@ -218,18 +217,24 @@ def _sections(root: type) -> dict[str, type[ChoosingSection]]:
     }
 
 
-@functools.cache
-def _defaults(root: type) -> DictConfig:
-    """Return the typed tree. It is made of dataclasses once in a process, and read only."""
-    return OmegaConf.structured(root)
-
-
 def _with_all_options(root: type) -> DictConfig:
     """Return the typed tree with the options of all that can be chosen, each of them unset."""
-    schema = copy.deepcopy(_defaults(root))
-    for name, section in _sections(root).items():
+    sections = _sections(root).items()
+    return _schema(root, tuple((name, *option_names(s.REGISTRY)) for name, s in sections))
+
+
+@functools.cache
+def _schema(root: type, sections: tuple[tuple[str, ...], ...]) -> DictConfig:
+    """Return the typed tree with options beside its fields, to be read only.
+
+    Args:
+        root: its type.
+        sections: (name of a section, its options).
+    """
+    schema = OmegaConf.structured(root)
+    for name, *options in sections:
         with open_dict(schema[name]):
-            for option in option_names(section.REGISTRY):
+            for option in options:
                 schema[name][option] = MISSING
     return schema
 

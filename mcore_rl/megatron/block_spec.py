@@ -155,7 +155,7 @@ class WholeNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.size = eps, num_heads * hidden_size
-        self.group = get_tensor_model_parallel_group()
+        self.group: Any = get_tensor_model_parallel_group()
         size = self.size // self.group.size()
         self.weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)

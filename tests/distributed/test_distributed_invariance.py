@@ -90,6 +90,8 @@ LAYOUTS = [
     ("qwen3_moe", 2, TP2),  # experts cut too
     ("qwen3_moe", 2, TP2 | ETP1),
     ("qwen3_moe", 2, TP2 | EP2 | ETP1),
+    ("olmoe", 2, TP2),  # norms over heads of both ranks
+    ("olmoe", 4, TP2 | EP2 | PP2 | ETP1),
     ("qwen3_moe_mixed", 2, PP2),
     ("qwen3_moe_four_layers", 2, VPP2),
     ("qwen3_moe", 4, EP2),  # each expert on two ranks
