@@ -99,9 +99,7 @@ def block_spec(
         if attention.module is MLASelfAttention:  # Transformer Engine's spec names it
             attention.module = LatentAttention
         if qk_norm == "whole":
-            q_heads, k_heads = config.num_attention_heads, config.num_query_groups
-            attention.submodules.q_layernorm = ModuleSpec(WholeNorm, params={"num_heads": q_heads})
-            attention.submodules.k_layernorm = ModuleSpec(WholeNorm, params={"num_heads": k_heads})
+            attention.module = WholeNormAttention
     return spec
 
 
@@ -177,6 +175,17 @@ class WholeNorm(torch.nn.Module):
         """Return the weight as what it is, a part of a larger one."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+class WholeNormAttention(SelfAttention):
+    """Attention whose queries are normalized over all heads of a token, and keys too."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        size, eps = self.hidden_size_per_attention_head, config.layernorm_epsilon
+        self.q_layernorm = WholeNorm(config, size, eps, config.num_attention_heads)
+        groups: Any = config.num_query_groups  # never None: the family sets it
+        self.k_layernorm = WholeNorm(config, size, eps, groups)
 
 
 class LatentAttention(MLASelfAttention):
