@@ -35,7 +35,7 @@ _SERVE = "import sys; sys.path.append(sys.argv[1]); from mcore_rl.jail.server im
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a program did on one test."""
+    """The result of a program on one test."""
 
     output: str
     """What it wrote to standard output; for a call, its result as JSON; for expressions, their
