@@ -34,11 +34,11 @@ from mcore_rl.types import Layout, Offloads, Part
 
 GIB = 2**30
 USABLE = 0.9
-"""Share of a device for what is estimated; the rest is for what `memory.py` does not count."""
+"""Share of a device for the estimate; the rest is for memory that `memory.py` does not count."""
 
 
 class ModelCounts:
-    """What is counted of the models of a run whatever their layout; made once for many layouts.
+    """Counts of the models of a run that do not depend on the layout; made once for many layouts.
 
     Args:
         cfg: the run.

@@ -10,7 +10,7 @@ Narayanan et al., arXiv:2104.04473). That is with fused kernels: the local layer
 communication buffers, fragmentation, temporary tensors. Leave a tenth of a device for them.
 
 Everything is in bytes; T is tokens of a micro-batch on this device (its context-parallel share).
-What is held at the same time is the business of `moments.py`.
+`moments.py` says what is held at the same time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What generation beside training would bring: a run simulated event by event, in seconds.
+"""The gain from generation during training: a run simulated event by event, in seconds.
 
     admit(s) -> requests wait for a slot of their engine -> all of step s are answered
              -> reward -> train -> sync, engines paused -> weights s + 1 published -> admit
@@ -24,8 +24,8 @@ from enum import StrEnum
 from typing import TypeAlias
 
 Requests: TypeAlias = Sequence[Sequence[float]]
-"""Of a step, group by group: seconds of each request in its slot. A group goes to one engine, and
-groups go round the engines."""
+"""Seconds of each request of a step in its slot, group by group. A group goes to one engine; the
+groups go to the engines in turn."""
 
 
 class Doing(StrEnum):
@@ -68,7 +68,7 @@ class SimulatedStep:
     busy: dict[Doing, float] = field(default_factory=lambda: dict.fromkeys(Doing, 0.0))
     """Of these: seconds in which engines had requests, in the mean over engines."""
     oldest: int = 0
-    """By how many steps the weights that drew its first token are older than those that train."""
+    """How many steps older the weights of its first token are than the weights that train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,9 @@ from mcore_rl.plan.times import (
 from mcore_rl.types import Layout
 
 AGES = (0, 1, 2, 4)
-"""Of `trainer.max_staleness` that are shown, beside that of the run."""
+"""Values of `trainer.max_staleness` that are shown, in addition to the run's own."""
 NUM_STEPS = 8
-"""That are averaged, after those of the beginning and before those of the end."""
+"""Number of steps that are averaged, without steps at the beginning and at the end."""
 WAITING_TOKEN_BYTES = 4 + 4
 """Of a response that waits for its step: ids and the engine's log-probabilities."""
 TRAINED_TOKEN_BYTES = 72

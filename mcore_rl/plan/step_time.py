@@ -1,4 +1,4 @@
-"""How long a step would take, from formulas: good enough to rank layouts, not to promise hours.
+"""How long a step would take, from formulas: good enough to rank layouts, not to predict hours.
 
 A step is the sum of its stages, as the on-policy loop does them one after the other. Matrix
 products run at a share of the device's peak, weights and caches are read at a share of its

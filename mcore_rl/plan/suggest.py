@@ -1,8 +1,8 @@
 """Which layout and placement a run could have: all that fit, the fastest estimate first.
 
-What is said of a candidate is what its plan says: memory comes from the same `estimate`, rules from
-the same checks. Trainer and engines are looked at apart and then put together, since only memory
-binds them; so thousands of pairs take seconds.
+Candidates get the same numbers as in their plan: memory comes from the same `estimate`, rules from
+the same checks. Trainer and engines are examined separately and then combined, since only memory
+couples them. So thousands of pairs take seconds.
 """
 
 from __future__ import annotations
