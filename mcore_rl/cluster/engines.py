@@ -73,7 +73,7 @@ class Engines(Fleet):
         placement: where they stand.
         routes: the known routes that the workers hold.
         phases: what the devices of the trainer hold.
-         max_restarts: of engines that are processes of their own, in total.
+        max_restarts: of engines that are processes of their own, in total.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Engines(Fleet):
 
         Raises:
             RolloutError: if an engine fails, or its answer is impossible.
-             StoppedError: if they were interrupted; all of them have then aborted.
+            StoppedError: if they were interrupted; all of them have then aborted.
         """
         self._enter_generation()
         if enough is not None:

@@ -94,9 +94,9 @@ class Phases:
     Args:
         workers: running workers. All parts that may be offloaded are in host memory, and the
             engines are awake.
-         offloads: these parts.
+        offloads: these parts.
         engine_ranks: of all engines.
-         sleep_level: at which the engines sleep; 0: never. At 2 they drop their weights.
+        sleep_level: at which the engines sleep; 0: never. At 2 they drop their weights.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class RecordedEngines(Fleet):
 
     Args:
         engines: give the answers.
-         journal: records them.
+        journal: records them.
     """
 
     def __init__(self, engines: Fleet, journal: Journal) -> None:
@@ -159,7 +159,7 @@ class RecordedScorer(Scorer):
 
     Args:
         scorer: gives the results.
-         journal: records them.
+        journal: records them.
     """
 
     def __init__(self, scorer: Scorer, journal: Journal) -> None:

@@ -70,7 +70,7 @@ class Playback:
         """Return the engines' answer to a request in the step.
 
         Raises:
-             UserError: if the run did not make this request.
+            UserError: if the run did not make this request.
         """
         left = self._answers.get(Key.of(request))
         if not left:
@@ -85,7 +85,7 @@ class Playback:
         """Return the reward's result for the next sample.
 
         Raises:
-             UserError: if the run scored another sample.
+            UserError: if the run scored another sample.
         """
         score = self._scores.popleft() if self._scores else None
         if score is None or (score.uid, score.sample) != (uid, index):
@@ -117,7 +117,7 @@ class ReplayedEngines(Fleet):
         source: a fleet without engines, which gets the trainer's weights.
         playback: of the run.
         decode: returns the text of response tokens, as the engine's host does.
-         at_end: called when the trainer reaches the weights of a step that the journal lacks.
+        at_end: called when the trainer reaches the weights of a step that the journal lacks.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ReplayedEngines(Fleet):
         """See `Fleet`; samples that were stopped in the run have ended by "abort" in the journal.
 
         Raises:
-             UserError: if the run did not make these requests.
+            UserError: if the run did not make these requests.
         """
         return [[self._answer(request) for request in group] for group in generation]
 

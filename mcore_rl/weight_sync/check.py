@@ -115,7 +115,7 @@ def check_transport(name: str, run_folder: Path) -> None:
 
     Raises:
         WeightSyncError: if a tensor reached the engine's loader that was not sent.
-         AssertionError: if a tensor changed while the engine kept it, or something was left behind.
+        AssertionError: if a tensor changed while the engine kept it, or something was left behind.
     """
     is_far = TRANSPORTS.get(name).reaches != {Distance.SAME_PROCESS}
     files = set(run_folder.rglob("*"))

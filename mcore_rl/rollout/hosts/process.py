@@ -71,7 +71,7 @@ class UpdateListener:
         """Do a train worker's calls of the session until it is finished.
 
         Raises:
-             WeightSyncError: if no call comes, or the session breaks off.
+            WeightSyncError: if no call comes, or the session breaks off.
         """
         deadline = time.monotonic() + CONNECT_LIMIT_S
         while True:
