@@ -81,7 +81,7 @@ class Estimate:
     engine: EngineMemory
     """On one of its devices, whichever these are."""
     moments: Sequence[Moment]
-    """Each phase as it is on a train worker's device, on the stage where it needs most."""
+    """Memory of each phase on a train worker's device, on the stage with the largest need."""
     resident: Sequence[Moment]
     """The same if nothing were offloaded and engines never slept."""
     host_per_device: int
@@ -134,14 +134,14 @@ def estimate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerMemory:
-    """What the trainer has on the devices of each stage."""
+    """Memory of the trainer on the devices of each stage."""
 
     stages: Sequence[StageParameters]
     memory: Sequence[StageMemory]
 
 
 def assemble(cfg: RunConfig, counts: ModelCounts, trainer: TrainerMemory) -> Estimate:
-    """Return the estimate of a run of which the trainer's part is known.
+    """Return the estimate of a run from the trainer's part.
 
     Args:
         cfg: the run; of the trainer only what leaves the device is read.

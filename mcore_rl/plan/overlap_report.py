@@ -40,15 +40,15 @@ what is packed and sent, and the journal's copy."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Times:
-    """What is simulated, in seconds."""
+    """Inputs of the simulation, in seconds."""
 
     generate: float
-    """A step's generation with nothing beside it."""
+    """Generation of a step without other work meanwhile."""
     reward: float
     train: float
     sync: float
     prefill: float
-    """A token that an engine computes again."""
+    """Recomputation of one token by an engine."""
     draw: Callable[[random.Random], Sequence[float]]
     """Returns tokens of the responses of a step."""
     source: str
@@ -74,7 +74,7 @@ def overlap_lines(
     """
     work = work_of_step(cfg, step.prompt_tokens, step.response_tokens)
     engines = num_engines(cfg)
-    # More at a time than a step has would slow each other: the times are not of that.
+    # More requests at a time than a step has would slow each other: the times exclude that.
     most_running = min(slots(cfg, counts, found.engine, work), math.ceil(work.samples / engines))
     fleet = Fleet(num_engines=engines, slots=most_running)
     yield "overlap     generation beside training, simulated (plan/overlap.py)"

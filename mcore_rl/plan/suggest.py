@@ -58,16 +58,16 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestions:
-    """All that was looked at."""
+    """All candidates that were examined."""
 
     fitting: Sequence[Suggestion]
     """The best of each layout and placement, fastest first."""
     impossible: Mapping[str, str]
-    """By layout and placement: why nothing of it fits."""
+    """By layout and placement: why no candidate of it fits."""
 
 
 def work_of(cfg: RunConfig, prompt_tokens: Sequence[int]) -> Work:
-    """Return what a step of the run has to do, as its plan packs it.
+    """Return the work of a step of the run, as its plan packs it.
 
     Args:
         cfg: the run.

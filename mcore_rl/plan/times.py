@@ -39,7 +39,7 @@ def num_engines(cfg: RunConfig) -> int:
 
 
 def work_of_step(cfg: RunConfig, prompts: Sequence[int], responses: Sequence[int]) -> Work:
-    """Return what a step of the run has to do.
+    """Return the work of a step of the run.
 
     Args:
         cfg: the run.
