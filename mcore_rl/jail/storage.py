@@ -24,8 +24,8 @@ _MNT_DETACH = 2
 _BLOCK_BYTES = 4096
 _DELETED = " (deleted)"
 _MOUNT_POINTS = ("/tmp", "/dev/shm", "/mnt", "/media")
-"""Folders of every system; a mount there hides their content from the program. For the first, which
-holds temporary files, this is intended."""
+"""Folders of every system; a mount there hides their content from the program. The first of them is
+also the folder for temporary files."""
 
 
 def open_storage(
