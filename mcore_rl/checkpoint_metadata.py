@@ -1,8 +1,8 @@
 """`.metadata` of a folder in torch.distributed.checkpoint's format, read without running it.
 
-The file is a pickle, and a pickle may have anything called that has a name. torch and Megatron read
-it as it comes. Checkpoints come from elsewhere, so here nothing is admitted but the classes that
-torch and Megatron put into such a file; what asks for another name is refused before it is called.
+The file is a pickle, and a pickle can call any function by its name. torch and Megatron read it
+without a check. Checkpoints may come from strangers, so here only the classes are admitted that
+torch and Megatron put into such a file; any other name is refused before it is called.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ _DAMAGE = (
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Return what `.metadata` of a checkpoint says.
+    """Return the content of a checkpoint's `.metadata`.
 
     Raises:
-        UserError: if it is damaged, asks for what is no part of such a file, or names a file that
-            is not in the folder.
+        UserError: if it is damaged, asks for a class that does not belong there, or names a file
+            that is not in the folder.
     """
     file = folder / METADATA_FILE
     try:
@@ -92,8 +92,8 @@ def refusal(file: Path, what: str) -> UserError:
     """Return one line about a pickle that was not followed.
 
     Args:
-        file: that it is in.
-        what: was found: "it asks for posix.system".
+        file: with the pickle.
+        what: the finding: "it asks for posix.system".
     """
     return UserError(
         f"{file} is refused, and nothing in it was run: {what}, which is no part of a checkpoint. "
@@ -114,7 +114,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _check(found: Any) -> None:
-    """Raise a ValueError unless the parts that readers use are what they take them for."""
+    """Raise a ValueError unless the parts that readers use have the expected types."""
     if type(found) is not Metadata:
         raise ValueError("it is not the metadata of a checkpoint")
     for key, kind in found.state_dict_metadata.items():

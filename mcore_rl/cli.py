@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify": ("mcore_rl.verify.__main__",),
     "doctor": ("mcore_rl.doctor.__main__",),
 }
-"""Module of each command, and arguments that go with it."""
+"""Module of each command, and its fixed arguments."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Files that are there, whole, after a crash of the program or of the machine's power.
+"""Files that are complete after a crash of the program or a power failure.
 
 A name stands for old or new content and never for a part of it, because content is on the disk
 before it gets its name. A folder must be synced for the names in it to be on the disk too.
@@ -13,7 +13,7 @@ from pathlib import Path
 def make_private(folder: Path) -> None:
     """Make a folder that nobody but its owner may enter; one that is there stays as it is.
 
-    What is in it needs no modes of its own, and whoever opens the folder to others has opened all.
+    Its content needs no modes of its own; opening the folder to others opens all of it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -1,6 +1,6 @@
 """Errors, importable from everywhere; all of them pickle, since they cross processes.
 
-Two kinds. A `UserError` is something the person at the command line can mend: it is shown as one
+Two kinds. A `UserError` is something the person at the command line can fix: it is shown as one
 line without a traceback and ends the program with exit code 2. A `RunError` is a fault of the
 running system: it names rank, role and step, keeps its traceback and ends the run at once.
 """
@@ -37,7 +37,7 @@ class RunError(RuntimeError):
     """
 
     exit_code = RUN_ERROR_EXIT_CODE
-    """Of the command that it ends."""
+    """Exit code of the command that it ends."""
 
     def __init__(
         self, message: str, *, rank: int | None = None, role: str = "", step: int | None = None
@@ -61,7 +61,7 @@ def _rebuild_run_error(cls, message, rank, role, step):
 
 
 class StoppedError(Exception):
-    """The run was asked to end, so what was going on was given up: `loop/stop.py`. No failure."""
+    """The run was asked to end, so the current work was aborted: `loop/stop.py`. Not a failure."""
 
 
 class WorkerLostError(RunError):
@@ -73,7 +73,7 @@ class EngineLostError(WorkerLostError):
 
 
 class HangError(RunError):
-    """Nothing went on for as long as the run allows."""
+    """There was no progress for as long as the run allows."""
 
     exit_code = HANG_EXIT_CODE
 
@@ -83,11 +83,11 @@ class RolloutError(RunError):
 
 
 class WeightSyncError(RunError):
-    """Weights could not be moved to the engine, or the engine holds others than the trainer."""
+    """Weights could not be sent to the engine, or the engine has other weights than the trainer."""
 
 
 class OffloadError(RunError):
-    """A part of a model is not where it is asked for, or cannot be moved."""
+    """A part of a model is not on the expected device, or cannot be moved."""
 
 
 class CheckpointError(RunError):
@@ -120,7 +120,7 @@ def refuse_unread(cfg: Any, section: str, names: Iterable[str], choice: str) -> 
         cfg: config dataclass instance.
         section: its key: "algorithm".
         names: its fields that are not read; each must have a plain default.
-        choice: what does not read them: "adv_estimator=grpo".
+        choice: the choice that does not read them: "adv_estimator=grpo".
     """
     defaults = {field.name: field.default for field in fields(cfg)}
     for name in names:

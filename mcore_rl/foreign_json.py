@@ -1,7 +1,7 @@
-"""JSON that comes from elsewhere: whatever is wrong with it is a ValueError.
+"""JSON from other sources: every error in it is a ValueError.
 
-Python's own parser ends in a RecursionError where brackets stand too deep, as do those who later
-copy, send or write what it returned.
+Python's own parser raises a RecursionError for brackets that are nested too deeply, and so does
+code that later copies, sends or writes the result.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 MOST_LEVELS = 100
-"""Deeper than any file of a model, a data set or a run; far from where Python gives up."""
+"""Deeper than in any file of a model, a data set or a run; far from Python's own limit."""
 
 
 def parse_json(
     text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Return what the text says.
+    """Return the value of the text.
 
     Raises:
         ValueError: if it is not UTF-8, not JSON, or nested too deeply.
@@ -34,7 +34,7 @@ def parse_json(
 
 
 def _levels(value: Any) -> int:
-    """Return how many containers lie within one another, up to one more than the most."""
+    """Return the depth of nested containers, at most one more than the limit."""
     num_levels, level = 0, _containers([value])
     while level and num_levels <= MOST_LEVELS:
         num_levels += 1

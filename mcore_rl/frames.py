@@ -2,9 +2,9 @@
 
     [pickle, sizes, small buffers joined, large buffer, large buffer, ...]
 
-Arrays are neither copied nor boxed on the way, but for small ones, which travel joined in one frame
+Arrays are neither copied nor boxed on the way, except small ones, which are joined in one frame
 (each begins at a multiple of 64 bytes, so that arrays over it are aligned). A value without arrays
-is the pickle alone.
+is only the pickle.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def encode(value: Any) -> list[Frame]:
 
 
 def decode(frames: Sequence[Frame]) -> Any:
-    """Return the value of frames that `encode` made; its arrays lie in them.
+    """Return the value of frames that `encode` made; its arrays use the memory of the frames.
 
-    Unpickles: whoever receives the frames sees to it that they come from a process of the run.
+    This unpickles: the receiver must make sure that the frames come from a process of the run.
     """
     if len(frames) == 1:
         return pickle.loads(frames[0])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _YES = ("1", "ON", "YES", "TRUE")
-"""As the hub's library reads its variables."""
+"""Values that the hub's library reads as true."""
 
 
 class NotThereError(LookupError):
@@ -31,7 +31,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def is_same_repository(one: object, other: object) -> bool:
-    """Return whether both are `organisation/name@commit`, and the commit alone differs."""
+    """Return whether both are `organisation/name@commit`, and only the commit differs."""
     name, _, commit = str(one).partition("@")
     return bool(commit) and is_hub_name(name) and str(other).startswith(f"{name}@")
 

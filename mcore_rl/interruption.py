@@ -1,7 +1,7 @@
-"""Whether what this process generates is still wanted.
+"""Whether the generation of this process is still wanted.
 
-The run may be asked to end while engines generate: the channel's thread says so beside the work,
-and an engine asks between two steps. It is never wanted again.
+The run may be asked to end while engines generate: the channel's thread records it during the work,
+and an engine checks it between two steps. It is never reset.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _is_asked = threading.Event()
 
 
 def ask() -> None:
-    """Have the engine of this process give up what it generates, from now on."""
+    """Make the engine of this process abort its generation, from now on."""
     _is_asked.set()
 
 

@@ -1,7 +1,7 @@
 """`from mcore_rl.lazy_torch import torch`: torch, imported when something of it is first asked for.
 
-Options stand beside the mathematics that reads them. A command that composes, shows or refuses a
-configuration needs the options alone, and importing torch would take most of its time.
+Options are declared next to the mathematics that reads them. A command that composes, shows or
+refuses a configuration needs only the options, and importing torch would take most of its time.
 """
 
 from __future__ import annotations

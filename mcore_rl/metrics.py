@@ -31,10 +31,10 @@ class Metric:
     """One number and how it merges with others of the same key.
 
     For "mean", `value` is the weighted sum and `weight` the total weight (a count of trained
-    tokens, of samples, ...), so merging is exact whatever the split. So it is for "std", which
-    keeps the sum beside the deviation: of parts with different means the whole deviates more than
-    each. A "share" adds up over the micro-batches and ranks of one optimizer update, and is
-    averaged over updates (`of_one_update`).
+    tokens, of samples, ...), so merging is exact for every split. The same holds for "std", which
+    keeps the sum and the deviation: parts with different means have a larger deviation together
+    than each alone. A "share" adds up over the micro-batches and ranks of one optimizer update, and
+    is averaged over updates (`of_one_update`).
     """
 
     value: Tensor | float
@@ -130,8 +130,8 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
 
 
 def of_one_update(merged: Mapping[str, Metric]) -> Metrics:
-    """Return the metrics of all micro-batches and ranks of an update as ones to merge with those
-    of other updates."""
+    """Return the metrics of all micro-batches and ranks of an update in a form that merges with
+    other updates."""
     return {k: mean(m.value) if m.reduce == "share" else m for k, m in merged.items()}
 
 
@@ -142,7 +142,7 @@ def _merge_two(key: str, a: Metric, b: Metric) -> Metric:
     if a.reduce == "std":
         return Metric(a.value + b.value, "std", a.weight + b.weight, _pooled_std(a, b))
     values = float(a.value), float(b.value)
-    # Python's max and min keep a NaN or drop it by its position.
+    # Python's max and min keep or drop a NaN depending on its position.
     pick = max if a.reduce == "max" else min
     return Metric(math.nan if any(map(math.isnan, values)) else pick(values), a.reduce)
 

@@ -1,4 +1,4 @@
-"""The code beside a model's weights that its configuration names (`auto_map`).
+"""The code in a model's folder that its configuration names (`auto_map`).
 
 It goes with a copy of the model and is never run here.
 """
@@ -17,22 +17,23 @@ _NAME_CODE = (CONFIG_FILE, "tokenizer_config.json")
 
 
 def copied_files(folder: str | Path) -> list[Path]:
-    """Return what goes with a copy of a model folder beside its weights, sorted: `model_files` and
+    """Return the files for a copy of a model folder, without the weights, sorted: `model_files` and
     the code that they name."""
     code = {file for name in _NAME_CODE for file in _code_of(Path(folder) / name)}
     return sorted(code.union(model_files(folder)))
 
 
 def without_missing_code(file: Path, text: str) -> str:
-    """Return the text of a configuration without entries of `auto_map` whose code is not beside it:
-    whoever lets code run would look for it there. The same text where nothing is missing."""
+    """Return the text of a configuration without entries of `auto_map` whose code is not in its
+    folder: a program that runs such code would look for it there. If nothing is missing, the text
+    does not change."""
     if file.name not in _NAME_CODE:
         return text
     try:
         config = parse_json(text)
         named = config.get("auto_map") or {}
     except (ValueError, AttributeError):
-        return text  # damaged: whoever reads it says so
+        return text  # damaged: its reader reports that
     kept = {what: where for what, where in named.items() if _is_there(file, where)}
     if kept == named:
         return text
@@ -59,7 +60,7 @@ def _code_of(file: Path) -> set[Path]:
     try:
         named = parse_json(file.read_text(encoding="utf-8")).get("auto_map") or {}
     except (OSError, ValueError, AttributeError):
-        return set()  # not there, or damaged: whoever reads it says so
+        return set()  # not there, or damaged: its reader reports that
     coming = [module for where in named.values() for module in _modules(file, where)]
     found: set[Path] = set()
     while coming:

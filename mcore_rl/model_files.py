@@ -1,10 +1,10 @@
-"""Where the files of a Hugging Face model are, and what those are called that are not code.
+"""Where the files of a Hugging Face model are, and the names of those that are not code.
 
 A model is named by its folder, or as on the hub: `Qwen/Qwen2.5-7B`, `Qwen/Qwen2.5-7B@revision`. The
 hub's are read from its cache on this machine, and downloaded only with HF_HUB_OFFLINE=0.
 
-One list says which files hold a vocabulary; what goes with a copy of the model is built on it, so a
-tokenizer that a run accepts is also in what the run writes.
+One list says which files hold a vocabulary. The files for a copy of the model follow from it, so a
+tokenizer that a run accepts is also in the model that it writes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
-"""Of a tokenizer that transformers can load."""
+"""Vocabulary files of tokenizers that transformers can load."""
 
 TIKTOKEN_FILES = ("tiktoken.model", "qwen.tiktoken")
-"""Vocabularies (Moonlight, Qwen) that only code beside the weights reads as the model needs it.
+"""Vocabularies (Moonlight, Qwen) that only code in the model's folder reads correctly.
 
-Of the first transformers by itself makes a tokenizer that splits text by another pattern, of the
-second one of a single token.
+From the first, transformers itself makes a tokenizer that splits text by another pattern; from the
+second, a tokenizer with a single token.
 """
 
 _COPIED = (
@@ -72,8 +72,8 @@ def find_model(
 
     Args:
         name: the folder, or a name of the hub, with or without `@revision`.
-        key: by which the user gave it, for messages.
-        weights: False: configuration and tokenizer will do.
+        key: with which the user gave it, for messages.
+        weights: False: configuration and tokenizer are enough.
         download: fetch what the cache lacks of a model of the hub, if HF_HUB_OFFLINE=0 allows it.
 
     Raises:
@@ -97,8 +97,8 @@ def find_model(
 
 
 def fetch_model(name: str, key: str, *, weights: bool = True) -> str:
-    """Return `name`, of a model of the hub with the commit that it stands for now: its files are in
-    the cache then, and `find_model` finds these and no others, whatever becomes of the branch."""
+    """Return `name`; for a model of the hub, with the present commit. Its files are then in the
+    cache, and `find_model` finds exactly these, even if the branch changes."""
     folder = find_model(name, key, weights=weights, download=True)
     repository = name.partition("@")[0]
     return name if folder == Path(name).expanduser() else f"{repository}@{folder.name}"

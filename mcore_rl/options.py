@@ -1,10 +1,9 @@
-"""Options of what is chosen in a section, as keys of that section.
+"""Options of the choice in a section, as keys of that section.
 
-`actor` has keys of its own and those of the loss that `actor.policy_loss.loss_mode` names;
-`algorithm` has keys of its own and those of `algorithm.adv_estimator`. A loss or an estimator
-declares its options as a dataclass where it is registered, so one that a user adds has options on
-the command line like any other. Two choices may have an option of one name: they are never read
-together.
+`actor` has its own keys and those of the loss that `actor.policy_loss.loss_mode` names; `algorithm`
+has its own keys and those of `algorithm.adv_estimator`. A loss or an estimator declares its options
+as a dataclass where it is registered, so one that a user adds has options on the command line like
+any other. Two choices may have options of the same name: they are never read together.
 
 Example: of the section `actor`, whose loss is sapo with
 
@@ -36,7 +35,7 @@ class Choosable(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class NoOptions:
-    """Of a choice that has none."""
+    """Options of a choice that has none."""
 
 
 Section = TypeVar("Section", bound="ChoosingSection")
@@ -57,12 +56,12 @@ class ChoosingSection:
 
     @property
     def choice(self) -> str:
-        """The name of what is chosen."""
+        """The name of the choice."""
         raise NotImplementedError
 
     @property
     def options(self) -> Any:
-        """The options of what is chosen: an object of the dataclass that it was registered with."""
+        """The options of the choice: an object of the dataclass that it was registered with."""
         config = self.REGISTRY.get(self.choice).config
         names = {option.name for option in fields(config)}
         own = {name: getattr(self, name) for name in _names(type(self)) if name in names}
@@ -77,7 +76,7 @@ class ChoosingSection:
             values: fields of the section, and options of the choice.
 
         Raises:
-            UserError: for an option that the choice does not read, or that there is not.
+            UserError: for an option that the choice does not read, or that does not exist.
         """
         options = {key: value for key, value in values.items() if key not in _names(cls)}
         own = {key: value for key, value in values.items() if key in _names(cls)}

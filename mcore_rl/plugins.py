@@ -1,5 +1,5 @@
-"""`MCORE_RL_PLUGINS=my_pkg.my_loss,...`: modules that every process of a run imports first, so that
-what they register is there."""
+"""`MCORE_RL_PLUGINS=my_pkg.my_loss,...`: modules that every process of a run imports first, because
+they register something."""
 
 from __future__ import annotations
 

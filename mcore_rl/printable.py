@@ -1,4 +1,5 @@
-"""Texts of others, shown: what a model, a data file or a reward wrote commands no terminal."""
+"""Safe display of foreign texts: text of a model, a data file or a reward cannot control a
+terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +16,6 @@ _UNSHOWN = re.compile(
 def printable(text: str) -> str:
     r"""Return the text with `\x1b` in place of the escape character, and so on.
 
-    It can be written in UTF-8 and shows as what it is: a terminal takes no command from it.
+    It can be written in UTF-8, and a terminal takes no command from it.
     """
     return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

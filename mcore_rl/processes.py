@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends.
+    """Make the kernel kill this process when the thread that started it ends, however it ends.
 
     A process that this one starts asks for itself.
 
@@ -57,8 +57,8 @@ def raise_file_limit() -> None:
 
 
 def collective_backend(device_type: str) -> str:
-    """Return what the default process group of processes on such devices ("cuda", "cpu") is made
-    of. Every group that Megatron makes is of the same: with gloo beside NCCL each would have a mesh
-    of sockets of its own. What lies on the host goes by the gloo groups of `megatron/parallel.py`.
+    """Return the backend of the default process group for such devices ("cuda", "cpu"). Every group
+    that Megatron makes has the same backend: with gloo in addition to NCCL each would have a mesh
+    of sockets of its own. Host tensors use the gloo groups of `megatron/parallel.py`.
     """
     return "nccl" if device_type == "cuda" else "gloo"

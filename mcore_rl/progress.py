@@ -1,7 +1,7 @@
-"""How much of a long call a worker has done, for whoever watches that it goes on.
+"""How much of a long call a worker has done, for the watch on progress.
 
-What takes long (micro-batches, engine steps, files) calls `tick` for each piece; a heartbeat beside
-the work reads `ticks`. Nothing else may depend on the number.
+Long work (micro-batches, engine steps, files) calls `tick` for each piece; the heartbeat, which
+runs during the work, reads `ticks`. Nothing else may depend on the number.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _OTHERWISE = (
     "trainer.launcher=auto",
     "rollout.compare_loaded_weights=false",
 )
-"""What a replay does not do as the run did: no number depends on it."""
+"""Settings that a replay changes: no number depends on them."""
 _ANEW = ("trainer.resume_mode=auto", "trainer.resume_from_path=null")
 DIFFERS = 1
 """Exit code."""
@@ -64,7 +64,7 @@ def command_line(run: Path, out: Path, overrides: Sequence[str]) -> CommandLine:
     Args:
         run: folder of the run.
         out: of the replay.
-        overrides: `key=value`, of settings that are not to be those of the run.
+        overrides: `key=value`, of settings that differ from the run's.
 
     Raises:
         UserError: if the folder has no configuration, or an override is none.
@@ -116,7 +116,7 @@ def _run(cfg: RunConfig, workers: ChannelWorkers, source: Path, stop: Stop) -> N
 
 
 def report(out: Path, against: Path) -> int:
-    """Print where the replay and a run part; return the exit code.
+    """Print where the replay and a run begin to differ; return the exit code.
 
     Raises:
         UserError: if they cannot be compared.
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _free(folder: Path) -> Path:
-    """Return the first of 1, 2, 3 ... in a folder that is not there."""
+    """Return the first of the subfolders 1, 2, 3 ... that does not exist."""
     return next(path for n in itertools.count(1) if not (path := folder / str(n)).exists())
 
 

@@ -108,7 +108,7 @@ class HostSegments(Segments):
         )
 
     def expand(self, x_S: Tensor) -> Tensor:
-        """See `Segments`. Each value is repeated, which takes a fifth of looking up one a token."""
+        """See `Segments`. Each value is repeated: a fifth of the time of a look-up per token."""
         x_T = x_S.numpy().repeat(self.lengths_S)
         x_T[~self.mask_T.numpy()] = 0
         return torch.from_numpy(x_T)

@@ -1,4 +1,4 @@
-"""Sockets between the processes of a run, which nobody else gets a message into.
+"""Sockets between the processes of a run; nobody else can send a message to them.
 
 On one machine they lie in a folder that only this user may enter; between machines they are keyed
 and encrypted (CURVE), with keys that all processes of the run derive from its secret.
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def address_towards(host: str, port: int = 9) -> str:
-    """Return the IPv4 address of this machine on the way to another, by which that one reaches it.
+    """Return the IPv4 address of this machine on the way to another one, which reaches it there.
 
     Args:
         host: name or address of the other.
@@ -48,7 +48,7 @@ def interface_of(address: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a process listens, and what proves that one belongs to its run."""
+    """Where a process listens, and the secret that proves that a peer belongs to its run."""
 
     endpoint: str
     """"ipc:///tmp/mcore_rl-x/calls" or "tcp://10.0.0.1:40001"."""
@@ -56,7 +56,7 @@ class Address:
 
     @property
     def token(self) -> str:
-        """What one shows who connects."""
+        """The token that a connecting process sends."""
         return self._derived(b"token").hex()
 
     @property
@@ -66,7 +66,7 @@ class Address:
 
     @property
     def host(self) -> str | None:
-        """Address of the machine; None: it is this one's alone."""
+        """Address of the machine; None: only this machine can reach it."""
         return urlsplit(self.endpoint).hostname if self.is_encrypted else None
 
     def beside(self, name: str) -> Address:
@@ -121,7 +121,7 @@ class ClientSocket:
 
     Args:
         address: of the server.
-        linger_ms: at the end, for what was said last.
+        linger_ms: time at the end for sending the last messages.
         is_lost_on: events of ZeroMQ's monitor that say that the server is gone.
     """
 
@@ -147,7 +147,7 @@ class ClientSocket:
 
 
 def _without_limits(socket: Any, linger_ms: int) -> None:
-    """Let the socket hold what it is given: who sends, bounds it in bytes."""
+    """Let the socket hold any number of messages: the sender limits their bytes."""
     socket.setsockopt(zmq.LINGER, linger_ms)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

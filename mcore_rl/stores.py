@@ -1,4 +1,4 @@
-"""Stores in which processes of several machines meet, of torch."""
+"""torch's stores for the rendezvous of processes on several machines."""
 
 from __future__ import annotations
 

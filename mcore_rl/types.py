@@ -1,4 +1,4 @@
-"""What flows through the system, in the order in which it is made.
+"""The data that flows through the system, in the order in which it is made.
 
     Prompt -> Sample -> SampleGroup -> TokenSequence -> MinibatchPlan -> Share -> MicroBatch
 
@@ -47,7 +47,7 @@ _ALL_PER_TOKEN = tuple((name, attrgetter(name), dtype) for name, dtype in _DTYPE
 
 
 def _hold_arrays(carrier: Sample | TokenSequence, fields: Iterable[Any] = _ALL_PER_TOKEN) -> None:
-    """Make arrays of what a carrier was given per token, each as long as `token_ids`.
+    """Convert a carrier's values per token to arrays, each as long as `token_ids`.
 
     Args:
         carrier: new.
@@ -65,8 +65,9 @@ def _hold_arrays(carrier: Sample | TokenSequence, fields: Iterable[Any] = _ALL_P
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutesAt:
-    """Where the routes of a sequence lie: in the worker that recorded them, from where they go to
-    those that replay them. They are bulk, hundreds of bytes a token, and not the controller's."""
+    """Where the routes of a sequence are stored: in the worker that recorded them, which sends them
+    to the workers that replay them. They are large, hundreds of bytes per token, so the controller
+    does not hold them."""
 
     rank: int
     key: int
@@ -106,7 +107,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """One prompt with one response and what became known about it."""
+    """One prompt with one response and the results about it."""
 
     prompt: Prompt
     index: int
@@ -120,8 +121,8 @@ class Sample:
     finish_reason: str
     """"stop" (end token), "length" (limit reached) or "abort"."""
     versions: Sequence[VersionSpan] = ()
-    """Of the weights that drew the response, in their order and without a gap: the step that the
-    engine held them for."""
+    """Versions of the weights that drew the response, in token order and without a gap. A version
+    is the step for which the engine held the weights."""
     response_text: str = ""
     """The response decoded without special tokens; what rewards read."""
     reward: float = 0.0
@@ -129,8 +130,8 @@ class Sample:
     reward_status: str = "scored"
     """"scored", or why the reward is 0.0 without a score: "failed" or "timeout"."""
     answer: str | None = None
-    """That the response states, as the reward reads it: "72"; "" for none. None: the reward gives
-    no answers."""
+    """The answer that the response states, as the reward reads it: "72"; "" for none. None: the
+    reward gives no answers."""
     reward_metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers of the reward function, logged as `reward/<name>/mean`, or as
     `eval/<data source>/<name>/mean` in validation."""
@@ -141,9 +142,9 @@ class Sample:
     ref_logprobs: Numbers | None = None
     """Under the reference model; None unless a KL term asks for it."""
     values: Numbers | None = None
-    """The critic's, of the state in which each token was chosen; None without a critic."""
+    """The critic's values of the state in which each token was chosen; None without a critic."""
     returns: Numbers | None = None
-    """What these values should have been; None without a critic."""
+    """The targets for these values; None without a critic."""
     routed_experts: RoutesAt | None = None
     """Where its routes lie. None unless they are replayed: of the engine (R3) or of the pass that
     computed `old_logprobs` (R2)."""
@@ -153,7 +154,7 @@ class Sample:
 
     @property
     def weight_version(self) -> int:
-        """Version of the oldest weights that had a part in it; -1 where there is no token."""
+        """Version of the oldest weights that drew a token of it; -1 if there is no token."""
         return min((span.version for span in self.versions), default=-1)
 
     @property
@@ -211,8 +212,8 @@ _SETTERS = tuple(getattr(Sample, name).__set__ for name in Sample.__slots__)
 def _with(
     sample: Sample, names: Sequence[str], values: Iterable[Any], per_token: Iterable[Any]
 ) -> Sample:
-    """Return what `replace(sample, **dict(zip(names, values)))` does, in a fraction of its time:
-    what stays is not looked at again."""
+    """Return the same as `replace(sample, **dict(zip(names, values)))`, in a fraction of its time:
+    unchanged fields are not checked again."""
     made = object.__new__(Sample)
     for set_field, value in zip(_SETTERS, _all_fields(sample), strict=True):
         set_field(made, value)
@@ -356,8 +357,8 @@ def _carried(sequences: Sequence[TokenSequence], name: str) -> list[Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Share(Sequence[MicroBatch]):
-    """The micro-batches of one data-parallel rank in a pass, as they travel: a few arrays, however
-    many sequences there are."""
+    """The micro-batches of one data-parallel rank in a pass, in the form in which they are sent: a
+    few arrays, for any number of sequences."""
 
     whole: MicroBatch
     """All of them, end to end."""
@@ -448,21 +449,21 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """In short, as `mcore-rl verify` takes it: "tp2pp2ep4etp1"; "" where nothing is cut."""
+        """Short name, as `mcore-rl verify` takes it: "tp2pp2ep4etp1"; "" if nothing is sharded."""
         axes = ("tp", "pp", "vpp", "cp", "ep")
         parts = [f"{axis}{getattr(self, axis)}" for axis in axes if getattr(self, axis) > 1]
         return "".join([*parts, f"etp{self.etp}" if self.etp != self.tp else ""])
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The micro-batches of a rank are a multiple of it: an interleaved pipeline asks for one of
-        its stages."""
+        """The number of micro-batches of a rank is a multiple of it: an interleaved pipeline needs
+        a multiple of its stages."""
         return self.pp if self.vpp > 1 else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteState:
-    """How far a rank is with writing its part of a checkpoint."""
+    """A rank's state of writing its part of a checkpoint."""
 
     is_done: bool
     problem: str = ""
@@ -484,7 +485,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offloads:
-    """What is in host memory while it is not needed, from the start of the workers."""
+    """The parts that are in host memory while not needed, from the start of the workers."""
 
     actor: frozenset[Part] = frozenset()
     critic: frozenset[Part] = frozenset()

@@ -1,1 +1,1 @@
-"""What the loops ask for: where processes stand, calls to them, the trainer and the engines."""
+"""What the loops use: the placement of processes, calls to them, the trainer and the engines."""

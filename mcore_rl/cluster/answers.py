@@ -1,4 +1,4 @@
-"""What an engine's answers must be, whatever engine it is."""
+"""Checks on the answers of any engine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def check_results(
     """Return if the answers of an engine are possible.
 
     Args:
-        requests: that it was given.
+        requests: given to the engine.
         answers: one for each, in order.
-        versions: of the weights that it can have had meanwhile.
+        versions: of the weights that the engine can have had meanwhile.
 
     Raises:
-        RolloutError: that says what cannot be.
+        RolloutError: if an answer is impossible; it says why.
     """
 
     def refuse(what: str) -> None:
@@ -50,8 +50,8 @@ def check_results(
 
 
 def _are_whole(spans: Sequence[VersionSpan], num_tokens: int, versions: range) -> bool:
-    """Return whether spans follow each other over all tokens, by weights ever newer, all of them in
-    `versions`."""
+    """Return whether the spans cover all tokens without a gap, each with newer weights than the one
+    before, and with versions in `versions`."""
     starts = [0, *(span.end for span in spans)]
     found = [span.version for span in spans]
     return (

@@ -12,7 +12,7 @@ class BusyTimes:
 
     Args:
         num_engines: of the run.
-        clock: seconds of the clock that counts.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, num_engines: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,7 +32,7 @@ class BusyTimes:
 
     def share(self) -> float:
         """Return the mean over engines of the share of the time since the last call in which they
-        had something to do; 0.0 of no engines."""
+        had something to do; 0.0 without engines."""
         with self._lock:
             self._add()
             elapsed = self._looked - self._since

@@ -39,7 +39,7 @@ class Cluster:
         """Return the cluster of running workers; see `Trainer` for the cuts, `Phases` for the
         sleep, `Engines` for the restarts.
 
-        `offloads` is what the workers were told to offload; None: nothing.
+        `offloads` are the parts that the workers offload; None: nothing.
         """
         routes = Routes(workers, placement)
         engine_ranks = [rank for ranks in placement.engine_ranks for rank in ranks]
@@ -49,13 +49,13 @@ class Cluster:
         return cls(workers, trainer, engines, routes, phases)
 
     def enter_step(self, step: int) -> None:
-        """Have failures from here on name `step`; routes of earlier ones are dropped."""
+        """Make failures from here on name `step`; drop the routes of earlier steps."""
         self.workers.step = step
         self.routes.drop()
 
     def interrupt(self) -> None:
-        """Have engines give up what they generate, now and from now on, which then raises
-        StoppedError; from any thread."""
+        """Make the engines abort their generation, now and from now on; a call that waits for it
+        raises StoppedError. From any thread."""
         self.engines.interrupt()
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
 """The fleet of rollout engines: requests go out to all of them, results come back in order, and
 weights go to all of them.
 
-An engine that is a process of its own and fails is started again where that is allowed. Others draw
-its requests meanwhile, from the first token on and with the seeds that these bring: the same
-samples, if the weights are the same. It takes requests again from the next weight sync on; where no
-other engine is left, all wait for it (`membership.py`).
+An engine that is a process of its own and fails is started again where that is allowed. Meanwhile
+other engines answer its requests, from the first token on and with the same seeds: with the same
+weights this gives the same samples. It takes requests again from the next weight sync on. If no
+other engine is left, the run waits for it (`membership.py`).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Generation:
-    """Groups of requests that the engines have been given."""
+    """Groups of requests that were given to the engines."""
 
     groups: Sequence[Sequence[GenerationRequest]]
     keep_routes: bool
     since: int
     """Version of the weights when they were given."""
     given: dict[int, _Given] = field(default_factory=dict)
-    """By group: to whom."""
+    """Which engine has each group, by group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,11 +57,11 @@ class _Given:
     """A group in the hands of an engine."""
 
     start: Start
-    """Which it was."""
+    """The engine and its start."""
     call: int
-    """Number of the call that gave it."""
+    """Number of the call that gave the group."""
     begun: Sequence[Future[None]]
-    """Of that call, by rank of the engine."""
+    """Futures of that call, by rank of the engine."""
     answer: Future[list[GenerationResult]]
 
 
@@ -71,9 +71,9 @@ class Engines(Fleet):
     Args:
         workers: running workers.
         placement: where they stand.
-        routes: what is known of the routes that they hold.
+        routes: the known routes that the workers hold.
         phases: what the devices of the trainer hold.
-        max_restarts: of engines that are processes of their own, in all.
+        max_restarts: of engines that are processes of their own, in total.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class Engines(Fleet):
         self._are_apart = bool(placement.engines)
         self._membership = Membership(len(self._ranks), max_restarts)
         self._restarts: dict[int, Future[None]] = {}
-        """Of engines that are started again."""
+        """Futures of the engines that are being started again."""
         self._numbers = itertools.count()
-        """Of calls."""
+        """Numbers for the calls."""
         self._in_flight: list[Generation] = []
         self._busy = BusyTimes(len(self._ranks))
         self._version = -1
         self._weights: Mapping[str, str] = {}
         self._have_base = False
-        """Whether all engines have the weights that do not train."""
+        """Whether all engines have the frozen weights."""
         self._is_interrupted = False
 
     @property
@@ -121,9 +121,9 @@ class Engines(Fleet):
         """Give all engines requests to work on.
 
         The requests of a group go to one engine, so that a prompt is computed once; all ranks of an
-        engine get the same. Routes, if they are kept, lie where they were recorded. Engines that
-        are processes of their own go on while the trainer works; a weight sync finds them paused,
-        and what they draw after it they draw with the new weights.
+        engine get the same. Kept routes stay where they were recorded. Engines that are processes
+        of their own go on while the trainer works. They pause for a weight sync, and draw with the
+        new weights after it.
 
         Raises:
             StoppedError: if they were interrupted.
@@ -141,16 +141,17 @@ class Engines(Fleet):
     def end(
         self, generation: Generation, enough: int | None = None
     ) -> list[list[GenerationResult]]:
-        """Wait for what was begun; return one result per request, in order, by group.
+        """Wait for a generation that was begun; return one result per request, in order, by group.
 
         Args:
-            generation: what was begun.
-            enough: groups after which engines of their own processes stop the others, whose
-                requests end by "abort" with what they have; None: all are waited for.
+            generation: returned by `begin`.
+            enough: number of finished groups after which engines that are processes of their own
+                stop the other groups. Requests of these end by "abort" with the tokens drawn so
+                far. None: wait for all.
 
         Raises:
-            RolloutError: if an engine fails, or answers what cannot be.
-            StoppedError: if they were interrupted; all of them have given up then.
+            RolloutError: if an engine fails, or its answer is impossible.
+            StoppedError: if they were interrupted; all of them have then aborted.
         """
         self._enter_generation()
         if enough is not None:
@@ -162,7 +163,7 @@ class Engines(Fleet):
         return answers
 
     def _enter_generation(self) -> None:
-        """Have engines that slept go on."""
+        """Wake the engines that slept."""
         if self._phases.engines_forgot:
             if self._phases.has_trained:
                 message = f"weights {self._version} are wanted, which the trainer has left"
@@ -176,12 +177,12 @@ class Engines(Fleet):
 
     def interrupt(self) -> None:
         """See `Cluster.interrupt`."""
-        self._is_interrupted = True  # first: what comes after it is not read
+        self._is_interrupted = True  # first: later answers are not read
         self._workers.interrupt()
 
     def _give(self, generation: Generation, groups: Sequence[int]) -> None:
-        """Deal groups to the engines: each gets all of its share in one call, so that it begins
-        with them together; a group is answered when it has ended."""
+        """Deal groups to the engines. Each engine gets its whole share in one call, so that it
+        begins all groups together; a group is answered when it has ended."""
         number, members = next(self._numbers), self._membership.members
         dealt = deal([group_cost(generation.groups[group]) for group in groups], len(members))
         shares = dict(zip(members, dealt, strict=True))
@@ -212,13 +213,13 @@ class Engines(Fleet):
                 )
 
     def _stop_beyond(self, generation: Generation, enough: int) -> None:
-        """Wait until so many groups have ended; stop the others."""
+        """Wait until `enough` groups have ended; stop the others."""
         answers = {given.answer: group for group, given in generation.given.items()}
         num_ended = 0
         while answers and num_ended < enough:
             for answer in wait(answers, return_when=FIRST_COMPLETED).done:
                 group = answers.pop(answer)
-                self._answer(generation, group)  # of a failed engine: from its successor
+                self._answer(generation, group)  # if the engine failed: from another one
                 num_ended += 1
         left = [generation.given[group] for group in answers.values()]
         calls = {(given.start.engine, given.call) for given in left}
@@ -227,8 +228,8 @@ class Engines(Fleet):
             self._workers.submit({first: call(Rollout.stop, number)})
 
     def _answer(self, generation: Generation, group: int) -> list[GenerationResult]:
-        """Return the results of a group, from another engine if its own fails; anything if they
-        were interrupted."""
+        """Return the results of a group, from another engine if its own fails. After an interrupt
+        the results have no meaning."""
         while True:
             given = generation.given[group]
             try:
@@ -277,7 +278,7 @@ class Engines(Fleet):
                 self._membership.join(engine)
         for engine, problem in problems.items():
             self._lose(engine, problem, "taking weights")
-        # What has digests is to be compared with those of all.
+        # The digests of all engines are compared.
         self._have_members(len(self._ranks) if with_digests else 1, Phase.SYNC, with_digests)
         self._have_base = True
         self._phases.synced()
@@ -306,15 +307,15 @@ class Engines(Fleet):
     def sync_and_compare(
         self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
     ) -> int:
-        """Give every engine the actor's weights as `version`, and compare what all have loaded, bit
-        by bit and before their libraries pack it; return of how many parameters.
+        """Give every engine the actor's weights as `version`, and compare the parameters that all
+        have loaded, bit by bit, before their libraries pack them; return how many there are.
 
         Args:
             version: of the weights.
-            wanted: what each part of an engine is to have loaded; None: what the first engine has.
+            wanted: digests that each part of an engine must have; None: those of the first engine.
 
         Raises:
-            WeightSyncError: if an engine has loaded others, or does not take them.
+            WeightSyncError: if an engine has loaded other weights, or does not take them.
         """
         self.sync_weights(version, with_digests=True)
         found = self._digests(Rollout.loaded_digests, self._membership.members)
@@ -354,7 +355,7 @@ class Engines(Fleet):
         for of_rank in sent:
             problems |= of_rank.problems
         self._weights = next((x.digests for x in sent if x.digests), {})
-        for engine, rank in ranks.items():  # what an engine says itself comes first
+        for engine, rank in ranks.items():  # an engine's own error comes first
             error = receiving[rank].exception()
             if isinstance(error, RunError):
                 problems[engine] = error
@@ -363,10 +364,10 @@ class Engines(Fleet):
         return merge(of_rank.metrics for of_rank in sent), problems
 
     def _lose(self, engine: int, error: RunError, doing: str) -> None:
-        """Have a failed engine started again; its requests are for others.
+        """Start a failed engine again; its requests go to others.
 
         Raises:
-            RunError: if that may not be done any more, or it is not the engine that has failed.
+            RunError: if no restart is left, or not the engine but something else has failed.
         """
         if _is_of_the_run(error):
             raise error
@@ -382,10 +383,10 @@ class Engines(Fleet):
         self._restarts[engine] = self._workers.restart(rank)
 
     def _started(self, wait: bool = False) -> list[int]:
-        """Return the engines that were started again and are up, without weights.
+        """Return the engines that were started again and are ready, without weights.
 
         Args:
-            wait: for those that are not yet.
+            wait: for those that are not ready yet.
         """
         found = []
         for engine in self._membership.starting:
@@ -402,7 +403,8 @@ class Engines(Fleet):
         return found
 
     def _have_members(self, least: int, phase: Phase, with_digests: bool = False) -> None:
-        """If fewer engines are left, wait for those that start again and give them the weights."""
+        """If fewer than `least` engines are left, wait for those that start again and give them the
+        weights."""
         while self._membership.starting and len(self._membership.members) < least:
             if not (coming := self._started(wait=True)):
                 continue
@@ -416,8 +418,8 @@ class Engines(Fleet):
 
 
 def _unanswered(generation: Generation, failed: _Given, refused: int) -> list[int]:
-    """Return the groups of a start of an engine that have no results, and the one whose results
-    are refused, in order."""
+    """Return, in order, the groups given to this start of an engine that have no results, and the
+    group whose results are refused."""
     return sorted(
         group
         for group, given in generation.given.items()
@@ -431,20 +433,20 @@ def _is_answered(given: _Given) -> bool:
 
 
 def _is_of_the_run(error: RunError) -> bool:
-    """Return whether a worker, which has a rank, or the whole run has failed: all calls fail then,
-    and no engine is to be started again."""
+    """Return whether a worker (its error has a rank) or the whole run has failed. Then all calls
+    fail, and no engine is started again."""
     return error.rank is not None or isinstance(error, HangError)
 
 
 def group_cost(group: Sequence[GenerationRequest]) -> int:
-    """Return what a group may take, in tokens: its prompt once, and what each response may have."""
+    """Return the most tokens of a group: its prompt once, and the limit of each response."""
     responses = sum(request.sampling.max_tokens for request in group)
     return responses + max((len(request.prompt_token_ids) for request in group), default=0)
 
 
 def deal(costs: Sequence[int], num_engines: int) -> list[list[int]]:
     """Return the groups of each engine, in order: the costliest first, each to the engine with the
-    least to do, the first of these. Groups of one cost go round."""
+    least work, the first of equals. Groups of equal cost go to the engines in turn."""
     loads = [(0, engine) for engine in range(num_engines)]
     shares: list[list[int]] = [[] for _ in range(num_engines)]
     for group in np.argsort(-np.asarray(costs, np.int64), kind="stable").tolist():
@@ -455,8 +457,8 @@ def deal(costs: Sequence[int], num_engines: int) -> list[list[int]]:
 
 
 def _differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Return which parameters of `found` are not those of `wanted`, a line each; both by name, of
-    what `full_digest` returns."""
+    """Return which parameters of `found` differ from `wanted`, one line each; both map names to
+    results of `full_digest`."""
     lines = []
     for name in sorted(wanted.keys() | found.keys()):
         want, have = wanted.get(name), found.get(name)

@@ -24,7 +24,7 @@ class Fleet(Protocol):
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """By tensor: what the last sync sent, in few letters (`weight_sync/digest.py`)."""
+        """Short digest of each tensor that the last sync sent (`weight_sync/digest.py`)."""
         ...
 
     def generate(
@@ -36,12 +36,12 @@ class Fleet(Protocol):
     def begin(
         self, groups: Sequence[Sequence[GenerationRequest]], *, keep_routes: bool = False
     ) -> Any:
-        """Give requests to the engines; return what `end` takes."""
+        """Give requests to the engines; return the argument for `end`."""
         ...
 
     def end(self, generation: Any, enough: int | None = None) -> list[list[GenerationResult]]:
-        """Wait for what was begun, and stop the rest once so many groups have ended; return one
-        result per request, in order."""
+        """Wait for a generation; once `enough` groups have ended, stop the rest. Return one result
+        per request, in order."""
         ...
 
     def sync_weights(self, version: int) -> Metrics:
@@ -51,11 +51,12 @@ class Fleet(Protocol):
     def sync_and_compare(
         self, version: int, wanted: Sequence[Mapping[str, str]] | None = None
     ) -> int:
-        """Do that, and compare what the engines have loaded; return of how many parameters."""
+        """Do that, and compare the parameters that the engines have loaded; return how many."""
         ...
 
     def digests_of_model(self) -> list[dict[str, str]]:
-        """Return what the parts of an engine load from the model's folder."""
+        """Return digests of the parameters that the parts of an engine load from the model's
+        folder."""
         ...
 
     def busy_share(self) -> float:
@@ -63,5 +64,5 @@ class Fleet(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Give up what is generated, now and from now on."""
+        """Abort generation, now and from now on."""
         ...

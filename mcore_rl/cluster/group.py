@@ -27,7 +27,7 @@ class Call(Generic[R]):
     once."""
 
     method: Callable[..., R]
-    """Of a protocol in `workers/roles.py`: `Actor.update`."""
+    """Method of a protocol in `workers/roles.py`: `Actor.update`."""
     args: tuple[Any, ...]
 
     @property
@@ -50,8 +50,8 @@ def call(
 
 
 def call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Call[Any]:
-    """Return a call of a role's method; a type checker holds the arguments against it. A method
-    that returns a future is answered when that is done, and other calls may be done before."""
+    """Return a call of a role's method; a type checker checks the arguments against the method. If
+    the method returns a future, the answer comes when it is done; other calls may run before."""
     assert not kwargs, "arguments go by position"
     return Call(method, args)
 
@@ -66,8 +66,8 @@ class WorkerGroup(Protocol):
     def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
         """Hand each addressed rank its call; return futures by rank.
 
-        A future gives the result or raises what went wrong, with rank, role and step. One that is
-        cancelled before its worker has begun with it is not done.
+        A future gives the result or raises the error, with rank, role and step. A call that is
+        cancelled before its worker has begun it is not done.
         """
         ...
 
@@ -77,12 +77,12 @@ class WorkerGroup(Protocol):
         ...
 
     def update_address(self, rank: int) -> Address:
-        """Return where such an engine takes its weights."""
+        """Return the address where such an engine receives its weights."""
         ...
 
     def interrupt(self) -> None:
-        """Have engines give up what they generate, now and from now on; what they answer then is
-        worth nothing. From any thread."""
+        """Make the engines abort their generation, now and from now on; their answers are then
+        meaningless. From any thread."""
         ...
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class WorkerGroup(Protocol):
 
 
 def done(value: R) -> Future[R]:
-    """Return a future that has its result."""
+    """Return a future with this result."""
     future: Future[R] = Future()
     future.set_result(value)
     return future

@@ -1,10 +1,10 @@
-"""Which engines of a fleet take requests. No process is touched here.
+"""Which engines of a fleet take requests. This file starts and ends no process.
 
     member --lose--> starting again --join--> member
 
-An engine that fails is lost: its requests go to the members, and it is started again, which may
-happen so many times in a run. It joins at a publication, when it has the weights that all get
-then. An engine counts its starts, so that a failure which is told twice is counted once.
+An engine that fails is lost: its requests go to the members, and it is started again. The number of
+restarts in a run is limited. The engine joins at the next weight sync, with the weights that all
+get then. Its starts are counted, so that a failure which is reported twice counts once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Start:
 
     engine: int
     number: int
-    """0: its first."""
+    """0: the first start."""
 
 
 class Membership:

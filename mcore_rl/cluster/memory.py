@@ -1,4 +1,4 @@
-"""What the train workers of a run have held in each of its phases, measured."""
+"""The measured memory of the train workers in each phase of a run."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ PHASES: Mapping[Callable[..., Any], Phase] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of the worker that held most, in bytes."""
+    """Memory of the worker that held most, in bytes."""
 
     peaks: Mapping[Phase, int]
-    """At most in each phase that there was."""
+    """The most in each phase that the run had."""
     held: int
-    """At the end, when what is freed has been given back."""
+    """Memory at the end, when freed memory has been given back."""
     is_of_host: bool
     """As `MemoryUse.is_of_host`."""
 
 
 def peak_metrics(workers: WorkerGroup) -> Metrics:
-    """Return what the train worker that held most has held at most since the last call."""
+    """Return the peak memory since the last call, of the train worker with the highest peak."""
     peaks = [peak for peak in call_all(workers, Memory.take_peak) if peak is not None]
     return {"perf/memory_peak_gib": maximum(max(peaks) / 2**30)} if peaks else {}
 
 
 def measured(workers: WorkerGroup) -> Measured | None:
-    """Return what the train workers have held so far; None where it cannot be told."""
+    """Return the memory of the train workers so far; None where it cannot be measured."""
     found = [use for use in call_all(workers, Memory.memory_use) if use is not None]
     if not found:
         return None

@@ -1,13 +1,13 @@
-"""What a run does at a moment, and what the device holds meanwhile.
+"""The phases of a run, and what the device holds in each.
 
-The trainer and the engines enter a phase before they do what it is named after. What the phase does
-not need and may be offloaded leaves for host memory first; then what it needs comes back. So a
-device never holds more than a phase needs and what stays with it anyway. A phase that is entered
-already, or needs what the last one did, moves nothing. Loops know nothing of it.
+The trainer and the engines enter a phase before they do its work. First, parts that the phase does
+not need and that may be offloaded go to host memory; then the parts that it needs come back. So a
+device never holds more than the phase needs and the parts that are never offloaded. Nothing moves
+if the phase is already entered, or needs the same as the last one. Loops do not see any of this.
 
     generate -> logprobs -> ref_logprobs -> values -> train_critic -> train -> sync -> generate
 
-`NEEDS` is the one table of it; the planner counts with it too.
+`NEEDS` is the only table of these needs; the planner uses it too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mcore_rl.workers.roles import Actor, Critic, Rollout
 
 
 class Phase(StrEnum):
-    """What a run does at a moment."""
+    """A phase of a run."""
 
     GENERATE = "generate"
     LOGPROBS = "logprobs"
@@ -92,11 +92,11 @@ class Phases:
     """The phase that a run is in.
 
     Args:
-        workers: running workers, with everything that may be offloaded in host memory, and the
-            engines awake.
-        offloads: what that is.
+        workers: running workers. All parts that may be offloaded are in host memory, and the
+            engines are awake.
+        offloads: these parts.
         engine_ranks: of all engines.
-        sleep_level: at which they sleep; 0: never. At 2 they forget their weights.
+        sleep_level: at which the engines sleep; 0: never. At 2 they drop their weights.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Phases:
         self._away = offloads.actor, offloads.critic
         self._engines_have = EngineNeeds.ALL
         self.engines_forgot = False
-        """Whether the engines have slept so that they need weights before they generate."""
+        """Whether the engines have dropped their weights in sleep and need them to generate."""
         self.has_trained = False
-        """Whether the actor's weights may be others than those of the last sync."""
+        """Whether the actor's weights may differ from those of the last sync."""
 
     def enter(self, phase: Phase) -> None:
-        """Have on the device what the phase needs, and nothing else of what may be offloaded."""
+        """Bring what the phase needs to the device, and offload all else that may be offloaded."""
         before, after = self._away, away(phase, self._offloads)
         self._away = after
         self.has_trained |= phase is Phase.TRAIN
@@ -145,12 +145,13 @@ class Phases:
         self.engines_forgot = self.has_trained = False
 
     def leave(self, rank: int) -> None:
-        """Take note that an engine is started again; it is told nothing."""
+        """Take note that an engine is being started again; it gets no sleep or wake calls."""
         if rank in self._engine_ranks:
             self._engine_ranks.remove(rank)
 
     def join(self, rank: int) -> None:
-        """Have an engine that was started again, all of it awake, be as the others are."""
+        """Bring an engine that was started again, and is fully awake, to the state of the
+        others."""
         self._engine_ranks.append(rank)
         if self._engines_have is not EngineNeeds.ALL:
             self._sleep([rank])

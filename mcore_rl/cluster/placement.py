@@ -1,12 +1,12 @@
-"""Which process stands where: nodes, devices, parallel axes, engines. Pure, from the configuration.
+"""Where each process runs: nodes, devices, parallel axes, engines. Computed from the configuration.
 
 The order of the ranks is Megatron-Core's default, "tp-cp-ep-dp-pp" from the fastest axis to the
 slowest (parallel_state.py, RankGenerator). Dense and expert parameters divide the same ranks of a
 pipeline stage in two ways: tp x cp x dp, and etp x ep x expert dp.
 
-Engines lie inside the train workers, ranks side by side making one, or are processes of their own:
-on the devices of the train workers, taking turns with them, or on others. The controller reaches
-those by the ranks that follow the train workers'.
+Engines are parts of the train workers (adjacent ranks form one engine), or processes of their own,
+which run on the devices of the train workers, in turn with them, or on other devices. The
+controller reaches these processes by the ranks that follow the train workers' ranks.
 
 Example: tp 2, ep 2, etp 1 on four ranks: tp 0 1 0 1, dp 0 0 1 1; ep 0 1 0 1, expert dp 0 0 1 1.
 """
@@ -26,7 +26,7 @@ class Place:
     rank: int
     node: int
     device: int
-    """Of the node."""
+    """Number of the device on the node."""
     tp: int
     cp: int
     dp: int
@@ -35,7 +35,7 @@ class Place:
     etp: int
     expert_dp: int
     engine: int | None = None
-    """Number of the engine that it hosts, whole or a part of; None: it cannot generate."""
+    """Number of the engine that it hosts, or hosts a part of; None: it cannot generate."""
     engine_rank: int = 0
     """Its rank in that engine; the first answers for all."""
 
@@ -47,16 +47,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlace:
-    """Where an engine stands that is a process of its own."""
+    """Where an engine runs that is a process of its own."""
 
     engine: int
     """Its number."""
     rank: int
-    """By which the controller reaches it."""
+    """The rank under which the controller reaches it."""
     node: int
     devices: tuple[int, ...]
-    """Of the node, one for each of the engine's ranks; none of a server, whose process here only
-    speaks to it."""
+    """Devices on the node, one for each of the engine's ranks. Empty for a server, because the
+    process here only sends requests to it."""
     fed_by: int
     """Rank of the train worker that sends it weights."""
 
@@ -68,7 +68,7 @@ class Placement:
     layout: Layout
     places: Sequence[Place]
     engines: Sequence[EnginePlace] = ()
-    """Those that are processes of their own."""
+    """Engines that are processes of their own."""
 
     @property
     def world_size(self) -> int:
@@ -80,8 +80,8 @@ class Placement:
 
     @property
     def share_ranks(self) -> list[list[int]]:
-        """By data-parallel rank: the ranks that work on its share. The first is sent it and spreads
-        it to the others."""
+        """By data-parallel rank: the ranks that work on its share. The first rank receives the
+        share and sends it to the others."""
         ranks: list[list[int]] = [[] for _ in range(self.layout.dp)]
         for place in self.places:
             ranks[place.dp].append(place.rank)
@@ -128,8 +128,9 @@ def engines_apart(
         layout: of actor and critic.
         devices_per_node: train workers of a node.
         engine_size: devices of one engine.
-        own_nodes: that no train worker is on; 0: engines share the train workers' devices.
-        own_devices_per_node: of each of those.
+        own_nodes: number of nodes without train workers; 0: engines share the train workers'
+            devices.
+        own_devices_per_node: devices of each of these nodes.
     """
     trainer = colocated(layout, devices_per_node, None)
     num_nodes, per_node = trainer.num_nodes, devices_per_node
@@ -151,8 +152,8 @@ def engines_apart(
 
 
 def servers_apart(layout: Layout, devices_per_node: int, num_servers: int) -> Placement:
-    """Return the placement with servers as engines; the processes that speak to them are on the
-    first node, and so are the train workers that feed them.
+    """Return the placement with servers as engines. The processes that send them requests, and the
+    train workers that send them weights, are on the first node.
 
     Args:
         layout: of actor and critic.

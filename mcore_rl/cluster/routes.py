@@ -1,8 +1,9 @@
 """How the routes of sequences get to the ranks that replay them: from worker to worker.
 
-An engine, or a pass that records, leaves routes in its own worker, and the controller is told where
-they lie (`RoutesAt`). Before a pass that replays, the workers that hold routes of a share give them
-to the rank that is sent the share. The controller sees a few numbers for each sequence.
+An engine, or a pass that records, leaves the routes in its own worker and tells the controller
+where they are (`RoutesAt`). Before a pass that replays, the workers that hold routes of a share
+send them to the rank that receives the share. The controller sees only a few numbers for each
+sequence.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ class Routes:
         self._workers, self._placement = workers, placement
         self._are_held = False
         self._given: set[tuple[int, int, int]] = set()
-        """(rank, key, rank that was given them)."""
+        """(rank that holds routes, their key, rank that received them)."""
 
     def expect(self) -> None:
         """Take note that workers hold routes from now on."""
         self._are_held = True
 
     def bring(self, shares: Sequence[Share]) -> None:
-        """Have the routes of every share given to the first rank of those that work on it.
+        """Send the routes of every share to the first of the ranks that work on it.
 
-        They go there once, however many passes read them.
+        They are sent once, for any number of passes.
         """
         gives: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         takes: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
@@ -64,7 +65,7 @@ class Routes:
             results(self._workers.submit(calls))
 
     def drop(self) -> None:
-        """Have all workers forget all routes."""
+        """Make all workers drop all routes."""
         if self._are_held:
             call_all(self._workers, RouteHolder.drop)
         self._are_held = False

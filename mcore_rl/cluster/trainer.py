@@ -1,4 +1,4 @@
-"""Actor, critic and reference as verbs on sequences.
+"""Operations of actor, critic and reference on sequences.
 
 The trainer cuts sequences into micro-batches for the data-parallel ranks, sends each share to the
 first of the ranks that work on it, and puts the results back in order.
@@ -42,10 +42,10 @@ class Trainer:
     Args:
         workers: running workers.
         placement: where they stand.
-        routes: what is known of the routes that they hold.
+        routes: the known routes that the workers hold.
         phases: what their devices hold.
         cut: how a minibatch of the actor is cut into micro-batches.
-        critic_cut: the same of the critic; None: there is none.
+        critic_cut: the same for the critic; None: there is no critic.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Trainer:
         """Return logprobs of every trained token under the current weights, by sequence.
 
         Args:
-            minibatches: of the updates to come. Sequences that carry routes are replayed on the
-                rank that trains on them, so routes go to one rank; others are cut as one minibatch.
+            minibatches: of the updates to come. Sequences with routes are replayed on the rank that
+                trains on them, so routes go to one rank; other sequences are cut as one minibatch.
         """
         sequences = list(chain.from_iterable(minibatches))
         replays = any(sequence.routed_experts is not None for sequence in sequences)
@@ -78,7 +78,7 @@ class Trainer:
     def record_logprobs(
         self, *minibatches: Sequence[TokenSequence]
     ) -> list[tuple[Numbers, RoutesAt]]:
-        """Return logprobs as `logprobs` does, and where the routes lie, by sequence.
+        """Return logprobs as `logprobs` does, and where the routes are, by sequence.
 
         Args:
             minibatches: of the updates to come, whose ranks record what they will replay.
@@ -103,7 +103,7 @@ class Trainer:
         return _by_sequence(self._forward(Critic.values, [sequences], self._critic_cut))
 
     def layer_outputs(self, sequences: Sequence[TokenSequence]) -> list[dict[str, np.ndarray]]:
-        """Return what comes out of embedding, layers and final norm for each sequence.
+        """Return the outputs of embedding, layers and final norm for each sequence.
 
         Returns:
             By the name of the module in Hugging Face's model: [tokens - 1, H] float32.
@@ -145,10 +145,10 @@ class Trainer:
     def begin_save(self, folder: str) -> None:
         """Begin to write the training state of actor and critic into folders of their names.
 
-        Training may go on; what is written is the state of now. One at a time.
+        Training may go on; the state at this call is written. One save at a time.
 
         Args:
-            folder: exists, without them, and is seen by every rank.
+            folder: exists, without these folders in it; every rank can reach it.
         """
         for name, role in self._roles.items():
             of_role = Path(folder) / name
@@ -157,10 +157,10 @@ class Trainer:
             call_all(self._workers, role.begin_save, str(of_role))
 
     def end_save(self, *, wait: bool) -> bool:
-        """Complete what `begin_save` began if every rank has written its part.
+        """Complete the save that `begin_save` began if every rank has written its part.
 
         Args:
-            wait: until they have.
+            wait: until all ranks have.
 
         Returns:
             Whether it is complete; if not, ask again.
@@ -185,7 +185,7 @@ class Trainer:
         return True
 
     def load(self, folder: str) -> None:
-        """Read back what was saved into `folder`."""
+        """Load the state that was saved into `folder`."""
         for name, role in self._roles.items():
             self._phases.enter(_SAVES[role])
             call_all(self._workers, role.load, str(Path(folder) / name))
@@ -206,7 +206,7 @@ class Trainer:
         cut: Cut,
         reads: Collection[str] = (),
     ) -> list[T]:
-        """Return what every rank has of a pass that reads tokens, masks and `reads`."""
+        """Return every rank's results of a pass that reads tokens, masks and `reads`."""
         layout = self._placement.layout
         lengths = [[len(sequence.token_ids) for sequence in part] for part in minibatches]
         planned = plan_pass(lengths, layout.dp, cut, multiple_of=layout.micro_batch_multiple)
@@ -224,9 +224,9 @@ class Trainer:
     def _calls(
         self, shares: Sequence[Share], make: Callable[[Share | None], Call[T]]
     ) -> dict[int, Call[T]]:
-        """Return the call of every rank: the first of a share's is given it, the others None.
+        """Return the call of every rank: the first rank of a share receives it, the others None.
 
-        What it replays is there when this returns.
+        The routes to replay are on that rank when this returns.
         """
         self._routes.bring(shares)
         spread = make(None)
@@ -246,6 +246,6 @@ def _shares(
 
 
 def _by_sequence(by_rank: Iterable[TokenNumbers]) -> list[Numbers]:
-    """Return the numbers of each sequence, whichever rank has them."""
+    """Return the numbers of each sequence, from the rank that has them."""
     found = {index: numbers for of_rank in by_rank for index, numbers in of_rank.by_index()}
     return [found[index] for index in range(len(found))]

@@ -1,4 +1,4 @@
-"""A LoRA checkpoint as a model: its base with the adapters in it, or the adapters alone.
+"""A LoRA checkpoint as a model: its base with the adapters merged, or only the adapters.
 
 A run with LoRA saves no base: `identity` in its checkpoints says which adapters there are, and has
 a digest of the weights that they adapt, which are read from `model.path` again.
@@ -31,7 +31,7 @@ from mcore_rl.models.spec import check_weights, model_family
 from mcore_rl.torch_dist.parts import Part
 from mcore_rl.torch_dist.source import TorchDistSource, read_common
 
-"""In which a run may have had its base."""
+"""Dtypes in which a run may have loaded its base."""
 
 
 def holds_adapters(mcore: TorchDistSource) -> bool:

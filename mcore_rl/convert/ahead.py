@@ -1,4 +1,4 @@
-"""Reading and writing at the same time: what is written next is made while something is written."""
+"""Reading and writing at the same time: the next item is made while the current one is written."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _END: Any = object()
 def made_ahead(items: Iterable[Item], count: int = 2) -> Iterator[Item]:
     """Yield the items in order; a thread of their own makes up to `count` of them ahead.
 
-    What making one raises is raised where it would come. When the caller stops early, the thread
-    ends with the items that it has begun.
+    An error in making an item is raised in the item's place. When the caller stops early, the
+    thread ends with the items that it has begun.
     """
     coming = iter(items)
     with ThreadPoolExecutor(1) as maker:

@@ -64,7 +64,7 @@ PIECE_BYTES = 16 * 2**20
 """Largest piece that is read, rearranged and written at once, unless one row is larger."""
 
 FILE_BYTES = 2**30
-"""Size at which a file is closed; what is lost at most when a conversion is killed."""
+"""Size at which a file is closed; at most so much work is lost when a conversion is killed."""
 
 OBJECTS_FILE = "__0_objects.distcp"
 
@@ -262,7 +262,7 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None) -> tuple
     """Return the folder of the distributed checkpoint and the one with config and tokenizer.
 
     Raises:
-        UserError: if either cannot be told.
+        UserError: if either cannot be found.
     """
     source = Path(source)
     _require_folder(source)

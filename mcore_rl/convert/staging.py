@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all, and whose making can be gone on with.
+"""An output folder that appears complete or not at all, and whose writing can be resumed.
 
 Files are written into `<folder>.partial`, each beside its name and flushed before it takes it, so a
 file under its name is finished. At the end the folder is renamed. Killed at any moment, the same
@@ -104,7 +104,7 @@ class StagedFolder:
             sync((self.path / name).parent)
 
     def _begin(self, task: str) -> None:
-        """Remove what there is, unless it is of this task."""
+        """Remove existing files unless they belong to this task."""
         if self._task_file.is_file() and self._task_file.read_text(encoding="utf-8") == task:
             return
         for file in self.path.iterdir():

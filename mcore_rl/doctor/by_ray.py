@@ -14,7 +14,7 @@ from mcore_rl.doctor.rows import Row, Status
 
 
 def look(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Return what the doctor of this machine prints, and its last words if it prints nothing.
+    """Return the output of the doctor on this machine, or its error if it prints nothing.
 
     Args:
         arguments: of the command, beside --json.
@@ -32,7 +32,7 @@ def look(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def reports_of_nodes(address: str, arguments: Sequence[str], limit_s: float) -> list[Report]:
-    """Return what every machine of a cluster found; one that does not answer is a fault.
+    """Return the report of every machine of a cluster; one that does not answer is a fault.
 
     A machine is looked at with all its devices, so a job that has them is waited for.
 

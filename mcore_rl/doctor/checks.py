@@ -41,13 +41,13 @@ CHECKS: Mapping[str, Check] = {
     "port": network.port,
     "environment": network.environment,
 }
-"""What only looks, or imports."""
+"""Checks that only look, or import."""
 LIVE_CHECKS: Mapping[str, Check] = {
     "all-reduce": live.all_reduce,
     "forward": live.forward,
     "token": live.token,
 }
-"""What computes something."""
+"""Checks that compute something."""
 ALL_CHECKS = {**CHECKS, **LIVE_CHECKS}
 
 _MOST_AT_ONE_TIME = 4

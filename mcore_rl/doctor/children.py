@@ -22,7 +22,7 @@ _PROBE = "mcore_rl.doctor.probe"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a probe."""
+    """The result of a probe."""
 
     values: dict[str, Any] | None
     """None: it failed."""
@@ -33,7 +33,7 @@ class Answer:
 def ask(
     name: str, *args: object, deadline_s: float, environment: Mapping[str, str] | None = None
 ) -> Answer:
-    """Run one probe in a process of its own and return what came of it.
+    """Run one probe in a process of its own and return its result.
 
     Args:
         name: a function of `probe.py`.

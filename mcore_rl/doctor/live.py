@@ -92,8 +92,8 @@ def _row(name: str, answer: Answer, site: Site, wanted: str, found: str = "") ->
 
 
 def _mend(name: str, failure: str, site: Site) -> str:
-    """Return what mends a failure: another line says it, or the versions that were tested together
-    do it."""
+    """Return how to fix a failure: see another line, or install the versions that were tested
+    together."""
     line = symptoms.line_of(failure)
     if line and line != name.partition(" ")[0]:
         return explained_by(line)

@@ -1,4 +1,4 @@
-"""By which names and interfaces the processes of a run find one another."""
+"""The names and interfaces by which the processes of a run find one another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mcore_rl.doctor.site import Site
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _DEFAULT_PORT = 29500
-"""torchrun's, where MASTER_PORT does not say another."""
+"""torchrun's default, unless MASTER_PORT names another."""
 _STEERING = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_")
 """Beginnings of the variables that steer collectives and devices; none holds a secret."""
 
@@ -122,8 +122,8 @@ def _reachable_addresses() -> dict[str, str]:
 
 
 def _missing_interfaces(value: str, names: Iterable[str]) -> list[str]:
-    """Return those of a list of interfaces that there are not; NCCL takes beginnings of names, "="
-    before exact ones, and "^" before those that it is to leave out."""
+    """Return the interfaces of a list that do not exist. NCCL accepts prefixes of names, "=" before
+    exact names, and "^" before names to exclude."""
     if value.startswith("^"):
         return []
     known = list(names)

@@ -1,4 +1,4 @@
-"""Several nodes: what each found, brought together, and who differs from the others.
+"""Several nodes: the reports of all, and which nodes differ from the others.
 
 Reports travel through the store of torchrun as JSON: nothing that comes from there is run.
 """
@@ -29,7 +29,7 @@ class Report:
     host: str
     rows: Sequence[Row]
     has_come: bool = True
-    """False: the node said nothing, and the only row says that."""
+    """False: the node sent nothing, and the only row says so."""
 
     @property
     def name(self) -> str:
@@ -44,13 +44,13 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A line that nodes have otherwise than the others."""
+    """A line in which some nodes differ from the others."""
 
     name: str
     usual: str
-    """What more than half of the nodes have; "": nothing is."""
+    """The value of more than half of the nodes; "": there is none."""
     others: Sequence[tuple[str, str]]
-    """(node, what it has) of the others."""
+    """(node, its value) of the other nodes."""
 
 
 class Meeting:
@@ -103,7 +103,7 @@ class Meeting:
             raise _no_meeting(error) from error
 
     def tell(self, is_healthy: bool) -> None:
-        """On node 0: say how it is, for the exit codes of all."""
+        """On node 0: send the result to all nodes, for their exit codes."""
         self._store.set(_VERDICT, "healthy" if is_healthy else "not healthy")
 
 
@@ -112,8 +112,8 @@ def _no_meeting(error: Exception) -> RunError:
 
 
 def differences(reports: Sequence[Report]) -> list[Difference]:
-    """Return the lines that not all nodes that have come have alike, in the order of the first
-    node's."""
+    """Return the lines that are not equal on all nodes that have reported, in the first node's
+    order."""
     reports = [report for report in reports if report.has_come]
     names = dict.fromkeys(row.name for report in reports for row in report.rows)
     found = []

@@ -30,10 +30,10 @@ class Row:
     wanted: str = ""
     status: Status = Status.OK
     mend: str = ""
-    """A command, what else there is to say behind a "#"; beside what is absent, what installs
-    it."""
+    """The command that fixes it, with a comment after "#"; for something absent, the command that
+    installs it."""
     alike: str = ""
-    """What all nodes are to have alike; "": nothing but the status."""
+    """The value that must be equal on all nodes; "": only the status."""
 
     def to_json(self) -> dict[str, str]:
         """Return the fields."""
@@ -55,7 +55,7 @@ class Row:
 
 
 def explained_by(line: str) -> str:
-    """Return the mend where another line says what is wrong."""
+    """Return the `mend` that refers to another line with the cause."""
     return f"mcore-rl doctor {line}  # what it says comes first"
 
 

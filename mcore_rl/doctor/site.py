@@ -1,4 +1,4 @@
-"""Where the doctor looks: what several checks ask for, found once."""
+"""The place that the doctor checks: facts that several checks need, found once."""
 
 from __future__ import annotations
 

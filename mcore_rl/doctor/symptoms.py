@@ -1,6 +1,6 @@
-"""Which line of the doctor explains what a library said when it failed.
+"""Which line of the doctor explains the error of a library.
 
-Read by who says why a run did not start, and by the doctor about its own probes.
+Used by the code that reports why a run did not start, and by the doctor for its own probes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine beside its devices: memory, shared memory, disk, open files, the sandbox's kernel.
+"""The machine without its devices: memory, shared memory, disk, open files, the sandbox's kernel.
 
 What is not of the standard library is imported where it is used: it may be what is missing.
 """
@@ -119,7 +119,7 @@ def _room(name: str, folder: Path, key: str) -> Row:
 
 
 def sandbox(site: Site) -> list[Row]:
-    """Whether the kernel has what shuts in the programs that rewards of code run."""
+    """Whether the kernel has the protections for programs that rewards of code run."""
     from mcore_rl.rewards.base import SandboxConfig
     from mcore_rl.rewards.sandbox import check_sandbox
 

@@ -1,4 +1,4 @@
-"""What was found, as a table for people: at most 100 columns, with the commands that mend below it,
+"""The findings as a table for people: at most 100 columns, with the commands that fix them below,
 where they can be copied."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def print_mends(reports: Sequence[Report]) -> None:
-    """Print every warning and fault with what mends it, once where nodes have it alike."""
+    """Print every warning and fault with the command that fixes it; once if nodes have the same."""
     nodes_of: dict[tuple[str, str, str, str], list[Report]] = {}
     for report in reports:
         for row in report.rows:
@@ -44,7 +44,7 @@ def print_mends(reports: Sequence[Report]) -> None:
 
 
 def print_differences(differences: Sequence[Difference], reports: Sequence[Report]) -> None:
-    """Print what nodes have otherwise than the others, by name."""
+    """Print by name how nodes differ from the others."""
     if not differences:
         count = sum(report.has_come for report in reports)
         _write(f"{count} of {len(reports)} nodes have come, and are alike")

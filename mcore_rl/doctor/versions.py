@@ -286,7 +286,7 @@ def _import_failure(what: Library, site: Site) -> str:
 
 
 def _mend_of_import(what: Library, failure: str, install: str) -> str:
-    """Return how to mend an import: another library may be what is broken."""
+    """Return how to fix an import: another library may be broken."""
     line = symptoms.line_of(failure)
     if line and line != what.name:
         return explained_by(line)

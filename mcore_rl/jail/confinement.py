@@ -1,4 +1,4 @@
-"""What a program may do, given up for good by means that need no privileges:
+"""The rights of a program, given up for ever by means that need no privileges:
 
 - Landlock: reads Python's own folders, reads and writes its own folder, opens nothing else;
 - seccomp: the system calls of a computation and no others (`system_calls.py`);
@@ -60,7 +60,7 @@ def restrict(limits: Mapping[str, int], folder: str, site_packages: Sequence[str
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, a process of that number, ends."""
+    """Make the kernel kill this process when its parent, the process with that id, ends."""
     check(LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)

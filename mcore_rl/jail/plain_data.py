@@ -66,7 +66,7 @@ def decode(content: Any) -> Any:
 
 
 def is_same(value: Any, expected: Any, tolerance: float = 0.0) -> bool:
-    """Whether two values are equal as `==` has it, but for True and False, which are no numbers.
+    """Whether two values are equal by `==`, except that True and False are not numbers.
 
     Args:
         value: any.

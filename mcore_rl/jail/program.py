@@ -1,4 +1,4 @@
-"""The process of one test: gives up all rights, runs the program, and says what it gave.
+"""The process of one test: gives up all rights, runs the program, and returns its result.
 
 Kinds of tests: "program" (its output is standard output), "call" (the result of a function),
 "values" (what expressions are worth, as plain data), "verdict" (whether assertions about plain data

@@ -5,8 +5,8 @@ mounted for this process and what it forks only. The kernel then bounds whatever
 named or not, and nothing needs to be removed: it is gone when the last process is.
 
 Elsewhere (a container or a system that refuses user name spaces) it is a folder on disk. What is
-in it is counted while the program runs, deleted files that are still open or mapped included, so
-it can hold more than it may for as long as one look takes to come.
+in it is counted while the program runs, with deleted files that are still open or mapped. So it can
+exceed its limit until the next count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MNT_DETACH = 2
 _BLOCK_BYTES = 4096
 _DELETED = " (deleted)"
 _MOUNT_POINTS = ("/tmp", "/dev/shm", "/mnt", "/media")
-"""Folders of every system; what is in them is out of sight for the program, which is what the
-first of them has temporary files in."""
+"""Folders of every system; a mount there hides their content from the program. The first of them is
+also the folder for temporary files."""
 
 
 def open_storage(

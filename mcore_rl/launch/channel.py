@@ -6,13 +6,13 @@
     worker -> controller   HELLO(rank, token, code)  RESULT(id)  ERROR(id)  BEAT(ticks)
                            STACKS(text)
 
-Both ends have a thread that owns the socket, so that heartbeats and stacks go beside the work. On
-one machine the sockets lie in a folder that only this user may enter; between machines they are
-bound to one address, encrypted and authenticated (CURVE, keys made from the run's secret). Besides,
-who does not bring the token of the secret is not listened to: what arrives is unpickled.
+At both ends one thread owns the socket, so heartbeats and stacks are sent while the process works.
+On one machine the sockets lie in a folder that only this user may enter; between machines they are
+bound to one address, encrypted and authenticated (CURVE, keys made from the run's secret). Messages
+of a process without the token of the secret are dropped, because messages are unpickled.
 
-A worker does its calls in order. What is in flight to one worker is bounded in bytes; `submit`
-waits for room. This file knows nothing of how processes are started: see `Processes`.
+A worker does its calls in order. The bytes in flight to one worker are bounded; `submit` waits for
+room. This file does not know how processes are started: see `Processes`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from mcore_rl.sockets import Address, ClientSocket, ServerSocket
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-"""Between two heartbeats of either side."""
+"""Seconds between two heartbeats of either side."""
 SILENCE_S = 20.0
-"""Over a network, the other side is lost when it is not heard of for so long."""
+"""Over a network, the other side counts as lost after so many seconds without a message."""
 _POLL_MS = 200
 
 HELLO, RESULT, ERROR, BEAT, STACKS = b"hello", b"result", b"error", b"beat", b"stacks"
@@ -80,14 +80,14 @@ _MORE, _NO_WAIT = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
-    """Do what `send_multipart` does, in half its time: the flags of every frame are plain."""
+    """Do the same as `send_multipart` in half its time: the flags of every frame are plain."""
     for frame in frames[:-1]:
         socket.send(frame, _MORE, copy=False)
     socket.send(frames[-1], copy=False)
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """Do what `recv_multipart` does, in half its time; raises `zmq.Again` if nothing is there."""
+    """Do the same as `recv_multipart` in half its time; raises `zmq.Again` if nothing is there."""
     frames = [socket.recv(_NO_WAIT, copy=False)]
     while frames[-1].more:
         frames.append(socket.recv(copy=False))
@@ -95,13 +95,13 @@ def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 class _Outbox:
-    """Messages of other threads to the one that owns the socket, which is woken by each."""
+    """Messages of other threads to the one that owns the socket. Each message wakes it."""
 
     def __init__(self) -> None:
         self._messages: collections.deque[list[Any]] = collections.deque()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_open = True
-        self._lock = threading.Lock()  # the number of a closed descriptor may be another's
+        self._lock = threading.Lock()  # the number of a closed descriptor may be used again
 
     def put(self, message: list[Any]) -> None:
         self._messages.append(message)
@@ -128,18 +128,18 @@ class _Outbox:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One message from a worker that has proved itself."""
+    """One message from a worker that has proved that it knows the secret."""
 
     rank: int
     kind: bytes
     header: dict[str, Any]
     frames: Sequence[Frame]
     peer: str
-    """With hello: the address of its machine; "" on this one."""
+    """In a hello: the address of the worker's machine; "" for this machine."""
 
 
 class Listener:
-    """The controller's socket. Owned by one thread, but for `send` and `wake_up`.
+    """The controller's socket. One thread owns it; others may call only `send` and `wake_up`.
 
     Args:
         address: to listen at; "tcp://10.0.0.1:*" takes a free port, see `address`.
@@ -149,7 +149,7 @@ class Listener:
         self._server = ServerSocket(address)
         self._socket = self._server.socket
         self.address = Address(self._server.endpoint, address.secret)
-        """Where it listens."""
+        """The address at which it listens."""
         self._ranks: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._gone: set[bytes] = set()
@@ -161,11 +161,12 @@ class Listener:
         self._outbox.put([rank, kind, json.dumps(header).encode(), *frames])
 
     def wake_up(self) -> None:
-        """Have `poll` return; from any thread, also of a listener that has closed meanwhile."""
+        """Make `poll` return; from any thread, also after the listener has closed."""
         self._outbox.wake_up()
 
     def poll(self) -> tuple[list[Received], set[int]]:
-        """Send what is to be sent and return (what came, ranks that cannot be reached any more)."""
+        """Send the waiting messages; return (messages received, ranks that can no longer be
+        reached)."""
         readable, _, _ = zmq.select([self._socket, self._outbox.wake], [], [], _POLL_MS / 1000)
         lost = set()
         for rank, *message in self._outbox.take():
@@ -191,7 +192,7 @@ class Listener:
         return True
 
     def _admitted(self, frames: list[zmq.Frame]) -> Received | None:
-        """Return a message of one who has proved itself with its first one; None otherwise."""
+        """Return the message if its sender has proved that it knows the secret; None otherwise."""
         identity, *rest = frames
         sender = identity.bytes
         if sender in self._gone:
@@ -215,41 +216,41 @@ class Listener:
         return Received(self._ranks[sender], kind, header, bodies, peer)
 
     def forget(self, rank: int) -> None:
-        """Listen no more to the process of a rank; another one may say hello in its place."""
+        """Stop listening to the process of a rank; another process may say hello in its place."""
         self._held_back.pop(rank, None)
         if (identity := self._identities.pop(rank, None)) is not None:
             self._gone.add(identity)
             del self._ranks[identity]
 
     def close(self) -> None:
-        """Close the socket; what is not sent is lost, and so is what is sent from now on."""
+        """Close the socket. Messages that are not sent yet are lost, and so are later ones."""
         self._server.close()
         self._outbox.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a worker is to do next."""
+    """The next thing that a worker must do."""
 
     kind: bytes
     header: Mapping[str, Any]
     frames: Sequence[Frame]
 
     def read(self) -> Any:
-        """Return what comes with it; raises what reading it raises."""
+        """Return the content of the order; raises whatever reading it raises."""
         return decode(self.frames)
 
 
 class WorkerEnd:
-    """A worker's end: orders come one by one, answers go back, heartbeats go by themselves.
+    """A worker's end: orders come one by one, answers go back, heartbeats are sent by a thread.
 
-    The process ends at once when the controller says so or is gone: a lost connection says that
-    and, over a network, silence.
+    The process ends at once when the controller says so or is gone. The controller is gone when the
+    connection is lost or, over a network, after silence.
 
     Args:
         address: of the controller.
         rank: of this worker.
-        report: returns what every heartbeat brings the controller.
+        report: returns the content of every heartbeat to the controller.
     """
 
     def __init__(
@@ -294,11 +295,11 @@ class WorkerEnd:
         self._outbox.put([RESULT, _header(id=order.header["id"]), *encode(value)])
 
     def fail(self, order: Order, error: Exception, trace: str) -> None:
-        """Send what went wrong with an order; `error` pickles."""
+        """Send the error of an order; `error` must be picklable."""
         self._outbox.put([ERROR, _header(id=order.header["id"]), *encode((error, trace))])
 
     def close(self) -> None:
-        """Send what is to be sent and end the connection."""
+        """Send the waiting messages and end the connection."""
         self._is_closing.set()
         self._outbox.wake_up()
         self._thread.join()
@@ -314,7 +315,7 @@ class WorkerEnd:
         while True:
             sources = [socket, client.lost, self._outbox.wake]
             readable, _, _ = zmq.select(sources, [], [], _POLL_MS / 1000)
-            if client.lost in readable:  # the controller has no second life
+            if client.lost in readable:  # the controller never comes back
                 end_now()
             for message in self._outbox.take():
                 _send(socket, message)
@@ -353,5 +354,5 @@ def _header(**fields: Any) -> bytes:
 
 
 def end_now() -> NoReturn:
-    """End this worker without a word: the controller has the last one."""
+    """End this worker without a message: the controller reports the end."""
     os._exit(1)

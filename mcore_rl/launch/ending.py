@@ -1,7 +1,7 @@
-"""How a run ends: in order, or with its last words.
+"""How a run ends: in order, or with a report of its error.
 
-These are one line, and a traceback where it is not the user's mistake. They come before the workers
-are ended: torchrun ends all its processes as soon as one of them has ended.
+The report is one line, and a traceback where the error is not the user's mistake. It is printed
+before the workers are ended: torchrun ends all its processes as soon as one of them has ended.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def run_with_workers(
 
     Args:
         open_workers: starts them.
-        program: what to do with them.
-        echo_s: a signal to end may come because a worker has failed, as torchrun sends it to all;
-            whether that is so turns out within this time, and is said then.
+        program: runs with them.
+        echo_s: seconds. A signal to end may come because a worker has failed: torchrun sends it to
+            all. Whether that is so is known within this time, and is reported then.
     """
 
     def end(number: int, _: Any) -> NoReturn:
@@ -49,14 +49,14 @@ def run_with_workers(
             end_process(failure, workers.kill)
         workers.kill()
         raise
-    except BaseException as error:  # noqa: BLE001  whatever it is, no process may outlive it
+    except BaseException as error:  # noqa: BLE001  after any error, no process may stay
         end_process(error, workers.kill)
 
 
 def end_process(error: BaseException, end_workers: Callable[[], None] = lambda: None) -> NoReturn:
     """Say what went wrong, end the workers and this process, with the exit code of the error.
 
-    At once: orderly shutdown would wait for threads that wait for what has failed.
+    This happens at once: an orderly shutdown would wait for threads that wait for the failed part.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         if threading.current_thread() is threading.main_thread():
@@ -70,7 +70,7 @@ def end_process(error: BaseException, end_workers: Callable[[], None] = lambda: 
         if not isinstance(error, RunError):
             error = RunError(f"{type(error).__name__}: {error}", role="controller")
         code = error.exit_code
-    line = str(error).replace("\n", "\\n")  # a name that the user gave may hold one
+    line = str(error).replace("\n", "\\n")  # a name from the user may contain one
     if isinstance(error, RunError) and error.step is None:  # nothing has been trained yet
         line += hint(line)
     sys.stderr.write(printable(f"{trace}error: {line}\n"))

@@ -1,4 +1,4 @@
-"""`python -m mcore_rl.launch.engine_process`: one engine by itself, started by the controller."""
+"""`python -m mcore_rl.launch.engine_process`: one engine alone, started by the controller."""
 
 from __future__ import annotations
 

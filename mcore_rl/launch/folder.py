@@ -1,4 +1,4 @@
-"""A folder of the temporary directory that only this user may enter, gone when the run is."""
+"""A folder in the temporary directory that only this user may enter. It is removed with the run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 _PREFIX = "mcore_rl-"
 _OWNER = "owner"
 _LONGEST = 60
-"""Characters of the temporary directory: a socket's path has at most 107 in all."""
+"""Most characters of the temporary directory's path: a socket's path has at most 107 in all."""
 
 
 class PrivateFolder:
-    """A folder with mode 0700; `remove` ends it.
+    """A folder with mode 0700; `remove` removes it.
 
-    That of a process that was killed is removed by the next one that makes a folder: its lock is
-    free then.
+    The folder of a killed process is removed by the next process that makes one: its lock is free
+    then.
     """
 
     def __init__(self) -> None:

@@ -1,13 +1,13 @@
-"""The workers behind a channel, as the controller calls them, and the watch over them.
+"""The workers behind a channel, as the controller calls them, and the watch on them.
 
-One thread owns the socket and watches: a process that has ended is named within a second or two,
-one that cannot be reached over the network within `SILENCE_S`; when nothing goes on in any call for
-`trainer.hang_timeout_s`, the Python stacks of all ranks are printed. Each ends the run: all futures
-raise the same error, and a controller that is busy elsewhere is ended after `GRACE_S`.
+One thread owns the socket and watches. It reports a process that has ended within a second or two,
+and one that cannot be reached over the network within `SILENCE_S`. When no call makes progress for
+`trainer.hang_timeout_s`, it prints the Python stacks of all ranks. Each of these ends the run: all
+futures raise the same error, and a controller that is busy elsewhere is ended after `GRACE_S`.
 
-An engine that is a process of its own is lost by itself: the calls to it fail, and it may be
-started again. One that does not answer is killed, so that nobody waits for it. With a node process
-its machine is lost, and that ends the run.
+An engine that is a process of its own can be lost alone: the calls to it fail, and it may be
+started again. An engine that does not answer is killed, so that nothing waits for it. A lost node
+process means a lost machine, and that ends the run.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 HELLO_LIMIT_S = 300.0
-"""For a worker to say hello: Python's start and a few imports, on a busy machine."""
+"""Seconds until a worker must say hello: Python starts and imports a little, on a busy machine."""
 START_LIMIT_S = 3600.0
-"""For all workers to import their libraries and load their weights; the hang timeout if longer."""
+"""Seconds for all workers to import libraries and load weights; the hang timeout if longer."""
 STOPPED_SILENCE_S = 6.0
-"""An engine of this machine that is stopped is lost when it is not heard of for so long."""
+"""A stopped engine of this machine counts as lost after so many seconds without a message."""
 BUSY_SILENCE_S = 60.0
-"""So is one that is not stopped: on a busy machine, or in a library that lets no other thread run,
-it comes late to say something."""
+"""The same for an engine that is not stopped: on a busy machine, or in a library that blocks other
+threads, its messages come late."""
 STARTING_SILENCE_S = 180.0
-"""For an engine, and a worker of another machine, while it imports libraries, which can keep its
-threads from running."""
+"""The same for an engine, and for a worker of another machine, while it imports libraries, which
+can block its threads."""
 ECHO_S = 2.0
-"""A worker's error may be but the echo of another one's end, which is noticed within this time."""
+"""A worker's error may only follow from the end of another worker, seen within these seconds."""
 GRACE_S = 5.0
-"""For the controller to end by itself when its workers have failed."""
+"""Seconds in which the controller may end by itself when its workers have failed."""
 REMINDER_S = 60.0
-"""Between two lines that say what is waited for."""
+"""Seconds between two log lines that say what the run waits for."""
 STACKS_S = 5.0
-"""For the workers to answer with their stacks."""
+"""Seconds for the workers to answer with their stacks."""
 CLOSE_LIMIT_S = 120.0
-"""For the workers to end in order."""
+"""Seconds for the workers to end in order."""
 MAX_BYTES_IN_FLIGHT = 4 << 30
-"""Of calls to one worker that are not answered."""
+"""Bytes of calls to one worker that are not answered."""
 
 _START, _CLOSE = "start", "close"
 
@@ -80,10 +80,10 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Rank:
-    """What is known of one process."""
+    """The state of one process, as far as it is known."""
 
     pending: dict[int, _Pending] = field(default_factory=dict)
-    """By number, in the order of submission."""
+    """Calls by number, in the order of submission."""
     heard_at: float | None = None
     progressed_at: float = 0.0
     ticks: int = -1
@@ -93,9 +93,9 @@ class _Rank:
     """Why an engine is lost, until it is started again."""
     began_at: float = field(default_factory=time.monotonic)
     machine: str = ""
-    """Name and address of another machine that it is on."""
+    """Name and address of its machine, if it is on another one."""
     endpoint: str = ""
-    """Where an engine takes its weights."""
+    """The address where an engine receives its weights."""
 
     @property
     def in_flight(self) -> int:
@@ -103,7 +103,7 @@ class _Rank:
 
 
 class RemoteError(Exception):
-    """Cause of a worker's error: its traceback as text."""
+    """The cause of a worker's error: the traceback as text."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -113,11 +113,11 @@ class ChannelWorkers:
     """A `WorkerGroup` over a channel.
 
     Args:
-        listener: bound; this object's from now on.
-        processes: workers and engines, started; so are these.
+        listener: bound; from now on this object owns it.
+        processes: workers and engines, started; this object owns them too.
         hang_timeout_s: seconds without progress of any call after which the run ends.
-        give_up: says an error, ends the workers by the function that it is given and then the
-            process; for when the main thread does not.
+        give_up: reports an error, ends the workers with the function passed to it and then the
+            process; used when the main thread does not.
     """
 
     def __init__(
@@ -156,12 +156,12 @@ class ChannelWorkers:
         engines: Mapping[int, Any] | None = None,
         logs: Path | None = None,
     ) -> None:
-        """Have every process built; return when all of them are up.
+        """Build the object of every process; return when all of them are ready.
 
         Args:
             spec: of every worker.
-            engines: by number, of the engines that are processes of their own.
-            logs: folder where each has a file for its log lines.
+            engines: specs by number, of the engines that are processes of their own.
+            logs: folder where each process has a file for its log lines.
         """
         self._logs = None if logs is None else str(logs)
         frames = encode((spec, self.world_size, self._hang_timeout_s))
@@ -177,7 +177,7 @@ class ChannelWorkers:
         ]
         for future in futures:
             future.result()
-        # What was made at the start stays: the collector need not look at it again and again.
+        # The objects made at the start stay: the collector need not look at them again and again.
         gc.collect()
         gc.freeze()
 
@@ -191,11 +191,11 @@ class ChannelWorkers:
         return self._send(rank, channel.START, _START, self._engine_frames[rank])
 
     def update_address(self, rank: int) -> Address:
-        """Return where the engine of a rank takes its weights."""
+        """Return the address where the engine of a rank receives its weights."""
         return Address(self._ranks[rank].endpoint, self._listener.address.secret)
 
     def submit(self, calls: Mapping[int, Call[R]]) -> dict[int, Future[R]]:
-        """See `WorkerGroup`. Waits while a worker has more to do than may be in flight."""
+        """See `WorkerGroup`. Waits while more bytes are in flight to a worker than allowed."""
         encoded: dict[int, list[Frame]] = {}
         futures = {}
         for rank, call in calls.items():
@@ -229,20 +229,20 @@ class ChannelWorkers:
         self._stop()
 
     def failure_within(self, seconds: float) -> Exception | None:
-        """Return why the workers have failed, if that turns out within the time."""
+        """Return why the workers have failed, if that becomes known within the time."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None, seconds)
             return self._failure
 
     def kill(self) -> None:
-        """End all workers at once, and the watch over them."""
+        """End all workers at once, and the watch on them."""
         self._is_closing = True
         for rank in range(len(self._ranks)):
             self._listener.send(rank, channel.DIE, {})
         self._stop()
 
     def _stop(self) -> None:
-        """End the watch, what is left of the processes, and what they leave."""
+        """End the watch and the remaining processes, and remove what they leave."""
         self._is_stopped.set()
         self._listener.wake_up()
         if threading.current_thread() is not self._thread:
@@ -294,12 +294,12 @@ class ChannelWorkers:
                     self._give_up(self._failure, self.kill)
                 continue
             for rank in unreachable if not self._is_closing else ():
-                if self._processes.is_far(rank):  # how one of this machine ended is soon known
+                if self._processes.is_far(rank):  # a local process's end is soon known
                     self._lose(rank, "cannot be reached any more")
             if now >= next_beat or self._echo is not None:
                 self._watch(now)
                 next_beat = now + channel.BEAT_S
-        self._listener.poll()  # the last words
+        self._listener.poll()  # the last messages
         self._listener.close()
 
     def _take(self, message: Received) -> None:
@@ -332,7 +332,7 @@ class ChannelWorkers:
             return
         try:
             value = decode(message.frames)
-        except Exception as error:  # noqa: BLE001  whatever an answer's classes raise
+        except Exception as error:  # noqa: BLE001  the classes of an answer may raise anything
             problem = f"the answer cannot be read: {type(error).__name__}: {error}"
             role = f"worker, {pending.name}"
             self._fail(RunError(problem, rank=message.rank, role=role, step=pending.step))
@@ -345,7 +345,7 @@ class ChannelWorkers:
         error, trace = value
         error.__cause__ = RemoteError(trace)
         if message.rank in self._engines and not isinstance(error, UserError):
-            pending.future.set_exception(error)  # of this call alone
+            pending.future.set_exception(error)  # only this call fails
             return
         with self._changed:
             state.pending[message.header["id"]] = pending  # raises with the others
@@ -373,8 +373,8 @@ class ChannelWorkers:
         self._watch_progress(now)
 
     def _silence_s(self, rank: int) -> float:
-        """Return for how long a process need not be heard of; the watch over progress finds a
-        worker of this machine that hangs."""
+        """Return how many seconds a process may be silent. A worker of this machine that hangs is
+        found by the watch on progress."""
         is_far = self._processes.is_far(rank)
         if rank not in self._engines and not is_far:
             return math.inf
@@ -450,7 +450,7 @@ class ChannelWorkers:
         self._fail(error)
 
     def _lose_engine(self, rank: int, problem: str) -> None:
-        """Have all calls to an engine fail until it is started again; its process is killed."""
+        """Kill the process of an engine; all calls to it fail until it is started again."""
         state, place = self._ranks[rank], self._engines[rank]
         with self._changed:
             if state.lost is not None:

@@ -1,4 +1,4 @@
-"""What libraries are told by the environment before they are imported."""
+"""The environment variables that libraries read when they are imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def quiet_libraries() -> None:
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # until its own configuration is read
-    # Megatron says at each import that Apex and Transformer Engine are absent, and torch renames
-    # collectives that Megatron calls: nothing that a user could mend.
+    # Megatron warns at each import that Apex and Transformer Engine are absent, and torch warns
+    # about renamed collectives that Megatron calls. A user can fix neither.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|vllm)\.")

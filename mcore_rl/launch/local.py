@@ -1,6 +1,6 @@
 """Workers and engines on this machine, as children of the controller.
 
-Nothing listens but sockets in a folder that only this user may enter, and gloo on the loopback
+The only listeners are sockets in a folder that only this user may enter, and gloo on the loopback
 interface.
 """
 
@@ -20,7 +20,7 @@ from mcore_rl.sockets import Address
 
 
 class LocalProcesses:
-    """See `Processes`; with the folder of their sockets."""
+    """See `Processes`. It also owns the folder of their sockets."""
 
     nodes: Sequence[int] = ()
 
@@ -68,7 +68,7 @@ def open_workers(
     """Start the processes of a run and return them; `start` builds the workers in them.
 
     Args:
-        placement: which they are.
+        placement: says which processes there are.
         engine: name of the rollout engine, whose library they import meanwhile; "": none.
         hang_timeout_s: see `ChannelWorkers`.
         give_up: see `ChannelWorkers`.

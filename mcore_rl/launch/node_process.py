@@ -1,6 +1,6 @@
-"""`python -m mcore_rl.launch.node_process`: what runs on a machine without the controller.
+"""`python -m mcore_rl.launch.node_process`: runs on each machine without the controller.
 
-It starts the processes of its machine as the controller says, and ends when it is over: see
+It starts the processes of its machine when the controller asks for them, and ends with the run: see
 `launch/nodes.py`.
 """
 
@@ -17,7 +17,7 @@ from mcore_rl.observability.log_setup import setup_logging
 from mcore_rl.sockets import Address
 
 END_LIMIT_S = 120.0
-"""For the processes of this machine to end in order."""
+"""Seconds for the processes of this machine to end in order."""
 
 
 def main() -> None:
@@ -27,12 +27,12 @@ def main() -> None:
 
 
 def serve_node(address: Address, rank: int) -> NoReturn:
-    """Start and kill processes of this machine until the controller says that it is over. Call it
-    in the main thread: the processes end with that.
+    """Start and kill processes of this machine until the controller ends the run. Call it in the
+    main thread: the processes end with that thread.
 
     Args:
         address: of the controller.
-        rank: by which the controller reaches this process.
+        rank: under which the controller reaches this process.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

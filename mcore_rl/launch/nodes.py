@@ -1,7 +1,7 @@
-"""Machines where the controller is not, as it reaches them: by a process there that starts others.
+"""The machines without the controller: a node process on each starts the other processes there.
 
-It says hello like every process of the run, starts and kills what it is told to, and tells with
-each heartbeat how its children are. They end with it.
+It says hello like every process of the run, starts and kills processes on request, and reports the
+state of its children with each heartbeat. They end with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Nodes:
 
     Args:
         listener: of the channel.
-        ranks: by number of a machine: the rank of its node process.
+        ranks: rank of the node process, by number of its machine.
     """
 
     def __init__(self, listener: Listener, ranks: Mapping[int, int]) -> None:
@@ -39,7 +39,7 @@ class Nodes:
         self._children: dict[int, _Child] = {}
 
     def start(self, node: int, program: Program) -> None:
-        """Have a process started, in place of one of its rank that has ended."""
+        """Ask the node to start a process; it replaces one of the same rank that has ended."""
         before = self._children.get(program.rank)
         attempt = before.attempt + 1 if before else 0
         self._children[program.rank] = _Child(node, attempt)
@@ -47,7 +47,7 @@ class Nodes:
         self._listener.send(self._ranks[node], channel.SPAWN, {}, frames)
 
     def kill_one(self, rank: int) -> None:
-        """Have a process killed, before another one is started there."""
+        """Ask the node to kill a process, before another one is started in its place."""
         node = self._children[rank].node
         self._listener.send(self._ranks[node], channel.KILL, {}, encode(rank))
 

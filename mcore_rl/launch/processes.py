@@ -1,4 +1,4 @@
-"""Worker processes as their launcher knows them: whether they live, and how to end them."""
+"""Worker processes as their launcher sees them: whether they run, and how to end them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mcore_rl.processes import die_with_parent, ending, kill
 from mcore_rl.sockets import Address, address_towards, interface_of
 
 SECRET_VARIABLE = "MCORE_RL_CHANNEL_SECRET"
-"""Environment of a worker: the channel's secret, as hexadecimal digits."""
+"""Environment variable of a worker: the channel's secret, as hexadecimal digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Ended:
     """How a process ended."""
 
     exit_code: int | None
-    """Negative: the signal that ended it; None: not known."""
+    """Negative: minus the number of the signal that ended it; None: not known."""
     reason: str = ""
-    """Why, where more is known."""
+    """Why it ended, where that is known."""
 
     @property
     def text(self) -> str:
@@ -42,20 +42,20 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A process to start, on whatever machine."""
+    """A process to start, on any machine."""
 
     rank: int
-    """By which the controller reaches it."""
+    """The rank under which the controller reaches it."""
     main: Callable[[], None]
-    """Of a module that `python -m` runs."""
+    """The main function of a module that `python -m` runs."""
     options: Mapping[str, object] = field(default_factory=dict)
-    """Of its command line, beside where the controller is."""
+    """Options of its command line, in addition to the controller's address."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to that of the process which starts it."""
+    """Variables added to the environment of the process that starts it."""
     devices: Sequence[int] | None = None
-    """That it sees, of those that the process sees which starts it; None: all."""
+    """Devices that it sees, among those of the process that starts it; None: all."""
     attempt: int = 0
-    """How often the process of this rank was started before."""
+    """How many times a process of this rank was started before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +65,19 @@ class State:
     text: str
     """"process 77, stopped"."""
     is_stopped: bool = False
-    """Whether it is known not to run: stopped by a signal or a debugger."""
+    """Whether it is known to be stopped, by a signal or a debugger."""
 
 
 class Processes(Protocol):
-    """The processes of a run: train workers, after them the engines that are processes of their
-    own, and then the nodes: processes that start others on machines where the controller is not."""
+    """The processes of a run, in this order: train workers, engines that are processes of their
+    own, and nodes: processes that start others on machines without the controller."""
 
     placement: Placement
     nodes: Sequence[int]
     """Numbers of the machines that have a node process, in the order of its ranks."""
 
     def heard(self, report: Mapping[str, Any]) -> None:
-        """Take what a heartbeat brought."""
+        """Read the content of a heartbeat."""
         ...
 
     def is_far(self, rank: int) -> bool:
@@ -97,11 +97,11 @@ class Processes(Protocol):
         ...
 
     def restart(self, engine: EnginePlace) -> None:
-        """Start another process in the place of an engine's that is gone."""
+        """Start a new process for an engine whose process is gone."""
         ...
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the end of all processes; return whether it came in time."""
+        """Wait until all processes have ended; return whether they did in time."""
         ...
 
     def kill(self) -> None:
@@ -112,8 +112,8 @@ class Processes(Protocol):
 class Children:
     """Processes that this process starts on this machine.
 
-    They end with it, however it ends: each asks the system for a signal at the end of the thread
-    that started it, so they must be started by the main thread.
+    They end with it, however it ends: each child asks the system for a signal when the thread that
+    started it ends. So the main thread must start them.
 
     Args:
         address: of the controller.
@@ -125,7 +125,7 @@ class Children:
         self._attempts: dict[int, int] = {}
 
     def start(self, program: Program) -> None:
-        """Start a process, in place of one of its rank that has ended."""
+        """Start a process; it replaces one of the same rank that has ended."""
         command = [sys.executable, "-m", program.main.__module__]
         named = {
             "endpoint": self._address.endpoint,
@@ -145,7 +145,7 @@ class Children:
         self._attempts[program.rank] = program.attempt
 
     def report(self) -> Mapping[str, Any]:
-        """Return of each process: which attempt of its rank it is, its number and how it ended."""
+        """Return for each process: the attempt of its rank, its process id and how it ended."""
         states = {
             str(rank): [self._attempts.get(rank, 0), process.pid, process.poll()]
             for rank, process in list(self._processes.items())
@@ -184,11 +184,11 @@ class Children:
 
 
 def started_child(**options: type) -> tuple[Address, argparse.Namespace]:
-    """In a process that `Children` started: have it end with its parent, and return where the
-    controller is and what the process was started with, its rank among that.
+    """In a process that `Children` started: make it end with its parent, and return the
+    controller's address and the options of this process, with its rank.
 
     Args:
-        options: of its program, with their types.
+        options: names of its program's options, with their types.
     """
     parser = argparse.ArgumentParser()
     own = {"endpoint": str, "parent": int, "rank": int}
@@ -201,7 +201,7 @@ def started_child(**options: type) -> tuple[Address, argparse.Namespace]:
 
 
 def process_state(pid: int) -> State:
-    """Return number and state of a process of this machine."""
+    """Return the id and the state of a process of this machine."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -213,8 +213,9 @@ def process_state(pid: int) -> State:
 
 
 def network_environment(address: Address) -> dict[str, str]:
-    """Return by which interface collectives go in a process of this machine: the one on the way to
-    the controller, unless the user names another; the loopback where all are on this machine."""
+    """Return the variables that name the network interface for collectives of a process of this
+    machine: the interface on the way to the controller, unless the user names another; the loopback
+    if all processes are on this machine."""
     if address.host is None:
         name = loopback()
         return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
@@ -229,6 +230,6 @@ def loopback() -> str:
 
 
 def visible_devices(devices: Sequence[int]) -> str:
-    """Return CUDA_VISIBLE_DEVICES of a process that sees some of this process's devices."""
+    """Return CUDA_VISIBLE_DEVICES for a process that sees some of this process's devices."""
     known = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return ",".join(known[n] if n < len(known) else str(n) for n in devices)

@@ -1,13 +1,13 @@
-"""Workers and engines on the machines of a Ray cluster; the command is Ray's driver.
+"""Workers and engines on the machines of a Ray cluster; the command is the Ray driver.
 
-Ray gives the run its machines: one placement group with a bundle for each node of the placement,
-and in each bundle an actor, a node process (`launch/node_process.py`), which starts there what the
-other launchers start. From then on everything goes as it does elsewhere: over the channel, with the
-same watch, and ends with it. Nothing of the run passes through Ray's object store: the channel
-sends each share once, to one rank.
+Ray gives the run its machines: one placement group with a bundle for each node of the placement. In
+each bundle runs an actor, a node process (`launch/node_process.py`), which starts the same
+processes as the other launchers. From then on all is the same as with them: the channel, the watch
+and the end. No data of the run passes through Ray's object store: the channel sends each share
+once, to one rank.
 
-The cluster is the one at RAY_ADDRESS, or one of this machine alone, which ends with the run. Tokens
-are what Ray has made of them: on, unless RAY_AUTH_MODE says otherwise.
+The cluster is the one at RAY_ADDRESS, or one of this machine alone, which ends with the run. Token
+authentication follows Ray's default: on, unless RAY_AUTH_MODE says otherwise.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from mcore_rl.stores import serve_store
 logger = logging.getLogger(__name__)
 
 Resources = Mapping[str, float]
-"""Of a machine, or wanted of one, by Ray's names: CPU, GPU."""
+"""What a machine has, or must have, by Ray's names: CPU, GPU."""
 
 CONNECT_LIMIT_S = 5.0
-"""For the cluster's head to answer at all."""
+"""Seconds for the cluster's head to answer."""
 PLACEMENT_LIMIT_S = 600.0
-"""For other jobs of the cluster to leave what this one needs."""
+"""Seconds to wait until other jobs of the cluster free the resources that this one needs."""
 MEETING_LIMIT = datetime.timedelta(minutes=30)
-"""For the workers to meet, which import their libraries before."""
+"""For the rendezvous of the workers, which first import their libraries."""
 REMINDER_S = 10.0
-"""Between two lines that say what is waited for."""
+"""Seconds between two log lines that say what the run waits for."""
 OBJECT_STORE_BYTES = 100 << 20
-"""Of a cluster that the run starts for itself: next to nothing passes through it."""
+"""For a cluster that the run starts for itself: almost nothing passes through the store."""
 FORWARDED = (
     "HF_",
     "TRANSFORMERS_",
@@ -65,21 +65,20 @@ FORWARDED = (
     "CUDA_DEVICE_",
     "PYTHONPATH",
 )
-"""Beginnings of the driver's variables that the processes of all machines get."""
+"""Prefixes of the driver's variables that the processes of all machines get."""
 
 
 class NodeActor:
-    """A machine's part of the run, as an actor."""
+    """The part of the run on one machine, as an actor."""
 
     def serve(self, address: Address, rank: int, folder: str, environment: Mapping[str, str]):
-        """Be a node process until the run is over, which ends the actor.
+        """Run as a node process until the end of the run, which ends the actor.
 
         Args:
             address: of the controller.
             rank: of this process.
-            folder: that the driver works in, which relative paths are meant in; gone to if it is
-                there.
-            environment: of the driver, as far as it is forwarded.
+            folder: working folder of the driver, for relative paths; entered if it exists here.
+            environment: forwarded variables of the driver.
         """
         if Path(folder).is_dir():
             os.chdir(folder)
@@ -90,16 +89,16 @@ class NodeActor:
 
 
 class RayProcesses:
-    """See `Processes`: all are children of the node actors.
+    """See `Processes`: all processes are children of the node actors.
 
     Args:
         placement: of the run.
         listener: of the channel.
         group: Ray's placement group, with a bundle for each node.
-        bundles: what each bundle has.
-        store: where the workers meet.
+        bundles: resources of each bundle.
+        store: for the rendezvous of the workers.
         engine: name of the rollout engine.
-        folder: with the link to the cluster's files, if the cluster is this run's.
+        folder: holds the link to the cluster's files, if this run started the cluster.
     """
 
     def __init__(
@@ -192,7 +191,7 @@ def open_workers(
     """Return all workers, which are starting; `start` builds the workers in them.
 
     Args:
-        run_folder: a cluster that the run starts has its files in it.
+        run_folder: holds the files of a cluster that the run starts.
         placement: of the run.
         engine: name of the rollout engine, whose library they import meanwhile; "": none.
         hang_timeout_s: see `ChannelWorkers`.
@@ -201,7 +200,7 @@ def open_workers(
     Raises:
         UserError: if Ray is not installed, the cluster is not there, or it has too few CPUs or
             devices.
-        RunError: if other jobs do not leave what is needed within `PLACEMENT_LIMIT_S`.
+        RunError: if other jobs do not free the needed resources within `PLACEMENT_LIMIT_S`.
     """
     ray = _ray()
     address = os.environ.get("RAY_ADDRESS", "")
@@ -232,13 +231,13 @@ def open_workers(
 
 
 def launcher(run_folder: Path) -> Any:
-    """Return `open_workers` as all launchers have it."""
+    """Return `open_workers` with the arguments that all launchers have."""
     return partial(open_workers, run_folder)
 
 
 def bundles_of(placement: Placement, on_devices: bool) -> list[dict[str, float]]:
-    """Return what the run needs of each of its nodes: a CPU for each process that has a device of
-    its own, and that device if there are some."""
+    """Return what the run needs on each of its nodes: a CPU for each process that has a device of
+    its own, and the device if the machines have some."""
     counts = [0] * (1 + max(p.node for p in (*placement.places, *placement.engines)))
     for worker in placement.places:
         counts[worker.node] += 1
@@ -249,7 +248,7 @@ def bundles_of(placement: Placement, on_devices: bool) -> list[dict[str, float]]
 
 
 def missing(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> str | None:
-    """Return what machines lack to hold all bundles, each bundle on one of them; None: nothing.
+    """Return what the machines lack to hold all bundles, each bundle on one machine; None: nothing.
 
     Args:
         bundles: wanted.
@@ -262,7 +261,7 @@ def missing(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> str | N
             have = "; ".join(_listed({k: node.get(k, 0) for k in bundle}) for node in nodes)
             wanted = " + ".join(_listed(one) for one in bundles)
             return f"wanted {wanted}, each on one node; the nodes have {have or 'nothing'}"
-        tightest = min(fits, key=lambda node: node["CPU"])  # so that large ones stay for the rest
+        tightest = min(fits, key=lambda node: node["CPU"])  # keeps large nodes free for the rest
         for name, number in bundle.items():
             tightest[name] -= number
     return None
@@ -327,8 +326,8 @@ def join_cluster(address: str) -> Any:
 
 
 def submit_to_nodes(function: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
-    """Have a function run once on every machine of the cluster that was joined, with all devices of
-    the machine; return its host name and Ray's reference of the result, by machine."""
+    """Run a function once on every machine of the joined cluster, with all devices of the machine;
+    return its host name and Ray's reference of the result, by machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -348,8 +347,8 @@ def submit_to_nodes(function: Callable[..., Any], *args: Any) -> list[tuple[str,
 
 
 def _start_cluster(folder: PrivateFolder, run_folder: Path, num_cpus: int) -> None:
-    """Start a cluster of this machine, with its files in the run folder: by a link, since the path
-    of a socket must be short."""
+    """Start a cluster on this machine, with its files in the run folder. They are reached by a
+    link, because the path of a socket must be short."""
     import ray
 
     files = run_folder.resolve() / "ray"
@@ -369,7 +368,7 @@ def _start_cluster(folder: PrivateFolder, run_folder: Path, num_cpus: int) -> No
 
 
 def _place(bundles: Sequence[Resources]) -> Any:
-    """Return a placement group that holds the bundles, when the cluster has room for it."""
+    """Wait until the cluster has room for the bundles; return the placement group with them."""
     import ray
     from ray.util.placement_group import placement_group
 
@@ -386,7 +385,7 @@ def _place(bundles: Sequence[Resources]) -> Any:
 
 
 def _problem(end: Any) -> str:
-    """Return why an actor ended, in a line."""
+    """Return in one line why an actor ended."""
     import ray
     from ray.exceptions import RayError
 

@@ -1,6 +1,6 @@
-"""What every process behind the channel does: what it is told, until it is told that it is over.
+"""What every process behind the channel does: it follows orders until the order to end.
 
-It does not speak of its failures: the controller does.
+It does not report its failures itself: the controller does.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from mcore_rl.processes import raise_file_limit
 
 
 class Servant(Protocol):
-    """What does the calls in a process."""
+    """The object that does the calls in a process."""
 
     @property
     def handlers(self) -> Mapping[Callable[..., Any], Callable[..., Any]]:
-        """By method of a role: what does it here. A future that it returns is the answer when it
-        is done."""
+        """The function that does it here, by method of a role. If it returns a future, the future's
+        result is the answer."""
         ...
 
     @property
     def endpoint(self) -> str:
-        """Where else it listens, which the controller learns at the start; "": nowhere."""
+        """Another address where it listens, which the controller learns at the start; "": none."""
         ...
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is something to do beside the calls."""
+        """Whether there is work other than the calls."""
         ...
 
     def run(self) -> None:
-        """Do a piece of it."""
+        """Do a piece of that work."""
         ...
 
     def close(self) -> None:
-        """Free what is held."""
+        """Free all resources."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who speaks, in logs and errors."""
+    """The name of this process in logs and errors."""
 
     kind: str
     """"worker" or "engine"."""
@@ -66,13 +66,13 @@ def serve(
     import_libraries: Callable[[], None],
     start: Callable[[Any], Servant],
 ) -> NoReturn:
-    """Do what the controller says until it says that it is over, which ends the process.
+    """Follow the controller's orders until the order to end, which ends the process.
 
     Args:
-        who: this process is.
+        who: identity of this process.
         end: of the channel.
-        import_libraries: done beforehand, while the controller reads the data.
-        start: makes the servant of what the controller starts it with.
+        import_libraries: called first, while the controller reads the data.
+        start: makes the servant from the controller's start value.
     """
     # The controller ends its workers in order.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -84,16 +84,16 @@ def serve(
     quiet_libraries()
     raise_file_limit()
     setup_logging(who.number, who.kind)
-    gc.disable()  # a fifth of the imports' time
+    gc.disable()  # garbage collection is a fifth of the imports' time
     try:
         import_plugins()
         import_libraries()
         gc.freeze()
         gc.enable()
-    except Exception as error:  # noqa: BLE001  told when asked to start
+    except Exception as error:  # noqa: BLE001  reported when asked to start
         _tell(who, end, end.next(), error)
         while (order := end.next()).kind != channel.END:
-            pass  # an exit would look like the cause of what was told
+            pass  # an exit would look like the cause of the reported error
         _end(end, order)
     servant: Servant | None = None
     while True:
@@ -139,7 +139,7 @@ def _answer_later(who: Identity, end: WorkerEnd, order: Order, future: Future[An
 
 
 def _end(end: WorkerEnd, order: Order) -> NoReturn:
-    """End the process as the interpreter does it: vLLM frees its shared memory then."""
+    """End the process as the interpreter does it, so that vLLM frees its shared memory."""
     end.answer(order, None)
     end.close()
     gc.unfreeze()
@@ -152,7 +152,7 @@ def _tell(who: Identity, end: WorkerEnd, order: Order, error: BaseException) -> 
 
 
 def _located(error: BaseException, who: Identity, order: Order) -> Exception:
-    """Return the error as one that pickles, with rank, role and step; a user's mistake as it is."""
+    """Return the error in picklable form, with rank, role and step; a user's mistake unchanged."""
     if isinstance(error, UserError):
         return UserError(str(error))
     known = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")

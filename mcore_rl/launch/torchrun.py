@@ -1,11 +1,12 @@
 """Workers that torchrun started, also under Slurm: rank 0's process is the controller and starts
-rank 0's worker as a child; the processes of all other ranks are workers. Machines of engines alone
+rank 0's worker as a child; the processes of all other ranks are workers. Machines with only engines
 come after those of the trainer: their first process starts the engines.
 
-torchrun's own store, to which anybody may write who reaches its port, carries nothing but where the
-controller listens. On one machine that is a socket in a folder whose owner and mode are checked;
-between machines a port that is bound to the address on the way to the master, and who connects must
-have the run's secret: of the environment (MCORE_RL_CHANNEL_SECRET) or of a file in the user's home.
+Anybody who reaches the port of torchrun's own store may write to it, so it carries only the address
+where the controller listens. On one machine that is a socket in a folder whose owner and mode are
+checked. Between machines it is a port bound to the address on the way to the master, and a process
+that connects must have the run's secret: from the environment (MCORE_RL_CHANNEL_SECRET) or from a
+file in the user's home.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 ENDPOINT_LIMIT = timedelta(minutes=30)
-"""For rank 0 to say where it listens, which it does before it reads the data."""
+"""For rank 0 to publish where it listens, which it does before it reads the data."""
 AGENT_ECHO_S = 10.0
-"""torchrun's agent ends all processes as soon as one has failed; within this time the controller
-learns which, also on a busy machine."""
+"""Seconds. torchrun's agent ends all processes as soon as one has failed; within this time the
+controller learns which one, also on a busy machine."""
 _MEETING, _PIDS = "mcore_rl/meeting", "mcore_rl/pid"
 _SECRET_FILE = "secret"
 _USER_SECRET = Path(".mcore_rl") / "channel_secret"
@@ -68,7 +69,7 @@ def rank() -> int:
 
 
 def shared_store(is_master: bool = False) -> Store:
-    """Return the store of all processes, which is the agent's unless it hosts none."""
+    """Return the store of all processes: the agent's, unless the agent hosts none."""
     from torch.distributed import (
         PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
         TCPStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -82,22 +83,22 @@ def shared_store(is_master: bool = False) -> Store:
         timeout=ENDPOINT_LIMIT,
         wait_for_workers=False,
     )
-    # The agent's store outlives processes that it starts again.
+    # The agent's store stays when the agent starts the processes again.
     return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class TorchrunProcesses:
-    """See `Processes`: rank 0's worker is a child, and so are the engines of this machine; those of
-    others are started by node processes there. The other workers are known by their connections
-    and, on this machine, by their process ids.
+    """See `Processes`: rank 0's worker and the engines of this machine are children; node processes
+    start the engines of other machines. The other workers are known by their connections and, on
+    this machine, by their process ids.
 
     Args:
         placement: of the run.
         listener: of the channel.
         store: of all processes; it may be hosted here.
-        folder: of the sockets, where all are on this machine.
+        folder: of the sockets, if all processes are on this machine.
         engine: name of the rollout engine.
-        node_ranks: by machine: the rank of its node process.
+        node_ranks: rank of the node process, by machine.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ def open_workers(
     """On rank 0: return all workers, which are starting; `start` builds the workers in them.
 
     Raises:
-        UserError: if other processes were launched than the placement wants.
+        UserError: if the launched processes are not those of the placement.
     """
     first_ranks = _first_ranks(placement)
     store = shared_store(is_master=True)
@@ -204,7 +205,7 @@ def open_workers(
     else:
         address = Address(f"tcp://{_own_address()}:*", _user_secret())
     listener = Listener(address)
-    # Machines with engines have a node process, but for this one, whose engines are children.
+    # Machines with engines have a node process, except this one, whose engines are children.
     with_engines = {place.node for place in placement.engines} - {0}
     far = sorted(with_engines) if folder is None else []
     node_ranks = {
@@ -224,7 +225,7 @@ def _first_ranks(placement: Placement) -> list[int]:
     """Return the rank of the first process that torchrun started on each machine.
 
     Raises:
-        UserError: if other processes were launched than the placement wants.
+        UserError: if the launched processes are not those of the placement.
     """
     workers, launched = placement.world_size, int(os.environ.get("WORLD_SIZE", "1"))
     per_node = sum(place.node == 0 for place in placement.places)
@@ -262,8 +263,8 @@ def _first_ranks(placement: Placement) -> list[int]:
 
 
 def serve_controller() -> None:
-    """On every other rank: be a worker, or a node process, until the controller says that it is
-    over."""
+    """On every other rank: run as a worker, or as a node process, until the controller ends the
+    run."""
     store = shared_store()
     if _is_one_machine():
         store.set(f"{_PIDS}/{rank()}", str(os.getpid()))
@@ -280,7 +281,7 @@ def serve_controller() -> None:
     if rank() >= num_workers:
         if node_rank is not None:
             serve_node(address, int(node_rank))
-        return  # of a machine whose engines the node process starts
+        return  # on a machine whose engines the node process starts
     children = Children(address)
     if node_rank is not None:
         children.start(Program(rank=int(node_rank), main=node_process.main))
@@ -292,7 +293,7 @@ def _is_one_machine() -> bool:
 
 
 def _secret_of(endpoint: str) -> bytes:
-    """Return the secret that belongs to an endpoint, which a stranger may have written."""
+    """Return the secret that belongs to an endpoint. A stranger may have written the endpoint."""
     if not endpoint.startswith("ipc://"):
         return _user_secret()
     folder = Path(endpoint.removeprefix("ipc://")).parent
@@ -305,7 +306,7 @@ def _secret_of(endpoint: str) -> bytes:
 
 
 def _user_secret() -> bytes:
-    """Return the secret of the environment, or that of the user's home, made by who comes first."""
+    """Return the secret of the environment, or of the user's home; the first process makes it."""
     if text := os.environ.get(SECRET_VARIABLE):
         try:
             return bytes.fromhex(text)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 COLLECTIVE_GRACE_S = 300.0
-"""A collective may wait longer than the watch over it, which says more."""
+"""Seconds that a collective waits longer than the watch, whose report says more."""
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
 
 
 def open_store(file: str) -> Store:
-    """Return the store in which all workers meet: a file, or torchrun's where there is none."""
+    """Return the store for the rendezvous of all workers: a file, or torchrun's if none is
+    named."""
     if not file:
         from mcore_rl.launch.torchrun import shared_store
 
@@ -39,12 +40,12 @@ def open_store(file: str) -> Store:
 
 
 def serve_rank(end: WorkerEnd, make_store: Callable[[], Store], engine: str) -> NoReturn:
-    """Be one rank of the train workers until the controller says that it is over.
+    """Run as one rank of the train workers until the controller ends the run.
 
     Args:
         end: of the channel.
-        make_store: returns the store in which all workers meet.
-        engine: name of the rollout engine, whose library is imported beforehand; "": none.
+        make_store: returns the store for the rendezvous of all workers.
+        engine: name of the rollout engine, whose library is imported first; "": none.
     """
     who = Identity("worker", int(os.environ["RANK"]))
     serve(who, end, partial(_import_libraries, engine), lambda value: _start(value, make_store()))
@@ -81,7 +82,7 @@ def _start(value: tuple[Any, int, float], store: Store) -> Servant:
 
 
 class _Rank:
-    """A `Servant`: a train worker, which does nothing beside its calls."""
+    """A `Servant`: a train worker, which does only its calls."""
 
     endpoint = ""
     is_busy = False
@@ -93,7 +94,7 @@ class _Rank:
         raise AssertionError("never busy")
 
     def close(self) -> None:
-        """Close the worker when every rank has come this far."""
+        """Close the worker when every rank has reached this point."""
         import torch.distributed as dist
 
         dist.barrier()

@@ -3,7 +3,7 @@ log-probabilities.
 
 The second runs right after the weight sync, on a few prompts. A difference beyond rounding means
 wrong or stale weights, another temperature or another tokenization, and every later update would be
-wrong. How far they may be apart stands in `tolerances.py`.
+wrong. The allowed differences are in `tolerances.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_PROMPTS = 8
 MAX_TOKENS = 32
 _COUNTED = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Differences from which tokens are counted."""
+"""For each of these differences, the tokens that differ by more are counted."""
 
 
 def bring_weights(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> None:
@@ -51,7 +51,7 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         RolloutError: if the engines were asked for routes and return none, or impossible ones.
         WeightSyncError: if they exceed what `rollout.logprob_tolerance` allows.
     """
-    # Groups of one cost go round the engines: each is checked on each prompt.
+    # Groups of equal cost go to the engines in turn: each engine is checked on each prompt.
     prompts = [
         prompt
         for prompt in inputs.prompts.peek(NUM_PROMPTS)
@@ -71,7 +71,7 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
     samples = [sample for group in groups for sample in group.samples]
     by_trainer = cluster.trainer.logprobs([sample.to_sequence() for sample in samples])
     by_engine = np.concatenate([sample.rollout_logprobs for sample in samples])
-    drawn = np.concatenate([sample.loss_mask for sample in samples])  # of a prompt both say 0
+    drawn = np.concatenate([sample.loss_mask for sample in samples])  # 0 in both for prompt tokens
     differences = np.abs(np.concatenate(by_trainer).astype(np.float64) - by_engine)[drawn]
     found = summary(differences)
     dtype = cfg.actor.megatron.dtype
@@ -101,7 +101,7 @@ def _next_step(cfg: RunConfig) -> str:
 
 
 def summary(differences: ArrayLike) -> dict[str, float]:
-    """Return how far tokens are apart: the keys of SHARES. One that is not a number makes all so.
+    """Return statistics of the differences: the keys of SHARES. One NaN makes all of them NaN.
 
     Args:
         differences: absolute, of one token each; at least one.
@@ -113,7 +113,7 @@ def summary(differences: ArrayLike) -> dict[str, float]:
 
 
 def counts(differences: np.ndarray) -> str:
-    """Return how many tokens are apart by how much: "of 200 tokens 31 by more than 0.01".
+    """Return how many tokens differ by how much: "of 200 tokens 31 by more than 0.01".
 
     Args:
         differences: [tokens], absolute.
@@ -131,13 +131,13 @@ def disagreement(found: Mapping[str, float], dtype: str, tolerance: float | None
     Args:
         found: of the differences.
         dtype: of the trainer.
-        tolerance: of the largest; None: that of the dtype.
+        tolerance: of the largest difference; None: that of the dtype.
     """
     usual = AFTER_SYNC[dtype]
     if tolerance is None:
         tolerance = usual
     for name, share in SHARES.items():
-        # What rounding does to most tokens, a smaller tolerance of the largest does not change.
+        # A smaller tolerance of the largest difference does not change the rounding of most tokens.
         limit = min(tolerance, max(tolerance, usual) * share)
         is_read = dtype != "float32" or name == "the largest"
         if is_read and not found[name] <= limit:  # NaN fails too

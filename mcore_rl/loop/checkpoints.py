@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside and renamed, found again, continued.
+"""Checkpoints of a run: written under another name and renamed, found again, resumed.
 
     <run folder>/checkpoints/global_step_20/actor/          Megatron's distributed checkpoint
                                            /critic/         the same, where there is one
@@ -7,14 +7,14 @@
                             /latest_checkpointed_iteration.txt
 
 A folder appears under its name only when all ranks have written their parts and all of it is on the
-disk, and the pointer moves after that, so a crash of the run or of the machine leaves the previous
-checkpoint in force. With `trainer.async_save` the ranks write copies while training goes on, one
-checkpoint at a time; it comes into force at the beginning of a later step, or when the next one or
-the end of the run waits for it.
+disk. The pointer moves after that, so after a crash of the run or of the machine the previous
+checkpoint is still valid. With `trainer.async_save` the ranks write copies while training goes on,
+one checkpoint at a time. It becomes valid at the beginning of a later step, or when the next
+checkpoint or the end of the run waits for it.
 
-`global_step_20` is what step 20 begins with. The version of the weights is the step, and nothing is
-in flight between two steps: no samples are kept. What a step draws (prompts, samples) it derives
-from seed and step, so a resumed run computes what the uninterrupted one would have, bit by bit.
+`global_step_20` is the state that step 20 begins with. The version of the weights is the step.
+Nothing is in flight between two steps: no samples are kept. A step derives what it draws (prompts,
+samples) from seed and step, so a resumed run computes the same as an uninterrupted one, bit by bit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHECKPOINTS = "checkpoints"
 POINTER = "latest_checkpointed_iteration.txt"
 CONTROLLER_FILE = "controller.json"
 _KEPT_SINCE_LATER = ("ledger",)
-"""Parts that the first checkpoints were without; they begin anew then."""
+"""Parts that the oldest checkpoints do not have; from such a checkpoint they start empty."""
 
 
 class Stateful(Protocol):
@@ -60,7 +60,7 @@ class _Begun:
 
     step: int
     state: dict[str, Any]
-    """Of the controller, when it began."""
+    """State of the controller when the save began."""
 
 
 class Checkpoints:
@@ -70,7 +70,7 @@ class Checkpoints:
         trainer: how they are written, kept and resumed.
         run_dir: the run folder.
         cluster: running workers, whose actor is saved and loaded.
-        parts: what else is saved and restored, by name.
+        parts: further objects to save and restore, by name.
     """
 
     def __init__(
@@ -85,26 +85,26 @@ class Checkpoints:
         self._folder = run_dir / CHECKPOINTS
         self._begun: _Begun | None = None
         self._latest = 0
-        """Step of the last one, or of the model that the run began with."""
+        """Step of the last checkpoint, or of the model that the run began with."""
         self._at_begin: _Begun | None = None
-        """What a checkpoint of the step that is going on would hold, until its updates begin."""
+        """State that a checkpoint of the current step would hold, until its updates begin."""
         self._has_best_metric = False
         """Whether a step has logged trainer.best_ckpt_metric."""
 
     def resume(self) -> int:
-        """Load the checkpoint to go on from, if there is one, and return the step to go on with.
+        """Load the checkpoint to resume from, if there is one, and return the step to resume with.
 
         Raises:
             CheckpointError: if it is not there, not whole, or of another model.
         """
         step, folder = self.load(), self._to_resume()
         if folder is not None and folder.parent.resolve() == self._folder.resolve():
-            # One that is gone back to is the latest now: later ones are done again.
+            # After going back, this checkpoint is the latest: later steps are done again.
             write_whole(self._folder / POINTER, str(step))
         return step
 
     def load(self) -> int:
-        """Load as `resume`, without going back: what the run has done stays as it is."""
+        """Load as `resume` does, but leave the run's files as they are."""
         folder = self._to_resume()
         if folder is None:
             return 0
@@ -128,18 +128,18 @@ class Checkpoints:
         return self._latest
 
     def save(self, step: int) -> None:
-        """Begin a checkpoint from which `step` is the next step; end it too unless `async_save`.
+        """Begin a checkpoint with `step` as the next step; complete it too unless `async_save`.
 
         Raises:
-            CheckpointError: if it cannot be written; the previous one stays in force.
+            CheckpointError: if it cannot be written; the previous one stays valid.
         """
         self._begin(self._state_at(step))
         if not self._trainer.async_save:
             self.finish()
 
     def save_begun(self) -> None:
-        """Save what the step that is going on began with, if its updates have not begun and there
-        is no such checkpoint yet; wait for what is being written.
+        """Save the state that the current step began with, if its updates have not begun and there
+        is no such checkpoint yet; wait until it is written.
 
         Raises:
             CheckpointError: as `save`.
@@ -164,12 +164,12 @@ class Checkpoints:
         self._begun, self._latest = begun, step
 
     def begin_step(self, step: int) -> None:
-        """Take note of what the step begins with, and put the checkpoint in force that was begun,
-        if every rank has written its part.
+        """Take note of the state that the step begins with. If every rank has written its part of
+        the begun checkpoint, complete it.
 
         Raises:
             CheckpointError: if one of them cannot.
-            UserError: if what was logged shows that trainer.best_ckpt_metric is never measured.
+            UserError: if the logged metrics show that trainer.best_ckpt_metric is never measured.
         """
         self._at_begin = self._state_at(step)
         self._end(wait=False)
@@ -182,7 +182,7 @@ class Checkpoints:
     def _look_for_best_metric(self) -> None:
         """Refuse a misspelt metric after the first step, or validation, that should have it.
 
-        Not those that a reward gives by itself: not every sample needs to have them.
+        Metrics of a reward are not refused: not every sample needs to have them.
         """
         metric = self._trainer.best_ckpt_metric
         if metric is None or self._has_best_metric:
@@ -197,7 +197,7 @@ class Checkpoints:
             _refuse_unknown_metric(metric, lines)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that was begun, if any, and put it in force.
+        """Wait for the checkpoint that was begun, if any, and complete it.
 
         Raises:
             CheckpointError: if it cannot be written.
@@ -247,7 +247,7 @@ class Checkpoints:
             ) from error
 
     def _way_out(self, bad: Path) -> str:
-        """Say what a run can be resumed from when the checkpoint `bad` cannot be used."""
+        """Say from which checkpoint a run can resume when the checkpoint `bad` cannot be used."""
         others = [self._final(step) for step in reversed(self._steps())]
         whole = (other for other in others if other != bad and not _problem(other))
         if (found := next(whole, None)) is None:
@@ -258,10 +258,10 @@ class Checkpoints:
         )
 
     def _drop_others(self, step: int) -> None:
-        """Drop all but the last and the best of the checkpoints up to `step`."""
+        """Remove all but the last and the best of the checkpoints up to `step`."""
         if self._trainer.max_ckpt_to_keep is None:
             return
-        # Those of later steps are left from before the run went back to an earlier one.
+        # Checkpoints of later steps are left from before the run went back to an earlier one.
         steps = [number for number in self._steps() if number <= step]
         if older := steps[: -self._trainer.max_ckpt_to_keep]:
             best = self._best_of(steps)
@@ -291,7 +291,7 @@ class Checkpoints:
 
 
 def checkpoint_to_resume(trainer: TrainerConfig, run_dir: Path) -> Path | None:
-    """Return the folder of the checkpoint that a run goes on from; None: it begins.
+    """Return the folder of the checkpoint that a run resumes from; None: it starts new.
 
     Raises:
         ValueError: if the pointer to the latest one is damaged.
@@ -308,7 +308,7 @@ def checkpoint_to_resume(trainer: TrainerConfig, run_dir: Path) -> Path | None:
 
 
 def _refuse_unknown_metric(metric: str, lines: list[dict[str, Any]]) -> None:
-    """Raise a UserError if the lines should have the metric: those of validation may come later."""
+    """Raise a UserError if the lines should have the metric. Validation metrics may come later."""
     keys = {key for line in lines for key in line}
     if not metric.startswith("eval/") or any(key.startswith("eval/") for key in keys):
         raise UserError(
@@ -324,7 +324,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _problem(folder: Path) -> str:
-    """Return what is missing of a checkpoint; "" if it is whole."""
+    """Return what is missing in a checkpoint; "" if it is complete."""
     if not folder.is_dir():
         return "there is no such folder"
     try:

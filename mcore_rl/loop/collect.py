@@ -1,8 +1,8 @@
 """From the stream of prompts to the scored groups that a step trains on.
 
-With `algorithm.filter_groups` batches of prompts are drawn until enough groups teach something.
-All draws of a step happen before its checkpoint, so a resumed run finds the stream where the step
-left it. Groups beyond the batch are not kept for the next step, whose weights did not make them.
+With `algorithm.filter_groups` batches of prompts are drawn until enough groups have a learning
+signal. All draws of a step happen before its checkpoint, so a resumed run finds the stream where
+the step left it. Groups beyond the batch are not kept for the next step: older weights drew them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from mcore_rl.types import Prompt, SampleGroup
 logger = logging.getLogger(__name__)
 
 _WARN_EVERY = 10
-"""Batches of one step."""
+"""A step warns each time it has drawn so many more batches."""
 _MOST_PASSES = 3
-"""Over the data in one step, where no number of batches is set; one if it gave no group at all."""
+"""Passes over the data in one step if no number of batches is set; one if no group was kept."""
 
 
 class Draws:
-    """Has the engines answer prompts when they are wanted, and keeps account of what comes back.
+    """Lets the engines answer prompts when a step needs them, and counts the samples that come
+    back.
 
     Args:
         cfg: the run.
@@ -54,8 +55,8 @@ class Draws:
 
         Args:
             step: that trains on them.
-            number: of the draw within the step, counted from 0; another one draws other samples of
-                a prompt that comes again within the step.
+            number: of the draw within the step, counted from 0. With another number, a prompt that
+                comes again within the step gets other samples.
         """
         return self._answered(step, self._ask(step, number, self._next_prompts()), self._enough)
 
@@ -142,7 +143,7 @@ def collect_groups(
 def _without_stopped(
     draws: Draws, groups: Sequence[SampleGroup]
 ) -> tuple[list[SampleGroup], Metrics]:
-    """Return the groups that ended, and which share did not; the others are discarded."""
+    """Return the groups that ended, and the share that did not; the others are discarded."""
     is_whole = [all(s.finish_reason != "abort" for s in group.samples) for group in groups]
     pairs = list(zip(groups, is_whole, strict=True))
     draws.ledger.discarded("straggler", [group for group, whole in pairs if not whole])
@@ -159,7 +160,7 @@ def _check_progress(
     num_kept: int,
     alike: Counter[float],
 ) -> None:
-    """Raise a UserError when the step has drawn as many batches as it may, and gives the reason."""
+    """Raise a UserError with the reason when the step has drawn as many batches as it may."""
     wanted, limit = cfg.data.train_batch_size, cfg.algorithm.filter_groups.max_num_gen_batches
     num_drawn = num_batches * (cfg.data.gen_batch_size or wanted)
     rule = f"batches of step {step} gave {num_kept} of {wanted} groups whose samples differ"
@@ -182,13 +183,13 @@ def _check_progress(
 
 
 def _rewards_of_all(groups: Sequence[SampleGroup]) -> list[float]:
-    """Return the reward of each group whose samples all have the same."""
+    """Return the reward of each group whose samples all have the same reward."""
     rewards = [{sample.reward for sample in group.samples} for group in groups]
     return [min(of_group) for of_group in rewards if len(of_group) == 1]
 
 
 def _most_common(alike: Counter[float]) -> str:
-    """Say which rewards groups have whose samples are alike."""
+    """Say which rewards are most common among groups whose samples all have the same reward."""
     if not alike:
         return "the rewards differ in every group"
     counts = [f"{num} groups only {reward:g}" for reward, num in alike.most_common(3)]

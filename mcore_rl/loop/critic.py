@@ -1,6 +1,6 @@
 """The critic's part of a step: values before the advantages, updates after them.
 
-Without a critic both change nothing.
+Without a critic both do nothing.
 """
 
 from __future__ import annotations

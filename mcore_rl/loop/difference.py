@@ -1,5 +1,5 @@
-"""Where two runs part: the first step whose metrics, and the first tensor whose bits are not the
-same in both. Times and sizes of processes do not count."""
+"""Where two runs begin to differ: the first step with different metrics, and the first tensor with
+different bits. Times and sizes of processes are not compared."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Comparison:
     """What two runs have in common."""
 
     num_steps: int
-    """Steps of which both have metrics or weights."""
+    """Steps for which both runs have metrics or weights."""
     num_numbers: int
-    """Of their metrics, compared."""
+    """How many numbers of their metrics were compared."""
     num_tensors: int
-    """Of their weights, compared; over all steps."""
+    """How many tensors of their weights were compared, over all steps."""
     metric: str = ""
     """The first metric that differs: "step 3: actor/loss is 0.5, was 0.25, first of 7"; "" if none
     does."""
     tensor: str = ""
-    """The first tensor, the same way, of the weights that a step begins with: "weights 4: ..." as
-    they are after the update of step 3."""
+    """The first tensor that differs, in the same form. "weights 4: ..." are the weights that step 4
+    begins with, after the update of step 3."""
 
     @property
     def is_equal(self) -> bool:
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def compare(folder: Path, other: Path) -> Comparison:
-    """Compare a run with another one, which it should be equal to.
+    """Compare a run with another one that it should equal.
 
     Args:
         folder: of the run.
@@ -81,7 +81,7 @@ def _metrics(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def _first(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return the first entry that is not the same in both, and how many there are; "" if none."""
+    """Return the first entry that differs, and how many differ; "" if none."""
     names = [*found, *(name for name in wanted if name not in found)]
     others = [name for name in names if _text(found, name) != _text(wanted, name)]
     if not others:
@@ -94,6 +94,6 @@ def _first(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> s
 
 
 def _text(entries: Mapping[str, Any], name: str) -> str:
-    """Return a number such that equal bits give equal texts, and NaN is NaN."""
+    """Return a number as text: equal bits give equal texts, and NaN equals NaN."""
     value = entries.get(name, "missing")
     return value if isinstance(value, str) else json.dumps(value)

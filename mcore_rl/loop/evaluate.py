@@ -72,14 +72,13 @@ def validation_metrics(groups: Sequence[SampleGroup]) -> list[Metrics]:
     `failed_frac` and `timeout_frac` are the shares of responses that the reward could not score,
     which count 0 in the accuracy, and `truncated_frac` that of those cut off at the limit.
 
-    With several samples per prompt, n, these are means over prompts, for k = 1, 2, 4, ... and n of
-    what k of the n samples give (`rewards/at_k.py`):
+    With several samples per prompt, n, there are also these metrics of k of the n samples, for k =
+    1, 2, 4, ... and n, as means over prompts (`rewards/at_k.py`):
 
     - `best_at_<k>`: the best score.
-    - `maj_at_<k>`: the score of the answer that most of them state; not where the reward gives no
-      answers.
-    - `pass_at_<k>`: the chance that any is right, by the reward's `acc`, or the score where it
-      gives none; not where these are other numbers than 0 and 1.
+    - `maj_at_<k>`: the score of the most frequent answer; absent if the reward gives no answers.
+    - `pass_at_<k>`: the probability that any is right, by the reward's `acc`, or the score if there
+      is none; absent if these are not all 0 or 1.
 
     and `accuracy/std`, the standard deviation of the scores of a prompt's samples.
 
@@ -118,7 +117,8 @@ def _group_metrics(group: SampleGroup) -> Metrics:
 
 
 def _of_several_samples(groups: Sequence[SampleGroup]) -> dict[str, np.ndarray]:
-    """Return what takes several samples of a prompt, by name, [prompts] each: {} of one sample."""
+    """Return the metrics that need several samples per prompt, by name, [prompts] each; {} if n is
+    1."""
     n = len(groups[0].samples)
     if n == 1:
         return {}

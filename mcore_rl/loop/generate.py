@@ -1,4 +1,4 @@
-"""Prompts to groups of samples, on the engines of a cluster."""
+"""From prompts to groups of samples, on the engines of a cluster."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ask_for_groups(
     seed: str,
     keep_routes: bool = False,
 ) -> Asked:
-    """Have the engines begin with `n` samples of every prompt.
+    """Start the generation of `n` samples of every prompt on the engines.
 
     Args:
         cluster: running workers.
@@ -73,9 +73,9 @@ def ask_for_groups(
         top_p: 1.0 for all.
         top_k: -1 for all.
         max_tokens: of a response.
-        seed: with a prompt's uid and a sample's index it fixes what is drawn, whichever engine
-            draws it.
-        keep_routes: for a pass that replays them.
+        seed: together with a prompt's uid and a sample's index it determines the sample, on any
+            engine.
+        keep_routes: whether to keep routes for a pass that replays them.
     """
     groups = [
         [
@@ -97,8 +97,8 @@ def ask_for_groups(
 
 
 def answered_groups(cluster: Cluster, asked: Asked, enough: int | None = None) -> list[SampleGroup]:
-    """Wait for the samples and return them, group by group; once `enough` groups have ended the
-    others are stopped, and samples of them end by "abort"."""
+    """Wait for the samples and return them, group by group. Once `enough` groups have ended, the
+    others are stopped, and their samples end by "abort"."""
     answered = cluster.engines.end(asked.generation, enough)
     return [
         SampleGroup(
@@ -138,8 +138,8 @@ def _sample(prompt: Prompt, index: int, result: GenerationResult) -> Sample:
 def rollout_metrics(groups: Sequence[SampleGroup], step: int) -> Metrics:
     """Return length, truncation and staleness of the samples, under `rollout/`.
 
-    The staleness of a sample is by how many steps the oldest weights that drew a token of it are
-    older than those that train on it.
+    The staleness of a sample: how many steps the oldest weights that drew one of its tokens are
+    older than the weights that train on it.
     """
     samples = [sample for group in groups for sample in group.samples]
     if not samples:

@@ -20,11 +20,11 @@ class Scorer(Protocol):
         ...
 
     def check_failures(self, groups: Sequence[SampleGroup]) -> None:
-        """Return unless more samples of a validation failed than may."""
+        """Raise an error if too many samples of a validation failed."""
         ...
 
     def interrupt(self) -> None:
-        """Give up what is scored, now and from now on; from any thread."""
+        """Abort scoring, now and from now on; from any thread."""
         ...
 
 
@@ -37,12 +37,12 @@ class RunInputs:
     scorer: Scorer
     stop_token_ids: Sequence[int]
     token_texts: Callable[[Ids], list[str]]
-    """The text of each of some tokens, for the samples that are logged."""
+    """Returns the text of each token, for the samples that are logged."""
     total_steps: int
     routing: Routing | None = None
-    """The experts whose routes the engines return; None: they do not."""
+    """The experts whose routes the engines return; None: they return none."""
     adapters: EngineAdapters | None = None
-    """What engines take beside the weights; None: nothing."""
+    """Adapters that engines take in addition to the weights; None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,15 @@
-"""What a run was told from outside, step by step, so that its training can be done again.
+"""All inputs that a run got from outside, step by step, so that its training can be repeated.
 
     journal/step_00007.npz    what the engines answered and the rewards said in step 7, and what
                               the weights were that it began with
 
-All else follows: which prompts come, what is discarded, how a step is cut into minibatches. So a
-file holds no decision of the loop, and `replayed.py` has the same loop take them again. An answer
-is in the file of the step that took it, however many steps before it was begun.
+All else follows from these: which prompts come, which groups are discarded, how a step is cut into
+minibatches. So a file holds no decision of the loop, and `replayed.py` makes the same loop decide
+again. An answer is in the file of the step that took it, even if it was begun steps before.
 
-A file appears whole when the next weights are with the engines, before a checkpoint names them. A
-run that goes on from a checkpoint writes the files of the steps to come anew. About 8 bytes a
-token: ids and log-probabilities; texts are decoded again, and routes of experts are not kept.
+A complete file appears when the engines have the next weights, before a checkpoint names them. A
+run that resumes from a checkpoint writes the files of the coming steps again. A token takes about 8
+bytes: id and log-probability. Texts are decoded again, and routes of experts are not kept.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from mcore_rl.types import VersionSpan
 T = TypeVar("T")
 
 FORMAT = 1
-"""Of the files; another one is not read."""
+"""Format number of the files; files of another format are not read."""
 _FILE = "step_{:05d}.npz"
 
 
 class Key(NamedTuple):
-    """Which request an answer belongs to. One that comes again in a step is answered again."""
+    """The request that an answer belongs to. A request that comes again in a step has its own
+    answer."""
 
     seed: int
     prompt: int
@@ -52,35 +53,36 @@ class Key(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What a reward said of a sample."""
+    """The result of a reward for one sample."""
 
     uid: str
-    """Of its prompt."""
+    """The uid of its prompt."""
     sample: int
     """Its position in its group."""
     reward: float
     status: str
     metrics: Mapping[str, float]
     answer: str | None
-    """That the response states; None: it states none."""
+    """The answer that the response states; None: it states none."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What came from outside in a step."""
+    """The inputs of a step from outside."""
 
     weights: Mapping[str, str]
-    """By tensor: what the step began with, see `Fleet.weights`; in the order of the export."""
+    """Short digests of the weights that the step began with, see `Fleet.weights`; in export
+    order."""
     answers: list[tuple[Key, GenerationResult]] = field(default_factory=list)
-    """In the order in which they were taken; without texts."""
+    """Answers in the order in which they were taken; without texts."""
     scores: list[Score] = field(default_factory=list)
-    """In the order in which they were given."""
+    """Scores in the order in which they were given."""
     has_routes: bool = False
-    """Whether the loop read routes of the engines, which are not kept."""
+    """Whether the loop read routes of the engines; routes are not kept."""
 
 
 def write_step(folder: Path, step: int, record: StepRecord) -> None:
-    """Write what came in a step; the file is there, whole, when this returns.
+    """Write the record of a step; the file is complete when this returns.
 
     Raises:
         RunError: if it cannot be written.
@@ -113,16 +115,16 @@ def write_step(folder: Path, step: int, record: StepRecord) -> None:
 
 
 def read_step(folder: Path, step: int) -> StepRecord:
-    """Return what came in a step.
+    """Return the record of a step.
 
     Raises:
-        UserError: if the file is not there, or is none of these.
+        UserError: if the file does not exist, or is not a file of a journal.
     """
     return _read(folder, step, _record)
 
 
 def weights_of(folder: Path, step: int) -> Mapping[str, str]:
-    """Return what the weights were that a step began with: `StepRecord.weights`.
+    """Return the digests of the weights that a step began with: `StepRecord.weights`.
 
     Raises:
         UserError: as `read_step`.
@@ -133,7 +135,7 @@ def weights_of(folder: Path, step: int) -> Mapping[str, str]:
 def _read(
     folder: Path, step: int, part: Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], T]
 ) -> T:
-    """Return what `part` makes of the header and the arrays of a file."""
+    """Return the result of `part` for the header and the arrays of a file."""
     file = folder / _FILE.format(step)
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -154,7 +156,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def drop_from(folder: Path, step: int) -> None:
-    """Remove what a run that goes on with `step` writes anew."""
+    """Remove the files that a run which resumes with `step` writes again."""
     for later in steps_of(folder):
         if later >= step:
             (folder / _FILE.format(later)).unlink()
@@ -168,7 +170,7 @@ def _record(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Step
     ends = np.cumsum(arrays["lengths"])
     rows = zip(
         arrays["keys"].tolist(),
-        np.split(arrays["token_ids"], ends)[:-1],  # nothing stands behind the last
+        np.split(arrays["token_ids"], ends)[:-1],  # nothing follows the last
         np.split(arrays["logprobs"], ends)[:-1],
         header["finish_reasons"],
         header["versions"],

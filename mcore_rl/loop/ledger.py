@@ -1,9 +1,10 @@
-"""What became of everything that was generated: generated = trained + discarded, by reason.
+"""Where all generated samples went: generated = trained + discarded, by reason.
 
-Samples that come back from the engines are entered once, and once more when the updates of a step
-have read them or when they are given up, with the reason. The two sides are counted in different
-places, so a group that is lost or trained on twice shows. What engines still work on has not come
-back; it is logged beside. A resumed run goes on with the ledger of its checkpoint.
+Samples are counted once when they come back from the engines. They are counted again when the
+updates of a step have read them, or when they are discarded, with the reason. The two sides are
+counted in different places, so a group that is lost or trained on twice is noticed. Samples that
+engines still work on are not counted yet; they are logged separately. A resumed run goes on with
+the ledger of its checkpoint.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Ledger:
         self._enter(_TRAINED, groups)
 
     def discarded(self, reason: str, groups: Sequence[SampleGroup]) -> None:
-        """Enter groups that nothing trains on.
+        """Enter groups that no update trains on.
 
         Args:
             reason: one word, for the metrics.
-            groups: given up.
+            groups: discarded.
         """
         self._enter(f"discarded/{reason}", groups)
 

@@ -17,7 +17,7 @@ from mcore_rl.observability.trackers import RunLog
 def open_log(
     trainer: TrainerConfig, run_dir: Path, start_step: int, total_steps: int
 ) -> Iterator[RunLog]:
-    """Open the trackers that `trainer.logger` names, and close them whatever happens."""
+    """Open the trackers that `trainer.logger` names, and always close them."""
     log = RunLog(
         run_dir,
         trainer.logger,
@@ -31,8 +31,8 @@ def open_log(
 
 
 def performance(cluster: Cluster) -> Metrics:
-    """Return how busy the engines and how full the train workers have been since the last call, how
-    many engines there are, and how often any was started again so far."""
+    """Return how busy the engines were and how much memory the train workers held since the last
+    call, the number of engines, and the number of engine restarts so far."""
     engines = cluster.engines
     found = {
         "perf/engines_busy_frac": mean(engines.busy_share()),
@@ -47,9 +47,9 @@ _OF_THE_TRAINER = ("old_logprobs", "values", "train_critic", "train")
 
 
 def with_times(metrics: Metrics, times: Metrics) -> Metrics:
-    """Return the metrics of a step with its times, the tokens trained per second of it, and the
-    share of it in which the train workers computed."""
-    tokens = metrics.get("batch/tokens", total(0.0))  # none while the critic alone trains
+    """Return the metrics of a step with its times, the trained tokens per second of the step, and
+    the share of the step in which the train workers computed."""
+    tokens = metrics.get("batch/tokens", total(0.0))  # absent while only the critic trains
     seconds = times["time/step"].value
     stages = [times.get(f"time/{stage}", total(0.0)).value for stage in _OF_THE_TRAINER]
     return {

@@ -58,8 +58,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
             metrics.append(draws.ledger.balance())
             metrics.append(performance(cluster))
             log.log(step, with_times(merge(metrics), log.times()))
-            # After the log line, which a resumed run does not write again; so the time that this
-            # takes is that of the next step.
+            # Done after the log line, which a resumed run does not write again. So its time counts
+            # in the next step.
             is_last = step + 1 == total_steps or stop.is_asked
             if is_last or is_due(step + 1, trainer.save_freq):
                 with log.stage("checkpoint"):

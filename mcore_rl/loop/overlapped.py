@@ -1,17 +1,17 @@
-"""Training beside generation: while a step trains, the engines work for the steps to come.
+"""Training during generation: while a step trains, the engines generate for the coming steps.
 
-The loop of `on_policy.py` with one difference: what step s trains on was begun up to
-`trainer.max_staleness` steps before, with the weights of that time, as `buffer.py` admits it. At a
-weight sync the engines pause, take the new weights, compute again what they had computed of
-unfinished responses, and go on with them; each token knows the version of its weights. The log
-probabilities that the losses compare with are computed by the trainer, with the weights that the
-step begins with, whichever weights drew the tokens.
+The loop of `on_policy.py` with one difference: the samples of step s were begun up to
+`trainer.max_staleness` steps before, with the weights of that time, as `buffer.py` admits them. At
+a weight sync the engines pause, take the new weights, compute the keys and values of unfinished
+responses again, and go on with these responses; each token has the version of its weights. The
+trainer computes the log-probabilities that the losses compare with, from the weights that the step
+begins with, whichever weights drew the tokens.
 
 With `trainer.max_staleness=0` nothing is begun before its step, and all numbers are those of
 `on_policy.py`, bit for bit.
 
-A checkpoint keeps which prompts were in the hands of the engines; a resumed run asks for them
-again, so that no prompt is lost and none is trained on twice.
+A checkpoint keeps which prompts the engines were answering; a resumed run generates them again, so
+that no prompt is lost and none is trained on twice.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
 
 
 def age_in_updates(cfg: RunConfig, step: int, groups: Sequence[SampleGroup]) -> Metrics:
-    """Return how many optimizer updates lie between the oldest weights that drew a token and those
-    of the step's last update, at most."""
+    """Return the most optimizer updates between the oldest weights that drew a token and the
+    weights of the step's last update."""
     per_step = cfg.data.train_batch_size // cfg.actor.ppo_mini_batch_size * cfg.actor.ppo_epochs
     oldest = min(sample.weight_version for group in groups for sample in group.samples)
     updates = (step - oldest) * per_step + per_step - 1
@@ -105,13 +105,13 @@ class _Admitted:
     """The first draw of a step."""
 
     prompts_before: Mapping[str, Any]
-    """Where the stream of prompts stood before it."""
+    """Position of the stream of prompts before the draw."""
     asked: Asked
 
 
 class Ahead(Draws):
-    """Draws whose first one of a step begins before its step. What a step must draw beyond that,
-    because groups are filtered, is drawn when that shows."""
+    """Draws where the first draw of a step begins before the step. Further draws, needed if groups
+    are filtered, begin when the need is known."""
 
     def __init__(self, cfg: RunConfig, inputs: RunInputs, cluster: Cluster) -> None:
         super().__init__(cfg, inputs, cluster)
@@ -119,15 +119,15 @@ class Ahead(Draws):
         self._buffer = self._empty_buffer(0, 0)
 
     def begin(self, step: int, end: int) -> None:
-        """Begin with `step`, whose weights all engines have; `end` is not done any more."""
+        """Begin with `step`, whose weights all engines have; `end` is the first step not done."""
         self._buffer = self._empty_buffer(step, end)
 
     def admit(self) -> Metrics:
-        """Have the engines begin with all that the buffer admits; return how much they work on."""
+        """Start all generations that the buffer admits; return how much the engines work on."""
         while (step := self._buffer.to_admit) is not None:
             stream = self._inputs.prompts
             before = stream.state_dict()
-            if self._again:  # in the hands of the engines when the run that is resumed ended
+            if self._again:  # the engines worked on it when the resumed run ended
                 now, before = before, self._again.pop(0)
                 stream.load_state_dict(before)
                 prompts = self._next_prompts()
@@ -152,12 +152,12 @@ class Ahead(Draws):
         self._buffer.published(version)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stood before each draw that is not yet trained on."""
+        """Return the stream's position before each draw that is not yet trained on."""
         pending = [work.prompts_before for work in self._buffer.works]
         return {"pending": [dict(before) for before in [*pending, *self._again]]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Ask for these draws again, before any other."""
+        """Repeat these draws, before any other."""
         self._again = [dict(before) for before in state["pending"]]
 
     def _empty_buffer(self, step: int, end: int) -> Buffer[_Admitted]:

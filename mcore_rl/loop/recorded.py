@@ -1,4 +1,4 @@
-"""A run that keeps a journal: its engines and its rewards, with a note taken of what they say."""
+"""A run that keeps a journal: engines and rewards whose answers are recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mcore_rl.types import SampleGroup
 
 
 class Journal:
-    """Takes notes of the step that is going on, and writes them when it is over.
+    """Records the current step, and writes the record when the step is over.
 
     Args:
         folder: of the journal; made with the first file.
@@ -29,8 +29,8 @@ class Journal:
         self._record: StepRecord | None = None
 
     def synced(self, version: int, weights: Mapping[str, str]) -> None:
-        """Take note that the engines have weights, which ends a step and begins the next; the
-        first ones begin that of the run.
+        """Take note that the engines have new weights, which ends a step and begins the next; the
+        first weights begin the first step of the run.
 
         Raises:
             RunError: if the step cannot be written.
@@ -46,7 +46,7 @@ class Journal:
         results: Sequence[Sequence[GenerationResult]],
         has_routes: bool,
     ) -> None:
-        """Take note of what the engines answered."""
+        """Record the answers of the engines."""
         record = self._going_on
         if has_routes:
             self._record = record = StepRecord(record.weights, record.answers, record.scores, True)
@@ -54,7 +54,7 @@ class Journal:
             record.answers.extend(zip(map(Key.of, of_group), answers, strict=True))
 
     def scored(self, groups: Sequence[SampleGroup]) -> None:
-        """Take note of what the rewards said."""
+        """Record the results of the rewards."""
         self._going_on.scores.extend(
             Score(s.prompt.uid, s.index, s.reward, s.reward_status, s.reward_metrics, s.answer)
             for group in groups
@@ -62,7 +62,7 @@ class Journal:
         )
 
     def close(self) -> None:
-        """Write the step that is going on: a validation after the last one, for example."""
+        """Write the current step, for example the validation after the last step."""
         if self._record is not None:
             write_step(self._folder, self._step, self._record)
 
@@ -73,7 +73,7 @@ class Journal:
 
 
 def recorded(cluster: Cluster, inputs: RunInputs, journal: Journal) -> tuple[Cluster, RunInputs]:
-    """Return a cluster and inputs that do the same, and have notes taken in a journal."""
+    """Return a cluster and inputs that do the same and record in a journal."""
     return (
         replace(cluster, engines=RecordedEngines(cluster.engines, journal)),
         replace(inputs, scorer=RecordedScorer(inputs.scorer, journal)),
@@ -82,7 +82,7 @@ def recorded(cluster: Cluster, inputs: RunInputs, journal: Journal) -> tuple[Clu
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """What engines were given."""
+    """A generation that was given to the engines."""
 
     requests: Sequence[Sequence[GenerationRequest]]
     keep_routes: bool
@@ -90,11 +90,11 @@ class _Begun:
 
 
 class RecordedEngines(Fleet):
-    """Engines with a journal of what they answer.
+    """Engines whose answers are recorded in a journal.
 
     Args:
-        engines: that answer.
-        journal: takes the notes.
+        engines: give the answers.
+        journal: records them.
     """
 
     def __init__(self, engines: Fleet, journal: Journal) -> None:
@@ -155,11 +155,11 @@ class RecordedEngines(Fleet):
 
 
 class RecordedScorer(Scorer):
-    """Rewards with a journal of what they say.
+    """Rewards whose results are recorded in a journal.
 
     Args:
-        scorer: that scores.
-        journal: takes the notes.
+        scorer: gives the results.
+        journal: records them.
     """
 
     def __init__(self, scorer: Scorer, journal: Journal) -> None:

@@ -1,8 +1,8 @@
 """A run done again from its journal: no engine generates, no reward is called.
 
-The loop is the one of the run. It asks for the same samples, since prompts, settings and seeds are
-the same, and gets the answers that the run got; so it trains on the same tokens, with the log
-probabilities and the versions of weights that they came with, whatever was in flight then.
+The loop is the same as in the run. It asks for the same samples, since prompts, settings and seeds
+are the same, and gets the answers that the run got. So it trains on the same tokens, with the
+recorded log-probabilities and weight versions, also if the run had steps in flight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Playback:
-    """Gives what a run was told, step by step.
+    """Gives the recorded inputs of a run, step by step.
 
     Args:
         folder: of the journal.
@@ -46,13 +46,13 @@ class Playback:
         self._scores: deque[Score] = deque()
         self._step = -1
         self.last_step = steps[-1]
-        """The last one that the journal has."""
+        """The last step in the journal."""
 
     def begin(self, step: int) -> StepRecord:
-        """Turn to a step and return its record.
+        """Move to a step and return its record.
 
         Raises:
-            UserError: if the journal does not have it, or lacks what it was told.
+            UserError: if the journal does not have the step, or lacks some of its inputs.
         """
         record = read_step(self._folder, step)
         if record.has_routes:
@@ -67,10 +67,10 @@ class Playback:
         return record
 
     def answer(self, request: GenerationRequest) -> GenerationResult:
-        """Return what the engines answered to a request in the step.
+        """Return the engines' answer to a request in the step.
 
         Raises:
-            UserError: if the run did not ask for it.
+            UserError: if the run did not make this request.
         """
         left = self._answers.get(Key.of(request))
         if not left:
@@ -82,10 +82,10 @@ class Playback:
         return left.popleft()
 
     def score(self, uid: str, index: int) -> Score:
-        """Return what the reward said of the next sample.
+        """Return the reward's result for the next sample.
 
         Raises:
-            UserError: if the run scored another one.
+            UserError: if the run scored another sample.
         """
         score = self._scores.popleft() if self._scores else None
         if score is None or (score.uid, score.sample) != (uid, index):
@@ -104,20 +104,20 @@ def replayed(
     decode: Callable[[Ids], str],
     at_end: Callable[[], None],
 ) -> tuple[Cluster, RunInputs]:
-    """Return a cluster without engines, and inputs, that answer as those of a run did; see
+    """Return a cluster without engines, and inputs, that give the recorded answers of a run; see
     `ReplayedEngines`."""
     engines = ReplayedEngines(cluster.engines, playback, decode, at_end)
     return replace(cluster, engines=engines), replace(inputs, scorer=ReplayedScorer(playback))
 
 
 class ReplayedEngines(Fleet):
-    """Engines that answer what those of a run answered.
+    """Engines that give the recorded answers of a run's engines.
 
     Args:
-        source: engines without any, which gets the trainer's weights.
+        source: a fleet without engines, which gets the trainer's weights.
         playback: of the run.
         decode: returns the text of response tokens, as the engine's host does.
-        at_end: called when the trainer's weights are those of a step that the journal lacks.
+        at_end: called when the trainer reaches the weights of a step that the journal lacks.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class ReplayedEngines(Fleet):
         return groups
 
     def end(self, generation: Any, enough: int | None = None) -> list[list[GenerationResult]]:
-        """See `Fleet`; what was stopped then has ended by "abort" in the journal.
+        """See `Fleet`; samples that were stopped in the run have ended by "abort" in the journal.
 
         Raises:
-            UserError: if the run did not ask for it.
+            UserError: if the run did not make these requests.
         """
         return [[self._answer(request) for request in group] for group in generation]
 
@@ -167,7 +167,7 @@ class ReplayedEngines(Fleet):
         return replace(result, text=self._decode(result.token_ids))
 
     def sync_weights(self, version: int) -> Metrics:
-        """See `Fleet`; says so when they are not those of the run."""
+        """See `Fleet`; logs a message when the weights are not those of the run."""
         metrics = self._source.sync_weights(version)
         if version > self._playback.last_step:
             self._at_end()
@@ -200,7 +200,7 @@ class ReplayedEngines(Fleet):
 
 
 class ReplayedScorer(Scorer):
-    """Rewards that say what those of a run said.
+    """Rewards that give the recorded results of a run's rewards.
 
     Args:
         playback: of the run.
@@ -213,7 +213,7 @@ class ReplayedScorer(Scorer):
         """See `Scorer`.
 
         Raises:
-            UserError: if the run scored others.
+            UserError: if the run scored other samples.
         """
         samples = [sample for group in groups for sample in group.samples]
         scores = [self._playback.score(sample.prompt.uid, sample.index) for sample in samples]

@@ -1,4 +1,4 @@
-"""What a step does with its scored groups, whichever loop has had them generated.
+"""What a step does with its scored groups, in every loop.
 
 groups -> log-probabilities -> KL in the reward -> values -> advantages   `Learner.prepare`
        -> updates of the critic and of the actor                          `Learner.update`
@@ -40,12 +40,12 @@ class Learner:
             cfg.algorithm.rollout_correction,
         )
         self.kl = KlController(cfg.algorithm.kl_ctrl, cfg.algorithm.kl_penalty)
-        """What a checkpoint keeps of it."""
+        """The part of the learner that a checkpoint keeps."""
 
     def prepare(
         self, groups: list[SampleGroup], log: RunLog
     ) -> tuple[list[SampleGroup], list[Metrics]]:
-        """Return the groups with all that the updates read, and metrics."""
+        """Return the groups with all fields that the updates read, and metrics."""
         cfg, cluster = self._cfg, self._cluster
         metrics: list[Metrics] = []
         with log.stage("old_logprobs"):
@@ -60,7 +60,7 @@ class Learner:
         return groups, [*metrics, advantage_metrics]
 
     def update(self, step: int, groups: Sequence[SampleGroup], log: RunLog) -> list[Metrics]:
-        """Do the updates of a step, of the critic alone while it warms up; return metrics."""
+        """Do the updates of a step, only of the critic while it warms up; return metrics."""
         cfg, cluster = self._cfg, self._cluster
         metrics = [update_critic(cfg, cluster, groups, log)]
         if step >= cfg.trainer.critic_warmup:
@@ -70,7 +70,7 @@ class Learner:
 
 
 def is_due(step: int, frequency: int) -> bool:
-    """Return whether something that is done every `frequency` steps, -1: never, is done."""
+    """Return whether something done every `frequency` steps (-1: never) is due at `step`."""
     return frequency > 0 and step % frequency == 0
 
 
@@ -83,7 +83,7 @@ def is_validated(cfg: RunConfig, step: int) -> bool:
 def with_logprobs(
     cfg: RunConfig, cluster: Cluster, objective: PolicyObjective, groups: list[SampleGroup]
 ) -> list[SampleGroup]:
-    """Return the groups with what the losses need of `old_logprobs` and `ref_logprobs`.
+    """Return the groups with `old_logprobs` and `ref_logprobs`, as far as the losses need them.
 
     A step of one update needs no pass for the old ones: they are those of its own forward. With
     router replay R2 that pass also records the experts that the updates replay.
@@ -111,7 +111,8 @@ def update(
     for _ in range(cfg.actor.ppo_epochs):
         for sequences in sequences_of_updates(cfg, groups):
             if parts and sequences[0].old_logprobs is None:
-                # The weights have moved: their distance from the engine's is no longer a mismatch.
+                # The weights have changed: their difference from the engine's is no longer a
+                # mismatch.
                 sequences = [replace(sequence, rollout_logprobs=None) for sequence in sequences]
             parts.append(cluster.trainer.update(sequences, objective))
     return merge(parts)

@@ -8,8 +8,9 @@ up. The run saves, ends its workers in order, and ends with exit code 0.
     after the last step                  gives up the last validation; the last step is saved
 
 So no update is done twice, and a generation of hours ends within seconds. A pass for
-log-probabilities or values and a weight sync come to their end first. Started again, the run goes
-on with that step, draws the same samples, and ends with the numbers of one that was never asked.
+log-probabilities or values and a weight sync are finished first. Started again, the run goes on
+with that step, draws the same samples, and ends with the same numbers as a run that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stop:
-    """Whether a run is asked to end, and what gives up its work then."""
+    """Whether a run is asked to end, and the functions that then interrupt its work."""
 
     def __init__(self) -> None:
         self._is_asked = threading.Event()
@@ -47,14 +48,14 @@ class Stop:
             interrupt()
 
     def interrupts(self, *functions: Callable[[], None]) -> None:
-        """Have these functions called when the run is asked to end, from any thread. The work that
+        """Register functions to call, from any thread, when the run is asked to end. The work that
         they interrupt raises StoppedError."""
         self._interrupts += functions
         if self.is_asked:
             self.ask()
 
     def check(self) -> None:
-        """Return unless the run is asked to end.
+        """Raise an error if the run is asked to end.
 
         Raises:
             StoppedError: if it is.
@@ -64,7 +65,7 @@ class Stop:
 
     @contextlib.contextmanager
     def saves(self, checkpoints: Checkpoints) -> Iterator[None]:
-        """Save what a step that is given up in the block began with."""
+        """If the step is stopped in the block, save the state that it began with."""
         try:
             yield
         except StoppedError:
@@ -74,8 +75,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stopped_by_signal(workers: WorkerGroup) -> Iterator[Stop]:
-    """Yield what SIGUSR1 asks to end; the block ends when the run has, with its workers. Only the
-    main thread may enter it."""
+    """Yield the `Stop` that SIGUSR1 triggers; the block ends when the run and its workers have
+    ended. Only the main thread may enter it."""
     stop, wake = Stop(), os.eventfd(0, os.EFD_CLOEXEC)
 
     def watch() -> None:
@@ -83,7 +84,7 @@ def stopped_by_signal(workers: WorkerGroup) -> Iterator[Stop]:
         logger.warning("SIGUSR1: the run saves and ends")
         stop.ask()
 
-    # A handler may run between any two instructions, so it does as little as can be.
+    # A handler may run between any two instructions, so it does as little as possible.
     threading.Thread(target=watch, name="stop", daemon=True).start()
     signal.signal(signal.SIGUSR1, lambda *_: os.eventfd_write(wake, 1))
     try:

@@ -1,6 +1,6 @@
 """`trainer.val_only`, and `mcore-rl eval`: one validation and nothing else.
 
-It leaves a run that the folder holds as it is: what it finds is in a folder of its own, with the
+It does not change a run in the same folder: its results go to a folder of their own, with the
 configuration, all metrics with their intervals, and every sample.
 """
 
@@ -29,7 +29,7 @@ from mcore_rl.types import SampleGroup
 
 
 def validate(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path) -> Path:
-    """Validate the weights that the run would go on with; return the folder with what was found."""
+    """Validate the weights that the run would resume with; return the folder with the results."""
     step = Checkpoints(cfg.trainer, run_dir, cluster, {}).load()
     folder = run_dir / "validation" / f"global_step_{step}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def _results(
 
     Args:
         groups: scored.
-        by_group: the metrics of each, means all of them.
+        by_group: the metrics of each group; all of them are means.
     """
     results: dict[str, SourceResults] = {}
     for source, positions in positions_by_source(groups).items():

@@ -33,7 +33,7 @@ class Alarm:
     """A sign that a run goes wrong."""
 
     title: str
-    """That of its section on the page that explains it."""
+    """Title of its section on the page that explains it."""
     key: str
     """Metric that it watches."""
     threshold: str
@@ -43,7 +43,7 @@ class Alarm:
 
     @property
     def anchor(self) -> str:
-        """Of its section, as readers of Markdown make it: "mismatch-trend"."""
+        """Anchor of its section, in the Markdown form: "mismatch-trend"."""
         return self.title.lower().replace(" ", "-")
 
     def fired(self, columns: Columns) -> list[int] | None:
@@ -85,13 +85,13 @@ def gradient_norm(series: Series) -> list[int]:
 
 
 def zero_variance_groups(series: Series) -> list[int]:
-    """Return the steps where nearly no group has had samples of different rewards of late."""
+    """Return the steps where in recent steps almost no group had samples of different rewards."""
     means = _running_means(series, GROUPS_WINDOW)
     return [step for step, mean in means if mean > GROUPS_FRAC]
 
 
 def truncation(series: Series) -> list[int]:
-    """Return the steps where many responses have been cut off at the limit of late."""
+    """Return the steps where in recent steps many responses were cut off at the limit."""
     means = _running_means(series, TRUNCATED_WINDOW)
     return [step for step, mean in means if mean > TRUNCATED_FRAC]
 

@@ -20,7 +20,7 @@ from mcore_rl.errors import RunError, UserError
 from mcore_rl.foreign_json import parse_json
 
 _STEPS = 2**53
-"""More than any run has; a float holds each of them."""
+"""More steps than any run has; a float holds each step number exactly."""
 
 
 class StepFile:
@@ -77,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file of which every value is a number.
 
     Raises:
-        UserError: as `read_records`, or if a value is no number that a float holds.
+        UserError: as `read_records`, or if a value is not a number that a float can hold.
     """
     records = read_records(path)
     for record in records:

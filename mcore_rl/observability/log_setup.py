@@ -20,7 +20,7 @@ QUIETED_LOGGERS = {
     "megatron.core": "prints whole configs, and every parameter of every gradient bucket, at INFO",
     "httpx": "one INFO line per request, so one per sample with a remote reward or engine",
 }
-"""Loggers held at WARNING, each with the reason."""
+"""Loggers set to WARNING, each with the reason."""
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -58,11 +58,11 @@ def setup_logging(rank: int, role: str) -> None:
 
 
 def log_to_file(folder: Path, rank: int, role: str) -> None:
-    """Write the lines of this process from now on into a file of a folder too, behind what a run
-    before has left there.
+    """Also write this process's lines from now on into a file of a folder, after the lines of an
+    earlier run.
 
     Args:
-        folder: `logs` of the run folder; made where it is not there.
+        folder: `logs` of the run folder; made if it does not exist.
         rank: as in `setup_logging`.
         role: as in `setup_logging`.
     """

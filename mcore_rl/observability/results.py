@@ -1,5 +1,5 @@
-"""What a validation alone leaves behind: `results.json` with every metric and its interval,
-`samples.parquet` with every sample, and the table that is printed."""
+"""The files of a validation without training: `results.json` with every metric and its interval,
+`samples.parquet` with every sample, and the printed table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceResults:
-    """What was found on one data source."""
+    """The results on one data source."""
 
     num_prompts: int
     num_samples: int
@@ -144,5 +144,5 @@ def _column(name: str) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Return the text without halves of a pair, which Parquet's encoding does not have."""
+    """Return the text without lone surrogates, which Parquet's encoding does not have."""
     return text.encode(errors="replace").decode()

@@ -24,10 +24,10 @@ LOGS = "logs"
 """Folder: the log lines of each process, "worker-3.log"."""
 
 JOURNAL = "journal"
-"""Folder: what the engines answered and the rewards said, a file a step."""
+"""Folder: the answers of the engines and of the rewards, one file per step."""
 
 MEMORY_FILE = "memory.json"
-"""What the workers held beside what the plan said; written after the last step."""
+"""The workers' memory next to the plan's estimate; written after the last step."""
 
 REPORT_FILE = "report.html"
 """Made from the others."""

@@ -59,7 +59,7 @@ class SampleLog:
         Args:
             step: whose weights drew the samples.
             split: of the data, "train" or "val", for the reader.
-            groups: to choose from, with whatever is known of them by now.
+            groups: to choose from, with all fields known so far.
 
         Raises:
             RunError: if the file cannot be written.

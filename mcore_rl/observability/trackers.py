@@ -1,4 +1,4 @@
-"""Where the metrics of a step go: `metrics.jsonl` always, and what `trainer.logger` names.
+"""Where the metrics of a step go: `metrics.jsonl` always, and the trackers in `trainer.logger`.
 
 Lives in the controller only. Steps count from 0 and each is logged once, in order; what is measured
 after the last step, a final validation, is logged as step `total_steps`. A tracker that cannot
@@ -64,10 +64,10 @@ class Tracker:
         raise NotImplementedError
 
     def stage(self, name: str) -> None:
-        """Take note that a stage begins; only a live display cares."""
+        """Take note that a stage begins; only a live display uses it."""
 
     def close(self) -> None:
-        """Finish what is on screen or on its way."""
+        """Finish the display and pending writes."""
 
 
 TRACKERS: Registry[Callable[[RunInfo], Tracker]] = Registry("tracker", "trainer.logger")
@@ -137,7 +137,8 @@ class RunLog:
                 tracker.log(step, numbers)
 
     def close(self) -> None:
-        """Close every tracker; call it also when the run fails, it gives the terminal back."""
+        """Close every tracker; call it also when the run fails, because it restores the
+        terminal."""
         for tracker in self._trackers:
             tracker.close()
 
@@ -280,7 +281,7 @@ class TrackioTracker(Tracker):
 
 
 def _optional(package: str) -> Any:
-    """Return a package that only who asks for its tracker needs."""
+    """Return a package that only its tracker needs."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -291,7 +292,7 @@ def _optional(package: str) -> Any:
 
 
 def _run_id(run: RunInfo, service: str, make: Callable[[], str]) -> str:
-    """Return what a service knows the run by; it is kept in the run folder for a resumed run."""
+    """Return the id of the run at a service; it is kept in the run folder for a resumed run."""
     file = run.dir / f"{service}_run_id"
     if run.start_step == 0 or not file.exists():
         file.write_text(make())
@@ -352,7 +353,7 @@ class TerminalTracker(Tracker):
 
 
 class LogLineTracker(Tracker):
-    """One log line per step with the numbers that tell whether a run is well."""
+    """One log line per step with the numbers that show the state of a run."""
 
     HEADLINE = (
         "reward/mean",

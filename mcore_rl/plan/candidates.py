@@ -1,7 +1,7 @@
 """The configurations among which `mcore-rl plan --suggest` chooses.
 
-A candidate is the run's own configuration with other sizes in it, so that everything else counts as
-it stands. What a user sets on the command line stays; what a recipe sets is a proposal like others.
+A candidate is the run's own configuration with other sizes; everything else stays the same. Keys
+set on the command line stay; values set by a recipe are only one proposal among others.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ FULL_RECOMPUTE = {
     "recompute_num_layers": 1,
 }
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
-"""Of a device for an engine that takes turns with the trainer or has it for itself."""
+"""Shares of a device's memory for an engine, alone on it or in turn with the trainer."""
 
 NO_TURNS = {**dict.fromkeys(OFFLOADS, False), SLEEP: 0}
-"""Of a trainer and engines on devices of their own."""
+"""Values for a trainer and engines on devices of their own."""
 
 Values = Mapping[str, Any]
 """By key of the configuration."""
@@ -87,7 +87,7 @@ class Space:
         self.cfg, self._fixed, self._has_experts = cfg, set(fixed), has_experts
 
     def placements(self) -> Iterator[Values]:
-        """Yield where trainer and engines stand: on the same devices, or some for each of them.
+        """Yield placements of trainer and engines: on the same devices, or on separate ones.
 
         The devices are those of the configuration, the engines' own among them.
         """
@@ -143,7 +143,7 @@ class Space:
             yield {BUDGET: budget, RECOMPUTE: override}
 
     def turns(self, placed: RunConfig) -> Iterator[Values]:
-        """Yield what leaves the device while it is not needed."""
+        """Yield what is offloaded while it is not needed."""
         is_apart = placed.rollout.nnodes > 0 or placed.rollout.host == "server"
         choices = [(False, 0)] if is_apart else [(False, 0), (False, 2), (True, 0), (True, 2)]
         for leaves, level in choices:

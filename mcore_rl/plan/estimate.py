@@ -34,11 +34,11 @@ from mcore_rl.types import Layout, Offloads, Part
 
 GIB = 2**30
 USABLE = 0.9
-"""Share of a device for what is estimated; the rest is for what `memory.py` does not count."""
+"""Share of a device for the estimate; the rest is for memory that `memory.py` does not count."""
 
 
 class ModelCounts:
-    """What is counted of the models of a run whatever their layout; made once for many layouts.
+    """Counts of the models of a run that do not depend on the layout; made once for many layouts.
 
     Args:
         cfg: the run.
@@ -81,7 +81,7 @@ class Estimate:
     engine: EngineMemory
     """On one of its devices, whichever these are."""
     moments: Sequence[Moment]
-    """Each phase as it is on a train worker's device, on the stage where it needs most."""
+    """Memory of each phase on a train worker's device, on the stage with the largest need."""
     resident: Sequence[Moment]
     """The same if nothing were offloaded and engines never slept."""
     host_per_device: int
@@ -134,14 +134,14 @@ def estimate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerMemory:
-    """What the trainer has on the devices of each stage."""
+    """Memory of the trainer on the devices of each stage."""
 
     stages: Sequence[StageParameters]
     memory: Sequence[StageMemory]
 
 
 def assemble(cfg: RunConfig, counts: ModelCounts, trainer: TrainerMemory) -> Estimate:
-    """Return the estimate of a run of which the trainer's part is known.
+    """Return the estimate of a run from the trainer's part.
 
     Args:
         cfg: the run; of the trainer only what leaves the device is read.

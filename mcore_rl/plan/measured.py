@@ -1,4 +1,4 @@
-"""What a run has held beside what its plan said, written into the run folder at its end.
+"""The memory of a run next to the estimate of its plan, written into the run folder at its end.
 
 On CUDA both count a device, the engines on it included. On CPU they count the resident set of a
 train worker: host memory and "device" are one there, an engine counts where it lives in the worker,
@@ -29,7 +29,7 @@ from mcore_rl.rollout.base import CPU_KV_CACHE_BYTES, ENGINES
 logger = logging.getLogger(__name__)
 
 HELD = "end of the run"
-"""Row of what stays when all work is done and what is freed has been given back."""
+"""Row of the memory that stays when all work is done and freed memory has been given back."""
 
 
 def write_memory(

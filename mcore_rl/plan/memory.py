@@ -10,7 +10,7 @@ Narayanan et al., arXiv:2104.04473). That is with fused kernels: the local layer
 communication buffers, fragmentation, temporary tensors. Leave a tenth of a device for them.
 
 Everything is in bytes; T is tokens of a micro-batch on this device (its context-parallel share).
-What is held at the same time is the business of `moments.py`.
+`moments.py` says what is held at the same time.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ as passed on to the other stages."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """What one device of a pipeline stage has at one time or another, in bytes."""
+    """Memory of one device of a pipeline stage for its different uses, in bytes."""
 
     actor: Mapping[Part, int]
-    """By part of its state, the frozen copy of the first model among them."""
+    """Bytes by part of its state, including the frozen copy of the first model."""
     critic: Mapping[Part, int]
     activations: int
-    """Of an update; the critic's are counted as the actor's."""
+    """Activations of an update; the critic's count like the actor's."""
     logits: int
     forward: int
-    """Of a pass without gradients: one layer at a time."""
+    """Activations of a pass without gradients: one layer at a time."""
     export: int
-    """Of weights on their way to engines or to a folder."""
+    """Weights being exported to engines or to a folder."""
     save: int
     """In host memory: copies of the actor's part of a checkpoint until they are written."""
     save_critic: int

@@ -16,11 +16,11 @@ from mcore_rl.types import Offloads, Part
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory:
-    """What an engine has on one of its devices, in bytes."""
+    """Memory of an engine on one of its devices, in bytes."""
 
     weights: int
     kv_cache: int
-    """With what its passes need: all that it is given beside the weights."""
+    """Cache and memory for its passes: all memory of the engine except the weights."""
     sleep_level: int
     """`rollout.sleep_level`."""
 
@@ -32,7 +32,7 @@ class EngineMemory:
         return weights + (self.kv_cache if needs is EngineNeeds.ALL else 0)
 
     def in_host_memory(self, needs: EngineNeeds) -> int:
-        """Return what is kept in host memory meanwhile."""
+        """Return the bytes that are in host memory meanwhile."""
         return self.weights if self.sleep_level == 1 and needs is EngineNeeds.NOTHING else 0
 
 
@@ -45,7 +45,7 @@ class Moment:
     reference: int
     critic: int
     own: int
-    """What the work itself needs: activations and logits, weights under way."""
+    """Memory of the work itself: activations and logits, weights being exported."""
     engine: int
     host: int
     """In host memory for this device meanwhile."""
@@ -74,7 +74,7 @@ def fullest_moments(
     engine: EngineMemory,
     offloads: Offloads,
 ) -> list[Moment]:
-    """Return each phase as it is on the stage where it needs most."""
+    """Return the memory of each phase on the stage with the largest need."""
     return [
         max((_moment(phase, stage, engine, offloads) for stage in memory), key=lambda m: m.total)
         for phase in phases
@@ -111,7 +111,7 @@ def _moment(phase: Phase, stage: StageMemory, engine: EngineMemory, offloads: Of
 
 
 def own(phase: Phase, stage: StageMemory) -> int:
-    """Return what the work of a phase needs beside the models and the engine."""
+    """Return the bytes that the work of a phase needs, without models and engine."""
     match phase:
         case Phase.GENERATE:
             return 0  # of what the engine is given

@@ -1,4 +1,4 @@
-"""What generation beside training would bring: a run simulated event by event, in seconds.
+"""The gain from generation during training: a run simulated event by event, in seconds.
 
     admit(s) -> requests wait for a slot of their engine -> all of step s are answered
              -> reward -> train -> sync, engines paused -> weights s + 1 published -> admit
@@ -24,15 +24,15 @@ from enum import StrEnum
 from typing import TypeAlias
 
 Requests: TypeAlias = Sequence[Sequence[float]]
-"""Of a step, group by group: seconds of each request in its slot. A group goes to one engine, and
-groups go round the engines."""
+"""Seconds of each request of a step in its slot, group by group. A group goes to one engine; the
+groups go to the engines in turn."""
 
 
 class Doing(StrEnum):
-    """What the trainer's side does at a moment."""
+    """The present work of the trainer's side."""
 
     WAIT = "wait"
-    """For the responses of the step."""
+    """Waiting for the responses of the step."""
     REWARD = "reward"
     TRAIN = "train"
     SYNC = "sync"
@@ -56,24 +56,24 @@ class StepSeconds:
     reward: float = 0.0
     sync: float = 0.0
     recompute: float = 0.0
-    """After a sync, for each second that a running request had been in its slot: its engine
-    computes again what it had of it."""
+    """Seconds after a sync, for each second that a running request had been in its slot: the engine
+    computes its keys and values again."""
 
 
 @dataclass(slots=True)
 class SimulatedStep:
-    """What a step was spent with, from the publication of its weights to that of the next."""
+    """Where the time of a step went, from the publication of its weights to that of the next."""
 
     seconds: dict[Doing, float] = field(default_factory=lambda: dict.fromkeys(Doing, 0.0))
     busy: dict[Doing, float] = field(default_factory=lambda: dict.fromkeys(Doing, 0.0))
-    """Of these: seconds in which engines had requests, in the mean over engines."""
+    """Seconds of each kind of work in which engines had requests, as the mean over engines."""
     oldest: int = 0
-    """By how many steps the weights that drew its first token are older than those that train."""
+    """How many steps older the weights of its first token are than the weights that train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """Steps in the mean."""
+    """Means over steps."""
 
     step_s: float
     shares: Mapping[Doing, float]
@@ -150,7 +150,7 @@ _Span: TypeAlias = tuple[float, float]
 
 
 class _Engine:
-    """Slots on a clock of their own, which stands while the engine is paused or computes again."""
+    """Slots with a clock of their own, which stops while the engine is paused or recomputes."""
 
     def __init__(self, slots: int) -> None:
         self._free = [0.0] * slots
@@ -161,7 +161,7 @@ class _Engine:
         """When each version of the weights came, from 1."""
 
     def _read(self, now: float) -> float:
-        """Return what its clock shows at a time of the run."""
+        """Return the time of its clock at a time of the run."""
         self._now = max(self._now, now - self._stood)
         return self._now
 
@@ -184,7 +184,7 @@ class _Engine:
         return bisect_right(self._published, spans[0][0])
 
     def take_weights(self, now: float, seconds: float, recompute: float) -> None:
-        """Take weights in so many seconds from now, and begin again with what runs."""
+        """Take weights for so many seconds from now, then continue the running requests."""
         at = self._read(now)
         self._unfinished = [span for span in self._unfinished if span[1] > at]
         if self._unfinished:
@@ -198,5 +198,5 @@ class _Engine:
 
 
 def alone(draws: Sequence[Requests], fleet: Fleet) -> float:
-    """Return the seconds in which the engines answer a step with nothing beside it, in the mean."""
+    """Return the mean seconds in which the engines answer a step, without other work meanwhile."""
     return Overlap.of(simulate(draws, fleet, StepSeconds(train=0.0), max_staleness=0)).step_s

@@ -28,9 +28,9 @@ from mcore_rl.plan.times import (
 from mcore_rl.types import Layout
 
 AGES = (0, 1, 2, 4)
-"""Of `trainer.max_staleness` that are shown, beside that of the run."""
+"""Values of `trainer.max_staleness` that are shown, in addition to the run's own."""
 NUM_STEPS = 8
-"""That are averaged, after those of the beginning and before those of the end."""
+"""Number of steps that are averaged, without steps at the beginning and at the end."""
 WAITING_TOKEN_BYTES = 4 + 4
 """Of a response that waits for its step: ids and the engine's log-probabilities."""
 TRAINED_TOKEN_BYTES = 72
@@ -40,15 +40,15 @@ what is packed and sent, and the journal's copy."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Times:
-    """What is simulated, in seconds."""
+    """Inputs of the simulation, in seconds."""
 
     generate: float
-    """A step's generation with nothing beside it."""
+    """Generation of a step without other work meanwhile."""
     reward: float
     train: float
     sync: float
     prefill: float
-    """A token that an engine computes again."""
+    """Recomputation of one token by an engine."""
     draw: Callable[[random.Random], Sequence[float]]
     """Returns tokens of the responses of a step."""
     source: str
@@ -74,7 +74,7 @@ def overlap_lines(
     """
     work = work_of_step(cfg, step.prompt_tokens, step.response_tokens)
     engines = num_engines(cfg)
-    # More at a time than a step has would slow each other: the times are not of that.
+    # More requests at a time than a step has would slow each other: the times exclude that.
     most_running = min(slots(cfg, counts, found.engine, work), math.ceil(work.samples / engines))
     fleet = Fleet(num_engines=engines, slots=most_running)
     yield "overlap     generation beside training, simulated (plan/overlap.py)"

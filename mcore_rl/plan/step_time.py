@@ -1,4 +1,4 @@
-"""How long a step would take, from formulas: good enough to rank layouts, not to promise hours.
+"""How long a step would take, from formulas: good enough to rank layouts, not to predict hours.
 
 A step is the sum of its stages, as the on-policy loop does them one after the other. Matrix
 products run at a share of the device's peak, weights and caches are read at a share of its
@@ -72,7 +72,7 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What is counted of a model for times."""
+    """Sizes of a model that determine times."""
 
     arch: Mapping[str, Any]
     total: int
@@ -111,7 +111,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a step has to do."""
+    """The work of a step."""
 
     prompts: int
     prompt_tokens: int
@@ -205,7 +205,7 @@ def decode_time(
     running = min(per_engine, sequences)
     response = work.response_tokens / work.samples
     rounds = max(work.longest_response, per_engine * response / running)
-    # Of many sequences each picks its experts: the share that any of them picked is read.
+    # Each of many sequences picks its experts: the share picked by any of them is read.
     read = 1 - (1 - model.expert_share) ** running
     dense = model.total - model.vocab - model.experts
     weights = (dense + model.experts * read) * BYTES[dtype] / engine

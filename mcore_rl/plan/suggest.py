@@ -1,8 +1,8 @@
 """Which layout and placement a run could have: all that fit, the fastest estimate first.
 
-What is said of a candidate is what its plan says: memory comes from the same `estimate`, rules from
-the same checks. Trainer and engines are looked at apart and then put together, since only memory
-binds them; so thousands of pairs take seconds.
+Candidates get the same numbers as in their plan: memory comes from the same `estimate`, rules from
+the same checks. Trainer and engines are examined separately and then combined, since only memory
+couples them. So thousands of pairs take seconds.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestions:
-    """All that was looked at."""
+    """All candidates that were examined."""
 
     fitting: Sequence[Suggestion]
     """The best of each layout and placement, fastest first."""
     impossible: Mapping[str, str]
-    """By layout and placement: why nothing of it fits."""
+    """By layout and placement: why no candidate of it fits."""
 
 
 def work_of(cfg: RunConfig, prompt_tokens: Sequence[int]) -> Work:
-    """Return what a step of the run has to do, as its plan packs it.
+    """Return the work of a step of the run, as its plan packs it.
 
     Args:
         cfg: the run.

@@ -33,7 +33,7 @@ def write_suggestions(cfg: RunConfig, fixed: Sequence[str], speeds: Speeds, top:
     """Write what `suggest` finds for a run to stdout; its own layout need not be possible.
 
     Raises:
-        UserError: for what no layout could mend.
+        UserError: for a problem that no layout can fix.
     """
     a_model_is_named(cfg)
     training_data_is_named(cfg)
@@ -91,7 +91,7 @@ def suggestion_lines(
 
 
 def _bytes_line(cfg: RunConfig, counts: ModelCounts, work: Work) -> str:
-    """Return what moves besides activations."""
+    """Return the bytes that move, other than activations."""
     weights = counts.num_parameters * BYTES[engine_type(cfg)] / GIB
     line = f"a sync brings {weights:.1f} GiB of weights to each engine"
     per_token = route_bytes_per_token(counts.arch)

@@ -39,7 +39,7 @@ def num_engines(cfg: RunConfig) -> int:
 
 
 def work_of_step(cfg: RunConfig, prompts: Sequence[int], responses: Sequence[int]) -> Work:
-    """Return what a step of the run has to do.
+    """Return the work of a step of the run.
 
     Args:
         cfg: the run.
@@ -145,8 +145,8 @@ class MeasuredTimes:
 
 
 def measured_times(run_dir: Path) -> MeasuredTimes | None:
-    """Return what the steps of a run took, without those that validate and the first, which starts
-    much up; None if its folder holds no step that says it.
+    """Return the times of a run's steps, without steps that validate and without the first, which
+    includes start-up; None if its folder has no such step.
 
     Raises:
         UserError: if its metrics cannot be read.
@@ -178,7 +178,7 @@ def measured_times(run_dir: Path) -> MeasuredTimes | None:
 
 
 def _tells(line: Mapping[str, float]) -> bool:
-    """Return whether a line of metrics is of a step that tells what is wanted."""
+    """Return whether a line of metrics has the needed times."""
     needed = [line.get(key, math.nan) for key in _NEEDED]
     return line["step"] > 0 and "time/eval" not in line and all(0 < x < math.inf for x in needed)
 

@@ -1,4 +1,4 @@
-"""Rewards: what a response is worth.
+"""Rewards: the score of a response.
 
 A new reward is one file with a function under `@REWARDS.register("<data_source>")` and its name in
 the import below.

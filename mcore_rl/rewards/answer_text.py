@@ -50,7 +50,7 @@ _IN_TEXT = re.compile(
 )
 _LATEX_SPACE = re.compile(r"\\[ ,;:!]|~")
 _DEEPEST = 8
-"""Commands of LaTeX, or pairs of marks, around one answer that are looked through."""
+"""Most LaTeX commands, or pairs of marks, that are removed around one answer."""
 
 
 def stated_answer(response: str) -> str | None:
@@ -102,7 +102,7 @@ def _last(mark: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _in_tags(response: str) -> str | None:
-    """Return what stands between the last opening tag that is closed and its closing one."""
+    """Return the text between the last opening tag that is closed and its closing tag."""
     last_close = _last(_CLOSE_TAG, response)
     if last_close is None:
         return None

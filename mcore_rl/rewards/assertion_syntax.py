@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 
 class SplitError(Exception):
-    """Why assertions cannot be taken apart."""
+    """The reason why assertions cannot be split."""
 
 
 def compare_by_type(node: ast.AST) -> ast.AST:
@@ -57,14 +57,14 @@ def bound_by(statement: ast.stmt) -> set[str]:
 
 
 def is_fixed(statement: ast.stmt) -> bool:
-    """Whether what a statement binds cannot be changed by whom it is passed to."""
+    """Whether the value that a statement binds cannot be changed by a function that receives it."""
     if isinstance(statement, ast.Assign):
         return isinstance(statement.value, ast.Constant)
     return isinstance(statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
 
 
 def inline(function: ast.FunctionDef, call: ast.Call) -> list[ast.stmt]:
-    """Return the body of a function of the text with what it is called with: `check(add)`."""
+    """Return the body of a function of the text with the arguments of a call: `check(add)`."""
     names = [argument.arg for argument in function.args.args]
     if (
         len(names) != len(call.args)

@@ -1,4 +1,4 @@
-"""Take assertions apart: what the program is asked, and what is expected of the answers.
+"""Split assertions into calls of the program and the checks on its answers.
 
 `assert add(1, 2) == 3` becomes the expression `add(1, 2)`, which the program's process evaluates,
 and the verdict `_value_0 == 3`, which no program ever sees. What belongs to the program is a name
@@ -50,7 +50,7 @@ _WELL_KNOWN = {
     "Decimal": "decimal",
     "Fraction": "fractions",
 }
-"""Names that assertions use without importing them, and the modules they are of."""
+"""Names that assertions use without importing them, and their modules."""
 _MODULES = {name: name for name in sys.stdlib_module_names} | {"np": "numpy", "numpy": "numpy"}
 _BUILTINS = frozenset(dir(builtins))
 _PLAIN_TYPES = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, range)
@@ -197,7 +197,7 @@ class _Splitter:
                 raise SplitError(f"there is a statement of the kind `{kind}` in it")
 
     def _give(self, statement: ast.stmt, names: Iterable[str]) -> None:
-        """Keep a statement that has nothing to do with the program, for whoever needs it."""
+        """Keep a statement that does not use the program, for later statements that need it."""
         self.own.update(names)
         self.givens.append(statement)
         self.verdict.append(statement)
@@ -220,7 +220,7 @@ class _Splitter:
         plain.update(names)
 
     def _do(self, statement: ast.stmt, value: ast.expr) -> None:
-        """Have the program's process run a statement."""
+        """Let the program's process run a statement."""
         if not self._belongs(value):
             raise SplitError("a statement is of the program only in part")
         self._provide(value)
@@ -234,7 +234,7 @@ class _Splitter:
         self.own.difference_update(passed)
 
     def _provide(self, value: ast.AST) -> None:
-        """Have the program's process run the statements that `value` needs and has not had."""
+        """Let the program's process run the statements that `value` needs and that have not run."""
         needed = {name.id for name in names_in(value)}
         chosen = []
         for given in reversed(self.givens):
@@ -320,7 +320,7 @@ class _Splitter:
         return ast.Name(id=f"_value_{self.num_values - 1}", ctx=ast.Load())
 
     def _ask_for_all(self, node: Any, bound: frozenset[str]) -> ast.expr:
-        """Return a name for the values of the program in a comprehension of nothing else."""
+        """Return a name for the values of the program in a comprehension of only such values."""
         if any(self.has_part(g.iter) or any(map(self.has_part, g.ifs)) for g in node.generators):
             raise SplitError("the program is asked inside of a loop")
         values = self._ask(ast.ListComp(elt=node.elt, generators=node.generators), bound)

@@ -1,4 +1,4 @@
-"""What k of the n samples of a prompt give: the best of them, the answer of most, any right one.
+"""Metrics of k of the n samples of a prompt: the best, the majority's answer, any right one.
 
 Each is the mean over all subsets of k samples, without replacement, computed exactly: nothing is
 drawn, and k = n is the group as it is. Only `bootstrap_intervals` draws, from a fixed seed.
@@ -50,9 +50,9 @@ def majority_at(
 ) -> Floats:
     """Return the score of the answer that most of k samples of one prompt give, [len(ks)].
 
-    Answers that are given equally often win equally often. The score of an answer is the mean of
-    its samples'. Samples without an answer do not vote; where nobody votes, it is the mean of
-    theirs.
+    Answers with equal votes win equally often. The score of an answer is the mean score of its
+    samples. Samples without an answer do not vote; if no sample votes, the result is their mean
+    score.
 
     Args:
         scores: n of them.

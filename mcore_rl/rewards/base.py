@@ -15,8 +15,7 @@ Score = float | Mapping[str, Any]
 response states; its other numbers are logged by name."""
 
 ANSWER = "pred"
-"""By verl's name. Answers that are the same text are votes for one answer; None or "": no answer is
-stated."""
+"""verl's name for it. Equal texts are votes for one answer; None or "": no answer is stated."""
 
 
 class AnswerScore(TypedDict):
@@ -46,7 +45,7 @@ class RewardFunction(Protocol):
 
 
 REWARDS: Registry[Callable[..., Score | Awaitable[Score]]] = Registry("reward", "data_source")
-"""A name that ends in `*` is that of all data sources that begin so."""
+"""A name that ends in `*` stands for all data sources with this prefix."""
 
 
 def find_reward(data_source: str) -> Callable[..., Score | Awaitable[Score]]:
@@ -71,7 +70,7 @@ def further_numbers(function: Callable[..., Any]) -> frozenset[str] | None:
 
 
 PROTECTIONS = ("privileges", "files", "calls")
-"""Of the sandbox, beside its limits: no capabilities, Landlock, seccomp (see `jail/`)."""
+"""Protections of the sandbox besides limits: no capabilities, Landlock, seccomp (see `jail/`)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,9 +94,9 @@ class SandboxConfig:
     calls. Without "files" programs read what this user reads; without "calls" they reach the
     network, start processes and end others of this user."""
     share_assertions: bool = False
-    """Run assertions that cannot be taken apart into a call and what is expected of it beside the
-    program, in its process. It can then read what is expected, or replace the comparison, and pass
-    without solving anything; models learn to. False refuses such data before the run starts."""
+    """Run assertions that cannot be split into a call and an expected result in the program's own
+    process. The program can then read the expected result, or replace the comparison, and pass
+    without solving the task; models learn this. False refuses such data before the run starts."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -114,7 +113,7 @@ class OverlongBufferConfig:
     """`reward.overlong_buffer`: a penalty on training responses that come near the limit."""
 
     enable: bool = False
-    """Off, the two below are not read."""
+    """If off, the two keys below are not read."""
     len: int = 0
     """Tokens before data.max_response_length over which the penalty grows."""
     penalty_factor: float = 1.0
@@ -149,7 +148,7 @@ class RewardConfig:
     None for no limit."""
     memory_gib: float | None = 8.0
     """Most private memory of one process; beyond it the function gets a MemoryError. None for no
-    limit. A lower one of the system, as `ulimit -d` sets it, holds instead."""
+    limit. A lower limit of the system, set by `ulimit -d` for example, holds instead."""
     on_error: str = "raise"
     """A function that raises, exceeds the time, ends its process, or returns no finite number:
     "raise" stops the run and names the sample, "zero" scores the sample 0 and counts it in

@@ -160,7 +160,8 @@ def _program_test(stdin: str, expected: str) -> Test:
 
 
 def _text(content: Any) -> str:
-    """Return a side of a test as text; it may be a list of lines, and a line may be a number."""
+    """Return the input or output of a test as text. It may be a list of lines; lines may be
+    numbers."""
     if isinstance(content, list | tuple):
         return "\n".join(str(line).rstrip("\r\n") for line in content)
     if isinstance(content, Mapping) or content is None:
@@ -210,7 +211,7 @@ def _values(text: str) -> list[Any]:
 
 
 def _json(outcome: Outcome) -> Any:
-    """Return what the program's process gave for a result; nothing that equals any if it is none"""
+    """Return the result of the program's process; if there is none, a value that equals nothing."""
     if outcome.failure:
         return _NOTHING
     try:

@@ -5,9 +5,9 @@ attributes:
 
     ```python        ```py title="a.py"        ``` {.python .numbers}        ~~~ Python3
 
-A block ends with a line that begins or ends with as many of the same, or where another begins that
-names its language. In a list it is indented; the code is what remains without the indentation of
-its first line. A block that never ends is none.
+A block ends with a line that begins or ends with the same number of the same marks, or where
+another block begins that names its language. In a list it is indented; the code is what remains
+without the indentation of its first line. A block without an end does not count.
 """
 
 from __future__ import annotations

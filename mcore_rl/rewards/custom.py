@@ -4,7 +4,8 @@
     def compute_score(data_sources, solution_strs, ground_truths, extra_infos=None): ...
 
 The second is a batch function: it gets all responses at once, as lists, and returns a list. Either
-may be `async`. The file finds what lies beside it, as a program finds what lies beside its script.
+may be `async`. The file can import its neighbours, as a program can import the files next to its
+script.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class CustomReward:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling it does nothing but make a coroutine; also of an object with `__call__`."""
+    """Whether a call only makes a coroutine; also for an object with `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
     call = getattr(function, "__call__", None)  # noqa: B004  looked at, not whether it is there

@@ -1,4 +1,4 @@
-"""Call a function in a forked copy of this process, so that neither hanging nor crashing matters.
+"""Call a function in a forked copy of this process, so that hangs and crashes do no harm.
 
 For work on what a model wrote, in libraries that cannot be interrupted: the call is killed on time
 even inside C code, and what it allocates is gone with it. Forking costs milliseconds and the copy

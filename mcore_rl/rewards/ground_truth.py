@@ -1,4 +1,4 @@
-"""Reference answers of rows: what a reward reads of them, and one line for the row it cannot read.
+"""Reference answers of rows: how a reward reads them, and one line for a row it cannot read.
 
 A list is any of its answers. A whole float is that integer: a column of integers with a missing
 value comes as floats.
@@ -18,7 +18,7 @@ _READERS: dict[Callable[..., Any], Callable[..., object]] = {}
 
 
 def reads(reader: Callable[..., object]) -> Callable[[Function], Function]:
-    """Return a decorator that says what a reward reads of a row.
+    """Return a decorator that declares how a reward reads a row.
 
     Args:
         reader: takes `ground_truth`, then the sandbox's section if the reward takes it; raises a
@@ -33,7 +33,7 @@ def reads(reader: Callable[..., object]) -> Callable[[Function], Function]:
 
 
 def reader_of(function: Callable[..., Any]) -> Callable[..., object] | None:
-    """Return what `function` reads a row with; None if it did not say."""
+    """Return the function that `function` reads a row with; None if it declares none."""
     return _READERS.get(function)
 
 

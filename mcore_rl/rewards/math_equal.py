@@ -1,14 +1,14 @@
-r"""Whether two expressions in LaTeX are equal: by math-verify, with three faults of it mended.
+r"""Whether two expressions in LaTeX are equal: by math-verify, with three of its faults fixed.
 
 - Its parser does not read percent signs; they are read here, either as hundredths or, as its own
   comparison of integers has it, as if they were not there.
 - It multiplies numbers that stand side by side: "1 1/2" was 1, "1 000" was 0, "3 4" was 12. Mixed
   numbers and thousands are rewritten; what still stands side by side is compared as text.
-- It takes a difference below 1e-15 for 0, so 1/2006! was 1/2004!. What it calls equal must also be
-  equal in proportion to its size: to 40 digits where both are exact, to 0.5 percent where one is a
-  decimal, which it rounds to six places.
+- It takes a difference below 1e-15 for 0, so 1/2006! was 1/2004!. Here the two must also be equal
+  relative to their size: to 40 digits if both are exact, to 0.5 percent if one is a decimal, which
+  math-verify rounds to six places.
 
-Source: math-verify 0.9.0, latex2sympy2_extended 1.11.0; to be looked at anew with a new version.
+Source: math-verify 0.9.0, latex2sympy2_extended 1.11.0; check this again with a new version.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _are_equal(answer: str, reference: str) -> bool:
 
 
 def _are_apart(a: Any, b: Any) -> bool:
-    """Return whether two expressions that passed for equal differ by more than rounding."""
+    """Return whether two expressions that math-verify calls equal differ by more than rounding."""
     import sympy
 
     if isinstance(a, sympy.Eq) or isinstance(b, sympy.Eq):
@@ -96,7 +96,7 @@ def _are_apart(a: Any, b: Any) -> bool:
     somewhere: Any = {s: sympy.Rational(37 + n, 23) for n, s in enumerate(symbols)}
     a, b = a.subs(somewhere), b.subs(somewhere)
     a, b = a.doit(), b.doit()
-    # Not as Python's floats: sizes beyond them are the point.
+    # Not as Python's floats: the sizes may be beyond their range.
     size, other, difference = (sympy.Abs(x.evalf(_DIGITS)).evalf(15) for x in (a, b, a - b))
     is_rounded = a.has(sympy.Float) or b.has(sympy.Float)
     limit = sympy.Max(size, other) * sympy.Float(_ROUNDED if is_rounded else _EXACT)

@@ -67,7 +67,7 @@ r"""After a number: an equation, another number, or what makes it a part of an e
 _COMMAND = re.compile(r"\\(?!text|math|mbox|boxed|left|big|approx|quad|display)[A-Za-z]")
 r"""Before a number: what makes it an argument (\sqrt{16})."""
 _LONGEST_ANSWER = 2_000
-"""Characters of a stated answer that are looked at."""
+"""Most characters of a stated answer that are read."""
 
 
 def find_numbers(text: str) -> list[Fraction | None]:
@@ -76,8 +76,8 @@ def find_numbers(text: str) -> list[Fraction | None]:
 
 
 def last_number(text: str) -> Fraction | None:
-    """Return the last number in `text`; None if there is none, or if it is a calculation that is
-    left to be done ("10/2", "2^10")."""
+    """Return the last number in `text`; None if there is none, or if it is an unfinished
+    calculation ("10/2", "2^10")."""
     found = collections.deque(_matches(text), maxlen=1)
     if not found or found[0]["power"]:
         return None

@@ -26,7 +26,7 @@ from mcore_rl.rewards.ground_truth import reads
 from mcore_rl.rewards.number_text import stated_number
 
 CREDIT = {"break_points": 0.2, "equations": 0.3, "values": 0.3, "answer": 0.2}
-"""What each step is worth; a whole solution scores 1."""
+"""Credit of each step; a complete solution scores 1."""
 
 Linear = dict[str, int]
 """An expression as {"a": 2, "": 3} for 2a + 3; no zeros."""

@@ -43,26 +43,26 @@ from mcore_rl.rewards.worker import Answer, Job, RewardCall, WorkerSetup, time_l
 _START_LIMIT_S = 300.0
 """Longest time for a process to start and import a custom function."""
 _LOOK_S = 1.0
-"""How often to look for processes that ended while something they started holds the connection."""
+"""Seconds between checks for ended processes whose children still hold the connection."""
 _GRACE_S = 5.0
-"""Longer than its limit that an async call, which its process gives up by itself, is waited for."""
+"""Seconds to wait beyond the limit of an async call, which its process cancels by itself."""
 _SEND_LIMIT_S = 10
-"""Longest time to hand over a call; an event loop that is blocked takes none."""
+"""Longest time to send a call; a blocked event loop accepts none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one call."""
+    """The result of one call."""
 
     score: float = 0.0
     answer: str | None = None
-    """That the response states, "" for none; None: the function gives no answers."""
+    """The answer that the response states, "" for none; None: the function gives no answers."""
     others: Mapping[str, float] = field(default_factory=dict)
     """The further numbers that the function returned."""
     error: str | None = None
     """Why there is no score, on one line."""
     timed_out: bool = False
-    """Whether that is the time."""
+    """Whether the reason is the time limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,10 +159,10 @@ class RewardPool:
         ]
 
     def _drop_dead(self) -> None:
-        """Forget the dead who owe no answer; `_collect` hears of the others."""
+        """Drop dead processes without an unanswered call; `_collect` handles the others."""
         dead = [w for w in self._workers if not w.is_pending and not w.is_alive]
         for worker in dead:
-            worker.kill()  # what it started may live on
+            worker.kill()  # its children may still run
         self._workers[:] = [worker for worker in self._workers if worker not in dead]
 
     def _dispatch(self, waiting: collections.deque[_Task]) -> None:
@@ -176,7 +176,7 @@ class RewardPool:
         self._workers += [_Worker(self._setup) for _ in range(num_new)]
 
     def _free_for(self, task: _Task) -> _Worker | None:
-        """Return the process that has least to do, if one can take the task."""
+        """Return the process with the least work, if one can take the task."""
         ready = [worker for worker in self._workers if worker.is_ready and not worker.is_killed]
         worker = min(ready, key=lambda worker: len(worker.tasks), default=None)
         if worker is None or not worker.tasks:
@@ -199,7 +199,7 @@ class RewardPool:
         left = min(_LOOK_S, max(0.0, until - time.monotonic()))
         multiprocessing.connection.wait(list(pending), left)
         for connection, worker in pending.items():
-            # Looked at anew: the caller may have kept the outcome before it for long.
+            # Checked again: the caller may have taken long with the previous outcome.
             if connection.poll() or not worker.is_alive:
                 task, answers = worker.take()
             elif time.monotonic() >= worker.deadline:
@@ -246,10 +246,10 @@ class _Worker:
         self.kind: Mapping[str, bool] = {}
         """Of the custom function: "is_async" and "is_batch"; known when it is ready."""
         self.tasks: dict[int, _Task] = {}
-        """Those that it has, by number."""
+        """Its present tasks, by number."""
         self._deadlines = {-1: time.monotonic() + _START_LIMIT_S}
-        """By number; -1: until it is ready."""
-        self._send(pickle.dumps(setup))  # one that is gone already is found out by `take`
+        """Deadlines by number of the task; -1: until it is ready."""
+        self._send(pickle.dumps(setup))  # `take` notices a process that is already gone
 
     @property
     def deadline(self) -> float:
@@ -267,11 +267,11 @@ class _Worker:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it owes an answer; one that was killed here owes none."""
+        """Whether an answer is missing; a process that was killed here sends none."""
         return not self.is_killed and (not self.is_ready or bool(self.tasks))
 
     def give(self, task: _Task) -> bool:
-        """Hand over a task; False if the process has died or takes nothing."""
+        """Send a task; False if the process has died or accepts nothing."""
         if not self._send(pickle.dumps(task.job)):
             self.kill()
             return False
@@ -308,8 +308,7 @@ class _Worker:
         return self._fail(time_limit_exceeded(first.job.limit_s))
 
     def _fail(self, answer: Answer) -> tuple[_Task | None, list[Answer]]:
-        """Return its only task with this answer; if it has several, nobody knows whose fault it
-        is."""
+        """Return its only task with this answer; if it has several, the faulty one is not known."""
         if len(self.tasks) == 1:
             task = self._pop(*self.tasks)
             return task, [answer] * len(task.positions)

@@ -35,7 +35,7 @@ _SERVE = "import sys; sys.path.append(sys.argv[1]); from mcore_rl.jail.server im
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a program did on one test."""
+    """The result of a program on one test."""
 
     output: str
     """What it wrote to standard output; for a call, its result as JSON; for expressions, their
@@ -77,7 +77,7 @@ class Sandbox:
         return self._run({"kind": "call", "function": function, "arguments": arguments}, timeout_s)
 
     def evaluate(self, steps: Sequence[tuple[str, str]], timeout_s: float) -> Outcome:
-        """Run the program, then code beside it: ("exec", statement) or ("eval", expression).
+        """Run the program, then code in its process: ("exec", statement) or ("eval", expression).
 
         The output holds the values of the expressions. The program can read the code.
         """
@@ -86,8 +86,8 @@ class Sandbox:
     def judge(self, code: str, values: Sequence[Any], timeout_s: float) -> bool:
         """Whether `code` runs to its end without the program, given values of `evaluate`.
 
-        It finds them as `_value_0`, `_value_1`, ..., and `_is_same` of `jail.plain_data`. For a
-        sandbox without a program only: what it was told, the processes after it may find.
+        The code can use `_value_0`, `_value_1`, ..., and `_is_same` of `jail.plain_data`. Only for
+        a sandbox without a program: later processes of the sandbox may find these values.
         """
         assert not self._source
         test = {"kind": "verdict", "code": code, "values": values}
@@ -97,7 +97,7 @@ class Sandbox:
     def holds(self, assertions: str, timeout_s: float) -> bool:
         """Whether the program and then the code `assertions` run to their end.
 
-        Both share a process, so a program written to deceive can pass without being right.
+        Both share a process, so a deceptive program can pass without being right.
         """
         token = secrets.token_hex(16)
         test = {"kind": "assertions", "assertions": assertions, "token": token}
@@ -126,7 +126,7 @@ class Sandbox:
             stdout=subprocess.PIPE,
             env={"MALLOC_ARENA_MAX": "1"},  # or every thread takes 64 MiB of address space
             cwd="/",
-            start_new_session=True,  # outlives a killed group for as long as it takes to clean up
+            start_new_session=True,  # lives on after a killed group until it has cleaned up
         )
         job = {
             "source": self._source,

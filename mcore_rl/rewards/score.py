@@ -1,4 +1,4 @@
-"""Groups to scored groups: finds the reward of each prompt, has it run, and reports.
+"""From groups to scored groups: finds the reward of each prompt, runs it, and reports.
 
 Invariants: no sample leaves without a finite reward; a reward that fails is never a silent zero
 (the run stops, or the failure is logged and counted, and the run stops all the same where too many
@@ -50,7 +50,7 @@ class CallRunner(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Free all resources."""
         ...
 
 
@@ -87,8 +87,8 @@ class RewardScorer:
         self._pool.start()
 
     def lacks(self, name: str, prompts: Iterable[Prompt]) -> str | None:
-        """Return the first data source whose reward is known to give no number called `name` beside
-        the score; what a custom function gives is not known before it is called."""
+        """Return the first data source whose reward is known to give no number called `name` in
+        addition to the score. The numbers of a custom function are not known before a call."""
         if self._is_custom:
             return None
         for data_source in dict.fromkeys(prompt.data_source for prompt in prompts):
@@ -99,7 +99,7 @@ class RewardScorer:
 
     def check_ground_truths(self, prompts: Iterable[Prompt]) -> None:
         """Return if every prompt has a reference answer that a response can match; a custom
-        function and rewards of plug-ins may not have said what they read.
+        function and rewards of plug-ins may not declare how they read a row.
 
         Raises:
             UserError: for the first prompt that has none, naming its row.
@@ -120,7 +120,7 @@ class RewardScorer:
                 ) from None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
-        """Return the groups with what the rewards give set, and the `reward/` metrics.
+        """Return the groups with the results of the rewards set, and the `reward/` metrics.
 
         Raises:
             UserError: under `reward.on_error=raise`, for the first reward that fails.
@@ -143,13 +143,14 @@ class RewardScorer:
         return scored, reward_metrics(scored)
 
     def check_failures(self, groups: Sequence[SampleGroup]) -> None:
-        """Return unless more samples of a validation failed than `reward.max_failed_frac` allows.
+        """Raise an error if more samples of a validation failed than `reward.max_failed_frac`
+        allows.
 
         Args:
             groups: all of the validation, scored.
 
         Raises:
-            UserError: if so; what the first one failed of has been logged.
+            UserError: if so; the reason of the first failure has been logged.
         """
         statuses = [sample.reward_status for group in groups for sample in group.samples]
         num_failed, most = len(statuses) - statuses.count("scored"), self._cfg.max_failed_frac
@@ -163,7 +164,7 @@ class RewardScorer:
         )
 
     def interrupt(self) -> None:
-        """Give up what is scored, now and from now on; from any thread."""
+        """Abort scoring, now and from now on; from any thread."""
         self._pool.interrupt()
 
     def close(self) -> None:
@@ -222,7 +223,7 @@ def _failure(sample: Sample, reason: str) -> str:
 
 
 def with_outcomes(groups: Sequence[SampleGroup], outcomes: Sequence[Outcome]) -> list[SampleGroup]:
-    """Return the groups with what became of their samples, in the order of the groups."""
+    """Return the groups with the outcomes of their samples, in the order of the groups."""
     return with_sample_fields(
         groups,
         reward=[outcome.score for outcome in outcomes],
@@ -243,7 +244,7 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def _warn_of_nan(samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
-    """Name the further numbers that are no numbers: the samples count as if they had none."""
+    """Warn of further numbers that are NaN or infinite: the samples count as if they had none."""
     without: dict[str, list[str]] = {}
     for sample, outcome in zip(samples, outcomes, strict=True):
         for name, value in outcome.others.items():

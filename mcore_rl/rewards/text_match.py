@@ -1,8 +1,8 @@
 """How close a short text is to reference texts: SQuAD's normalisation, exact match and F1.
 
-Two exceptions to that normalisation, where it makes another answer of one: signs that belong to a
-word or number stay (C++, C#, -5, 3.14, 1/2), and a text of nothing but articles keeps them. A text
-of which nothing is left matches nothing.
+Two exceptions to that normalisation, where it would change the answer: signs that belong to a word
+or number stay (C++, C#, -5, 3.14, 1/2), and a text of only articles keeps them. A text of which
+nothing is left matches nothing.
 
 Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; TriviaQA (arXiv:1705.03551) scores the
 same way, with several references.
@@ -32,15 +32,15 @@ _KEPT = {ord(sign): 0xE000 + n for n, sign in enumerate("+#-./")}
 """Signs to code points for private use, while punctuation is dropped."""
 _DROPPED = {**dict.fromkeys(map(ord, string.punctuation)), **{n: chr(s) for s, n in _KEPT.items()}}
 _MOST_OF_A_WORD = 200
-"""Characters of a word that is composed. Unicode's composition takes quadratic time in the number
-of marks on one letter; no word of a reference has as many characters as this."""
+"""Most characters of a word that is composed. Unicode's composition takes quadratic time in the
+number of marks on one letter; no word of a reference has as many characters as this."""
 
 Words = Sequence[str]
 
 
 def normalize(text: str) -> Words:
     """Return the words of `text`: in lower case, without ASCII punctuation and the articles a, an,
-    the, composed (NFKC), so that an accent is one way only."""
+    the, composed (NFKC), so that an accent has one form only."""
     if not text.isascii():
         text = " ".join(_composed(word) for word in text.replace("\u2212", "-").split())
     text = _OF_A_WORD.sub(lambda sign: sign[0].translate(_KEPT), text.lower())
@@ -54,8 +54,8 @@ def exact_match(answer: Words, reference: Words) -> float:
 
 
 def f1(answer: Words, reference: Words) -> float:
-    """Return 2 p r / (p + r): p of the answer's words are in the reference, r the other way
-    round, each word as often as it stands in both."""
+    """Return 2 p r / (p + r): p is the share of the answer's words that are in the reference, r the
+    reverse; each word counts as often as it is in both."""
     if not answer or not reference:
         return 0.0
     num_common = (collections.Counter(answer) & collections.Counter(reference)).total()

@@ -1,7 +1,7 @@
 """What a response says apart from its thoughts.
 
-Thoughts stand between `<think>` and `</think>`. Templates of models that always think open them at
-the end of the prompt. What a response says in a thought that never closes it has not said.
+Thoughts are between `<think>` and `</think>`. Templates of models that always think open them at
+the end of the prompt. Text in a thought that never closes does not count.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def after_thoughts(prompt: str, response: str) -> str:
-    """Return what follows the last thought; of one that never closes, what stands before it.
+    """Return the text after the last thought; if it never closes, the text before it.
 
     Args:
         prompt: as the model sees it, the template applied.

@@ -8,7 +8,7 @@ dies with the thread that started it. It imports no torch.
 Plain functions run one after another, in the main thread and with no event loop running, so they
 may set alarms and call `asyncio.run`. `async` ones run side by side on one event loop, which is the
 process's for its life: clients and sessions that a function keeps go on working in later calls. The
-parent, which deals out the jobs, never gives a process both at a time.
+parent assigns the jobs and never gives a process both kinds at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mcore_rl.rewards.custom import CustomReward, is_async, load_custom_reward
 from mcore_rl.rewards.limits import limit_memory
 
 _LONGEST_REASON = 2000
-"""Characters."""
+"""Most characters of a reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +56,20 @@ class RewardCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is scored by one call of a function."""
+    """The responses scored by one call of a function."""
 
     number: int
-    """Comes back with the answer."""
+    """Number that comes back with the answer."""
     calls: Sequence[RewardCall]
-    """One, or those that a batch function gets."""
+    """One call, or all calls of a batch function."""
     is_batch: bool
     """Whether the function gets all of them at once."""
     limit_s: float | None
-    """Longest time for the job; the parent holds a plain function to it."""
+    """Longest time for the job; for a plain function the parent enforces it."""
 
 
 Answer = dict[str, Any]
-"""Of one response: "score", "answer" and "others", or "error", and "timed_out" with it."""
+"""The answer for one response: "score", "answer" and "others", or "error" and "timed_out"."""
 
 
 def main() -> None:
@@ -193,7 +193,7 @@ def time_limit_exceeded(limit_s: float | None) -> Answer:
 
 
 def _arguments(job: Job) -> dict[str, Any]:
-    """Return the arguments of the call; of a batch lists, by the plurals of their names."""
+    """Return the arguments of the call; for a batch, lists under the plurals of their names."""
     if not job.is_batch:
         return dict(job.calls[0].arguments)
     return {f"{name}s": [c.arguments[name] for c in job.calls] for name in job.calls[0].arguments}
@@ -231,12 +231,12 @@ def _answer_of(result: object) -> Answer:
 
 
 def read_result(result: object) -> Answer:
-    """Return score, answer and other numbers of what a reward function returned; of the others some
-    may be NaN or infinite.
+    """Return score, answer and other numbers of a reward function's result; the others may be NaN
+    or infinite.
 
     Raises:
         TypeError: if the score is missing or not a number.
-        ValueError: if it is NaN or infinite, or if another number bears the name of a metric.
+        ValueError: if it is NaN or infinite, or if another number has the name of a metric.
     """
     others = dict(result) if isinstance(result, Mapping) else {"score": result}
     if "score" not in others:
@@ -256,8 +256,8 @@ def read_result(result: object) -> Answer:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number, or what numpy and torch make of one (np.bool_, an array of no dimensions)
-    as a float; None for anything else."""
+    """Return a number, also one of numpy or torch (np.bool_, an array without dimensions), as a
+    float; None for anything else."""
     if (
         not isinstance(value, numbers.Real | decimal.Decimal)
         and getattr(value, "shape", None) == ()

@@ -23,11 +23,11 @@ ENGINES.add("fake", EngineKind(load=_fake, has_texts=False))
 
 
 def load_engine(spec: EngineSpec, link: Link) -> RolloutEngine:
-    """Start the engine named by `rollout.name`; imports only that one's library.
+    """Start the engine named by `rollout.name`; imports only the library of that engine.
 
     Args:
         spec: what it starts from.
-        link: by which its weights come.
+        link: brings its weights.
 
     Raises:
         UserError: if there is no such engine.

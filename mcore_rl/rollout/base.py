@@ -2,8 +2,8 @@
 the experts that each token was routed to when they are asked for.
 
 An engine holds weights of a known version and takes new ones through an update session
-(`weight_sync.base.UpdateSession`), which is vLLM's own lifecycle. How they come is the business of
-the receiver that its link opens. Engines sample; they neither tokenize nor judge.
+(`weight_sync.base.UpdateSession`), which is vLLM's own lifecycle. The receiver that its link opens
+decides how they come. Engines sample; they neither tokenize nor score.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mcore_rl.types import Ids, Numbers, RoutesAt, Routing, VersionSpan
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, UpdateSession
 
 CPU_KV_CACHE_BYTES = 256 << 20
-"""Of an engine on CPU that is told nothing else."""
+"""Size of the KV cache of an engine on CPU, unless set otherwise."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,14 +33,14 @@ class ValKwargsConfig:
     n: int = 1
     """Samples per prompt; greedy, 1."""
     do_sample: bool = False
-    """False: greedy; what follows is then not read."""
+    """False: greedy; the keys below are then not read."""
     temperature: float = 1.0
-    """Greedy, 0.0 may stand here too."""
+    """With greedy sampling, 0.0 is allowed too."""
     top_p: float = 1.0
     top_k: int = -1
 
     def __post_init__(self) -> None:
-        # Of more, the number of subsets (rewards/at_k.py) is no float.
+        # For a larger n, the number of subsets (rewards/at_k.py) does not fit a float.
         require(1 <= self.n <= 1000, "rollout.val_kwargs.n", self.n, "must lie in [1, 1000]")
         require(
             self.temperature > 0 or (self.temperature == 0 and not self.do_sample),
@@ -68,32 +68,32 @@ class RolloutConfig:
     name: str = "vllm"
     """Engine: vllm, or fake (a deterministic engine without a model, for tests and dry runs)."""
     host: str = "in_process"
-    """Where an engine runs: in_process (in the train workers' processes), process (in one of its
-    own, with vLLM's own executor) or server (a vLLM server that runs already)."""
+    """Where an engine runs: in_process (in the train workers' processes), process (in a process of
+    its own, with vLLM's own executor) or server (a vLLM server that runs already)."""
     server_urls: list[str] = field(default_factory=list)
-    """With host server: where the servers are, "http://10.0.0.5:8000", an engine each."""
+    """With host server: URLs of the servers, such as "http://10.0.0.5:8000"; each is an engine."""
     nnodes: int = 0
-    """With host process: nodes that engines have for themselves; 0: they share the trainer's."""
+    """With host process: number of nodes for engines only; 0: engines share the trainer's nodes."""
     n_gpus_per_node: int | None = None
-    """Devices of each of those; without a launcher of several machines they are those of this one
-    that the trainer leaves."""
+    """Devices of each of these nodes. With a launcher for one machine, these are devices of this
+    machine that the trainer does not use."""
     max_engine_restarts: int = 0
-    """With host process: how often engines that fail are started again, in all."""
+    """With host process: how often failed engines are started again, in total."""
     n: int = 1
     """Samples per prompt: the size of a group."""
     stop_stragglers: bool = False
     """Draw data.gen_batch_size groups and stop the rest once data.train_batch_size have ended.
-    What is long then trains less often."""
+    Long responses then train less often."""
     temperature: float = 1.0
     top_p: float = 1.0
     """Only 1.0: the trainer cannot reproduce renormalised log-probabilities."""
     top_k: int = -1
     """Only -1, for the same reason."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end a response, beside the end tokens, in validation too. The tokens that complete
-    the text are part of the response."""
+    """Texts that end a response, in addition to the end tokens, in validation too. The tokens that
+    complete the text are part of the response."""
     tensor_model_parallel_size: int = 1
-    """Train workers that host an engine together, each with a part of every layer."""
+    """Number of train workers that host one engine together, each with a part of every layer."""
     dtype: str | None = None
     """Type of the engine's weights; None: that of the actor."""
     max_model_len: int | None = None
@@ -109,30 +109,30 @@ class RolloutConfig:
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache; None: by gpu_memory_utilization on CUDA, 256 MiB on CPU."""
     sleep_level: int = 0
-    """What an engine gives up while it does not generate: 0, nothing; 1, its cache, and its weights
-    are kept in host memory; 2, both, until the next sync brings weights."""
+    """What an engine frees while it does not generate: 0, nothing; 1, its cache, and its weights
+    move to host memory; 2, both, until the next sync brings weights."""
     enforce_eager: bool | None = None
     """Run without graphs and compilation; None: yes on CPU, no on CUDA."""
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the engine, handed on as they are."""
+    """Further arguments of the engine, passed on unchanged."""
     weight_transport: str | None = None
     """How weights reach the engine: direct (by reference, in the train worker's process),
     shared_memory, gloo or disk (a folder that both see), ipc (another process of the same CUDA
     device), nccl (CUDA devices of the engine's own); None: by the host, gloo with nnodes."""
     lora_sync: str = "auto"
-    """With model.lora_rank: what a sync brings after the first. adapter: the adapters alone, which
-    the engine applies beside the weights; merged: all weights with the adapters in them; auto:
-    adapter where that has been shown to work."""
+    """With model.lora_rank: what every sync after the first sends. adapter: only the adapters,
+    which the engine applies in addition to the weights; merged: all weights with the adapters
+    merged; auto: adapter where that has been shown to work."""
     update_weights_bucket_mib: int = 512
-    """Most MiB of weights that are gathered and sent at a time; a larger tensor goes alone."""
+    """Most MiB of weights that are gathered and sent at a time; a larger tensor is sent alone."""
     compare_loaded_weights: bool = True
     """Before the first step, compare what all engines have loaded from the sync, parameter by
     parameter and bit by bit; in a run that starts from the model's folder also with what the first
     engine loads from there. Reads the model once more."""
     logprob_tolerance: float | None = None
     """Largest difference of log-probabilities between engine and trainer that the check before
-    step 0 accepts; None: that of the actor's dtype in `tolerances.py`, where also stands what the
-    mean and most tokens may differ by in bfloat16."""
+    step 0 accepts; None: that of the actor's dtype in `tolerances.py`, which also has the limits
+    for the mean and for most tokens in bfloat16."""
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
     def __post_init__(self) -> None:
@@ -236,7 +236,7 @@ class RolloutConfig:
 
     @property
     def transport(self) -> str:
-        """The weight transport, also where the host decides."""
+        """The weight transport: the named one, or that of the host."""
         return self.weight_transport or ("gloo" if self.nnodes else HOSTS[self.host].transport)
 
     @property
@@ -249,7 +249,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Host:
-    """What is known of where an engine runs."""
+    """Properties of a place where an engine can run."""
 
     transport: str
     """Weight transport, unless another is named."""
@@ -285,12 +285,12 @@ class SamplingParams:
     max_tokens: int
     """Response tokens at most, the end token included."""
     seed: int
-    """Same weights, prompt and seed: same response, whatever runs beside it."""
+    """Same weights, prompt and seed: same response, whatever other requests run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """One response wanted."""
+    """A request for one response."""
 
     prompt_token_ids: Ids
     sampling: SamplingParams
@@ -300,21 +300,21 @@ class GenerationRequest:
 
 
 class EnginePart(Enum):
-    """What of an engine sleeps and is woken by itself."""
+    """A part of an engine that sleeps and wakes separately."""
 
     WEIGHTS = "weights"
     KV_CACHE = "kv_cache"
 
 
 class PauseMode(Enum):
-    """What becomes of unfinished requests in a pause."""
+    """What happens to unfinished requests in a pause."""
 
     KEEP = "keep"
     """They wait, and go on afterwards."""
     WAIT = "wait"
     """They end first."""
     ABORT = "abort"
-    """They end with what they have."""
+    """They end with the tokens drawn so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -328,13 +328,13 @@ class GenerationResult:
     finish_reason: str
     """"stop", "length" or "abort"."""
     versions: Sequence[VersionSpan]
-    """Of the weights that produced the tokens, in their order and without a gap."""
+    """Versions of the weights that produced the tokens, in token order and without a gap."""
     text: str = ""
     """`token_ids` decoded without special tokens, by the engine's host where
     `EngineSpec.with_text` asks for it."""
     routed_experts: np.ndarray | RoutesAt | None = None
     """See `TokenSequence.routed_experts`; None unless `EngineSpec.routing` asks for it. The host of
-    the engine keeps them and hands out where they lie."""
+    the engine keeps them and returns where they are."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
@@ -344,11 +344,11 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAdapters:
-    """The adapters of LoRA that an engine applies beside the weights."""
+    """The LoRA adapters that an engine applies in addition to the weights."""
 
     rank: int
     alpha: int
-    """What an adapter adds is scaled by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     layers: Sequence[str]
     """Last parts of the names of the adapted layers: "q_proj"."""
 
@@ -367,28 +367,30 @@ class EngineSpec:
     run_folder: str
     """As in `weight_sync.base.Link`."""
     is_apart: bool = False
-    """In a process of its own; otherwise in a train worker's, or a part in each of several."""
+    """Whether it runs in a process of its own; otherwise in one train worker or spread over
+    several."""
     url: str = ""
-    """Of the server that it is; "": it is none."""
+    """URL of the server, if the engine is a server; "": it is none."""
     routing: Routing | None = None
-    """The model's experts, to have results carry those of every token; None: they do not."""
+    """The model's experts, if results must contain the experts of every token; None: they do
+    not."""
     with_text: bool = False
-    """Whether results carry their text."""
+    """Whether results contain their text."""
     adapters: EngineAdapters | None = None
-    """Those that come by its syncs, which later ones may bring alone; None: there are none, or they
-    are merged into the weights."""
+    """Adapters that its weight syncs send; later syncs may send only them. None: there are none, or
+    they are merged into the weights."""
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of config.json that the engine is to read otherwise; see `ModelFamily`."""
+    """Fields of config.json that are replaced for the engine; see `ModelFamily`."""
 
 
 class RolloutEngine(UpdateSession, Protocol):
     """What a host asks of an engine. Every call blocks until it is done, and all come from one
-    thread; `serving.py` sees to their order. New weights hold for requests that are running, too:
-    what was computed of them under other weights is computed again.
+    thread; `serving.py` ensures their order. New weights apply to running requests too: their
+    cached keys and values of other weights are computed again.
     """
 
     def add(self, number: int, request: GenerationRequest) -> None:
-        """Take a request, whose number no other unfinished one has."""
+        """Take a request; no other unfinished request has its number."""
         ...
 
     def step(self) -> Sequence[tuple[int, GenerationResult]]:
@@ -400,33 +402,33 @@ class RolloutEngine(UpdateSession, Protocol):
         ...
 
     def abort(self, numbers: Sequence[int]) -> Sequence[tuple[int, GenerationResult]]:
-        """Forget requests; return what they have so far, ended by "abort"."""
+        """Drop requests; return their tokens so far, ended by "abort"."""
         ...
 
     def any_rank(self, is_so: bool) -> bool:
-        """Return whether any rank of the engine says so; all of them call it after the same
+        """Return whether `is_so` holds on any rank of the engine; all ranks call it after the same
         number of steps."""
         ...
 
     def sleep(self, level: int) -> None:
-        """Free the device's memory: 1 keeps the weights in host memory, 2 forgets them. What was
-        computed of running requests is forgotten, and computed again when all is awake."""
+        """Free the device's memory: 1 keeps the weights in host memory, 2 drops them. The cache of
+        running requests is dropped, and computed again when all parts are awake."""
         ...
 
     def wake(self, part: EnginePart) -> None:
-        """Take the memory of a part back; the weights hold what they held, unless forgotten."""
+        """Allocate the memory of a part again; the weights keep their values unless dropped."""
         ...
 
     def loaded_digests(self) -> list[dict[str, str]]:
-        """Return the full form of what the last session loaded, for each part of the engine:
+        """Return the full digests of what the last session loaded, for each part of the engine:
         name of a parameter, as the engine calls it, -> type, shape and blake3 of its bits before
         the engine packed it. Empty unless the session was opened with digests.
         """
         ...
 
     def digests_of_folder(self, folder: str) -> list[dict[str, str]]:
-        """Return what `loaded_digests` would be for an engine that starts from a Hugging Face
-        folder, which it loads by its own reader; it is without weights afterwards."""
+        """Return the `loaded_digests` of an engine that starts from a Hugging Face folder with its
+        own reader; afterwards the engine is without weights."""
         ...
 
     def close(self) -> None:
@@ -444,14 +446,14 @@ class EngineFactory(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineKind:
-    """What is known of an engine before its library is imported."""
+    """Properties of an engine that are known before its library is imported."""
 
     load: Callable[[], EngineFactory]
     """Imports its library."""
     has_texts: bool = True
-    """Whether it knows the texts of tokens, so that one can end a response."""
+    """Whether it knows the texts of tokens, so that a text can end a response."""
     cuts_heads: bool = False
-    """Whether its ranks cut heads, MLPs and experts, so that their number has to divide these."""
+    """Whether its ranks split heads, MLPs and experts, so the number of ranks must divide these."""
 
 
 ENGINES: Registry[EngineKind] = Registry("rollout engine", "rollout.name")

@@ -52,7 +52,7 @@ def _pass_by(tensors: NamedTensors) -> None:
 
 @dataclass(slots=True)
 class _Running:
-    """A response that comes token by token; what it will be is known."""
+    """A response that is returned token by token; it is computed at the start."""
 
     whole: GenerationResult
     num_drawn: int = 0
@@ -91,7 +91,7 @@ class FakeEngine:
         self.weight_version = -1
         self.num_updated_tensors = 0
         self._running: dict[int, _Running] = {}
-        # It is one process, also where an engine of this size would be several.
+        # It is one process, even if a real engine of this size would be several.
         self._intakes = [
             Intake(replace(link, receiver=number), self._load if number == 0 else _pass_by)
             for number in range(link.num_receivers)

@@ -1,11 +1,11 @@
-"""An engine as its host has it: what may be asked of it when, and who gets which result.
+"""An engine as its host uses it: which calls are allowed when, and who gets which result.
 
     without weights --start--> taking weights --finish--> ready --generate--> results
     ready --pause--> paused (weights may be taken while requests wait) --resume--> ready
     ready --sleep--> asleep (requests wait, weights may be taken) --wake--> ready (level 2: without
     weights)
 
-Whatever the state does not allow is refused. An update that breaks off leaves an engine without
+Calls that the state does not allow are refused. An update that breaks off leaves an engine without
 weights, which generates nothing.
 """
 
@@ -29,12 +29,12 @@ from mcore_rl.rollout.base import (
 from mcore_rl.weight_sync.digest import Manifest
 
 STEPS_BETWEEN_QUESTIONS = 16
-"""Whether what is generated is still wanted is asked once in so many steps: ranks have to agree."""
+"""After so many steps the ranks agree again on whether the generation is still wanted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How an engine is."""
+    """State of an engine."""
 
     weight_version: int
     """-1: it has no complete weights."""
@@ -70,7 +70,7 @@ class ServingEngine:
         self._engine = engine
         self._numbers = itertools.count()
         self._unfinished: dict[int, tuple[_Batch, int]] = {}
-        """By number of the request: its batch, and its place in it."""
+        """Batch of each request and its position in it, by number of the request."""
         self._num_steps = 0
         self._is_open = self._is_paused = self._has_failed = False
         self._asleep: frozenset[EnginePart] = frozenset()
@@ -86,7 +86,7 @@ class ServingEngine:
         return bool(self._unfinished) and not self._is_paused and not self._asleep
 
     def health(self) -> Health:
-        """Return how the engine is."""
+        """Return the state of the engine."""
         return Health(
             weight_version=self.weight_version,
             num_unfinished=len(self._unfinished),
@@ -120,16 +120,16 @@ class ServingEngine:
         return batch.future
 
     def run(self) -> None:
-        """Do one step, and hand out what has ended with it; what goes wrong is the answer to all
-        unfinished requests, which are forgotten. If they are wanted no more, end them with what
-        they have."""
+        """Do one step, and return the results that have ended with it. An error is the answer to
+        all unfinished requests, which are dropped. If the requests are no longer wanted, end them
+        with their tokens so far."""
         progress.tick()
         try:
             if self._is_interrupted():
                 self._hand_out(self._engine.abort(list(self._unfinished)))
             else:
                 self._hand_out(self._engine.step())
-        except Exception as error:  # noqa: BLE001  whatever an engine's library raises
+        except Exception as error:  # noqa: BLE001  an engine's library may raise anything
             batches = {id(batch): batch for batch, _ in self._unfinished.values()}
             self._unfinished.clear()
             self._has_failed = True
@@ -142,7 +142,7 @@ class ServingEngine:
         return is_time and self._engine.any_rank(interruption.is_asked())
 
     def abort(self, future: Future[list[GenerationResult]]) -> None:
-        """End the unfinished requests of a batch with what they have."""
+        """End the unfinished requests of a batch with their tokens so far."""
         numbers = [n for n, (batch, _) in self._unfinished.items() if batch.future is future]
         self._hand_out(self._engine.abort(numbers))
 
@@ -171,7 +171,7 @@ class ServingEngine:
         self._asleep = frozenset(EnginePart)
 
     def wake(self, part: EnginePart) -> None:
-        """Take the memory of a part back."""
+        """Allocate the memory of a part again."""
         self._refuse_if(part not in self._asleep, "wake", f"has its {part.value} awake")
         self._engine.wake(part)
         self._asleep -= {part}

@@ -1,7 +1,7 @@
-"""The adapters of LoRA inside vLLM's worker, which come by weight syncs instead of from a folder.
+"""LoRA adapters inside vLLM's worker, which come by weight syncs instead of from a folder.
 
-vLLM wraps the adapted layers. While a model's weights are loaded the wrappers are off, so that it
-has the modules and the names that it was built with, which is what reloading looks for.
+vLLM wraps the adapted layers. While a model's weights are loaded the wrappers are removed.
+Reloading needs the modules and the names that the model was built with.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def is_half(name: str) -> bool:
 
 
 class Adapters:
-    """Those of the current session, then those that are computed with.
+    """The adapters of the current session, then those in use.
 
     Args:
         rank: r.
-        alpha: what they add is scaled by alpha / r.
+        alpha: their output is scaled by alpha / r.
     """
 
     def __init__(self, rank: int, alpha: int) -> None:
@@ -43,13 +43,13 @@ class Adapters:
         self._arrived.clear()
 
     def add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Keep what arrives; the receiver may free it at the end of the session."""
+        """Keep copies of the tensors; the receiver may free them at the end of the session."""
         self._arrived |= {name: tensor.detach().clone() for name, tensor in tensors}
 
     def take(self, model: Any, number: int) -> list[str]:
-        """Have the model know what has arrived by this number, and no other adapters; return layers
-        that it has not."""
-        # Not by add_lora, which reads a folder; that they are there is all that vLLM asks later.
+        """Register the arrived adapters in the model under this number, and remove all others;
+        return layers that the model does not have."""
+        # Not by add_lora, which reads a folder; later vLLM only checks that they are registered.
         manager = model.lora_manager
         adapter = LoRAModel.from_lora_tensors(
             number,
@@ -60,13 +60,13 @@ class Adapters:
         )
         self.clear()
         manager.remove_all_adapters()
-        manager.add_adapter(adapter)  # packs what vLLM packs: query, key and value
+        manager.add_adapter(adapter)  # packs like vLLM: query, key and value
         manager.activate_adapter(adapter.id)
         return sorted(adapter.loras.keys() - manager.modules.keys())
 
 
 def take_wrappers_off(model: Any) -> None:
-    """Put the layers themselves into the model in place of what wraps them."""
+    """Replace the wrappers in the model by the wrapped layers."""
     for name, wrapper in model.lora_manager.modules.items():
         _put(model, name, wrapper.base_layer)
 

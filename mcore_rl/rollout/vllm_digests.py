@@ -1,4 +1,4 @@
-"""What vLLM has loaded, parameter by parameter, before it packs it for its kernels.
+"""Digests of the parameters that vLLM has loaded, before it packs them for its kernels.
 
 On CPU vLLM replaces the weights of most layers by packed ones that its checksums do not see, or by
 empty tensors. Here the digest of a layer is taken between loading and packing, by name and shape of
@@ -34,7 +34,7 @@ class LoadedDigests:
         methods = [getattr(module, "quant_method", None) for module in self._modules.values()]
         self._packing: list[Any] = [m for m in methods if isinstance(m, QuantizeMethodBase)]
         for method in self._packing:
-            method.process_weights_after_loading = partial(  # in front of the class's own
+            method.process_weights_after_loading = partial(  # shadows the class's own
                 self._note_and_pack, type(method).process_weights_after_loading.__get__(method)
             )
 
@@ -53,7 +53,7 @@ class LoadedDigests:
                 self.by_name[f"{name}.{own}" if name else own] = full_digest(tensor)
 
     def finish(self) -> None:
-        """Take those of what is not packed, and watch no longer."""
+        """Take the digests of parameters that are not packed, and stop watching."""
         for method in self._packing:
             method.__dict__.pop("process_weights_after_loading", None)
         for module in self._modules.values():

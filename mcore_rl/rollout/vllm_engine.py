@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 if not torch.cuda.is_available():
-    # The compressed form of latent attention takes one size of heads and no float32 where the CPU
-    # has AMX (v1/attention/backends/mla/amx_mla.py), and has no cache of prefixes on any.
+    # The compressed form of latent attention supports one head size and no float32 on CPUs with AMX
+    # (v1/attention/backends/mla/amx_mla.py), and has no prefix cache on any CPU.
     os.environ.setdefault("VLLM_MLA_DISABLE", "1")
 
 import vllm
@@ -61,12 +61,12 @@ CPU_TOKENS_PER_FORWARD = 4096
 
 
 class VllmEngine:
-    """A `RolloutEngine` on `vllm.LLM`; beside a trainer start it after the trainer's process group
-    exists, or vLLM makes a default group of its own.
+    """A `RolloutEngine` on `vllm.LLM`. In a trainer's process, start it after the trainer's process
+    group exists; otherwise vLLM makes a default group of its own.
 
     Args:
         spec: model, limits and the `rollout` section.
-        link: by which its weights come.
+        link: brings its weights.
     """
 
     def __init__(self, spec: EngineSpec, link: Link) -> None:
@@ -104,8 +104,8 @@ class VllmEngine:
         }
         chunking = {name: value for name, value in chunking.items() if value is not None}
         if on_cpu:
-            # The last draw of a prompt that is computed in chunks is taken back by setting the
-            # generator's offset (gpu_model_runner.py:3502), which a CPU generator does not have.
+            # For a prompt computed in chunks, vLLM undoes the last draw by setting the generator's
+            # offset (gpu_model_runner.py:3502), which a CPU generator does not have.
             for name in chunking:
                 logger.warning("rollout.%s is not read on CPU: prompts are computed whole", name)
             chunking["enable_chunked_prefill"] = False
@@ -125,11 +125,11 @@ class VllmEngine:
         self._llm = vllm.LLM(**{**settings, **cfg.engine_kwargs})
         self._engine = self._llm.llm_engine
         self._requests: dict[int, str] = {}
-        """By number: vLLM's own name of an unfinished request."""
+        """vLLM's own names of the unfinished requests, by number."""
         self._drawn = hashlib.sha256()
         self._adapters = spec.adapters
         self._adapter: LoRARequest | None = None
-        """What requests are told to compute with: the adapters of the last sync."""
+        """The adapters of the last sync, which requests use."""
         adapters = spec.adapters and (spec.adapters.rank, spec.adapters.alpha)
         self._llm.init_weight_transfer_engine({"init_info": {"link": link, "adapters": adapters}})
         if spec.routing is not None and on_cpu:
@@ -152,8 +152,8 @@ class VllmEngine:
         return ended
 
     def abort(self, numbers: Sequence[int]) -> list[tuple[int, GenerationResult]]:
-        """See `RolloutEngine`. vLLM hands out what an aborted request has only to a queue of its
-        own front end; this is the call by which it makes that (output_processor.py,
+        """See `RolloutEngine`. vLLM gives the tokens of an aborted request only to a queue of its
+        own front end; this is the call that makes that output (output_processor.py,
         abort_requests)."""
         names = [self._requests[number] for number in numbers]
         states = [self._engine.output_processor.request_states[name] for name in names]
@@ -164,7 +164,7 @@ class VllmEngine:
         return self._results(outputs)
 
     def _results(self, outputs: Sequence[Any]) -> list[tuple[int, GenerationResult]]:
-        """Return the results of requests that have ended, by number; they are forgotten."""
+        """Return the results of requests that have ended, by number, and drop these requests."""
         numbers = [int(output.request_id) for output in outputs]
         names = [self._requests.pop(number) for number in numbers]
         routes = self._routed_experts(names, outputs)
@@ -266,14 +266,14 @@ class VllmEngine:
         self._llm.finish_weight_update(weight_version=str(self._coming_version))
         if self._adapters is not None:
             self._take_adapters()
-        # Requests that are running are computed again up to where they are.
+        # The cache of running requests is computed again up to their last token.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RolloutError("cached keys and values survived a weight update", role="rollout")
         self.weight_version = self._coming_version
 
     def _take_adapters(self) -> None:
-        """Have the adapters that came computed with, under a name of their own; vLLM's finish has
-        removed those before (gpu_worker.py, finish_weight_update)."""
+        """Use the adapters that arrived, under a name of their own; vLLM's finish has removed the
+        earlier ones (gpu_worker.py, finish_weight_update)."""
         version = self._coming_version
         adapter = LoRARequest(f"weights {version}", version + 1, "came by a weight sync")
         self._adapter = adapter
@@ -313,9 +313,9 @@ def _lora_settings(adapters: EngineAdapters | None) -> dict[str, Any]:
 def executor(size: int, *, is_apart: bool) -> str:
     """Return how vLLM runs its ranks.
 
-    Beside the trainer the engine is ranks of the default process group that lie side by side, of
-    which each takes the device that its process was told by RANK and LOCAL_RANK. The executor of a
-    single process takes the first device that it sees, whichever the trainer has.
+    In the trainer's processes the engine consists of adjacent ranks of the default process group.
+    Each takes the device that RANK and LOCAL_RANK give to its process. The executor of a single
+    process takes the first visible device, whichever device the trainer has.
     """
     if not is_apart:
         return "external_launcher"
@@ -325,9 +325,9 @@ def executor(size: int, *, is_apart: bool) -> str:
 def _remove_shared_memory(engine_size: int) -> None:
     """Remove what a run that was killed has left of an engine of these ranks.
 
-    On CPU vLLM calls an engine's shared memory by its ranks alone, and does not start where some of
-    that name is (cpu_communicator.py, make_group_name). Whoever uses it has it mapped and keeps it.
-    The first rank does it before the others can come to need it: they meet it before.
+    On CPU vLLM names an engine's shared memory only by its ranks, and does not start if that name
+    exists (cpu_communicator.py, make_group_name). A process that uses the memory has it mapped and
+    keeps it. The first rank removes it before the others can need it: there is a rendezvous first.
     """
     place, first = dist.get_rank() % engine_size, dist.get_rank() // engine_size * engine_size
     ranks = "-".join(str(first + i) for i in range(engine_size))

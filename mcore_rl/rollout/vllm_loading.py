@@ -1,18 +1,18 @@
-"""Loads weights into vLLM's layers on a CPU without the copies that nobody needs there.
+"""Loads weights into vLLM's layers on a CPU without unnecessary copies.
 
-vLLM 0.32.0 reloads a layer in four steps: memory for its parameters, a copy of the weights into it,
-packing for the CPU's kernels, which is a copy too, and a copy of that into the memory of before.
+vLLM 0.32.0 reloads a layer in four steps: allocate its parameters, copy the weights into them, pack
+them for the CPU's kernels (also a copy), and copy the result into the original memory.
 
-* Where the weights of a linear layer or an embedding lie one behind the other in memory, in the
-  order of its parameter, the parameter is that memory, until it is packed or copied from there.
-  What a weight transport or a single train worker delivers lies so: the projections of the queries,
-  keys and values of a layer, those of gate and up.
-* Experts, which vLLM keeps until it has all of a layer and then loads one by one, each time by a
-  way as long as that of a layer, are copied to their places at once and loaded as one.
-* CUDA graphs need the memory of before. Packed experts are kept where they were packed.
+* If the weights of a linear layer or an embedding are contiguous in memory, in the order of its
+  parameter, that memory becomes the parameter, until it is packed or copied from there. Weights
+  from a weight transport or a single train worker are contiguous: the query, key and value
+  projections of a layer, and its gate and up projections.
+* vLLM keeps the experts of a layer until all have come, and then loads them one by one, each as
+  slowly as a whole layer. Here they are copied to their places at once and loaded as one.
+* Only CUDA graphs need the original memory. Packed experts stay where they were packed.
 
-The hooks are a parameter's `weight_loader`, a module's `load_weights`, and what vLLM remembers of a
-layer while it reloads it.
+The hooks are a parameter's `weight_loader`, a module's `load_weights`, and vLLM's record of a layer
+while it reloads it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HEADS = ["q", "k", "v"]
 
 
 def skip_copies(model: torch.nn.Module) -> None:
-    """Have the layers of a model loaded without them; to be called when they were opened."""
+    """Load the layers of a model without these copies; call it after the layers were opened."""
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
         if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
@@ -50,15 +50,15 @@ def skip_copies(model: torch.nn.Module) -> None:
 
 
 class _Loader:
-    """A parameter's loader, in the second of its two calls, that with memory; the first, on the
-    meta device, is vLLM's way to count what has come."""
+    """A parameter's loader. It acts in the second of its two calls, which has memory; with the
+    first, on the meta device, vLLM counts the weights that have come."""
 
     def __init__(self, load: Callable[..., Any]) -> None:
         update_wrapper(self, load)
         self._load = load
 
     def whole(self, param: Tensor) -> Tensor | None:
-        """Return what the parameter is to be, if it is known without loading."""
+        """Return the new content of the parameter, if it is known without loading."""
         raise NotImplementedError
 
     def __call__(self, param: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ class _InPlace(_Loader):
         self._layer = layer
 
     def whole(self, param: Tensor) -> Tensor | None:
-        """Return all weights that the layer has got as one tensor, if they lie in memory as one."""
+        """Return all weights that came for the layer as one tensor, if they are contiguous."""
         loads = get_layerwise_info(self._layer).loaded_weights
         given = [args.arguments for name, args in loads if name == "weight"]
         shards = [arguments.get("loaded_shard_id") for arguments in given]
@@ -143,7 +143,7 @@ class _Experts:
         )
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Do what `RoutedExperts.load_weights` does."""
+        """Do the same as `RoutedExperts.load_weights`."""
         for name, weight in weights:
             if name not in self._waiting:
                 yield from self._load_others([(name, weight)])
@@ -162,7 +162,7 @@ class _Experts:
             yield "w2_weight" if shard == "w2" else "w13_weight"
 
     def _give(self) -> None:
-        """Have vLLM's loader take all experts at once."""
+        """Give all experts to vLLM's loader at once."""
         for name, shards in (("w13_weight", ("w1", "w3")), ("w2_weight", ("w2",))):
             param: Any = getattr(self._layer, name)
             _replace_loader(param, partial(_Taken, self._whole, name))

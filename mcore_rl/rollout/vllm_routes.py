@@ -1,18 +1,18 @@
-"""Experts of every token, where vLLM by itself does not return them.
+"""Experts of every token, where vLLM itself does not return them.
 
-On CUDA an engine that is several train workers has a scheduler in each, and each is to hand out the
-experts. vLLM gives what they are collected by to the first rank alone: `keep_routes_on_every_rank`.
+On CUDA an engine inside several train workers has a scheduler in each, and each must return the
+experts. vLLM gives only the first rank the collector: see `keep_routes_on_every_rank`.
 
 vLLM 0.32.0 returns routed experts only from its second model runner, which needs Triton
 (config/vllm.py, "AuxOutput Connector requires Model Runner V2"), so not on CPU. Its capturer
 (fused_moe/routed_experts_capturer.py) works under either runner: `RouteRecorder` binds it and reads
 it after every forward. Drop this file when vLLM returns them on CPU.
 
-A token's experts are kept where its keys and values are: by slot of the KV cache. So a prompt that
-is cached brings its experts along, whichever request computed it and whether in the same forward.
+A token's experts are kept where its keys and values are: by slot of the KV cache. So a cached
+prompt has its experts, whichever request computed it, also in the same forward.
 
-Invariant: what is recorded of a request are its first tokens without a gap, as many as the engine
-has computed. A preempted request is computed again, and recorded again from where that begins.
+Invariant: the record of a request covers its first tokens without a gap, as many as the engine has
+computed. A preempted request is computed again, and recorded again from where that begins.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class _AsFirstRank:
 
 
 def keep_routes_on_every_rank() -> None:
-    """Have every rank of the engine that is started in this process collect experts.
+    """Make every rank of the engine that is started in this process collect experts.
 
     vLLM 0.32 and 0.33 ask whether a rank is the first (aux_output_connector/worker.py,
-    AuxOutputWorkerConnector), and schedulers of other ranks then fail for want of its output
-    (connector.py, take_output). All ranks take part in the capture and have the same.
+    AuxOutputWorkerConnector), and schedulers of other ranks then fail without its output
+    (connector.py, take_output). All ranks take part in the capture and get the same experts.
     """
     aux_output_worker.get_tp_group = lambda: _AsFirstRank(get_tp_group())  # pyright: ignore
 
@@ -83,7 +83,7 @@ class RouteRecorder:
         model_runner.execute_model = execute_model
 
     def take(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the experts of requests that have ended, by vLLM's internal request id, and forget
+        """Return the experts of requests that have ended, by vLLM's internal request id, and drop
         them.
 
         [computed tokens, layers, topk] uint8, or uint16 with more than 256 experts.
@@ -106,7 +106,7 @@ class RouteRecorder:
             return
         written = np.concatenate([slots[start:] for _, start, slots in computed])
         self._at_slot[written] = self._captured(len(written))
-        # Only now: a request may share blocks with one that was computed beside it.
+        # Only now: a request may share blocks with another one of the same forward.
         for name, start, slots in computed:
             parts = self._of_request.setdefault(name, [])
             known = sum(map(len, parts))

@@ -1,7 +1,7 @@
 """Inside vLLM's worker: the receiving end of weight syncs, routes, and three CPU repairs.
 
 vLLM imports this module in every worker process, because `worker_extension_cls` names
-`WorkerExtension`; importing it registers what takes part in vLLM's update sessions.
+`WorkerExtension`; the import registers `LinkedWeights` for vLLM's update sessions.
 
 Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are loaded:
 
@@ -10,10 +10,10 @@ Repairs, all for vLLM 0.32.0 on CPU, where weights are packed when they are load
   log-probabilities are wrong by whole units. The kernels are reset before a reload.
 * A tied output layer receives no weights of its own, so its packed copy stays at the old weights
   (layers/utils.py, dispatch_cpu_unquantized_gemm). It is packed again after a reload.
-* The kernel for rotary positions takes the second last stride of the queries for that of a token.
-  Of queries [tokens, heads, size], which latent attention (DeepSeek) has, that is the stride of a
-  head: all but one head of a few tokens are rotated wrongly, from whatever weights. Such queries go
-  through vLLM's native form (layers/rotary_embedding/base.py, RotaryEmbedding.forward_native).
+* The kernel for rotary positions uses the second last stride of the queries as the stride of a
+  token. For queries [tokens, heads, size], as in latent attention (DeepSeek), that is the stride of
+  a head: all but one head of a few tokens are rotated wrongly, with any weights. Such queries use
+  vLLM's native form (layers/rotary_embedding/base.py, RotaryEmbedding.forward_native).
 
 `tests/integration/test_vllm_weight_sync.py` fails without them; drop each when it passes without.
 """
@@ -66,24 +66,24 @@ from mcore_rl.weight_sync.intake import Intake
 
 @dataclass
 class LinkInfo(WeightTransferInitInfo):
-    """What the receiver is opened by; from HTTP, where it is the fields of a link, as the updates
-    are then those of an update."""
+    """What the receiver is opened with. Over HTTP it is the fields of a link, and an update is the
+    fields of an update."""
 
     link: Link | dict[str, Any]
     adapters: tuple[int, int] | None = None
-    """Rank and alpha of the adapters that come beside the weights."""
+    """Rank and alpha of the adapters that come in addition to the weights."""
 
 
 @dataclass
 class DeliveredUpdate(WeightTransferUpdateInfo):
-    """What the sender had delivered; only the receiver knows what it is."""
+    """What the sender delivered; only the receiver knows its meaning."""
 
     update: Any
 
 
 def _end_with_parent() -> None:
-    """Where vLLM has started this process for a rank of an engine: have it end with that engine,
-    however it ends. By itself it goes on for ever, and keeps its memory and a core."""
+    """If vLLM has started this process for a rank of an engine: make it end with the engine,
+    however that ends. Otherwise it runs for ever, and keeps its memory and a core."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid == os.getppid():
         die_with_parent(os.getppid())
@@ -93,11 +93,10 @@ _BROKEN = "an engine whose last weight update broke off takes no other"
 
 
 class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
-    """Loads what the receiver of any transport makes of an update; checkpoint format, layer by
-    layer.
+    """Loads the tensors that a receiver makes of an update; checkpoint format, layer by layer.
 
-    What vLLM's own calls have no argument for, the engine says by `WorkerExtension`: the version
-    before the session, the manifest before its end, and that it is given up.
+    vLLM's own calls have no arguments for the version before the session, the manifest before its
+    end, and an abort. The engine passes these through `WorkerExtension`.
     """
 
     init_info_cls = LinkInfo
@@ -126,7 +125,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
 
     def begin(self, version: int, with_digests: bool) -> None:
         """Prepare for a session."""
-        if self.is_broken:  # layers that were half loaded would count what they had again
+        if self.is_broken:  # half loaded layers would count the same weights twice
             raise WeightSyncError(_BROKEN, role="rollout")
         self.is_broken = True  # until it is finished
         self.digests, self._wants_digests = None, with_digests
@@ -135,7 +134,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         self.intake.begin(version)
 
     def start_weight_update(self) -> None:
-        """Beside adapters the layers are opened when weights of theirs come, which may not be."""
+        """With adapters the layers are opened only when weights for them come."""
         if self.adapters is None:
             self._open_layers()
 
@@ -166,7 +165,7 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
         self.model.load_weights(iter(tensors))  # pyright: ignore
 
     def differences(self, manifest: Manifest) -> list[str]:
-        """Return what is wrong with what arrived, and what the engine lacks beside it."""
+        """Return the errors in the arrived weights, and what else the engine lacks."""
         lines = self.intake.differences(manifest)
         if not (self._is_open or self._has_base):
             lines.append("the weights that do not train never arrived")
@@ -191,8 +190,8 @@ class LinkedWeights(WeightTransferEngine[LinkInfo, DeliveredUpdate]):
             put_wrappers_on(self.model)
 
     def load_folder(self, folder: str) -> dict[str, str]:
-        """Load a Hugging Face folder by vLLM's own reader and return the digests; the model's
-        weights are then no longer those of a sync."""
+        """Load a Hugging Face folder with vLLM's own reader and return the digests; afterwards the
+        model's weights are not those of a sync."""
         self._wants_digests, self._has_base, self.is_broken = True, False, True
         with set_current_vllm_config(self.vllm_config):
             self._open_layers()
@@ -247,7 +246,8 @@ WeightTransferEngineFactory.register_engine("linked", LinkedWeights)
 
 
 class WorkerExtension:
-    """What an engine calls on its worker by name; the names must not be those of vLLM's worker."""
+    """Methods that an engine calls on its worker by name; vLLM's worker must not have these
+    names."""
 
     model_runner: Any
     vllm_config: VllmConfig
@@ -258,12 +258,13 @@ class WorkerExtension:
         self.weight_transfer_engine.begin(version, with_digests)
 
     def differences_from(self, manifest: Manifest) -> list[str]:
-        """Return how what reached the loader differs; to be called before vLLM's finish."""
+        """Return how the tensors at the loader differ from the manifest; call it before vLLM's
+        finish."""
         return self.weight_transfer_engine.differences(manifest)
 
     def take_adapters(self, request: LoRARequest) -> list[str]:
-        """Compute with the adapters of the session, for requests that are running too; to be called
-        after vLLM's finish, which removes all that are there. Return layers that there are not."""
+        """Use the adapters of the session, for running requests too. Call it after vLLM's finish,
+        which removes all adapters. Return layers that the model does not have."""
         adapters = self.weight_transfer_engine.adapters
         assert adapters is not None, "started without adapters"
         for state in self.model_runner.requests.values():
@@ -271,7 +272,7 @@ class WorkerExtension:
         return adapters.take(self.weight_transfer_engine.model, request.lora_int_id)
 
     def differences_from_json(self, manifest: str) -> list[str]:
-        """Do the same with what `Manifest.to_json` wrote."""
+        """Do the same with a manifest from `Manifest.to_json`."""
         return self.differences_from(Manifest.from_json(manifest))
 
     def abort_intake(self) -> None:

@@ -18,7 +18,7 @@ MAX_RANK = 512
 SHOWN_LAYERS = frozenset(
     {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 )
-"""Of which the tests show that vLLM's adapters compute what the trainer's do."""
+"""Layers for which the tests show that vLLM's adapters compute the same as the trainer's."""
 
 
 def why_merged(
@@ -50,7 +50,7 @@ def why_merged(
 
 
 def adapters_of_engines(cfg: RunConfig) -> EngineAdapters | None:
-    """Return what engines take beside the weights; None: nothing, or it is merged into them.
+    """Return the adapters that engines take in addition to the weights; None: none, or merged.
 
     Raises:
         UserError: if rollout.lora_sync=adapter asks for what cannot be.

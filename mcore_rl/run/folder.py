@@ -111,8 +111,8 @@ def _hold(folder: Path) -> int:
     """Keep other processes from opening the folder until this one ends, however it ends; return the
     descriptor of the file that says who holds it.
 
-    One that was just killed is given time to be gone; over a network its lock outlives a machine
-    by as long as the file server allows.
+    A process that was just killed gets time to end; over a network its lock may stay after a
+    machine failed, as long as the file server allows.
     """
     # A lock of POSIX: not shared by what this process forks, and known to network file systems.
     file = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT)
@@ -138,14 +138,15 @@ def _hold(folder: Path) -> int:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run logged or saved a step here; one that failed before may be mended."""
+    """Whether a run logged or saved a step here; a run that failed before that may be corrected."""
     metrics = folder / METRICS_FILE
     logged = metrics.exists() and metrics.stat().st_size > 0
     return logged or (folder / CHECKPOINTS / POINTER).exists()
 
 
 def _way_on(folder: Path) -> str:
-    """Say how a new run takes over the weights of the run in the folder; "" if it saved none."""
+    """Say how a new run can start from the weights of the run in the folder; "" if it saved
+    none."""
     pointer = folder / CHECKPOINTS / POINTER
     if not pointer.exists():
         return ""

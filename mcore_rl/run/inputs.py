@@ -52,7 +52,7 @@ def load_run_inputs(cfg: RunConfig) -> RunInputs:
     scorer.check_ground_truths([*prompts, *val_prompts])
     _check_filter(cfg.algorithm.filter_groups, scorer, prompts)
     _check_best_metric(cfg.trainer.best_ckpt_metric, val_prompts)
-    # An evaluation has no training data: engines are checked on what they are to answer.
+    # An evaluation has no training data: engines are checked on the validation prompts.
     trains = cfg.data.train_files is not None
     items = prompts if trains else val_prompts
     stream = ItemStream(items, seed=cfg.data.seed, shuffle=cfg.data.shuffle)
@@ -83,8 +83,8 @@ def _check_filter(cfg: FilterGroupsConfig, scorer: RewardScorer, prompts: Sequen
 
 
 def _check_best_metric(metric: str | None, val_prompts: Sequence[Prompt]) -> None:
-    """Raise a UserError if the metric is of a data source that is not validated on; of what the
-    first step does not log the loop knows."""
+    """Raise a UserError if the metric is of a data source that is not validated. The loop checks
+    metrics that the first step does not log."""
     sections = sorted({f"eval/{prompt.data_source}/" for prompt in val_prompts})
     require(
         metric is None or not metric.startswith("eval/") or metric.startswith(tuple(sections)),
@@ -109,7 +109,7 @@ def load_sft_inputs(cfg: SftRunConfig) -> SftInputs:
 
 def check_model(cfg: RunConfig | SftRunConfig) -> PreTrainedConfig:
     """Return the model's configuration, which fits the run's lengths and layout; weights and
-    tokenizer need not be there.
+    tokenizer are not needed.
 
     Raises:
         UserError: one line for what does not fit.
@@ -199,8 +199,7 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     """Return the generation config of a model folder; None if it has none.
 
     Raises:
-        UserError: if it cannot be read: the tokens that it adds to those which end a response would
-            be lost.
+        UserError: if it cannot be read: it may add tokens that end a response, which would be lost.
     """
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
@@ -216,8 +215,8 @@ def read_generation_config(folder: str | Path) -> GenerationConfig | None:
 
 
 def count_steps(trainer: TrainerConfig, data: DataConfig, stream: ItemStream) -> int:
-    """Return the steps of the run: those asked for, or as many as the epochs hold where no step
-    draws more prompts than it must.
+    """Return the steps of the run: the configured number, or as many as the epochs contain if no
+    step draws more prompts than it must.
 
     Raises:
         UserError: if an epoch lacks a batch, or the epochs a step.

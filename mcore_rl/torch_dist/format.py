@@ -146,7 +146,7 @@ def _around_the_numbers(shape: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]
 
 
 class NoTensorError(pickle.UnpicklingError):
-    """A pickle asks for this, which no tensor is made of."""
+    """A pickle asks for something that no tensor needs."""
 
 
 def find_numbers(stream: IO[bytes]) -> tuple[Tensor, int]:

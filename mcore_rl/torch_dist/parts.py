@@ -1,4 +1,4 @@
-"""What files are made of: tensors in memory, and bytes that lie in another file as they are wanted.
+"""Parts of files: tensors in memory, and bytes of another file that need no change.
 
 Bytes of a file go from file to file within the kernel, which is several times faster than reading
 them into fresh memory and writing them. So what is neither cast nor cut across its rows stays a
@@ -20,7 +20,7 @@ from torch import Tensor
 from mcore_rl.errors import UserError
 
 _NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that cannot send its files within the kernel."""
+"""Errors of a file system that cannot send its files within the kernel."""
 
 _READ_BYTES = 2**20
 

@@ -184,7 +184,7 @@ class TorchDistSource:
             raise UserError(f"checkpoint {self.folder}: pieces of {key!r} are missing.")
 
     def close(self) -> None:
-        """Close the files and forget what was read."""
+        """Close the files and drop what was read."""
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()

@@ -2,8 +2,9 @@
 
 Transports are one file each, chosen by `rollout.weight_transport`. To add one: a file with a
 `Sender`, a `Receiver` and the line that registers both as a `Transport` (`base.py`), and an import
-below. What only one of them needs, a library of CUDA say, it imports where it uses it: this package
-is read before every run. `check.py` tests that what is sent is what arrives.
+below. A library that only one transport needs, such as a CUDA library, is imported where it is
+used: this package is imported before every run. `check.py` tests that tensors arrive exactly as
+sent.
 """
 
 from mcore_rl.weight_sync import direct, disk, gloo, ipc, nccl, shared_memory

@@ -8,9 +8,10 @@ has them loaded.
     train worker                            process of the engine
     export -> Sender.send(bucket)  --update-->  Receiver.receive(update) -> load(tensors)
 
-What an update is, the transport alone knows: the tensors themselves, the file that they are in, or
-their names and shapes while they come by another road. An engine hands it on to the receiver, and
-knows no transport; the sender knows no engine. Nothing here is of one engine's library.
+Only the transport knows what an update is: the tensors themselves, the file with them, or their
+names and shapes while they come by another way. An engine passes it to the receiver, and does not
+know the transport; the sender does not know the engine. Nothing here depends on an engine's
+library.
 
 No torch at run time: the names are read with the configuration.
 """
@@ -37,8 +38,8 @@ Load: TypeAlias = Callable[[NamedTensors], None]
 """Loads tensors into the engine's model, all of a bucket or some; any number of times."""
 
 Update = TypeVar("Update")
-"""What a sender makes of a bucket and its receiver understands. It may have to travel to another
-process: a small object that pickles, unless the transport reaches the same process alone."""
+"""What a sender makes of a bucket and its receiver understands. It may be sent to another process:
+then it is a small picklable object. Only a transport within one process may use other objects."""
 
 Deliver: TypeAlias = Callable[[Update], None]
 """Hands an update to the engine and returns when the engine has loaded it."""
@@ -54,26 +55,26 @@ class Distance(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A train worker and what of an engine it feeds: what both ends are built from.
+    """A train worker and the part of an engine that it feeds; both ends are built from it.
 
-    An engine in the train worker's process, or a part of one, has one receiver. An engine of
-    another process has one for each of its own workers, which all get every update.
+    An engine in the train worker's process, or a part of one, has one receiver. An engine in
+    another process has one for each of its own workers, and all of them get every update.
     """
 
     transport: str
     """Name: `rollout.weight_transport`."""
     run_folder: str
-    """Folder of the run, seen by every process of it; a transport may have files there."""
+    """Folder of the run, readable by all its processes; a transport may have files there."""
     engine: int
     """Number of the engine."""
     engine_rank: int
-    """Rank in it of what the train worker feeds."""
+    """Rank, in the engine, of the part that the train worker feeds."""
     num_receivers: int = 1
     """How many receivers the sender feeds."""
     receiver: int = 0
-    """Which of them this is, where a receiver is opened."""
+    """Number of this receiver, when a receiver is opened."""
     address: str = "127.0.0.1"
-    """Of the train worker's machine, by which the engine reaches it."""
+    """Address of the train worker's machine, as the engine reaches it."""
 
     def open_sender(self) -> Sender[Any]:
         """Return the end beside the trainer."""
@@ -87,9 +88,9 @@ class Link:
 class Sender(ABC, Generic[Update]):
     """The end beside the trainer.
 
-    Every sync is `begin`, `send` of one bucket after the other, `end`, as one session of the
-    engine: it has begun when `begin` is called. When `end` is, the engine has all weights, or the
-    sync broke off anywhere since: what `begin` and `send` made is freed in either case.
+    Every sync is `begin`, `send` of one bucket after the other, `end`, in one session of the
+    engine, which is open before `begin`. At `end` the engine has all weights, or the sync has
+    broken off at some point. In both cases `end` frees what `begin` and `send` allocated.
     """
 
     def __init__(self, link: Link) -> None:
@@ -108,10 +109,10 @@ class Sender(ABC, Generic[Update]):
         """
 
     def end(self) -> None:
-        """Free what this sync needed."""
+        """Free the resources of this sync."""
 
     def close(self) -> None:
-        """Free what all syncs needed."""
+        """Free the resources of all syncs."""
 
 
 class Receiver(ABC, Generic[Update]):
@@ -128,28 +129,28 @@ class Receiver(ABC, Generic[Update]):
     def receive(self, update: Update, load: Load) -> None:
         """Call `load` with the tensors of one update.
 
-        An engine may keep them until it has all of a layer, which others may bring: they must not
-        change before `end`.
+        An engine may keep them until it has the whole layer, which may need further updates. So
+        they must not change before `end`.
         """
 
     def end(self) -> None:
-        """Free what this sync needed; the engine has loaded all weights, or gives them up."""
+        """Free the resources of this sync; the engine has loaded all weights, or drops them."""
 
     def close(self) -> None:
-        """Free what all syncs needed."""
+        """Free the resources of all syncs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transport(Generic[Update]):
-    """Both ends of a way for weights."""
+    """Both ends of a weight transport."""
 
     sender: Callable[[Link], Sender[Update]]
     receiver: Callable[[Link], Receiver[Update]]
     reaches: frozenset[Distance]
     """Where the engine may be."""
     update: type[Update] | None = None
-    """A dataclass of what JSON can hold, which is what the sender delivers; None: it is no such
-    thing, and servers are not reached."""
+    """Type of the updates, if it is a dataclass that JSON can hold. None: it is not, and the
+    transport cannot reach servers."""
 
 
 TRANSPORTS: Registry[Transport[Any]] = Registry("weight transport", "rollout.weight_transport")
@@ -168,26 +169,26 @@ class UpdateSession(Protocol):
 
         Args:
             version: of the weights.
-            with_digests: have the full form of what is loaded at hand afterwards; takes time.
+            with_digests: whether to compute full digests of what is loaded; takes time.
         """
         ...
 
     def update_weights(self, update: Any) -> None:
-        """Load what the sender delivers; return when it is loaded."""
+        """Load an update of the sender; return when it is loaded."""
         ...
 
     def finish_weight_update(self, manifest: Manifest) -> None:
-        """Close the session, forget what was computed under other weights, take the version.
+        """Close the session, drop caches of other weights, set the version.
 
         Args:
-            manifest: of what was exported.
+            manifest: of the exported tensors.
 
         Raises:
-            WeightSyncError: if that is not what reached the engine's loader. The session is then
-                still open, and to be aborted.
+            WeightSyncError: if other tensors reached the engine's loader. The session is then still
+                open, and must be aborted.
         """
         ...
 
     def abort_weight_update(self) -> None:
-        """Give up the session, which may be anywhere; the engine is left without weights."""
+        """Abort the session at any point; afterwards the engine is without weights."""
         ...

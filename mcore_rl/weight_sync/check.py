@@ -5,10 +5,11 @@
     def test_all_that_is_sent_arrives(tmp_path):
         check_transport("my_transport", tmp_path)
 
-What is loaded in a sync is what was sent in it: names, types, shapes and every bit, once each, and
-as it was until the engine has all of it, whether the engine lets go of it before or not, for one
-receiver and for several, after a sync that broke off too. Nothing is left behind. Both ends are in
-one process here; where the transport reaches another, an update becomes a message on its way.
+A sync must load exactly the tensors that were sent: names, types, shapes and every bit, once each.
+They must not change until the engine has all of them, whether the engine frees them early or not.
+This holds for one receiver and for several, and after a sync that broke off. Nothing is left
+behind. Both ends are in one process here; if the transport reaches another one, updates are
+serialized.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from mcore_rl.weight_sync.sync import sync_one
 
 
 class RecordingEngine:
-    """An `UpdateSession` that writes down what it is given.
+    """An `UpdateSession` that records the tensors that it gets.
 
     Args:
         links: of its receivers.
-        in_another_process: whether updates are to become messages on their way.
-        keeps: whether it keeps the tensors until the session ends, as an engine may, or lets go of
-            each when it has a copy.
+        in_another_process: whether updates are serialized on their way.
+        keeps: whether it keeps the tensors until the session ends, as an engine may, or frees each
+            when it has a copy.
     """
 
     def __init__(self, links: Sequence[Link], in_another_process: bool, keeps: bool) -> None:
@@ -70,7 +71,7 @@ class RecordingEngine:
     def update_weights(self, update: Any) -> None:
         if self._in_another_process:
             update = decode(encode(update))
-        # The receivers may have to meet.
+        # The receivers may have a rendezvous.
         for receiving in [self._pool.submit(each.receive, update) for each in self._intakes]:
             receiving.result()
 
@@ -102,7 +103,7 @@ def _copies(tensors: NamedTensors) -> list[tuple[str, Tensor]]:
 
 
 class _BrokenOffError(Exception):
-    """What a sync is ended by that is to break off."""
+    """The error that breaks off a sync."""
 
 
 def check_transport(name: str, run_folder: Path) -> None:
@@ -113,8 +114,8 @@ def check_transport(name: str, run_folder: Path) -> None:
         run_folder: a folder of the test.
 
     Raises:
-        WeightSyncError: if another tensor reached the engine's loader than was sent.
-        AssertionError: if one changed while the engine kept it, or something was left behind.
+        WeightSyncError: if a tensor reached the engine's loader that was not sent.
+        AssertionError: if a tensor changed while the engine kept it, or something was left behind.
     """
     is_far = TRANSPORTS.get(name).reaches != {Distance.SAME_PROCESS}
     files = set(run_folder.rglob("*"))
@@ -136,7 +137,7 @@ def _check_syncs(name: str, run_folder: Path, num_receivers: int, keeps: bool, i
     links = [replace(link, receiver=number) for number in range(num_receivers)]
     sender, engine = link.open_sender(), RecordingEngine(links, is_far, keeps)
     for version in range(4):
-        if version == 2:  # what broke off is of no consequence for what comes next
+        if version == 2:  # a broken sync has no effect on the next one
             with contextlib.suppress(_BrokenOffError):
                 sync_one(_broken_buckets(version), sender, engine, version)
             assert engine.weight_version == -1

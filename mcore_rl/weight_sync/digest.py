@@ -1,4 +1,4 @@
-"""What weights are, in few bytes: to tell whether those that arrived are those that were sent.
+"""Digests of weights: they show whether the weights that arrived are those that were sent.
 
 The cheap form, taken of every tensor at both ends of every sync: one integer over the bits of a
 tensor, kept with its name, type and shape. The bits are read in the order of the tensor's indices,
@@ -6,10 +6,10 @@ whatever its strides, as 64-bit words in rows of 64, zeros behind the last:
 
     content = sum_r weight_r * (sum_c word_rc)   mod 2^64,   weight_r odd, pseudo-random
 
-Seen: any change of any one word, a lost or doubled tensor, experts that changed places (the names
-differ), swapped or shifted rows, a transposed matrix. Not seen: words that change places within a
-row (512 bytes), changes within a row that cancel, and, with a chance of 2^-32 or so, others. It is
-no cryptographic hash: it finds faults, not forgeries.
+Detected: any change of a single word, a lost or doubled tensor, exchanged experts (the names
+differ), swapped or shifted rows, a transposed matrix. Not detected: words exchanged within a row
+(512 bytes), changes within a row that cancel, and, with a probability of about 2^-32, others. It is
+not a cryptographic hash: it finds errors, not forgeries.
 
 The full form is `full_digest`, blake3 over the same bits: 5 times as slow, so on request only.
 """
@@ -54,7 +54,7 @@ class Manifest:
         return len(self._entries)
 
     def add(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take up tensors; a name that was there before is remembered as doubled."""
+        """Add tensors; a name that comes a second time is recorded as doubled."""
         named_tensors = list(named_tensors)
         contents = _contents([tensor for _, tensor in named_tensors])
         for (name, tensor), content in zip(named_tensors, contents, strict=True):
@@ -66,14 +66,14 @@ class Manifest:
 
     @contextlib.contextmanager
     def adding(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
-        """Take up tensors beside what is done inside, which may read them, and be done after it."""
+        """Add tensors while the block runs, which may read them; done when the block ends."""
         held = [list(named_tensors)]
         if any(tensor.device.type != "cpu" for _, tensor in held[0]):
             self.add(held.pop())  # in the order of this thread's work on the device
             yield
             return
-        # The thread lets go of the tensors before it says that it is done: a slot of shared memory
-        # is to be free then.
+        # The thread drops its references to the tensors before it is done: a slot of shared memory
+        # must be free then.
         added = _thread_of(os.getpid()).submit(lambda: self.add(held.pop()))
         try:
             yield
@@ -81,7 +81,7 @@ class Manifest:
             added.result()
 
     def texts(self) -> dict[str, str]:
-        """Return by name what a tensor is: "bfloat16[16, 64]:2f09a1b37c5d8e60"."""
+        """Return the digest of each tensor by name: "bfloat16[16, 64]:2f09a1b37c5d8e60"."""
         return {
             name: f"{entry.dtype}{list(entry.shape)}:{entry.content & 0xFFFFFFFFFFFFFFFF:016x}"
             for name, entry in self._entries.items()
@@ -96,7 +96,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Return what `to_json` wrote."""
+        """Return the manifest that `to_json` wrote."""
         made, found = cls(), parse_json(text)
         made._doubled = found["doubled"]
         for name, (dtype, shape, content) in found["entries"].items():
@@ -104,7 +104,7 @@ class Manifest:
         return made
 
     def differences(self, arrived: Manifest) -> list[str]:
-        """Return what is wrong with `arrived`, a line a tensor."""
+        """Return the errors in `arrived`, one line per tensor."""
         lines = [f"{name} was sent twice" for name in self._doubled]
         lines += [f"{name} arrived twice" for name in arrived._doubled]
         for name, sent in self._entries.items():
@@ -132,22 +132,22 @@ def full_digest(tensor: Tensor) -> str:
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     held = _bytes_of(tensor).cpu()
-    # Not torch's own numpy array: it would forbid for good that the storage is resized, and so that
-    # weights which an engine of this process has loaded where they lie are offloaded.
+    # Not torch's own numpy array: it would forever forbid resizing the storage. Then weights that
+    # an engine of this process uses in place could not be offloaded.
     memory = (ctypes.c_ubyte * held.nbytes).from_address(held.data_ptr())
     return f"{dtype}{list(tensor.shape)}:{blake3(np.ctypeslib.as_array(memory).data).hexdigest()}"
 
 
 @functools.cache
 def _thread_of(process: int) -> ThreadPoolExecutor:
-    """Return the one thread of a process for digests: both ends of `direct` then need but one of a
-    tensor, and what is allocated is not kept for each of many. A fork of the process has none."""
+    """Return the only thread of a process for digests. So both ends of `direct` compute one digest
+    per tensor, and allocator caches are not kept for many threads. A fork has its own thread."""
     return ThreadPoolExecutor(1, thread_name_prefix="digests")
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Tensor -> (version, content): both ends of `direct` have the same tensors in hand. torch counts
-up a tensor's version when something is written into it, through whatever view."""
+"""Tensor -> (version, content): both ends of `direct` have the same tensors. torch increments a
+tensor's version at every write into it, also through a view."""
 
 
 def _contents(tensors: list[Tensor]) -> list[int]:

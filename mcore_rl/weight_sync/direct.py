@@ -24,14 +24,14 @@ class Tensors:
 
 
 class DirectSender(Sender[Tensors]):
-    """Delivers what it is given."""
+    """Delivers the bucket itself."""
 
     def send(self, bucket: NamedTensors, deliver: Deliver[Tensors]) -> None:
         deliver(Tensors(bucket))
 
 
 class DirectReceiver(Receiver[Tensors]):
-    """Loads what was delivered."""
+    """Loads the delivered tensors."""
 
     def receive(self, update: Tensors, load: Load) -> None:
         load(update.named_tensors)

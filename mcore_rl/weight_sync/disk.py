@@ -1,8 +1,8 @@
 """The transport `disk`: through safetensors files in the folder of the run.
 
-It reaches an engine wherever the folder is. A file for each bucket, all of a sync until its end: an
-engine may keep what it has mapped, and over a network a file that is gone is gone for who maps it.
-Nothing is flushed to the disk: what a machine loses with its power is sent again.
+It reaches every engine that can read the folder. Each bucket is a file, and all files stay until
+the end of the sync: an engine may keep the mapped memory, and over a network a removed file is lost
+for a process that maps it. Nothing is flushed to the disk: after a power failure it is sent again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DiskSender(Sender[InFile]):
         super().__init__(link)
         name = f"weights_of_engine_{link.engine}_rank_{link.engine_rank}"
         self._folder = Path(link.run_folder) / name
-        self._remove()  # a run that was killed may have left it
+        self._remove()  # a killed run may have left it
 
     def begin(self, version: int) -> None:
         self._folder.mkdir()

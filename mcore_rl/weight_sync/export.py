@@ -1,10 +1,10 @@
 """Megatron shards -> full tensors under their Hugging Face names, in layer order.
 
-Every rank of the model takes part; the full tensors are made on the ranks that are to have them,
-which may be all. A layer comes in buckets of bounded size, as many as it takes. Each is gathered
-over the tensor (or expert and expert-tensor) group of the pipeline stage that holds it, to those of
-its ranks behind which a receiving rank stands in the pipeline, and passed on to that. Beyond the
-model a rank holds at most two buckets: what was gathered, and the tensors made of it.
+Every rank of the model takes part; the full tensors are made on the receiving ranks, which may be
+all. A layer comes in one or more buckets of bounded size. Each bucket is gathered over the tensor
+(or expert and expert-tensor) group of the pipeline stage that holds it, to those of its ranks that
+have a receiving rank in their pipeline group, and sent on to that rank. Beyond the model a rank
+holds at most two buckets: the gathered bytes, and the tensors made of them.
 
 Layers come in the order of the mapping list: vLLM's layer-by-layer reload buffers whole layers when
 they come interleaved. Where a layer of experts takes several buckets, each has experts of every
@@ -42,7 +42,7 @@ class _Held:
 
 
 class WeightExporter:
-    """Gathers one model's weights; build once, iterate whenever they changed.
+    """Gathers one model's weights; build it once, iterate after each change of the weights.
 
     Args:
         params: this rank's parameters by canonical name.
@@ -68,7 +68,7 @@ class WeightExporter:
                 self._dtype_of |= of_rank.dtypes
         self._device = next(iter(params.values())).device
         self._plans: dict[int, list[list[ParamEntry]]] = {}
-        # Which ranks stand behind each other in the pipeline, for every rank of a group.
+        # The ranks of the same pipeline, for every rank of a group.
         self._pipeline = dist.get_process_group_ranks(parallel.pp)
         self._pipelines = {
             group: _gather_objects(self._pipeline, group) for group in (parallel.tp, parallel.tp_ep)
@@ -93,8 +93,8 @@ class WeightExporter:
         Args:
             max_bytes: size of a bucket; one with a single larger tensor, or the tensors of a single
                 larger parameter, is larger.
-            receivers: global ranks that are to have the tensors; None: all. The other ranks get
-                empty buckets.
+            receivers: global ranks that get the tensors; None: all. The other ranks get empty
+                buckets.
         """
         rank = self.parallel.rank
         for entries in self._plan(max_bytes):
@@ -133,7 +133,8 @@ class WeightExporter:
             yield sorted(bucket, key=lambda entry: place[entry.megatron_name])
 
     def _units(self, entries: Sequence[ParamEntry], max_bytes: int) -> list[list[ParamEntry]]:
-        """Return what is not torn apart: of experts one of each rank, unless that is too large."""
+        """Return units that stay in one bucket: one expert of each rank, unless that is too
+        large."""
         units = [[entry] for entry in entries if not entry.is_expert]
         experts = {entry.megatron_name: entry for entry in entries if entry.is_expert}
         if experts:
@@ -163,7 +164,7 @@ class WeightExporter:
     def _gather(
         self, entries: Sequence[ParamEntry], receivers: AbstractSet[int] | None
     ) -> list[tuple[str, Tensor]]:
-        """Return the tensors of parameters of this stage; nothing where none are wanted."""
+        """Return the tensors of parameters of this stage; nothing if this rank wants none."""
         tp, tp_ep = self.parallel.tp, self.parallel.tp_ep
         names = [entry.megatron_name for entry in entries if not entry.is_expert]
         expert_names = [entry.megatron_name for entry in entries if entry.is_expert]
@@ -186,7 +187,7 @@ class WeightExporter:
         group: ProcessGroup,
         receivers: AbstractSet[int] | None,
     ) -> dict[str, list[Tensor]]:
-        """Return the shards of parameters in rank order, by name; nothing where none are wanted.
+        """Return the shards of parameters in rank order, by name; nothing if this rank wants none.
 
         Args:
             entries: by name.
@@ -226,7 +227,7 @@ class WeightExporter:
         return shards
 
     def _shard_shape(self, entry: ParamEntry, rank: int) -> tuple[int, ...]:
-        """Return the shape of what a rank holds: of its tensor group, or of its expert group."""
+        """Return the shape of a rank's shard, in its tensor group or its expert group."""
         parallel = self.parallel
         if entry.is_expert:
             index, count = self._held[parallel.pp.rank()][rank].etp_rank, parallel.etp.size()
@@ -240,7 +241,7 @@ class WeightExporter:
         stage: int,
         receivers: AbstractSet[int] | None,
     ) -> None:
-        """Give the tensors of a stage to the receivers behind and before it in the pipeline."""
+        """Send the tensors of a stage to the receivers in other stages of the pipeline."""
         group, own = self.parallel.pp, self.parallel.pp.rank()
         wanting = [receivers is None or rank in receivers for rank in self._pipeline]
         takers = [rank for rank, wants in enumerate(wanting) if wants and rank != stage]
@@ -295,13 +296,13 @@ def _gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
 def _gather_flat(
     flat: Tensor, sizes: Sequence[int], group: ProcessGroup, wanting: Sequence[bool]
 ) -> Tensor | None:
-    """Return what all ranks hold, one after the other; None on ranks that do not want it.
+    """Return the data of all ranks, one after the other; None on ranks that do not want it.
 
     Args:
         flat: what this rank holds.
         sizes: how many numbers each rank holds.
         group: the ranks.
-        wanting: which of them are to have it.
+        wanting: which of them get the result.
     """
     own = group.rank()
     gathered = flat.new_empty(sum(sizes)) if wanting[own] else None

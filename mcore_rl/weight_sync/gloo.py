@@ -2,10 +2,10 @@
 
 Sender and receivers make a group of their own, apart from every default group, when the first
 update of a sync brings the receivers its address, and leave it at the end. The sender broadcasts
-when all receivers have said that they are there, so that none waits for one that failed. A bucket
-is one broadcast of bytes: it lies once more at the sender, and once at every receiver for as long
-as the engine keeps it. Every wait has a deadline. The group listens on one address of the sender's
-machine, `Link.address`, without a key: it belongs into a network of the cluster's own.
+when all receivers have reported that they are ready, so that none waits for one that failed. A
+bucket is one broadcast of bytes: the sender has a second copy, and every receiver has one for as
+long as the engine keeps it. Every wait has a deadline. The group listens on one address of the
+sender's machine, `Link.address`, without a key: use it only in a private network of the cluster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mcore_rl.weight_sync.base import (
 from mcore_rl.weight_sync.packing import PackedBucket
 
 DEADLINE = datetime.timedelta(seconds=120)
-"""Of a rendezvous and of a broadcast: both ends are there, or one of them is gone."""
+"""For a rendezvous and for a broadcast: after it, the other end counts as gone."""
 _PAUSE_S = 0.0005
 
 
@@ -43,10 +43,10 @@ class Broadcast:
     """A bucket that comes by broadcast."""
 
     number: int
-    """From 0 in a sync."""
+    """Number of the bucket in the sync, from 0."""
     bucket: PackedBucket
     address: str
-    """Of the store by which the group is made."""
+    """Address of the store for the rendezvous of the group."""
     port: int
 
 
@@ -65,8 +65,8 @@ class GlooSender(Sender[Broadcast]):
         self._num_sent += 1
         buffer = torch.empty(packed.num_bytes, dtype=torch.uint8)
         packed.write(bucket, buffer)
-        # The engine, which may be in this process, works in one and the same thread: what others
-        # allocate is kept for each, and so is a pool for torch's operators.
+        # The engine may be in this process and must work in one thread: each thread keeps its own
+        # allocator cache and its own pool for torch's operators.
         pool, is_over = ThreadPoolExecutor(1), threading.Event()
         broadcasting = pool.submit(self._broadcast, self._store, update.number, buffer, is_over)
         try:
@@ -79,7 +79,7 @@ class GlooSender(Sender[Broadcast]):
     def _broadcast(
         self, store: Any, number: int, buffer: torch.Tensor, is_over: threading.Event
     ) -> None:
-        """Send a buffer when all receivers are about to take it, unless delivery is over before."""
+        """Send a buffer when all receivers are ready for it, unless the delivery ends first."""
         keys = [_key(number, receiver) for receiver in range(self.link.num_receivers)]
         last = time.monotonic() + DEADLINE.total_seconds()
         try:
@@ -96,8 +96,8 @@ class GlooSender(Sender[Broadcast]):
             _broadcast(self._group, buffer)
             return
         except RuntimeError as error:
-            problem = str(error)  # alone: the error itself would keep the group
-        self._group = None  # so that receivers wait no longer
+            problem = str(error)  # only the text: the error would keep the group
+        self._group = None  # receivers stop waiting
         raise WeightSyncError(f"a broadcast broke off: {problem}", role="rollout")
 
     def end(self) -> None:

@@ -1,11 +1,11 @@
-"""An engine's side of its update sessions: it has a receiver load what comes, and knows what came.
+"""An engine's side of update sessions: its receiver loads the updates, and it records the tensors.
 
 Every engine has one for each of its receivers, in the process that loads:
 
     begin(version)  receive(update)*  differences(manifest) == []  end()
 
-What reached the loader is compared with what was exported before the engine takes the weights for
-whole: engines' own loaders are content with a session that lacks a projection or an expert.
+The tensors at the loader are compared with the exported ones before the engine accepts the weights:
+engines' own loaders accept a session that lacks a projection or an expert.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Intake:
     """Opens the receiver of a link.
 
     Args:
-        link: by which the weights come.
-        load: takes them.
+        link: brings the weights.
+        load: loads them.
     """
 
     def __init__(self, link: Link, load: Load) -> None:
@@ -46,7 +46,7 @@ class Intake:
             self._load_into(tensors)
 
     def differences(self, sent: Manifest) -> list[str]:
-        """Return what is wrong with what arrived, a line a tensor."""
+        """Return the errors in the arrived tensors, one line per tensor."""
         return sent.differences(self._arrived)
 
     def end(self) -> None:

@@ -2,8 +2,8 @@
 
 vLLM's own packing at both ends (`vllm.distributed.weight_transfer.packed_tensor`): the sender
 copies a bucket into a buffer, the update carries its handle, the receiver clones the tensors. A
-buffer is written again only when the update before has been answered. One receiver, since a handle
-is good on its device alone: an engine cut over several devices has a sender on each.
+buffer is written again only when the previous update has been answered. There is one receiver,
+since a handle is valid only on its device: an engine on several devices has a sender on each.
 """
 
 from __future__ import annotations

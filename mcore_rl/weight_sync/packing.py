@@ -1,4 +1,4 @@
-"""A bucket as one run of bytes, and what one has to know to make tensors of it again."""
+"""A bucket as one sequence of bytes, and the description needed to make tensors from it again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedBucket:
-    """Where in a run of bytes the tensors of a bucket lie; every one begins at a multiple of 64."""
+    """Positions of a bucket's tensors in a sequence of bytes; each begins at a multiple of 64."""
 
     names: list[str]
     dtypes: list[str]
@@ -37,7 +37,7 @@ class PackedBucket:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole run."""
+        """Number of bytes of the whole bucket."""
         return sum(size + -size % _ALIGNMENT for size in self.sizes)
 
     def write(self, bucket: NamedTensors, buffer: Tensor) -> None:

@@ -1,15 +1,15 @@
 """The transport `shared_memory`: through memory that the processes of a machine share.
 
 The sender has two slots, files in /dev/shm as large as the largest bucket so far, and writes each
-bucket into a free one. A slot is free again when every receiver has let go of the tensors that it
-made in it, which an engine does when it has loaded them, at the latest with all of a layer; a byte
-for each receiver at the head of the slot says so. While the one slot is held, receivers copy what
-comes in the other, so that there always is a free one. So no more than two buckets are shared, most
-are loaded from where they were written, and none changes under an engine that keeps it.
+bucket into a free one. A slot is free again when every receiver has released the tensors that it
+made in it. An engine releases them when it has loaded them, at the latest with the whole layer; one
+byte per receiver at the head of the slot records this. While one slot is held, receivers copy the
+data of the other, so there is always a free one. So at most two buckets are shared, most are loaded
+without a copy, and none changes while an engine keeps it.
 
-A file has a random name, is this user's alone, and loses its name when the receivers have opened
-it: it is gone with the processes that have it mapped, however they end. One that was killed before
-leaves a file that no process has locked, which the next sender of this user removes.
+A file has a random name, only this user can open it, and it is unlinked when the receivers have
+opened it: it vanishes with the processes that have it mapped, however they end. A process killed
+before that leaves a file that no process has locked; the next sender of this user removes it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InSlot:
     """All that the sender has."""
     bucket: PackedBucket
     must_copy: bool
-    """Whether the receivers have to let go of the slot before they answer."""
+    """Whether the receivers must release the slot before they answer."""
 
 
 class _Slot:
@@ -95,11 +95,11 @@ class _Slot:
         return bool(self._released.all())
 
     def take(self) -> None:
-        """Have it held until every receiver lets go."""
+        """Hold the slot until every receiver releases it."""
         self._released[:] = 0
 
     def drop_name(self) -> None:
-        """Every receiver has opened the file."""
+        """Unlink the file; every receiver has opened it."""
         if self._has_name:
             (FOLDER / self.name).unlink()
             self._has_name = False
@@ -180,7 +180,7 @@ def _let_go(released: np.ndarray, receiver: int) -> None:
 def remove_leftovers() -> None:
     """Remove slots of this user whose process is gone."""
     for file in FOLDER.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another's, in use, or removed meanwhile
+        with contextlib.suppress(OSError):  # not this user's, in use, or already removed
             descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if os.fstat(descriptor).st_uid == os.getuid():

@@ -20,9 +20,9 @@ class Target:
     sender: Sender[Any]
     session: UpdateSession
     problem: WeightSyncError | None = None
-    """Why it does not have them; the others do."""
+    """Why this target does not have the weights; None: it has them."""
     sends: bool = False
-    """Whether the sender has begun and not ended."""
+    """Whether the sender has begun a sync and not ended it."""
 
 
 def sync_weights(
@@ -34,15 +34,16 @@ def sync_weights(
 ) -> Metrics:
     """Give every target the exported weights as `version` and return how much was moved.
 
-    A target that fails, or got other weights than were exported, is left out from there on, and its
-    session given up; the export, which others take part in, goes on. If that fails, all are.
+    A target that fails, or got other weights than the exported ones, is skipped from then on, and
+    its session is aborted; the export, which is collective, goes on. If the export fails, all are
+    aborted.
 
     Args:
         export: buckets of full tensors.
-        targets: are told in `problem`.
+        targets: their `problem` is set if they fail.
         version: of the weights.
         with_digests: as in `UpdateSession.start_weight_update`.
-        manifest: empty, takes up what is exported; None: it is not wanted.
+        manifest: empty; the exported tensors are added to it. None: not wanted.
     """
     num_buckets = num_bytes = 0
     is_read = bool(targets) or manifest is not None
@@ -83,7 +84,7 @@ def sync_one(
     """Do `sync_weights` for one engine.
 
     Raises:
-        WeightSyncError: if it has not got the weights.
+        WeightSyncError: if the engine did not get the weights.
     """
     target = Target(sender, session)
     metrics = sync_weights(export, [target], version, with_digests)
@@ -115,7 +116,7 @@ def _end(target: Target) -> None:
 
 def _give_up(target: Target) -> None:
     _end(target)
-    with contextlib.suppress(RunError):  # an engine that is gone needs no telling
+    with contextlib.suppress(RunError):  # an engine that is gone needs no abort
         target.session.abort_weight_update()
 
 

@@ -104,7 +104,7 @@ class ActorWorker(ModelWorker, Actor):
         return self.parts[Part.PARAM].while_here("the export of weights", weights)
 
     def separate_exporters(self) -> tuple[WeightExporter, AdapterExporter]:
-        """Return those of the weights without adapters and of the adapters; collective."""
+        """Return the exporters of the weights without adapters and of the adapters; collective."""
         assert self.lora is not None, "built without adapters"
         base = WeightExporter(self._readable(self.params), self.entries, self.parallel)
         halves = WeightExporter(self._readable(self.lora.params), self.lora.entries, self.parallel)
@@ -119,8 +119,8 @@ class ActorWorker(ModelWorker, Actor):
 
     @reads(Part.PARAM)
     def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Mapping[int, RoutesAt]]:
-        """Return logprobs and, on the rank that was given the share, where the routes of its
-        sequences lie, by planned index: the experts that the routers chose."""
+        """Return logprobs and, on the rank that received the share, where the routes of its
+        sequences are, by planned index. Routes are the experts that the routers chose."""
         micro_batches = spread(share, self.parallel.share)
         with self.routers.recording() as recording:
             logprobs = forward_tokens(
@@ -149,8 +149,8 @@ class ActorWorker(ModelWorker, Actor):
 
     @reads(Part.PARAM)
     def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
-        """Return what comes out of this rank's layers under the current weights, by planned index
-        and module; see `LayerRecording.by_index`."""
+        """Return the outputs of this rank's layers under the current weights, by planned index and
+        module; see `LayerRecording.by_index`."""
         micro_batches = spread(share, self.parallel.share)
         models = [chunk.module for chunk in self.chunks]
         recording = LayerRecording(models, self.parallel)
@@ -178,12 +178,12 @@ class ActorWorker(ModelWorker, Actor):
 
         Adapters are merged into the weights and also written by themselves, below `adapter`.
 
-        Every rank writes shards of its own into the folder, which all of them must see; the folder
-        holds a model when the call is over on all of them.
+        Every rank writes its own shards into the folder, which all ranks must be able to reach. The
+        folder holds a complete model when the call has returned on all of them.
 
         Args:
-            folder: not there, or empty.
-            max_shard_bytes: a rank holds as much in memory, beside the layer that is gathered.
+            folder: does not exist, or is empty.
+            max_shard_bytes: a rank holds so much in memory, plus the layer being gathered.
         """
         target = Path(folder)
         shards = plan_shards(self.exporter.outline(), max_shard_bytes)

@@ -1,6 +1,6 @@
-"""One rank of the critic: the model that says how much reward is to be expected.
+"""One rank of the critic: the model that predicts the expected reward.
 
-It has the actor's layout and routes its tokens by itself, also where the actor replays routes.
+It has the actor's layout and routes its tokens by itself, also if the actor replays routes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class EngineWorker(EngineProcess):
 
     Args:
         spec: of this process.
-        updates: where it is to listen for weights.
+        updates: address where it listens for weights.
     """
 
     def __init__(self, spec: EngineWorkerSpec, updates: Address) -> None:
@@ -46,7 +46,7 @@ class EngineWorker(EngineProcess):
 
     @property
     def handlers(self) -> Mapping[Callable[..., Any], Callable[..., Any]]:
-        """By method of a role: what does it here."""
+        """The function that does it here, by method of a role."""
         return handlers({Rollout: self._rollout, EngineProcess: self})
 
     @property

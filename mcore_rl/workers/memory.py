@@ -1,12 +1,12 @@
 """How much memory a worker's process holds at most during each call.
 
-On CUDA: what is taken of the device, by this process or another one: the tensors at their peak, and
-what was taken beside torch's cache when the call began (the context, an engine that is awake, less
-the pages of one that sleeps, which torch counts on). On CPU: the resident set, less what it was
-before anything was built. Where the kernel does not tell, nothing is measured.
+On CUDA: the used memory of the device, by this process or another one. It is the peak of the
+tensors, plus the memory used outside torch's cache when the call began (the context, an engine that
+is awake; minus the pages of a sleeping engine, which torch still counts). On CPU: the resident set,
+minus its size before anything was built. If the kernel does not report it, nothing is measured.
 
-To watch a call takes 0.1 ms on CPU, of a process of 0.5 GiB as of one of 8: the kernel is asked to
-forget a number, and walks no pages.
+Watching a call takes 0.1 ms on CPU, for a process of 0.5 GiB and of 8 GiB alike: the kernel only
+resets a number, and walks no pages.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mcore_rl.workers.roles import Memory, MemoryUse
 
 
 class Meter(Protocol):
-    """What tells how much is held."""
+    """Measures how much memory is held."""
 
     is_of_host: bool
 
     def begin(self) -> None:
-        """Forget the peak."""
+        """Reset the peak."""
         ...
 
     def peak(self) -> int:
@@ -36,12 +36,12 @@ class Meter(Protocol):
         ...
 
     def settled(self) -> int:
-        """Return the bytes when what is freed has been given back."""
+        """Return the bytes after freed memory has been given back."""
         ...
 
 
 class ResidentSet:
-    """Of this process, in host memory, beside what it is now (proc(5), clear_refs and status)."""
+    """Host memory of this process beyond its present size (proc(5), clear_refs and status)."""
 
     is_of_host = True
 
@@ -49,7 +49,7 @@ class ResidentSet:
         self._before = 0
         self._before = self.settled()
         self.begin()
-        self.peak()  # what cannot be told is found now, and not in a run
+        self.peak()  # if it cannot be read, this fails now and not in a run
 
     def begin(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -71,7 +71,7 @@ class ResidentSet:
 
 
 class CudaDevice:
-    """What is taken of a device."""
+    """Used memory of a device."""
 
     is_of_host = False
 
@@ -94,7 +94,7 @@ class CudaDevice:
 
 
 def meter_of(device: torch.device) -> Meter | None:
-    """Return what measures the memory of a worker on `device`; None where nothing can."""
+    """Return the meter for a worker on `device`; None if its memory cannot be measured."""
     if device.type == "cuda":
         return CudaDevice(device)
     try:

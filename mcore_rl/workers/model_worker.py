@@ -1,4 +1,4 @@
-"""What actor and critic have in common: one rank of a model that is trained and saved.
+"""The common part of actor and critic: one rank of a model that is trained and saved.
 
 Every method is collective: the launcher calls it on all ranks together. Only small host objects
 come in and go out.
@@ -44,7 +44,7 @@ R = TypeVar("R")
 def reads(
     *parts: Part,
 ) -> Callable[[Callable[Concatenate[W, P], R]], Callable[Concatenate[W, P], R]]:
-    """Have a method of a worker refuse to run while one of these parts is in host memory."""
+    """Make a method of a worker refuse to run while one of these parts is in host memory."""
 
     def checked(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[W, P], R]:
         @functools.wraps(method)
@@ -76,7 +76,7 @@ class TrainObjective(Protocol):
     ) -> tuple[Tensor, Metrics]:
         """Return (sum_T w_T * loss_T over this micro-batch, metrics).
 
-        `output_T` [T] float32 is what the model gives: log-probabilities or values.
+        `output_T` [T] float32 is the model's output: log-probabilities or values.
         """
         ...
 
@@ -113,7 +113,7 @@ class ModelWorker:
         self.trained = trained
         self._pending_save: PendingSave | None = None
         self.parts: dict[Part, Offloadable] = {}
-        """What can be moved to host memory, of what there is."""
+        """The existing parts that can be moved to host memory."""
         self._add_part(Part.PARAM, lambda: parameters_of(self.chunks))
         self._add_part(Part.GRAD, lambda: gradients_of(self.chunks))
         self._add_part(Part.OPTIMIZER, lambda: optimizer_tensors(self.optimizer.inner, self.chunks))
@@ -181,12 +181,12 @@ class ModelWorker:
         self._pending_save = begin_save(Path(folder), self.trained, self.optimizer, self.parallel)
 
     def save_state(self, wait: bool) -> WriteState:
-        """Return how far this rank is with writing; with `wait`, when it has come to an end."""
+        """Return this rank's state of writing; with `wait`, after the writing has ended."""
         assert self._pending_save is not None, "begin_save comes first"
         return self._pending_save.state(wait=wait)
 
     def finish_save(self) -> None:
-        """Make what all ranks have written a checkpoint."""
+        """Complete the checkpoint from the parts that all ranks have written."""
         assert self._pending_save is not None, "begin_save comes first"
         self._pending_save.finish()
         self._pending_save = None

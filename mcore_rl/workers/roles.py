@@ -1,14 +1,14 @@
 """The calls that a controller makes of its workers, by role: one page to read.
 
 A call is a method of one of these protocols, `call(Actor.update, ...)`, so that a type checker
-follows it from the controller to the worker. A worker answers to the roles that it has; which class
-does so stands in `Worker.roles`.
+follows it from the controller to the worker. A worker does the calls of its roles; `Worker.roles`
+names the class for each.
 
-Every method of actor and critic is collective: all ranks are asked together. A *share* is what one
-data-parallel rank works on. It is sent to the first rank of those that work on it and spread among
-them, so the others are given None.
+Every method of actor and critic is collective: all ranks are called together. A *share* is the work
+of one data-parallel rank. It is sent to the first of the ranks that work on it, which sends it to
+the others; these get None from the controller.
 
-Numbers come back from the ranks that report them; the others return those of no sequence.
+The ranks that report numbers return them; the others return numbers of no sequence.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Actor(Protocol):
         ...
 
     def record_logprobs(self, share: Share | None) -> tuple[TokenNumbers, Mapping[int, RoutesAt]]:
-        """Return them with where the routes of the share's sequences lie, by their positions in the
-        list that was planned: the experts that the routers chose. The rank that was given the share
-        keeps them, which is the one that would be given them to replay."""
+        """Return log-probabilities, and where the routes of the share's sequences are, by their
+        positions in the planned list. Routes are the experts that the routers chose. The rank that
+        received the share keeps them; it is also the rank that replays them."""
         ...
 
     def ref_logprobs(self, share: Share | None) -> TokenNumbers:
@@ -49,7 +49,7 @@ class Actor(Protocol):
         ...
 
     def layer_outputs(self, share: Share | None) -> dict[int, Mapping[str, np.ndarray]]:
-        """Return what comes out of this rank's layers."""
+        """Return the outputs of this rank's layers."""
         ...
 
     def offload(self, parts: Collection[Part]) -> None:
@@ -73,11 +73,11 @@ class Actor(Protocol):
         ...
 
     def save_state(self, wait: bool) -> WriteState:
-        """Return how far this rank is with writing."""
+        """Return this rank's state of writing."""
         ...
 
     def finish_save(self) -> None:
-        """Make what all ranks have written a checkpoint."""
+        """Complete the checkpoint from the parts that all ranks have written."""
         ...
 
     def load(self, folder: str) -> None:
@@ -90,7 +90,7 @@ class Actor(Protocol):
 
 
 class Critic(Protocol):
-    """The model that says how much reward is to be expected."""
+    """The model that predicts the expected reward."""
 
     def values(self, share: Share | None) -> TokenNumbers:
         """Return the value of every trained token."""
@@ -117,11 +117,11 @@ class Critic(Protocol):
         ...
 
     def save_state(self, wait: bool) -> WriteState:
-        """Return how far this rank is with writing."""
+        """Return this rank's state of writing."""
         ...
 
     def finish_save(self) -> None:
-        """Make what all ranks have written a checkpoint."""
+        """Complete the checkpoint from the parts that all ranks have written."""
         ...
 
     def load(self, folder: str) -> None:
@@ -131,13 +131,14 @@ class Critic(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SentWeights:
-    """What came of sending weights."""
+    """The result of sending weights."""
 
     metrics: Metrics
     problems: Mapping[int, WeightSyncError]
-    """By number of an engine of its own process that did not take them."""
+    """Errors of the engines that did not take the weights, by number; only of separate
+    processes."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """By tensor, what was sent; one rank says it, and the others nothing."""
+    """Short digest of each sent tensor; one rank returns them, the others none."""
 
 
 class WeightSource(Protocol):
@@ -146,10 +147,10 @@ class WeightSource(Protocol):
     def send_weights(
         self, version: int, engines: Mapping[int, Address], with_digests: bool, with_base: bool
     ) -> SentWeights:
-        """Send them as `version` to the engine in this process, or to those of `engines` (by
-        number: where they listen) that this rank feeds, which then know what they loaded if
-        `with_digests`; collective. Without the base only what trains is sent, where engines take
-        that by itself."""
+        """Send the weights as `version` to the engine in this process, or to those of `engines`
+        (addresses by number) that this rank feeds; collective. With `with_digests` the engines keep
+        digests of what they loaded. Without the base only the trained weights are sent, if engines
+        take them alone."""
         ...
 
 
@@ -159,18 +160,18 @@ class Rollout(Protocol):
     def generate(
         self, number: int, groups: Sequence[Sequence[GenerationRequest]], keep_routes: bool
     ) -> None:
-        """Begin with groups of requests; all ranks of the engine must be given the same. Routes to
-        be replayed are kept. `number` is of no earlier call."""
+        """Begin with groups of requests; all ranks of the engine must get the same. With
+        `keep_routes`, routes are kept for a replay. No earlier call has this `number`."""
         ...
 
     def answer(self, number: int, group: int) -> Future[list[GenerationResult]]:
-        """Return one result per request, in order, of a group that call `number` of `generate`
-        gave; asked of the engine's first rank, once. Nothing when the run is asked to end, which
-        engines notice within a few steps."""
+        """Return one result per request, in order, for a group of call `number` of `generate`. Call
+        it once, on the engine's first rank. When the run is asked to end, the result is empty;
+        engines notice that within a few steps."""
         ...
 
     def stop(self, number: int) -> None:
-        """End the unfinished requests of such a call with what they have."""
+        """End the unfinished requests of such a call with their tokens so far."""
         ...
 
     def pause(self, mode: PauseMode) -> None:
@@ -186,27 +187,29 @@ class Rollout(Protocol):
         ...
 
     def wake(self, part: EnginePart) -> None:
-        """Take the memory of a part back."""
+        """Allocate the memory of a part again."""
         ...
 
     def health(self) -> Health:
-        """Return how the engine is."""
+        """Return the state of the engine."""
         ...
 
     def loaded_digests(self) -> list[dict[str, str]]:
-        """Return what the engine's parts hosted here have loaded; see `RolloutEngine`."""
+        """Return digests of what the engine's parts in this process have loaded; see
+        `RolloutEngine`."""
         ...
 
     def digests_of_model(self) -> list[dict[str, str]]:
-        """Return what they load from the model's folder; afterwards they are without weights."""
+        """Return digests of what they load from the model's folder; they are then without
+        weights."""
         ...
 
 
 class EngineProcess(Protocol):
-    """The process of an engine by itself."""
+    """The process of an engine that runs alone."""
 
     def receive_weights(self, version: int) -> None:
-        """Take the weights that a train worker sends as `version` meanwhile."""
+        """Receive the weights that a train worker is sending as `version`."""
         ...
 
 
@@ -215,44 +218,45 @@ class MemoryUse:
     """What the process of a train worker has held, in bytes."""
 
     peaks: Mapping[Callable[..., Any], int]
-    """At most during the calls of each method of a role: `Actor.update`."""
+    """Peak during the calls of each method of a role: `Actor.update`."""
     held: int
-    """Now, when what is freed has been given back."""
+    """Bytes now, after freed memory has been given back."""
     is_of_host: bool
     """Whether it is the resident set, of a run on CPU, and not the memory of a device."""
 
 
 class Memory(Protocol):
-    """Who knows what a train worker's process holds."""
+    """The memory of a train worker's process."""
 
     def memory_use(self) -> MemoryUse | None:
-        """Return what it has held since it started; None where nothing tells."""
+        """Return the memory since the start of the process; None if it cannot be measured."""
         ...
 
     def take_peak(self) -> int | None:
-        """Return the most bytes that it has held in a call since this was asked last."""
+        """Return the peak bytes in any call since this method was last called."""
         ...
 
 
 class RouteHolder(Protocol):
-    """The routes that lie in a worker, recorded by its engine or its actor."""
+    """The routes stored in a worker, recorded by its engine or its actor."""
 
     def exchange(self, gives: Mapping[int, np.ndarray], takes: Mapping[int, np.ndarray]) -> None:
-        """Give routes to other ranks and take theirs; all ranks that it names are asked together.
+        """Send routes to other ranks and receive theirs; all ranks that it names are called
+        together.
 
         Args:
-            gives: by rank that is given some, [sequences] int64 keys.
-            takes: by rank that gives some, [sequences, 2] int64 keys and tokens - 1.
+            gives: by receiving rank, [sequences] int64 keys.
+            takes: by sending rank, [sequences, 2] int64 keys and tokens - 1.
         """
         ...
 
     def drop(self) -> None:
-        """Forget all routes."""
+        """Drop all routes."""
         ...
 
 
 def handlers(roles: Mapping[type, Any]) -> Mapping[Callable[..., Any], Callable[..., Any]]:
-    """Return what does each method of each role, `Actor.update`, of those who answer to it."""
+    """Return the function that does each method of each role, such as `Actor.update`."""
     return {
         method: getattr(holder, name)
         for role, holder in roles.items()

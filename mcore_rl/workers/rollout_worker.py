@@ -1,5 +1,5 @@
-"""What answers to the calls of a rollout engine; it decodes what the engine answers, so that the
-controller need not decode the answers of all engines one after the other."""
+"""Does the calls of a rollout engine. It also decodes the engine's answers, so that the controller
+need not decode the answers of all engines one after the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mcore_rl.workers.routes import RouteStore, check_experts_differ, check_rout
 T = TypeVar("T")
 R = TypeVar("R")
 _Given = tuple[Future[list[GenerationResult]], Future[list[GenerationResult]]]
-"""What the engine draws of a group, and what is answered."""
+"""Futures of a group: the engine's results, and the answer made from them."""
 
 
 class RolloutWorker(Rollout):
@@ -35,7 +35,7 @@ class RolloutWorker(Rollout):
         spec: what the engine starts from.
         engine: without weights.
         is_first: whether it answers for the engine.
-        routes: of this process; None where none are kept.
+        routes: of this process; None if none are kept.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class RolloutWorker(Rollout):
         self._model_path = spec.model_path
         self._knows_experts_differ = False
         self._given: dict[int, dict[int, _Given]] = {}
-        """By number of a call and of a group: what is not answered yet, on the first rank."""
+        """Groups that are not answered yet, by number of the call and of the group; on the first
+        rank."""
         self._tokenizer = load_tokenizer(spec.model_path) if spec.with_text else None
 
     def generate(
@@ -56,7 +57,7 @@ class RolloutWorker(Rollout):
         drawn = self.engine.submit(groups)
         if not self._is_first:
             for of_group in drawn:
-                of_group.result()  # nobody asks for it, and what failed is to be told
+                of_group.result()  # nobody asks for the answer, but an error must be raised
             return
         self._given[number] = {
             group: (of_group, self._answer(requests, of_group, keep_routes))
@@ -79,7 +80,7 @@ class RolloutWorker(Rollout):
             self.engine.abort(drawn)
 
     def _forget(self, number: int, group: int) -> None:
-        """Drop an answer that is on its way, and the call with its last one."""
+        """Drop an answer that is being sent; with the last one, drop the call."""
         of_call = self._given[number]
         del of_call[group]
         if not of_call:
@@ -155,7 +156,7 @@ class RolloutWorker(Rollout):
 
 
 def _then(future: Future[T], answer: Callable[[T], R]) -> Future[R]:
-    """Return a future of what `answer` makes of the result of another one."""
+    """Return a future of `answer` applied to the result of another future."""
     made: Future[R] = Future()
 
     def make(done: Future[T]) -> None:

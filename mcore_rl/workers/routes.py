@@ -1,8 +1,8 @@
-"""The routes that lie in a worker: what its engine or its actor recorded, and what other workers
-gave it.
+"""The routes stored in a worker: those that its engine or its actor recorded, and those that other
+workers sent.
 
-An engine that returns none, or those of another part of the sequence, would train on other experts
-than it sampled with, and nothing else would show it; so they are checked before they are kept.
+If an engine returned no routes, or routes of another part of the sequence, training would use other
+experts than sampling, and nothing else would show it. So routes are checked before they are kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RouteStore(RouteHolder):
         self._num_recorded = 0
 
     def keep(self, routes: np.ndarray) -> RoutesAt:
-        """Keep the routes of one sequence, [tokens - 1, MoE layers, topk]; return where they lie.
+        """Keep the routes of one sequence, [tokens - 1, MoE layers, topk]; return where they are.
 
         They are held as uint8, or as uint16 with more than 256 experts.
         """
@@ -45,11 +45,11 @@ class RouteStore(RouteHolder):
         return at
 
     def get(self, rank: int, key: int) -> np.ndarray:
-        """Return routes that lie here."""
+        """Return routes stored here."""
         return self._held[rank, key]
 
     def filled(self, share: Share | None) -> Share | None:
-        """Return the share with its routes in place of where they lay."""
+        """Return the share with the routes themselves in place of their locations."""
         if share is None or share.whole.routes_at is None:
             return share
         routes = [self.get(rank, key) for rank, key in share.whole.routes_at.tolist()]
@@ -57,7 +57,7 @@ class RouteStore(RouteHolder):
         return replace(share, whole=whole)
 
     def exchange(self, gives: Mapping[int, np.ndarray], takes: Mapping[int, np.ndarray]) -> None:
-        """Give routes to other ranks and take theirs, over the network of the workers."""
+        """Send routes to other ranks and receive theirs, over the network of the workers."""
         sent = {
             rank: torch.from_numpy(
                 np.concatenate([self.get(self._rank, key) for key in keys.tolist()]).view(np.uint8)
@@ -82,7 +82,7 @@ class RouteStore(RouteHolder):
                 self._held[rank, key] = part
 
     def drop(self) -> None:
-        """Forget all routes."""
+        """Drop all routes."""
         self._held = {}
 
     @property

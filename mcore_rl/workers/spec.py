@@ -1,4 +1,4 @@
-"""What worker processes are built from. No Megatron, no vLLM here: the controller makes it."""
+"""Specs of the worker processes. No Megatron and no vLLM here: the controller makes them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Spec = TypeVar("Spec", "ModelSpec", "ActorSpec", EngineSpec)
 
 
 def with_found_model(spec: Spec) -> Spec:
-    """Return the same with the folder that its model has on this machine.
+    """Return the spec with the folder of its model on this machine.
 
     Raises:
-        UserError: if the model is not there.
+        UserError: if the model does not exist.
     """
     return replace(spec, model_path=str(find_model(spec.model_path, download=True)))
 
@@ -41,7 +41,7 @@ class ActorSpec(ModelSpec):
     """What every rank of the actor is built from."""
 
     temperature: float
-    """Logits are divided by it, as the engine does."""
+    """Logits are divided by it, as in the engine."""
     with_reference: bool
     """Whether a frozen copy of the initial weights is kept, to be asked for log-probabilities."""
     lora: LoraConfig | None = None
@@ -61,8 +61,8 @@ class WorkerSpec:
     offloads: Offloads = field(default_factory=Offloads)
 
     def on_this_machine(self) -> WorkerSpec:
-        """Return the same with the folders that the models have on this machine; of those of the
-        hub one process of a machine fetches what its cache lacks, if HF_HUB_OFFLINE=0 allows it.
+        """Return the spec with the folders of the models on this machine. For models of the hub,
+        one process per machine downloads what the cache lacks, if HF_HUB_OFFLINE=0 allows it.
 
         Raises:
             UserError: if a model is not there.

@@ -1,7 +1,7 @@
-"""A share from the first of the ranks that work on it to the others.
+"""Sends a share from the first of the ranks that work on it to the others.
 
 The controller sends each share once. Within the ranks of one data-parallel rank (tensor, context
-and pipeline parallel together) it goes on over their own network, in two broadcasts.
+and pipeline parallel together) it is sent over their own network, in two broadcasts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 
 def spread(share: Share | None, group: ProcessGroup) -> Share:
-    """Return the share that the group's first rank was given; collective.
+    """Return the share that the group's first rank received; collective.
 
     Args:
         share: on the first rank; None on the others.

@@ -1,4 +1,4 @@
-"""The weights of the actor on their way to the engines that this train worker feeds."""
+"""Sends the actor's weights to the engines that this train worker feeds."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class WeightSourceWorker(WeightSource):
     Args:
         exporter: of the actor's weights in this process.
         links: of the engines that it feeds, by their number.
-        inside: the session of the engine of this process, if it has one; it is fed every time.
-        bucket_bytes: most that is sent at a time.
-        senders: ranks that feed engines, to which alone the weights are gathered; None: all.
-        adapters: of the adapters, where engines take them beside the weights; then `exporter` is of
-            the weights without them.
-        tells: whether it says what it has sent.
+        inside: session of the engine in this process, if there is one; every sync sends to it.
+        bucket_bytes: most bytes that are sent at a time.
+        senders: ranks that feed engines; only these get the gathered weights. None: all.
+        adapters: exporter of the adapters, if engines take them in addition to the weights; then
+            `exporter` is of the weights without them.
+        tells: whether it returns the digests of what it has sent.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class WeightSourceWorker(WeightSource):
         return SentWeights(to_host(metrics), problems, {} if manifest is None else manifest.texts())
 
     def _sender(self, link: Link, host: str | None = None) -> Sender[Any]:
-        """Return the sender to an engine; `host` is its address, where a network is between."""
+        """Return the sender to an engine; `host` is its address, if it is reached over a
+        network."""
         if link.engine not in self._senders:
             if host is not None:
                 link = replace(link, address=address_towards(host))

@@ -1,7 +1,7 @@
 """One worker process: a rank of the actor and, for reinforcement learning, an engine beside it;
 where the advantages need values, a rank of the critic too.
 
-The launcher makes one per process and hands it the calls of the controller.
+The launcher makes one per process and passes the calls of the controller to it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Worker:
         self.placement = spec.placement
         self.place = spec.placement.places[self.parallel.rank]
         assert self.parallel.coordinates == self.place.coordinates, "Megatron numbers otherwise"
-        # What can leave the device does so at once: the next to be built may need the room.
+        # Parts that can be offloaded are offloaded at once: the next one may need the memory.
         self.actor = ActorWorker(spec.actor, self.parallel, device)
         self.actor.offload(spec.offloads.actor)
         self.critic = None
@@ -64,7 +64,7 @@ class Worker:
                 is_first = self.place.engine_rank == 0
                 self.rollout = RolloutWorker(spec.engine, engine, is_first, self.actor.routes)
             bucket_bytes = spec.engine.config.update_weights_bucket_mib << 20
-            senders = None  # all: each has a part of an engine inside
+            senders = None  # all ranks: each contains a part of an engine
             if all(place.engine is None for place in self.placement.places):
                 senders = {place.fed_by for place in self.placement.engines} or {0}
             tells = self.place.rank == min(senders or {0})
@@ -79,7 +79,7 @@ class Worker:
         """Return the links to the engines that this rank feeds, by number."""
         feeds = {e.engine: 0 for e in self.placement.engines if e.fed_by == self.place.rank}
         num_receivers = spec.config.tensor_model_parallel_size
-        if self.place.engine is not None:  # a part of it for each of its ranks
+        if self.place.engine is not None:  # each of its ranks has a part
             feeds, num_receivers = {self.place.engine: self.place.engine_rank}, 1
         return {
             engine: Link(
@@ -94,7 +94,7 @@ class Worker:
 
     @property
     def roles(self) -> Mapping[type, Any]:
-        """Who answers to which role in this process."""
+        """The object for each role in this process."""
         found = {
             Actor: self.actor,
             Critic: self.critic,
@@ -107,7 +107,7 @@ class Worker:
 
     @property
     def handlers(self) -> Mapping[Callable[..., Any], Callable[..., Any]]:
-        """By method of a role, `Actor.update`: what does it here."""
+        """The function that does it here, by method of a role, such as `Actor.update`."""
         return self.memory.watched(handlers(self.roles))
 
     def close(self) -> None:

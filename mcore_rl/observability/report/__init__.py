@@ -1,8 +1,8 @@
-"""The report of one run, or of two side by side: one HTML page that needs nothing beside it.
+"""The report of one run, or of two side by side: one self-contained HTML page.
 
     run folder -> `run.read_run` -> data -> `page.write_report` -> report.html
 
-Python reads and computes; what it found stands in the page as JSON. `page.html`, `page.css` and the
+Python reads and computes; the page contains its results as JSON. `page.html`, `page.css` and the
 scripts beside them show it. A folder's texts may be a stranger's: the scripts set them as text and
 never as HTML, and the page's content security policy admits no other script.
 

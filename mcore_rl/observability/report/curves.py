@@ -1,4 +1,4 @@
-"""The curves of the report: which metrics stand in one picture, and their series made short.
+"""The curves of the report: which metrics share a picture, and their shortened series.
 
 A series of any length becomes at most MOST_POINTS points that keep its spikes: of each stretch of
 steps the smallest and the largest value. A running mean over a twentieth of the run goes with it,
@@ -18,9 +18,9 @@ from mcore_rl.observability.alarms import ALARMS
 from mcore_rl.observability.columns import Columns, Series, matching
 
 MOST_POINTS = 400
-"""Of a curve."""
+"""Most points of a curve."""
 LARGEST = 1e200
-"""What is larger counts as infinite: a scale from it to its double would not be finite."""
+"""Larger values count as infinite: a scale from such a value to its double would not be finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

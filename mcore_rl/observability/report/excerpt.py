@@ -1,4 +1,4 @@
-"""The samples that stand in the page: all of them where they fit, otherwise some of every step.
+"""The samples in the page: all of them if they fit, otherwise some of every step.
 
 `samples.jsonl` may have hundreds of megabytes. It is read a line at a time, for the sizes; what was
 chosen is read again. First choice are the last step, the first, and steps spread over the run; one
@@ -20,9 +20,9 @@ from mcore_rl.observability.jsonl import each_record
 from mcore_rl.observability.samples import MAX_TOKENS
 
 MOST_BYTES = 2_500_000
-"""Of all samples of a page, as JSON."""
+"""Most bytes of all samples of a page, as JSON."""
 WHOLE_BYTES = 1_250_000
-"""Of those, what samples with all their tokens may take."""
+"""Most of these bytes for samples with all their tokens."""
 WHOLE_TEXT, BRIEF_TEXT = 6_000, 300
 """Characters of a text."""
 
@@ -34,12 +34,12 @@ class _Line:
     start: int
     """Byte at which it begins."""
     num_whole: int
-    """Bytes that the sample takes whole, at most."""
+    """Most bytes of the whole sample."""
     num_brief: int
-    """Bytes that it takes cut."""
+    """Bytes of the shortened sample."""
     step: int
     place: int
-    """How many of its step and split come before it."""
+    """Number of earlier samples of its step and split."""
 
 
 def excerpt(path: Path, share: float) -> dict[str, Any]:

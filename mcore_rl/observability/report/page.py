@@ -1,4 +1,4 @@
-"""Writes the page: what was found in the run folders, as JSON within `page.html`."""
+"""Writes the page: the data of the run folders, as JSON within `page.html`."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _hash(text: str) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Return the value with texts that command nothing, and without numbers that JSON lacks."""
+    """Return the value without control characters in texts and without numbers that JSON lacks."""
     if isinstance(value, dict):
         return {printable(str(key)): _printable(of_key) for key, of_key in value.items()}
     if isinstance(value, list | tuple):

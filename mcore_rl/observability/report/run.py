@@ -94,7 +94,7 @@ class SummaryRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolder:
-    """What a run folder holds by now."""
+    """The present content of a run folder."""
 
     path: Path
     columns: Columns
@@ -246,7 +246,8 @@ def _shown_row(row: SummaryRow) -> dict[str, str]:
 
 
 def _memory(path: Path) -> dict[str, Any] | None:
-    """Return what workers held beside what the plan said; None for a run that did not tell."""
+    """Return the workers' memory next to the plan's estimate; None if the run has not written
+    it."""
     try:
         record = parse_json(path.read_bytes())
         what = str(record["what"])

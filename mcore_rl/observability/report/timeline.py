@@ -31,7 +31,7 @@ STAGES = {
     "weight_sync": "the weight sync",
     "other": "other work",  # what no stage covers
 }
-"""In the order of a step: whom the trainer waits for meanwhile, None where it computes."""
+"""Stages in the order of a step: what the trainer waits for; None if it computes itself."""
 
 
 def timeline(columns: Columns) -> list[dict[str, Any]]:
@@ -86,6 +86,6 @@ def _in_order(stages: dict[str, float], seconds: float) -> dict[str, float]:
 
 
 def _waits(stages: dict[str, float]) -> dict[str, float]:
-    """Return the seconds for which the trainer waits, by whom it waits for."""
+    """Return the seconds for which the trainer waits, by what it waits for."""
     waited = {stage: STAGES.get(stage, stage) for stage in stages}
     return {whom: stages[stage] for stage, whom in waited.items() if whom is not None}

@@ -1,4 +1,4 @@
-"""An engine in the process of a train worker, which does not notice it.
+"""An engine in the process of a train worker, without effect on the worker's global state.
 
 An engine's library may seed and consume the global random states and replace
 `torch.set_num_threads`, as vLLM does; both are put back.
@@ -25,7 +25,7 @@ class InProcessEngine(ServingEngine):
 
     Args:
         spec: what the engine starts from.
-        link: by which its weights come.
+        link: brings its weights.
     """
 
     def __init__(self, spec: EngineSpec, link: Link) -> None:
@@ -35,7 +35,7 @@ class InProcessEngine(ServingEngine):
     def submit(
         self, groups: Sequence[Sequence[GenerationRequest]]
     ) -> list[Future[list[GenerationResult]]]:
-        """Return futures that are done: between two calls nothing goes on in a train worker."""
+        """Return futures that are done: between two calls a train worker computes nothing."""
         self._refuse_if(self._is_paused, "generate", "is paused")
         with _process_state_kept():
             futures = super().submit(groups)

@@ -1,8 +1,8 @@
-"""An engine in a process of its own, and the way of weight updates to it.
+"""An engine in a process of its own, and how weight updates reach it.
 
 The train worker that feeds an engine delivers its updates over a socket, one after the other, and
-waits until each is loaded; the controller has told the engine to take them. What is sent there is
-small, or the transport sends the rest by another road.
+waits until each is loaded; the controller has told the engine to take them. These messages are
+small, or the transport sends the tensors by another way.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from mcore_rl.weight_sync.digest import Manifest
 
 _POLL_MS = 500
 CONNECT_LIMIT_S = 60.0
-"""For the train worker to begin, and for either side to say something in a session: what takes
-longer, the watch over the engine ends."""
+"""Seconds for the train worker to begin, and for each message in a session. If an engine takes
+longer, the watch ends it."""
 
 
 class OwnProcessEngine(ServingEngine):
-    """See `ServingEngine`; requests run beside other calls, and the process ends when one that the
-    engine has started ends before it.
+    """See `ServingEngine`; requests run during other calls, and the process ends when a process
+    that the engine has started ends before it.
 
     Args:
         spec: what the engine starts from.
-        link: by which its weights come.
+        link: brings its weights.
     """
 
     def __init__(self, spec: EngineSpec, link: Link) -> None:
@@ -50,13 +50,13 @@ class OwnProcessEngine(ServingEngine):
 
 
 def _end_with(pids: dict[int, int]) -> None:
-    """End this process when one of others does: the engine would notice it seconds later."""
+    """End this process when one of these ends: the engine would notice it seconds later."""
     select.select(list(pids), [], [])
     os._exit(1)
 
 
 class UpdateListener:
-    """The engine's end: does the calls of one session after the other.
+    """The engine's end: serves one session after the other.
 
     Args:
         address: to listen at, see `ServerSocket`.
@@ -68,10 +68,10 @@ class UpdateListener:
         """Where the train worker finds it."""
 
     def serve(self, session: UpdateSession) -> None:
-        """Do what a train worker asks of the session until it is finished.
+        """Do a train worker's calls of the session until it is finished.
 
         Raises:
-            WeightSyncError: if nobody asks, or the session is broken off.
+            WeightSyncError: if no call comes, or the session breaks off.
         """
         deadline = time.monotonic() + CONNECT_LIMIT_S
         while True:
@@ -99,7 +99,7 @@ class UpdateListener:
         self._server.socket.send_multipart([to.bytes, problem.encode()])
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._server.close()
 
 
@@ -113,7 +113,7 @@ class RemoteSession:
     def __init__(self, address: Address) -> None:
         self.weight_version = self._coming_version = -1
         self._is_open = False
-        # It listens since its start: who does not find it finds that it is gone.
+        # It listens from its start: if it cannot be reached, it is gone.
         is_lost_on = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
         self._client = ClientSocket(address, linger_ms=0, is_lost_on=is_lost_on)
 
@@ -130,7 +130,7 @@ class RemoteSession:
         self.weight_version, self._is_open = self._coming_version, False
 
     def abort_weight_update(self) -> None:
-        if self._is_open:  # otherwise it has failed there, and was given up there
+        if self._is_open:  # otherwise the engine has failed and given it up
             self._do(UpdateSession.abort_weight_update)
         self._is_open = False
 
@@ -139,7 +139,7 @@ class RemoteSession:
         self._client.close()
 
     def _do(self, method: Any, *args: Any) -> None:
-        """Have the engine do a call; returns when it is done.
+        """Make the engine do a call; return when it is done.
 
         Raises:
             WeightSyncError: if it fails, or the engine is gone.

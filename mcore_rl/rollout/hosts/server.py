@@ -1,12 +1,13 @@
 """A vLLM server that runs already, as an engine: tokens go and come by HTTP.
 
-The process that has this holds no model. It hands the updates of the train worker on to the server,
-whose workers open the transport's receiver as any engine's do, so that what arrived is compared
-there. That takes vLLM's development endpoints, its endpoint for tokens and our worker extension:
-`server_command` says how to start one. Whatever a server lacks is said when the run starts.
+The process with this class holds no model. It passes the train worker's updates on to the server.
+The server's workers open the transport's receiver like those of any engine, so the arrived weights
+are compared there. This needs vLLM's development endpoints, its endpoint for tokens and our worker
+extension: `server_command` says how to start one. What a server lacks is reported when the run
+starts.
 
-A server serves one run at a time, and nobody else: who has the development endpoints can change
-its weights.
+A server serves one run at a time, and nobody else: anybody who can reach the development endpoints
+can change its weights.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ from mcore_rl.weight_sync.intake import refuse
 T = TypeVar("T")
 
 KEY_VARIABLE = "VLLM_API_KEY"
-"""Environment: the key of the servers, if they have one."""
+"""Environment variable with the key of the servers, if they have one."""
 START_LIMIT_S = 20.0
-"""For a server to say what it is."""
+"""Seconds for a server to return its configuration."""
 _FAILURES = (aiohttp.ClientError, OSError, RuntimeError, TimeoutError, ValueError)
-"""Of a call: not reached, refused, or answered with what is no JSON."""
+"""Errors of a call: not reached, refused, or answered with something that is not JSON."""
 SILENCE_S = 4.0
-"""Without a token: the server is asked whether it is well, and has as long to say so."""
+"""Seconds without a token until the server's health is asked; it has as long to answer."""
 CALL_LIMIT_S = 600.0
-"""For everything else but drawing: the update of a bucket, the compared digests of a model."""
+"""Seconds for every call except drawing: the update of a bucket, the digests of a model."""
 KEEP_ALIVE_S = 1.0
 _EXTENSION = "mcore_rl.rollout.vllm_worker.WorkerExtension"
 
 
 def server_command(spec: EngineSpec, link: Link) -> str:
-    """Return the command that starts a server as a run wants it, host and port aside."""
+    """Return the command that starts a server as a run needs it, without host and port."""
     options = {
         "--model": spec.model_path,
         "--dtype": spec.dtype,
@@ -78,7 +79,7 @@ def server_command(spec: EngineSpec, link: Link) -> str:
 
 @dataclass(slots=True)
 class _Running:
-    """A request whose tokens come."""
+    """A request whose tokens are arriving."""
 
     task: Any
     token_ids: list[int] = field(default_factory=list)
@@ -87,7 +88,7 @@ class _Running:
     finish_reason: str | None = None
 
     def take(self, choice: dict[str, Any]) -> None:
-        """Take what has been drawn since the last time."""
+        """Take the tokens drawn since the last call."""
         tokens = choice["token_ids"] or []
         content = (choice["logprobs"] or {}).get("content") or []
         if [entry["token_id"] for entry in content] != list(tokens):
@@ -108,14 +109,14 @@ class _Running:
 
 
 class ServerEngine:
-    """A `RolloutEngine`; requests are drawn by the server whether steps are done or not.
+    """A `RolloutEngine`; the server draws requests independently of calls of `step`.
 
     Args:
         spec: what the run wants of the server, and its `url`.
-        link: by which its weights come.
+        link: brings its weights.
 
     Raises:
-        UserError: if the server is not there, or lacks something.
+        UserError: if the server cannot be reached, or lacks something.
     """
 
     def __init__(self, spec: EngineSpec, link: Link) -> None:
@@ -170,7 +171,7 @@ class ServerEngine:
         return ended
 
     def _next_event(self) -> tuple[int, Any]:
-        """Wait for something of a request; a server that says nothing has to be alive."""
+        """Wait for an event of a request; if none comes, check that the server is alive."""
         while True:
             try:
                 return self._events.get(timeout=SILENCE_S)
@@ -186,7 +187,7 @@ class ServerEngine:
         names = [f"{_SERVERS_PREFIX}{self._name(number)}" for number in numbers]
         self._post("/abort_requests", {"request_ids": names})
         found = []
-        while wanted & self._running.keys():  # each ends with what it has, or has ended before
+        while wanted & self._running.keys():  # each ends with its tokens, or has ended
             found += self.step()
         return found
 
@@ -195,7 +196,7 @@ class ServerEngine:
         return is_so
 
     async def _draw(self, number: int, request: GenerationRequest) -> None:
-        """Have a request drawn; all that comes of it becomes events."""
+        """Draw a request; all its results become events."""
         body = {
             "request_id": self._name(number),
             "token_ids": request.prompt_token_ids.tolist(),
@@ -204,7 +205,7 @@ class ServerEngine:
                 "stop_token_ids": list(self._spec.stop_token_ids),
                 "stop": list(self._spec.config.stop),
                 "detokenize": bool(self._spec.config.stop),
-                "ignore_eos": True,  # the ends above alone, whatever the server thinks of others
+                "ignore_eos": True,  # only the ends above, none of the server's own
                 "logprobs": 0,  # the sampled token's own
             },
             "stream": True,
@@ -257,7 +258,7 @@ class ServerEngine:
         for differences in self._of_workers("differences_from_json", manifest.to_json()):
             refuse(differences, self._coming_version)
         self._post("/finish_weight_update", {"weight_version": str(self._coming_version)})
-        # Requests that are running are computed again up to where they are.
+        # The cache of running requests is computed again up to their last token.
         answer = self._post("/reset_prefix_cache?reset_running_requests=true", {})
         if not answer.get("success"):
             raise self._failure("kept keys and values of other weights")
@@ -265,8 +266,8 @@ class ServerEngine:
         self.weight_version = self._coming_version
 
     def abort_weight_update(self) -> None:
-        """See `UpdateSession`. The server stays paused: its layers are half loaded, and what it
-        would draw of requests that wait is nonsense, or its end."""
+        """See `UpdateSession`. The server stays paused: its layers are half loaded. If it drew the
+        waiting requests, the tokens would be wrong or the server would crash."""
         self.weight_version = -1
         self._of_workers("abort_intake")
 
@@ -320,7 +321,7 @@ class ServerEngine:
         """Return the configuration of the server.
 
         Raises:
-            UserError: if it does not tell.
+            UserError: if it does not return it.
         """
         try:
             self._wait(self._request("GET", "/health"), START_LIMIT_S)
@@ -342,7 +343,7 @@ class ServerEngine:
         """Raise a UserError unless the server takes and gives tokens, for this run."""
         try:
             self._wait(self._request("POST", "/inference/v1/generate", json={}), START_LIMIT_S)
-        except _FAILURES as error:  # HTTP 400 is the right answer to nothing
+        except _FAILURES as error:  # HTTP 400 is the right answer to an empty request
             fixes = {"401": f"Set {KEY_VARIABLE} here.", "404": "Start it with --enable-scale-out."}
             fixes["403"] = fixes["401"]
             status = str(error).removeprefix("HTTP ").partition(":")[0]
@@ -385,7 +386,7 @@ async def _raise_for(response: aiohttp.ClientResponse) -> None:
 
 
 def check_server(url: str, found: dict[str, Any], spec: EngineSpec, link: Link) -> None:
-    """Raise a UserError that says all that a server lacks.
+    """Raise a UserError that names everything the server lacks.
 
     Args:
         url: of the server.
@@ -447,7 +448,8 @@ def _check_configuration(url: str, found: dict[str, Any], spec: EngineSpec, link
 
 
 def _architecture(folder: str) -> tuple[Any, ...] | None:
-    """Return what weights of two folders must have in common; None if it is not on this machine."""
+    """Return what the configurations of two folders must share; None if it is not on this
+    machine."""
     file = Path(folder) / "config.json"
     if not file.exists():
         return None
