@@ -30,7 +30,7 @@ def main() -> None:
         sys.stdout.write(f"usage: mcore-rl {{{','.join(COMMANDS)}}} [--help] [key=value ...]\n")
         return
     if name not in COMMANDS:
-        sys.stderr.write(f"error: {name!r} is no command.{closest_hint(name, COMMANDS)}\n")
+        sys.stderr.write(f"error: {name!r} is not a command.{closest_hint(name, COMMANDS)}\n")
         sys.exit(USER_ERROR_EXIT_CODE)
     module, *arguments = COMMANDS[name]
     importlib.import_module(module).main([*sys.argv[2:], *arguments])

@@ -46,7 +46,7 @@ def check_results(
         refuse("with a token below 0")
     logprobs = np.concatenate([result.logprobs for result in answers])
     if not (np.isfinite(logprobs).all() and logprobs.max() <= 1e-3):
-        refuse("with log-probabilities that are no numbers of at most 0")
+        refuse("with log-probabilities that are NaN or above 0")
 
 
 def _are_whole(spans: Sequence[VersionSpan], num_tokens: int, versions: range) -> bool:

@@ -26,7 +26,7 @@ from mcore_rl.doctor.checks import ALL_CHECKS, CHECKS, LIVE_CHECKS, run_checks
 from mcore_rl.doctor.nodes import Meeting, Report, differences
 from mcore_rl.doctor.rows import is_healthy
 from mcore_rl.doctor.site import Node, Site, node_of_torchrun
-from mcore_rl.doctor.table import print_differences, print_mends, print_rows
+from mcore_rl.doctor.table import print_differences, print_fixes, print_rows
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, RunError, UserError, closest_hint, require
 
 DEADLINE_S = 180.0
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         live=frozenset(LIVE_CHECKS).intersection(names),
     )
     if sys.stderr.isatty():
-        sys.stderr.write("looking; on two cores everything takes about half a minute\n")
+        sys.stderr.write("checking; takes about half a minute on two cores\n")
     healthy = _alone(args, names, site) if node is None else _on_nodes(args, names, site, node)
     return 0 if healthy else 1
 
@@ -93,7 +93,7 @@ def _alone(args: argparse.Namespace, names: Iterable[str], site: Site) -> bool:
         _write_json({"healthy": healthy, "rows": [row.to_json() for row in rows]})
         return healthy
     print_rows(rows)
-    print_mends([Report(0, "", rows)])
+    print_fixes([Report(0, "", rows)])
     sys.stdout.write(f"{_verdict(healthy)}, in {time.monotonic() - began:.0f} s\n")
     return healthy
 
@@ -135,7 +135,7 @@ def _tell(args: argparse.Namespace, reports: Sequence[Report]) -> bool:
         sys.stdout.write(f"{reports[0].name}:\n")
         print_rows(reports[0].rows)
         print_differences(differ, reports)
-        print_mends(reports)
+        print_fixes(reports)
         sys.stdout.write(f"{_verdict(healthy)}, {len(reports)} nodes\n")
     return healthy
 

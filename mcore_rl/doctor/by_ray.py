@@ -63,5 +63,5 @@ def _report(number: int, host: str, ray: Any, task: Any, deadline: float) -> Rep
         return report_from_json(number, host, text)
     except (ray.exceptions.RayError, ValueError) as error:  # GetTimeoutError is a RayError
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        row = Row(name="report", found=lines[-1], status=Status.FAULT, mend="see the node's logs")
+        row = Row(name="report", found=lines[-1], status=Status.FAULT, fix="see the node's logs")
         return Report(number, host, [row], has_come=False)

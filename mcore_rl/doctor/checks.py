@@ -75,5 +75,5 @@ def _run(name: str, site: Site) -> list[Row]:
         line = symptoms.line_of(found)  # no room for a probe's log, no file left to open
         if isinstance(error, ModuleNotFoundError):
             line = "dependencies"
-        mend = explained_by(line) if line and line != name else ""
-        return [Row(name=name, found=found, status=Status.FAULT, mend=mend)]
+        fix = explained_by(line) if line and line != name else ""
+        return [Row(name=name, found=found, status=Status.FAULT, fix=fix)]

@@ -25,13 +25,13 @@ def driver(site: Site) -> list[Row]:
         return [not_needed("driver", found)]
     wanted = f"one that runs CUDA {site.cuda}"
     if not site.has_driver:
-        mend = "install NVIDIA's driver, or the CPU build of torch (requirements/cpu.lock)"
-        return [Row(name="driver", found=found, wanted=wanted, status=Status.FAULT, mend=mend)]
+        fix = "install NVIDIA's driver, or the CPU build of torch (requirements/cpu.lock)"
+        return [Row(name="driver", found=found, wanted=wanted, status=Status.FAULT, fix=fix)]
     if site.devices.values is None:
         found = f"{found}: {site.devices.failure}"
-        mend = f"install a driver for CUDA {site.cuda}, or start the container with --gpus all"
-        return [Row(name="driver", found=found, wanted=wanted, status=Status.FAULT, mend=mend)]
-    return [Row(name="driver", found=found, wanted=wanted, alike=found)]
+        fix = f"install a driver for CUDA {site.cuda}, or start the container with --gpus all"
+        return [Row(name="driver", found=found, wanted=wanted, status=Status.FAULT, fix=fix)]
+    return [Row(name="driver", found=found, wanted=wanted, must_match=found)]
 
 
 def toolkit(site: Site) -> list[Row]:
@@ -49,11 +49,18 @@ def toolkit(site: Site) -> list[Row]:
     release = re.search(r"release (\S+),", said.stdout)
     found = release[1] if release else said.stdout.strip() or said.stderr.strip()
     if found.partition(".")[0] == major:
-        return [Row(name="cuda-toolkit", found=found, wanted=wanted, alike=found)]
-    mend = f"export PATH=/usr/local/cuda-{major}/bin:$PATH  # where CUDA {major} is"
+        return [Row(name="cuda-toolkit", found=found, wanted=wanted, must_match=found)]
+    fix = f"export PATH=/usr/local/cuda-{major}/bin:$PATH  # where CUDA {major} is"
     status = Status.WARNING
     return [
-        Row(name="cuda-toolkit", found=found, wanted=wanted, status=status, mend=mend, alike=found)
+        Row(
+            name="cuda-toolkit",
+            found=found,
+            wanted=wanted,
+            status=status,
+            fix=fix,
+            must_match=found,
+        )
     ]
 
 
@@ -63,13 +70,13 @@ def nccl(site: Site) -> list[Row]:
         return [not_needed("nccl")]
     if site.devices.values is None:
         failure = site.devices.failure
-        mend = explained_by("driver")
-        return [Row(name="nccl", found=f"unknown: {failure}", status=Status.WARNING, mend=mend)]
+        fix = explained_by("driver")
+        return [Row(name="nccl", found=f"unknown: {failure}", status=Status.WARNING, fix=fix)]
     loaded = str(site.devices.values["nccl"])
     asked = [Requirement(text) for text in requires("torch") or ()]
     of_nccl = [r for r in asked if r.name.startswith("nvidia-nccl-")]
     if not of_nccl:  # a torch that was built with its own
-        return [Row(name="nccl", found=loaded, alike=loaded)]
+        return [Row(name="nccl", found=loaded, must_match=loaded)]
     (requirement,) = of_nccl
     try:
         installed = version(requirement.name)
@@ -78,9 +85,9 @@ def nccl(site: Site) -> list[Row]:
     found = f"{loaded}, installed {installed}"
     wanted = f"{requirement.name}{requirement.specifier}"
     if installed != "none" and requirement.specifier.contains(installed, prereleases=True):
-        return [Row(name="nccl", found=found, wanted=wanted, alike=found)]
-    mend, status = f'pip install "{wanted}"', Status.FAULT
-    return [Row(name="nccl", found=found, wanted=wanted, status=status, mend=mend, alike=found)]
+        return [Row(name="nccl", found=found, wanted=wanted, must_match=found)]
+    fix, status = f'pip install "{wanted}"', Status.FAULT
+    return [Row(name="nccl", found=found, wanted=wanted, status=status, fix=fix, must_match=found)]
 
 
 def devices(site: Site) -> list[Row]:
@@ -88,26 +95,26 @@ def devices(site: Site) -> list[Row]:
     if site.cuda is None:
         return [not_needed("device")]
     if site.devices.values is None:
-        mend = explained_by("driver")
+        fix = explained_by("driver")
         failure = site.devices.failure
-        return [Row(name="device", found=failure, status=Status.FAULT, mend=mend)]
+        return [Row(name="device", found=failure, status=Status.FAULT, fix=fix)]
     kinds = site.devices.values["kinds"]
     rows = []
     for number, device in enumerate(site.devices.values["devices"]):
         free, total = device["free"] / 2**30, device["total"] / 2**30
-        status, mend = Status.OK, ""
+        status, fix = Status.OK, ""
         if free < _FREE_SHARE * total:
-            status, mend = Status.WARNING, "nvidia-smi  # shows who uses it"
+            status, fix = Status.WARNING, "nvidia-smi  # shows who uses it"
         if not _has_code_for(device["kind"], kinds):
-            status, mend = Status.FAULT, f"install a torch that is built for {device['kind']}"
+            status, fix = Status.FAULT, f"install a torch that is built for {device['kind']}"
         rows.append(
             Row(
                 name=f"device cuda:{number}",
                 found=f"{device['name']} ({device['kind']}), {free:.1f} of {total:.1f} GiB free",
                 wanted=f"free, one of {' '.join(kinds)}",
                 status=status,
-                mend=mend,
-                alike=f"{device['name']}, {total:.1f} GiB",
+                fix=fix,
+                must_match=f"{device['name']}, {total:.1f} GiB",
             )
         )
     return rows

@@ -43,10 +43,10 @@ def forward(site: Site) -> list[Row]:
                 found=f"log-probabilities differ by {difference:.1e} on {answer.values['device']}",
                 wanted=wanted,
                 status=Status.OK if is_close else Status.FAULT,
-                mend=""
+                fix=""
                 if is_close
                 else "mcore-rl verify model --model MODEL  # says in which layer",
-                alike="close" if is_close else "apart",
+                must_match="close" if is_close else "apart",
             )
         rows.append(row)
     return rows
@@ -87,11 +87,11 @@ def _reduced(site: Site, backend: str, beside: int, world_size: int, first_rank:
 def _row(name: str, answer: Answer, site: Site, wanted: str, found: str = "") -> Row:
     if answer.values is not None:
         return Row(name=name, found=found, wanted=wanted)
-    mend = _mend(name, answer.failure, site)
-    return Row(name=name, found=answer.failure, wanted=wanted, status=Status.FAULT, mend=mend)
+    fix = _fix(name, answer.failure, site)
+    return Row(name=name, found=answer.failure, wanted=wanted, status=Status.FAULT, fix=fix)
 
 
-def _mend(name: str, failure: str, site: Site) -> str:
+def _fix(name: str, failure: str, site: Site) -> str:
     """Return how to fix a failure: see another line, or install the versions that were tested
     together."""
     line = symptoms.line_of(failure)

@@ -25,20 +25,18 @@ def host_name(site: Site) -> list[Row]:
     wanted = "an address that other nodes reach" if several else "an address"
     own = _reachable_addresses()
     address = next(iter(own.values()), "ADDRESS")
-    mend = f'echo "{address} {name}" >> /etc/hosts  # in place of the line that has it'
+    fix = f'echo "{address} {name}" >> /etc/hosts  # in place of the line that has it'
     try:
         found = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
     except OSError as error:
         text = f"{name} is not known: {error.strerror}"
         status = Status.FAULT if several else Status.WARNING
-        return [Row(name="host-name", found=text, wanted=wanted, status=status, mend=mend)]
+        return [Row(name="host-name", found=text, wanted=wanted, status=status, fix=fix)]
     text = f"{name} is {', '.join(found)}"
     if all(_is_loopback(one) for one in found):
         if several:
-            mend = f"export GLOO_SOCKET_IFNAME={next(iter(own), 'INTERFACE')}  # or: {mend}"
-            return [
-                Row(name="host-name", found=text, wanted=wanted, status=Status.FAULT, mend=mend)
-            ]
+            fix = f"export GLOO_SOCKET_IFNAME={next(iter(own), 'INTERFACE')}  # or: {fix}"
+            return [Row(name="host-name", found=text, wanted=wanted, status=Status.FAULT, fix=fix)]
         if any(one.startswith("127.") and one != "127.0.0.1" for one in found):
             # Debian writes it into /etc/hosts; nothing else is at that address.
             return [
@@ -47,7 +45,7 @@ def host_name(site: Site) -> list[Row]:
                     found=text,
                     wanted="an address of an interface; other nodes reach none of these",
                     status=Status.WARNING,
-                    mend=mend,
+                    fix=fix,
                 )
             ]
     return [Row(name="host-name", found=text, wanted=wanted)]
@@ -63,15 +61,15 @@ def interfaces(site: Site) -> list[Row]:
         if missing := _missing_interfaces(value, names):
             found = f"{variable}={value}: there is no {', '.join(missing)}; there is {text}"
             best = next(iter(own), "lo")
-            mend = f"export {variable}={best}"
+            fix = f"export {variable}={best}"
             wanted = "one that there is"
             return [
-                Row(name="interfaces", found=found, wanted=wanted, status=Status.FAULT, mend=mend)
+                Row(name="interfaces", found=found, wanted=wanted, status=Status.FAULT, fix=fix)
             ]
     if site.is_several and not own:
-        mend = "ip link set INTERFACE up  # ip addr shows them"
+        fix = "ip link set INTERFACE up  # ip addr shows them"
         wanted = "one that other nodes reach"
-        return [Row(name="interfaces", found=text, wanted=wanted, status=Status.FAULT, mend=mend)]
+        return [Row(name="interfaces", found=text, wanted=wanted, status=Status.FAULT, fix=fix)]
     return [Row(name="interfaces", found=text)]
 
 
@@ -87,16 +85,16 @@ def port(site: Site) -> list[Row]:
             probe.bind(("", number))
         except OSError as error:
             found = f"{number}: {error.strerror}"
-            mend = f"torchrun --master-port {_free_port()} ...  # ss -ltnp shows who has {number}"
-            return [Row(name="port", found=found, wanted="free", status=Status.WARNING, mend=mend)]
+            fix = f"torchrun --master-port {_free_port()} ...  # ss -ltnp shows who has {number}"
+            return [Row(name="port", found=found, wanted="free", status=Status.WARNING, fix=fix)]
     return [Row(name="port", found=f"{number}, free", wanted="free, for torchrun")]
 
 
 def environment(site: Site) -> list[Row]:
-    """The variables that steer collectives and devices, which nodes are to have alike."""
+    """The variables that steer collectives and devices, which all nodes must share."""
     found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_STEERING)}
     text = " ".join(f"{name}={value}" for name, value in found.items()) or "none set"
-    return [Row(name="environment", found=text, alike=text)]
+    return [Row(name="environment", found=text, must_match=text)]
 
 
 def _is_loopback(address: str) -> bool:

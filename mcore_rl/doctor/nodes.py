@@ -84,7 +84,7 @@ class Meeting:
             except (RuntimeError, ValueError) as error:
                 what = str(error).splitlines()[0]
                 text = f"no report within {self._limit.total_seconds():g} s: {what}"
-                row = Row(name="report", found=text, status=Status.FAULT, mend="see its own output")
+                row = Row(name="report", found=text, status=Status.FAULT, fix="see its own output")
                 found.append(Report(number, "unknown", [row], has_come=False))
         return found
 
@@ -137,7 +137,7 @@ def _told(report: Report, name: str) -> tuple[str, str]:
     """Return (status, text) of a line: what it is compared by and shown as."""
     for row in report.rows:
         if row.name == name:
-            text = row.alike or row.status
+            text = row.must_match or row.status
             return row.status, text if row.status is Status.OK else f"{row.status}: {text}"
     return "", "no such line"
 

@@ -29,10 +29,10 @@ class Row:
     found: str
     wanted: str = ""
     status: Status = Status.OK
-    mend: str = ""
+    fix: str = ""
     """The command that fixes it, with a comment after "#"; for something absent, the command that
     installs it."""
-    alike: str = ""
+    must_match: str = ""
     """The value that must be equal on all nodes; "": only the status."""
 
     def to_json(self) -> dict[str, str]:
@@ -55,7 +55,7 @@ class Row:
 
 
 def explained_by(line: str) -> str:
-    """Return the `mend` that refers to another line with the cause."""
+    """Return the `fix` that refers to another line with the cause."""
     return f"mcore-rl doctor {line}  # what it says comes first"
 
 

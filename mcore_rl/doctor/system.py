@@ -49,36 +49,36 @@ def shared_memory(site: Site) -> list[Row]:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError as error:
         found = f"{SHARED_MEMORY}: {error.strerror}"
-        mend = f"mount -t tmpfs -o size=16G tmpfs {SHARED_MEMORY}"
-        return [
-            Row(name="shared-memory", found=found, wanted=wanted, status=Status.FAULT, mend=mend)
-        ]
+        fix = f"mount -t tmpfs -o size=16G tmpfs {SHARED_MEMORY}"
+        return [Row(name="shared-memory", found=found, wanted=wanted, status=Status.FAULT, fix=fix)]
     text = f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free"
-    status, mend = Status.OK, ""
+    status, fix = Status.OK, ""
     if usage.free < least * 2**30:
         status = Status.FAULT
-        mend = f"mount -o remount,size=16G {SHARED_MEMORY}  # of a container: --shm-size 16g"
+        fix = f"mount -o remount,size=16G {SHARED_MEMORY}  # of a container: --shm-size 16g"
         if usage.total >= least * 2**30:
-            mend = f"ls -l {SHARED_MEMORY}  # shows what killed processes have left there"
-    return [Row(name="shared-memory", found=text, wanted=wanted, status=status, mend=mend)]
+            fix = f"ls -l {SHARED_MEMORY}  # shows what killed processes have left there"
+    return [Row(name="shared-memory", found=text, wanted=wanted, status=status, fix=fix)]
 
 
 def open_files(site: Site) -> list[Row]:
     """How many files a process may have open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted, status, mend = f"at least {LEAST_OPEN_FILES}", Status.OK, ""
+    wanted, status, fix = f"at least {LEAST_OPEN_FILES}", Status.OK, ""
     unlimited = resource.RLIM_INFINITY
     if soft != unlimited and soft < LEAST_OPEN_FILES:
         status = Status.FAULT
         most = GOOD_OPEN_FILES if hard == unlimited else min(hard, GOOD_OPEN_FILES)
-        mend = f"ulimit -n {most}"
+        fix = f"ulimit -n {most}"
         if most < LEAST_OPEN_FILES:
-            mend = (
+            fix = (
                 f"docker run --ulimit nofile={GOOD_OPEN_FILES} ...  # elsewhere: nofile in "
                 "/etc/security/limits.conf, and log in again"
             )
     text = "unlimited" if soft == unlimited else str(soft)
-    return [Row(name="open-files", found=text, wanted=wanted, status=status, mend=mend, alike=text)]
+    return [
+        Row(name="open-files", found=text, wanted=wanted, status=status, fix=fix, must_match=text)
+    ]
 
 
 def disk(site: Site) -> list[Row]:
@@ -114,8 +114,8 @@ def _room(name: str, folder: Path, key: str) -> Row:
         problem = f"{problem or text}: {error.strerror}"
     if not problem:
         return Row(name=name, found=text, wanted=wanted)
-    mend = f"du -xh -d1 {folder}  # shows what to remove; or name another folder by {key}"
-    return Row(name=name, found=problem, wanted=wanted, status=Status.FAULT, mend=mend)
+    fix = f"du -xh -d1 {folder}  # shows what to remove; or name another folder by {key}"
+    return Row(name=name, found=problem, wanted=wanted, status=Status.FAULT, fix=fix)
 
 
 def sandbox(site: Site) -> list[Row]:
@@ -135,9 +135,9 @@ def sandbox(site: Site) -> list[Row]:
                 found=f"{system}: {error}",
                 wanted=wanted,
                 status=Status.WARNING,
-                mend="use Linux 5.13 or later; in a container, a seccomp profile with landlock_*",
-                alike="not complete",
+                fix="use Linux 5.13 or later; in a container, a seccomp profile with landlock_*",
+                must_match="not complete",
             )
         ]
     found = f"{system}, a program runs shut in"
-    return [Row(name="sandbox", found=found, wanted=wanted, alike="complete")]
+    return [Row(name="sandbox", found=found, wanted=wanted, must_match="complete")]

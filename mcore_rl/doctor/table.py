@@ -28,19 +28,19 @@ def print_rows(rows: Sequence[Row]) -> None:
     _console().print(table)
 
 
-def print_mends(reports: Sequence[Report]) -> None:
+def print_fixes(reports: Sequence[Report]) -> None:
     """Print every warning and fault with the command that fixes it; once if nodes have the same."""
     nodes_of: dict[tuple[str, str, str, str], list[Report]] = {}
     for report in reports:
         for row in report.rows:
             if row.status in (Status.WARNING, Status.FAULT):
-                key = row.status, row.name, row.found, row.mend
+                key = row.status, row.name, row.found, row.fix
                 nodes_of.setdefault(key, []).append(report)
-    for (status, name, found, mend), nodes in nodes_of.items():
+    for (status, name, found, fix), nodes in nodes_of.items():
         where = f" of {', '.join(node.name for node in nodes)}" if len(reports) > 1 else ""
         _write(f"{status}: {name}{where}: {found}")
-        if mend:
-            _write(f"  mend: {mend}")
+        if fix:
+            _write(f"  fix: {fix}")
 
 
 def print_differences(differences: Sequence[Difference], reports: Sequence[Report]) -> None:

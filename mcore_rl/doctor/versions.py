@@ -101,13 +101,13 @@ def python(site: Site) -> list[Row]:
     if _is_installed(_OWN):
         wanted = SpecifierSet(metadata(_OWN)["Requires-Python"] or "")
     is_wanted = wanted.contains(found, prereleases=True)
-    mend = "" if is_wanted else f"python3 -m venv .venv  # by a Python {wanted}"
-    status = Status.FAULT if mend else Status.OK
-    return [_row("python", found, str(wanted), status, mend)]
+    fix = "" if is_wanted else f"python3 -m venv .venv  # by a Python {wanted}"
+    status = Status.FAULT if fix else Status.OK
+    return [_row("python", found, str(wanted), status, fix)]
 
 
 def own_package(site: Site) -> list[Row]:
-    """This package: its version, and that of its sources, which all nodes must have alike."""
+    """This package: its version, and that of its sources, which all nodes must share."""
     sources = hashlib.blake2b(digest_size=4)
     root = Path(mcore_rl.__file__).parent
     for file in sorted(root.rglob("*.py")):
@@ -130,8 +130,8 @@ def torch(site: Site) -> list[Row]:
         return [row]
     found = row.found if row.found.endswith("+cpu") else f"{row.found}, {build}"
     if site.cuda is None and site.has_driver:
-        wanted, mend = "a CUDA build, for the devices here", 'pip install -e ".[cuda]"'
-        return [_row(row.name, found, wanted, Status.WARNING, mend)]
+        wanted, fix = "a CUDA build, for the devices here", 'pip install -e ".[cuda]"'
+        return [_row(row.name, found, wanted, Status.WARNING, fix)]
     return [_row(row.name, found, row.wanted)]
 
 
@@ -147,14 +147,14 @@ def dependencies(site: Site) -> list[Row]:
         found.append(f"{name} {number}")
         if number == "none" or not requirement.specifier.contains(number, prereleases=True):
             wrong.append((f"{name} {number}", f'"{name}{requirement.specifier}"'))
-    alike = ", ".join(found)
+    must_match = ", ".join(found)
     if not wrong:
         text = f"{len(found)} as asked for"
-        return [_row("dependencies", text, "what pyproject.toml asks for", alike=alike)]
+        return [_row("dependencies", text, "what pyproject.toml asks for", must_match=must_match)]
     text = ", ".join(has for has, _ in wrong)
-    mend = " ".join(["pip install --no-deps", *(asked for _, asked in wrong)])
+    fix = " ".join(["pip install --no-deps", *(asked for _, asked in wrong)])
     wanted = "what pyproject.toml asks for"
-    return [_row("dependencies", text, wanted, Status.FAULT, mend, alike)]
+    return [_row("dependencies", text, wanted, Status.FAULT, fix, must_match)]
 
 
 def library(what: Library, site: Site) -> list[Row]:
@@ -176,8 +176,8 @@ def library(what: Library, site: Site) -> list[Row]:
     )
     if len(found) > 1:
         rule = f"one of {', '.join(found)}: each overwrites the other"
-        mend = f"pip uninstall {' '.join(found)}; {install}"
-        return [_row(what.name, text, rule, Status.FAULT, mend)]
+        fix = f"pip uninstall {' '.join(found)}; {install}"
+        return [_row(what.name, text, rule, Status.FAULT, fix)]
     ((name, number),) = found.items()
     if requirement is not None and (
         canonicalize_name(requirement.name) != name
@@ -187,8 +187,8 @@ def library(what: Library, site: Site) -> list[Row]:
         return [_row(what.name, text, wanted, Status.FAULT, f"{other}{install}")]
     if failure := _import_failure(what, site):
         found_text = f"{text}, which cannot be imported: {failure}"
-        mend = _mend_of_import(what, failure, install)
-        return [_row(what.name, found_text, wanted, Status.FAULT, mend, alike=text)]
+        fix = _fix_of_import(what, failure, install)
+        return [_row(what.name, found_text, wanted, Status.FAULT, fix, must_match=text)]
     return [_row(what.name, text, wanted)]
 
 
@@ -198,20 +198,20 @@ def companion(name: str, site: Site) -> list[Row]:
     if not _is_installed(name):
         wanted = "none, or the one for the torch here"
         return [_row(name, "none", wanted, Status.ABSENT)]
-    found, mend = version(name), f"pip uninstall {name}"
+    found, fix = version(name), f"pip uninstall {name}"
     if not _is_installed("torch"):
-        return [_row(name, found, "none without torch", Status.FAULT, mend)]
+        return [_row(name, found, "none without torch", Status.FAULT, fix)]
     built_for = [r for r in _requirements(name) if canonicalize_name(r.name) == "torch"]
     number = version("torch")
     wanted = f"none, or one for torch {number}"
     for requirement in built_for:
         if not requirement.specifier.contains(number, prereleases=True):
             text = f"{found}, for torch {requirement.specifier}"
-            return [_row(name, text, wanted, Status.FAULT, mend)]
+            return [_row(name, text, wanted, Status.FAULT, fix)]
     answer = site.ask("import_name", name)
     if answer.values is None:
         text = f"{found}, which cannot be imported: {answer.failure}"
-        return [_row(name, text, wanted, Status.FAULT, mend, alike=found)]
+        return [_row(name, text, wanted, Status.FAULT, fix, must_match=found)]
     return [_row(name, found, wanted)]
 
 
@@ -220,12 +220,12 @@ def _row(
     found: str,
     wanted: str = "",
     status: Status = Status.OK,
-    mend: str = "",
-    alike: str = "",
+    fix: str = "",
+    must_match: str = "",
 ) -> Row:
-    """Return a row of something that all nodes have alike."""
-    alike = alike or found
-    return Row(name=name, found=found, wanted=wanted, status=status, mend=mend, alike=alike)
+    """Return a row of something that all nodes share."""
+    must_match = must_match or found
+    return Row(name=name, found=found, wanted=wanted, status=status, fix=fix, must_match=must_match)
 
 
 def _is_installed(name: str) -> bool:
@@ -285,7 +285,7 @@ def _import_failure(what: Library, site: Site) -> str:
     return site.ask("import_name", what.imports).failure
 
 
-def _mend_of_import(what: Library, failure: str, install: str) -> str:
+def _fix_of_import(what: Library, failure: str, install: str) -> str:
     """Return how to fix an import: another library may be broken."""
     line = symptoms.line_of(failure)
     if line and line != what.name:

@@ -367,7 +367,7 @@ class ChannelWorkers:
             if state.heard_at is not None:
                 self._listener.send(rank, channel.PING, {})
                 if now - state.heard_at > self._silence_s(rank):
-                    self._lose(rank, f"was not heard of for {now - state.heard_at:.0f} s")
+                    self._lose(rank, f"sent no message for {now - state.heard_at:.0f} s")
             elif now - state.began_at > HELLO_LIMIT_S:
                 self._lose(rank, f"did not say hello within {HELLO_LIMIT_S:.0f} s")
         self._watch_progress(now)

@@ -319,7 +319,7 @@ def join_cluster(address: str) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         what = str(error).strip().splitlines()[0]
         raise UserError(
-            f"RAY_ADDRESS={address} is no cluster that can be joined: {what}. "
+            f"RAY_ADDRESS={address} cannot be joined: {what}. "
             "Start one with ray start --head, or unset RAY_ADDRESS."
         ) from error
     return ray

@@ -175,7 +175,7 @@ def _check_progress(
         key,
         limit,
         f"lets a step draw {passes}, and the {num_batches} {reason}",
-        "Mend the reward if it never differs; otherwise raise rollout.n, take prompts that are "
+        "Fix the reward if it never differs; otherwise raise rollout.n, take prompts that are "
         "neither too easy nor too hard, or set the number of batches.",
     )
     if num_batches and num_batches % _WARN_EVERY == 0:

@@ -71,7 +71,7 @@ def compare(folder: Path, other: Path) -> Comparison:
 def _metrics(run: Path) -> dict[int, dict[str, Any]]:
     file = run / METRICS_FILE
     if not file.is_file():
-        raise UserError(f"{file} is not there: {run} is no folder of a run.")
+        raise UserError(f"{file} is not there: {run} is not a run folder.")
     return {
         record.pop("step"): {
             key: value for key, value in record.items() if not key.startswith(_OF_THE_MACHINE)

@@ -3,7 +3,7 @@
 Everything that this needs is in this file. Where CUDA is present `install` repairs only what the
 absence of Transformer Engine breaks there too. Each repair replaces one name and first checks that
 the name is still there, so another version of Megatron-Core fails here with a sentence and not
-later with wrong numbers. Remove an entry when the named upstream line is mended. `versions.py` has
+later with wrong numbers. Remove an entry when the named upstream line is fixed. `versions.py` has
 the versions it is tested with.
 
 What is replaced (line numbers of 0.16.1, relative to megatron/core):

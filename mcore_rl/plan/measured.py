@@ -48,7 +48,7 @@ def write_memory(
     try:
         planned = _planned(cfg, prompt_tokens)
     except Exception as error:  # noqa: BLE001  the run is done, and a plan is only beside it
-        logger.warning("the memory that was measured stands beside no plan: %s", error)
+        logger.warning("there is no plan to compare the measured memory with: %s", error)
         return
     rows = memory_rows(cfg, planned, found)
     what = "a worker's resident set" if found.is_of_host else "a device"

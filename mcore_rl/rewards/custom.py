@@ -64,7 +64,7 @@ def load_custom_reward(cfg: CustomRewardConfig) -> CustomReward | None:
         "custom_reward_function.path",
         cfg.path,
         "does not exist",
-        "Mend the path.",
+        "Fix the path.",
     )
     module = _import_file(path)
     if not hasattr(module, cfg.name):
@@ -96,7 +96,7 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        fix = "Mend the file."
+        fix = "Fix the file."
         if isinstance(error, ModuleNotFoundError):
             fix = "Install it, or put it beside the file."
         raise UserError(

@@ -116,7 +116,7 @@ class RewardScorer:
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"{prompt.uid}: {reason}. The reward of data_source={prompt.data_source!r} "
-                    "cannot use it. Mend or remove the row."
+                    "cannot use it. Fix or remove the row."
                 ) from None
 
     def score(self, groups: Sequence[SampleGroup]) -> tuple[list[SampleGroup], Metrics]:
@@ -160,7 +160,7 @@ class RewardScorer:
             most,
             f"is exceeded: the reward failed on {num_failed} of {len(statuses)} responses of "
             f"validation, {statuses.count('timeout')} of them by taking too long",
-            "The log says why; mend the reward, or raise it to go on with zeros.",
+            "The log says why; fix the reward, or raise it to go on with zeros.",
         )
 
     def interrupt(self) -> None:
@@ -190,7 +190,7 @@ class RewardScorer:
             return find_reward(prompt.data_source)
         except UserError as error:
             raise UserError(
-                f"{prompt.uid}: {error} Mend the data, or set custom_reward_function.path to a "
+                f"{prompt.uid}: {error} Fix the data, or set custom_reward_function.path to a "
                 "file with your own reward."
             ) from None
 

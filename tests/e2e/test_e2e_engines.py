@@ -134,7 +134,7 @@ TAKING = r"while taking weights \(engine \1, weights 2\)"
 GENERATE = r"\[role engine (\d), rollout\.answer, step 1\]"
 RECEIVE = r"\[role engine (\d), engine_process\.receive_weights, step 1\]"
 KILLED = "the process was ended by SIGKILL"
-SILENT = r"was not heard of for \d s \(process \d+, stopped\)"
+SILENT = r"sent no message for \d s \(process \d+, stopped\)"
 FAULTS = {
     "SIGKILL generate 1": f"{GENERATE} {KILLED}, {GENERATING}",
     "SIGKILL update 2": f"{RECEIVE} {KILLED}, {TAKING}",

@@ -232,7 +232,7 @@ def test_no_cluster_at_the_address_is_one_line(files, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        f"error: RAY_ADDRESS={address} is no cluster that can be joined: "
+        f"error: RAY_ADDRESS={address} cannot be joined: "
     )
 
 

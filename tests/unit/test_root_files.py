@@ -308,7 +308,7 @@ def test_a_command_that_there_is_not_names_the_closest(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: 'verfy' is no command. Did you mean 'verify'?\n"
+    assert capsys.readouterr().err == "error: 'verfy' is not a command. Did you mean 'verify'?\n"
 
 
 @pytest.mark.parametrize(

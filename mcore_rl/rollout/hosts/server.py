@@ -398,7 +398,7 @@ def check_server(url: str, found: dict[str, Any], spec: EngineSpec, link: Link) 
         _check_configuration(url, found, spec, link)
     except KeyError as error:
         raise UserError(
-            f"rollout.server_urls: the server {url} is another vLLM than this knows: its "
+            f"rollout.server_urls: the server {url} runs a vLLM version that is not supported: its "
             f"configuration has no {error}."
         ) from error
 

@@ -57,9 +57,9 @@ def test_the_table_keeps_to_100_columns_and_a_mend_to_one_line(tmp_path):
     table, _, rest = done.stdout.partition("fault: ray: ")
     assert max(map(len, table.splitlines())) <= 100
     assert "\x1b" not in done.stdout
-    found, mend, verdict = rest.splitlines()
+    found, fix, verdict = rest.splitlines()
     assert found.endswith("\\x1b[2J")
-    assert mend.startswith("  mend: pip install --force-reinstall ")
+    assert fix.startswith("  fix: pip install --force-reinstall ")
     assert verdict.startswith("not healthy, in ")
     assert done.returncode == 1
 
@@ -115,7 +115,7 @@ def test_an_import_that_no_line_explains_names_the_doctor():
 
 
 def report(number: int, **found: str) -> Report:
-    rows = [Row(name=name, found=text, alike=text) for name, text in found.items()]
+    rows = [Row(name=name, found=text, must_match=text) for name, text in found.items()]
     return Report(number, f"host{number}", rows)
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_row_is_refused(fields):
         Row.from_json(fields)
     with pytest.raises(ValueError, match="no text"):
         Row.from_json({"name": "x", "found": ["y"], "status": "ok"})
-    row = Row(name="a", found="b", status=Status.WARNING, mend="c", alike="d")
+    row = Row(name="a", found="b", status=Status.WARNING, fix="c", must_match="d")
     assert Row.from_json(row.to_json()) == row
 
 

@@ -33,13 +33,13 @@ def test_256_open_files_are_found_with_the_command_that_raises_them():
     assert found.rows["open-files"]["found"] == "256"
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
-    assert found.rows["open-files"]["mend"] == f"ulimit -n {most}"
+    assert found.rows["open-files"]["fix"] == f"ulimit -n {most}"
 
 
-def test_where_the_shell_may_not_raise_open_files_the_mend_is_the_systems():
+def test_where_the_shell_may_not_raise_open_files_the_fix_is_the_systems():
     row = doctor("open-files", before="ulimit -n 1023").rows["open-files"]
     assert (row["status"], row["found"]) == ("fault", "1023")
-    assert row["mend"].startswith("docker run --ulimit nofile=65536 ")
+    assert row["fix"].startswith("docker run --ulimit nofile=65536 ")
 
 
 def test_what_a_shell_commonly_allows_is_enough():
@@ -61,7 +61,7 @@ def test_a_full_disk_is_found_where_runs_and_where_temporary_files_are_written(t
         assert found.exit_code == 1
         assert found.statuses() == {f"disk ({name})": "fault", f"disk ({other})": "ok"}
         assert row["found"] == f"0.0 of 0.0 GiB free at {tmp_path}: No space left on device"
-        assert row["mend"] == (
+        assert row["fix"] == (
             f"du -xh -d1 {tmp_path}  # shows what to remove; or name another folder by {key}"
         )
 
@@ -98,8 +98,8 @@ def test_shared_memory_of_a_containers_default_size_is_found():
     assert (found.exit_code, row["status"]) == (1, "fault")
     assert row["found"] == "0.06 of 0.06 GiB free"
     assert row["wanted"] == "1 GiB free: two buckets of weights"  # of 512 MiB each
-    assert row["mend"].startswith("mount -o remount,size=16G /dev/shm  # ")
-    assert row["mend"].endswith("--shm-size 16g")
+    assert row["fix"].startswith("mount -o remount,size=16G /dev/shm  # ")
+    assert row["fix"].endswith("--shm-size 16g")
 
 
 @needs_mounts
@@ -107,7 +107,7 @@ def test_shared_memory_that_killed_processes_have_filled_is_found():
     fill = "mount -t tmpfs -o size=1200m tmpfs /dev/shm\nfallocate -l 600m /dev/shm/left"
     row = doctor("shared-memory", before=fill).rows["shared-memory"]
     assert row["status"] == "fault"
-    assert row["mend"].startswith("ls -l /dev/shm ")
+    assert row["fix"].startswith("ls -l /dev/shm ")
 
 
 def with_hosts(tmp_path, line: str) -> str:
@@ -123,8 +123,8 @@ def test_a_host_name_that_is_127_0_1_1_is_found(tmp_path):
     row = found.rows["host-name"]
     assert row["found"] == f"{HOST} is 127.0.1.1"
     assert row["status"] == "warning"  # one machine reaches it
-    assert row["mend"].startswith('echo "')
-    assert f' {HOST}" >> /etc/hosts' in row["mend"]
+    assert row["fix"].startswith('echo "')
+    assert f' {HOST}" >> /etc/hosts' in row["fix"]
     assert found.exit_code == 0
 
 
@@ -144,17 +144,17 @@ def test_between_nodes_a_host_name_that_is_a_loopback_address_is_a_fault(tmp_pat
     """As the process of torchrun sees it whose master is at the address of another machine."""
     before = with_hosts(tmp_path, f"127.0.1.1 {HOST}")
 
-    def look(mend: str) -> dict[str, str]:
+    def look(fix: str) -> dict[str, str]:
         run = shlex.join([sys.executable, "-c", ON_TWO_NODES])
-        words = [*IN_SPACES, "bash", "-e", "-c", f"{before}\n{mend}\n{run}"]
+        words = [*IN_SPACES, "bash", "-e", "-c", f"{before}\n{fix}\n{run}"]
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True)
         (row,) = json.loads(done.stdout)
         return row
 
     row = look("")
     assert (row["found"], row["status"]) == (f"{HOST} is 127.0.1.1", "fault")
-    assert row["mend"].startswith("export GLOO_SOCKET_IFNAME=")
-    row = look(row["mend"])
+    assert row["fix"].startswith("export GLOO_SOCKET_IFNAME=")
+    row = look(row["fix"])
     assert (row["found"], row["status"]) == (f"{HOST} is 127.0.1.1", "warning")
 
 
@@ -182,7 +182,7 @@ def test_an_interface_that_is_not_there_is_found(monkeypatch, variable, value, m
     assert row.status == ("fault" if missing else "ok")
     if missing:
         assert row.found.startswith(f"{variable}={value}: there is no {missing}; there is ")
-        assert row.mend.startswith(f"export {variable}=")
+        assert row.fix.startswith(f"export {variable}=")
 
 
 def test_a_kernel_without_a_protection_is_a_warning_that_names_it(monkeypatch):
@@ -190,7 +190,7 @@ def test_a_kernel_without_a_protection_is_a_warning_that_names_it(monkeypatch):
     (row,) = sandbox(SITE)
     assert row.status == "warning"  # rewards without programs need none
     assert "this system lacks files (files: Landlock of Linux 5.13" in row.found
-    assert row.mend.startswith("use Linux 5.13 or later")
+    assert row.fix.startswith("use Linux 5.13 or later")
 
 
 def test_a_port_that_is_taken_is_found_with_a_free_one():
@@ -200,7 +200,7 @@ def test_a_port_that_is_taken_is_found_with_a_free_one():
         port = str(taken.getsockname()[1])
         row = doctor("port", MASTER_PORT=port).rows["port"]
     assert (row["found"], row["status"]) == (f"{port}: {os.strerror(98)}", "warning")
-    words = row["mend"].split()
+    words = row["fix"].split()
     assert words[:2] == ["torchrun", "--master-port"]
     with closing(socket.socket()) as free:
         free.bind(("", int(words[2])))

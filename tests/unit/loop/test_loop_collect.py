@@ -56,7 +56,7 @@ def test_groups_that_never_differ_stop_the_run_after_one_pass_over_the_data(run_
         "rewards, "
     )
     assert " groups only 0, " in text
-    assert " groups only 1. Mend the reward if it never differs; " in text
+    assert " groups only 1. Fix the reward if it never differs; " in text
 
 
 def test_groups_that_seldom_differ_stop_the_run_after_three_passes(run_loop, tmp_path):

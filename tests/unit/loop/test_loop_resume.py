@@ -116,7 +116,7 @@ def test_a_used_folder_is_refused_when_resuming_is_disabled(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["auto", "disable"])
-def test_a_run_that_failed_before_its_first_step_can_be_mended(tmp_path, mode):
+def test_a_run_that_failed_before_its_first_step_can_be_fixed(tmp_path, mode):
     """Its folder holds a configuration, and what wrote it did not get far: no memory, wrong key."""
     folder = open_with(tmp_path, f"trainer.resume_mode={mode}")
     (folder / "metrics.jsonl").touch()

@@ -90,7 +90,7 @@ def test_a_finished_run_does_not_fail_for_a_plan_that_does_not_know_its_options(
     cfg = compose_config(RunConfig, parse_command_line("train", "", argv))
     write_memory(cfg, [3], Measured(peaks={}, held=1, is_of_host=True), tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("the memory that was measured stands beside no plan: actor.megatron.")
+    assert line.startswith("there is no plan to compare the measured memory with: actor.megatron.")
     assert list(tmp_path.iterdir()) == []
 
 

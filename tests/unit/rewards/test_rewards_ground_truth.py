@@ -43,7 +43,7 @@ def check(data_source, *ground_truths, sandbox=None):
 def test_a_row_that_no_response_can_match_is_named_before_the_run(data_source, ground_truth):
     good = {"piecewise_continuity": []}.get(data_source, ["5"])
     row = len(good)
-    with pytest.raises(UserError, match=rf"^train\.parquet:{row}: .*{data_source}.*Mend") as caught:
+    with pytest.raises(UserError, match=rf"^train\.parquet:{row}: .*{data_source}.*Fix") as caught:
         check(data_source, *good, ground_truth)
     assert "\n" not in str(caught.value)
 
