@@ -94,13 +94,18 @@ class CheckpointError(RunError):
     """A checkpoint could not be written or read back."""
 
 
+def user_error(key: str, value: object, rule: str, fix: str = "") -> UserError:
+    """Return the UserError `key=value rule. fix`."""
+    return UserError(f"{key}={value!r} {rule}." + (f" {fix}" if fix else ""))
+
+
 def require(condition: bool, key: str, value: object, rule: str, fix: str = "") -> None:
     """Raise a UserError `key=value rule. fix` unless `condition` holds.
 
     Example: require(lr > 0, "actor.optim.lr", lr, "must be > 0", "Try 1e-6.")
     """
     if not condition:
-        raise UserError(f"{key}={value!r} {rule}." + (f" {fix}" if fix else ""))
+        raise user_error(key, value, rule, fix)
 
 
 def require_one_of(key: str, value: str, allowed: Iterable[str]) -> None:

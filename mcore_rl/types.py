@@ -89,7 +89,7 @@ class Prompt:
     """Selects the reward: "gsm8k"."""
     ground_truth: Any
     """Reference answer, handed to the reward as it stands in the data: "72"."""
-    extra_info: Mapping[str, Any] = field(default_factory=dict)
+    extra_info: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Anything else of the row that a reward may want."""
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class Sample:
     answer: str | None = None
     """The answer that the response states, as the reward reads it: "72"; "" for none. None: the
     reward gives no answers."""
-    reward_metrics: Mapping[str, float] = field(default_factory=dict)
+    reward_metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """Further numbers of the reward function, logged as `reward/<name>/mean`, or as
     `eval/<data source>/<name>/mean` in validation."""
     advantages: Numbers | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from mcore_rl.algorithms.kl import kl_penalty
 from mcore_rl.errors import refuse_unread, require, require_one_of
@@ -72,7 +73,8 @@ def penalize_rewards(
         kind,
     )
     num_trained = max(int((segments.num_tokens_S > 0).sum()), 1)
-    penalties = iter((kl_coef * segments.sum(kl_T)).tolist())
+    penalty_S = cast("list[float]", (kl_coef * segments.sum(kl_T)).tolist())  # pyright: ignore[reportUnknownMemberType]
+    penalties = iter(penalty_S)
     penalized = [
         replace(group, samples=[_take_off(sample, penalties) for sample in group.samples])
         for group in groups

@@ -20,7 +20,7 @@ from mcore_rl.config.run import (
     train_layout,
 )
 from mcore_rl.data.prompts import DataConfig
-from mcore_rl.errors import require
+from mcore_rl.errors import require, user_error
 from mcore_rl.megatron.overrides import Circumstances, check_overrides
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance
 
@@ -191,7 +191,7 @@ def a_critic_is_described_only_where_there_is_one(cfg: RunConfig) -> None:
         estimator = cfg.algorithm.adv_estimator
         rule = f"is not read with algorithm.adv_estimator={estimator}, which needs no critic"
         for key, value in _differences(cfg.critic, CriticConfig(), "critic"):
-            require(False, key, value, rule, "Remove it.")
+            raise user_error(key, value, rule, "Remove it.")
         warmup = cfg.trainer.critic_warmup
         require(warmup == 0, "trainer.critic_warmup", warmup, rule, "Remove it.")
 

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -37,6 +37,7 @@ from mcore_rl.config.assignments import Assignment, translate
 from mcore_rl.config.environment import (
     ComposedConfig,
     find_references,
+    node_of,
     put_references,
     without_values,
 )
@@ -265,9 +266,9 @@ def _check_finite(node: Any, key: str) -> None:
     if is_dataclass(node):
         below = ((field.name, getattr(node, field.name)) for field in fields(node))
     elif isinstance(node, dict):
-        below = node.items()
+        below = cast("dict[Any, Any]", node).items()
     elif isinstance(node, list):
-        below = enumerate(node)
+        below = enumerate(cast("list[Any]", node))
     for name, value in below:
         _check_finite(value, f"{key}.{name}".lstrip("."))
 
@@ -285,9 +286,9 @@ def _plain(node: Any) -> Any:
         keys = [x.name for x in fields(node) if not x.metadata.get("omegaconf_ignore")]
         return {key: _plain(getattr(node, key)) for key in keys}
     if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
+        return {key: _plain(value) for key, value in cast("dict[Any, Any]", node).items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [_plain(value) for value in cast("list[Any]", node)]
     return node
 
 
@@ -354,7 +355,7 @@ def _find(key: str, schema: DictConfig) -> Any:
             break
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118  # unset too
             return None
-        node = node._get_node(part)
+        node = node_of(node, part)
     return node
 
 
@@ -363,9 +364,9 @@ def _is_untyped(node: Any) -> bool:
 
 
 def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
-    keys = []
+    keys: list[str] = []
     for name in schema:
-        node = schema._get_node(name)
+        node = node_of(schema, name)
         keys.append(f"{prefix}{name}")
         if isinstance(node, DictConfig):
             keys += _all_keys(node, f"{prefix}{name}.")

@@ -32,7 +32,10 @@ class ComposedConfig:
     """A root: the tree of keys, and what of it came from the environment."""
 
     references: dict[Path, str] = field(
-        default_factory=dict, compare=False, repr=False, metadata={"omegaconf_ignore": True}
+        default_factory=dict[Path, str],
+        compare=False,
+        repr=False,
+        metadata={"omegaconf_ignore": True},
     )
     """Not a key: the texts with references, by their place; `compose_config` sets them."""
 
@@ -69,11 +72,16 @@ def _hidden(*_: Any) -> Any:
     raise LookupError("the environment is not looked at")
 
 
+def node_of(container: DictConfig | ListConfig, name: Any) -> Any:
+    """Return what stands there before interpolation; OmegaConf has no public way to it."""
+    return container._get_node(name)  # pyright: ignore[reportPrivateUsage]
+
+
 def _found(node: DictConfig | ListConfig, path: Path) -> Iterator[tuple[Path, str]]:
     names = range(len(node)) if isinstance(node, ListConfig) else list(node)
     for name in names:
         here: Path = (*path, name)
-        child: Any = node._get_node(name)
+        child: Any = node_of(node, name)
         if child is not None and child._is_interpolation():
             try:
                 child = child._dereference_node()

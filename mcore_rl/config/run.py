@@ -7,7 +7,7 @@ component stand in the component's file. After composition nothing writes to the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AlgorithmConfig
 from mcore_rl.algorithms.aggregate import AGG_MODES
@@ -52,12 +52,14 @@ class ModelConfig:
     parts of Hugging Face's names, such as [q_proj,k_proj,v_proj]."""
 
     def __post_init__(self) -> None:
-        rank, alpha, modules = self.lora_rank, self.lora_alpha, self.target_modules
+        rank, alpha = self.lora_rank, self.lora_alpha
+        modules = cast("str | list[Any]", self.target_modules)  # which is not checked yet
         require(rank >= 0, "model.lora_rank", rank, "must be >= 0")
         require(alpha > 0, "model.lora_alpha", alpha, "must be > 0")
-        is_list = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+        names = modules if isinstance(modules, list) else []
+        is_list = bool(names) and all(isinstance(name, str) for name in names)
         require(
-            modules == ALL_LINEAR or (is_list and len(modules) > 0),
+            modules == ALL_LINEAR or is_list,
             "model.target_modules",
             modules,
             "is neither all-linear nor a list of names",
@@ -404,9 +406,9 @@ class RunConfig(ComposedConfig):
     @property
     def offloads(self) -> Offloads:
         """What is in host memory while it is not needed, of the models that there are."""
-        reference = {Part.REFERENCE} if self.ref.megatron.param_offload else set()
+        reference = {Part.REFERENCE} if self.ref.megatron.param_offload else set[Part]()
         return Offloads(
-            actor=self.actor.megatron.parts | (reference if self.keeps_reference else set()),
+            actor=self.actor.megatron.parts | (reference if self.keeps_reference else set[Part]()),
             critic=self.critic.megatron.parts,
             reference=Part.REFERENCE if self.keeps_reference else Part.PARAM,
         )

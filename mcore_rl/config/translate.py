@@ -33,7 +33,7 @@ class Unread:
 
     key: str
     reason: str
-    values: Mapping[Hashable, str] = field(default_factory=dict)
+    values: Mapping[Hashable, str] = field(default_factory=dict[Hashable, str])
     """Accepted in silence, with what they are here: key=value pairs, "" for what happens anyway."""
 
 
@@ -43,7 +43,7 @@ class Refused:
 
     key: str
     fix: str
-    values: Mapping[Hashable, str] = field(default_factory=dict)
+    values: Mapping[Hashable, str] = field(default_factory=dict[Hashable, str])
     """As in `Unread`."""
 
 

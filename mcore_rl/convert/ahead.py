@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 _END: Any = object()
 
 
-def made_ahead(items: Iterable[Item], count: int = 2) -> Iterator[Item]:
+def made_ahead(items: Iterable[Item], count: int = 2) -> Generator[Item, None, None]:
     """Yield the items in order; a thread of their own makes up to `count` of them ahead.
 
     An error in making an item is raised in the item's place. When the caller stops early, the

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +82,8 @@ class PackedBatch:
         num_positions_S = np.array(self.lengths, np.int64) - 1
         starts_S = self.cu_seqlens_padded.cpu().numpy()[: len(self.lengths)]
         shift_S = starts_S - (num_positions_S.cumsum() - num_positions_S)
-        return np.arange(num_positions_S.sum()) + shift_S.repeat(num_positions_S)
+        shift_T = shift_S.repeat(num_positions_S)
+        return cast("np.ndarray", np.arange(num_positions_S.sum()) + shift_T)
 
 
 def pack(
@@ -123,7 +125,7 @@ def pack(
         return x_T
 
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(device)
+        return torch.from_numpy(x).to(device)  # pyright: ignore[reportUnknownMemberType]
 
     def boundaries(counts_S: np.ndarray) -> Tensor:
         return tensor(np.append(0, counts_S.cumsum()).astype(np.int32))

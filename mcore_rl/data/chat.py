@@ -8,6 +8,9 @@ the tokens that stop the rollout engine.
 Tokenizers are read from a local folder only; nothing is downloaded here.
 """
 
+# The types of a tokenizer's methods are incomplete in transformers.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
@@ -15,7 +18,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mcore_rl.errors import UserError, closest_hint, require
 from mcore_rl.model_files import TIKTOKEN_FILES, VOCABULARY_FILES, has_tokenizer, holds_any
@@ -63,14 +66,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+        tokenizer = cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            ),
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.path={path!r}: the tokenizer cannot be loaded ({reason})."
         ) from None
+    return tokenizer
 
 
 def encode_prompt(
@@ -100,7 +107,7 @@ def encode_prompt(
             "has no effect: the tokenizer has no chat template",
             "Leave it out.",
         )
-        _warn_no_template(str(tokenizer.name_or_path))
+        _warn_no_template(_name_of(tokenizer))
         return _encode_open_end(tokenizer, "\n".join(m["content"] or "" for m in messages))
     continues = ends_with_assistant(messages)
     _check_tool_turns(tokenizer, messages, **template_kwargs)
@@ -112,6 +119,15 @@ def encode_prompt(
         **template_kwargs,
     )
     return tokenizer.encode(text, add_special_tokens=False, verbose=_VERBOSE)
+
+
+def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(cast("object", tokenizer.name_or_path))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """Return the text of the tokens, special ones too."""
+    return str(tokenizer.decode(token_ids))
 
 
 def check_template_variables(tokenizer: PreTrainedTokenizerBase, variables: Iterable[str]) -> None:
@@ -175,7 +191,7 @@ def encode_conversation(
         "Give rows a prompt and a response.",
     )
     end_id = end_of_turn_id(tokenizer)
-    end = str(tokenizer.decode([end_id]))
+    end = decode(tokenizer, [end_id])
     _check_tool_turns(tokenizer, messages, **template_kwargs)
     text = _render(tokenizer, messages, **template_kwargs)
     ids: list[int] = []
@@ -278,7 +294,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     require(
         tokenizer.eos_token_id is not None,
         "model.path",
-        str(tokenizer.name_or_path),
+        _name_of(tokenizer),
         "has a tokenizer without an end token",
         "Set eos_token in its tokenizer_config.json.",
     )
@@ -302,7 +318,9 @@ def end_token_ids(
     return sorted(ids)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **variables) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **variables: Any
+) -> str:
     from jinja2 import TemplateError
 
     try:
@@ -318,7 +336,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **v
 
 
 def _check_tool_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **variables
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **variables: Any
 ) -> None:
     """Raise a ChatTemplateError if the template leaves calls of tools out, or writes "None" where
     such a turn has no content."""

@@ -21,7 +21,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from mcore_rl.data.chat import (
     ChatTemplateError,
     Message,
     check_template_variables,
+    decode,
     encode_conversation,
     encode_prompt,
     encode_response,
@@ -101,7 +102,7 @@ class DataConfig:
     truncation: str = "error"
     """What becomes of a longer prompt that is not dropped: "error" stops the run, "left" cuts its
     beginning, "right" its end, "middle" keeps both ends."""
-    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     """Variables of the chat template, such as {"enable_thinking": false}."""
     continue_final_message: bool = False
     """Let responses go on where a prompt ends in a turn of the assistant; otherwise such a prompt
@@ -113,7 +114,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for key in ("train_files", "val_files"):
-            value = getattr(self, key)
+            value = cast("str | list[Any] | None", getattr(self, key))
             names = value if isinstance(value, list) else [value]
             is_paths = bool(names) and all(isinstance(name, str) and name for name in names)
             require(
@@ -166,12 +167,15 @@ def load_prompts(
         UserError: for the first file or row that is at fault, naming it.
     """
     check_template_variables(tokenizer, cfg.apply_chat_template_kwargs)
-    encode = lambda row: _encode_prompt(row, cfg, tokenizer)  # noqa: E731
+
+    def encode(row: Row) -> list[int] | None:
+        return _encode_prompt(row, cfg, tokenizer)
+
     return [
         Prompt(
             uid=row.uid,
             token_ids=np.array(token_ids, np.int32),
-            text=str(tokenizer.decode(token_ids)),
+            text=decode(tokenizer, token_ids),
             data_source=row.text(cfg.reward_fn_key, "It names the reward, such as 'gsm8k'."),
             ground_truth=_ground_truth(row, cfg.ground_truth_key),
             extra_info=row.mapping("extra_info"),
@@ -192,7 +196,10 @@ def load_sft_sequences(
         UserError: for the first file or row that is at fault, naming it.
     """
     check_template_variables(tokenizer, cfg.apply_chat_template_kwargs)
-    encode = lambda row: _encode_sequence(row, cfg, tokenizer)  # noqa: E731
+
+    def encode(row: Row) -> TokenSequence | None:
+        return _encode_sequence(row, cfg, tokenizer)
+
     rows = _chosen_rows(files, cfg, cfg.train_max_samples)
     return [sequence for _, sequence in _encode_rows(rows, cfg, encode)]
 
@@ -434,13 +441,17 @@ def _messages(row: Row, column: str) -> list[Message]:
         return [{"role": "user", "content": row.text(column, fix)}]
     if not value:
         raise row.error(column, "the list of messages is empty")
-    return [_message(row, column, number, message) for number, message in enumerate(value)]
+    return [
+        _message(row, column, number, message)
+        for number, message in enumerate(cast("list[Any]", value))
+    ]
 
 
 def _message(row: Row, column: str, number: int, message: object) -> Message:
     fix = f"Message {number} must be {{'role': ..., 'content': ...}} with both strings."
     if not isinstance(message, Mapping):
         raise row.error(column, f"message {number} is no object", fix)
+    message = cast("Message", message)
     role = row.check_text(column, message.get("role"), fix)
     content, calls = message.get("content"), message.get("tool_calls")
     if content is not None or role != "assistant" or not calls:
@@ -453,8 +464,11 @@ def _without_nulls(value: Any) -> Any:
     """Return an object without its nulls, at any depth: Parquet gives every message and every call
     the keys of all, and those that are absent come as null."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+        items = cast("Mapping[str, Any]", value).items()
+        return {key: _without_nulls(part) for key, part in items if part is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in cast("list[Any]", value)]
+    return value
 
 
 def _ground_truth(row: Row, key: str) -> Any:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mcore_rl.data.sources import find_files
 from mcore_rl.errors import UserError
@@ -73,7 +73,8 @@ class Row:
         column, *names = path.split(".")
         value = self.get(column)
         for name in names:
-            value = value.get(name) if isinstance(value, Mapping) else None
+            is_object = isinstance(value, Mapping)
+            value = cast("Mapping[str, Any]", value).get(name) if is_object else None
         return None if isinstance(value, float) and math.isnan(value) else value
 
     def text(self, column: str, fix: str = "") -> str:
@@ -106,7 +107,7 @@ class Row:
         value = self.get(column)
         if value is not None and not isinstance(value, Mapping):
             raise self.error(column, f"{_type_name(value)} where an object is expected")
-        return value or {}
+        return cast("Mapping[str, Any]", value or {})
 
 
 def read_rows(names: str | Sequence[str]) -> Iterator[Row]:
@@ -156,12 +157,13 @@ def _read_file(path: Path, file_number: int | None) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
+    arrow_error = cast("type[Exception]", pa.ArrowException)  # pyright: ignore[reportUnknownMemberType]
     index = 0
     try:
-        file = pq.ParquetFile(path)
+        file: Any = pq.ParquetFile(path)
         names = file.schema_arrow.names
         for name in names:
             if names.count(name) > 1:
@@ -169,16 +171,16 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(_PARQUET_ROWS):
             try:
                 rows = batch.to_pylist()
-            except (ValueError, OverflowError, pa.ArrowException):
+            except (ValueError, OverflowError, arrow_error):
                 raise _find_bad_cell(path, index, batch) from None
             yield from rows
             index += len(rows)
-    except (pa.ArrowException, OSError) as error:
+    except (arrow_error, OSError) as error:
         reason = _one_line(error)
         raise UserError(f"{path}: is damaged Parquet ({reason}). Write it again.") from None
 
 
-def _find_bad_cell(path: Path, first: int, batch) -> UserError:
+def _find_bad_cell(path: Path, first: int, batch: Any) -> UserError:
     for name in batch.schema.names:
         for index, value in enumerate(batch[name], first):
             try:

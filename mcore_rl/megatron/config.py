@@ -50,10 +50,15 @@ class MegatronConfig(OffloadConfig):
     """`actor.megatron`: parallel layout and what Megatron-Core is told."""
 
     tensor_model_parallel_size: int = 1
+    """Processes that share the matrices of each layer."""
     pipeline_model_parallel_size: int = 1
+    """Stages of consecutive layers."""
     virtual_pipeline_model_parallel_size: int | None = None
+    """Pieces of the model on each stage, which interleave; None: one."""
     context_parallel_size: int = 1
+    """Processes that share the tokens of each sequence."""
     expert_model_parallel_size: int = 1
+    """Processes over which the experts of each layer are spread."""
     expert_tensor_parallel_size: int | None = None
     """None: the tensor parallel size."""
     sequence_parallel: bool | None = None
@@ -111,7 +116,9 @@ class LoraConfig:
     """What `model.lora_rank`, `model.lora_alpha` and `model.target_modules` ask for."""
 
     rank: int
+    """Inner dimension of an adapter."""
     alpha: int
+    """Numerator of `scale`."""
     target_modules: tuple[str, ...]
     """Last parts of Hugging Face's names of layers, or ALL_LINEAR alone."""
 
@@ -157,8 +164,11 @@ class OptimConfig:
     """Steps of a decaying schedule, warmup included, before `min_lr`; None: the training's total
     steps."""
     weight_decay: float = 0.01
+    """Of AdamW: lr * weight_decay is the share of a weight that each update takes off."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of Adam's running means of the gradient and of its square."""
     eps: float = 1e-8
+    """Added to the root of the running mean of squares, by which Adam divides."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"{self.SECTION}.lr", self.lr, "must be > 0")
@@ -205,3 +215,4 @@ class CriticOptimConfig(OptimConfig):
     SECTION: ClassVar[str] = "critic.optim"
 
     lr: float = 1e-5
+    """Peak learning rate."""

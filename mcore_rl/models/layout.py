@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mcore_rl.errors import UserError, require
+from mcore_rl.errors import UserError, require, user_error
 from mcore_rl.models.spec import model_family
 from mcore_rl.types import Layout
 
@@ -104,7 +104,7 @@ def _require_fits(
     below = [n for n in fitting if n < size][-1:]
     above = [n for n in fitting if n > size][:1]
     nearest = " or ".join(map(str, [*below, *above]))
-    require(False, key, size, f"{problem} of the model", f"Nearest that does: {nearest}.")
+    raise user_error(key, size, f"{problem} of the model", f"Nearest that does: {nearest}.")
 
 
 def _problem_of_divisor(field: str, count: int, size: int) -> str:

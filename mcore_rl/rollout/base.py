@@ -37,7 +37,9 @@ class ValKwargsConfig:
     temperature: float = 1.0
     """With greedy sampling, 0.0 is allowed too."""
     top_p: float = 1.0
+    """Probability that the tokens sampled from hold together; 1.0: all tokens."""
     top_k: int = -1
+    """Number of likeliest tokens sampled from; -1: all."""
 
     def __post_init__(self) -> None:
         # For a larger n, the number of subsets (rewards/at_k.py) does not fit a float.
@@ -85,6 +87,7 @@ class RolloutConfig:
     """Draw data.gen_batch_size groups and stop the rest once data.train_batch_size have ended.
     Long responses then train less often."""
     temperature: float = 1.0
+    """By which logits are divided, in sampling and in training."""
     top_p: float = 1.0
     """Only 1.0: the trainer cannot reproduce renormalised log-probabilities."""
     top_k: int = -1

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from mcore_rl.config.compose import to_yaml
 from mcore_rl.durable_files import make_private, write_whole
-from mcore_rl.errors import UserError, require
+from mcore_rl.errors import UserError, require, user_error
 from mcore_rl.foreign_json import parse_json
 from mcore_rl.hub import is_same_repository
 from mcore_rl.loop.checkpoints import (
@@ -92,7 +92,8 @@ def open_run_folder(cfg: Any, total_steps: int) -> Path:
         make_private(folder)
     except OSError as error:
         rule = f"cannot be made a folder ({error.strerror})"
-        require(False, "trainer.default_local_dir", str(folder), rule, "Name another.")
+        key = "trainer.default_local_dir"
+        raise user_error(key, str(folder), rule, "Name another.") from error
     lock = _hold(folder)
     if config_file.exists() and _has_begun(folder):
         fix = "Set trainer.experiment_name to a new name, or remove the folder."

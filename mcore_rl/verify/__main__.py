@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError
+from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
+from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.plugins import import_plugins
 from mcore_rl.verify import layouts, model
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         import_plugins()  # of families and losses
+        require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
         sys.exit(args.run(args))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

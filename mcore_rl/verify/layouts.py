@@ -30,13 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
-from mcore_rl.launch.torchrun import is_launched
-from mcore_rl.model_files import find_model
 from mcore_rl.models.rope import check_length
-from mcore_rl.models.spec import check_weights, load_hf_config
 from mcore_rl.types import TokenSequence
 from mcore_rl.verify.compare import GRAD_NORM, LOSS, Difference, compare_metrics, compare_weights
 from mcore_rl.verify.layout_names import NamedLayout, parse_layout, parse_layouts
@@ -46,6 +42,7 @@ from mcore_rl.verify.layout_run import (
     WEIGHTS_FOLDER,
     write_minibatch,
 )
+from mcore_rl.verify.options import add_limits, check_json, find_whole_model, new_parser
 from mcore_rl.verify.processes import run_module
 from mcore_rl.verify.runs import check_fits, quoted
 
@@ -96,14 +93,9 @@ def _defaults() -> str:
 
 def add_parser(parsers: Any) -> None:
     """Add the command to those of `mcore-rl verify`."""
-    parser = parsers.add_parser(
-        "layouts",
-        help="one minibatch gives the same numbers in every parallel layout",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "one minibatch gives the same numbers in every parallel layout"
+    parser = new_parser(parsers, "layouts", summary, __doc__, run)
     add = parser.add_argument
-    add("--model", required=True, type=Path, help="model folder, or a name of the Hugging Face hub")
     add("--layouts", help="such as tp2pp2,pp2vpp2,tp2sp0,ep2dp4; default: what the model allows")
     add("--loss", default="geo_mean", help="a registered policy loss")
     add("--dtype", default="float32", help=" or ".join(DTYPES))
@@ -112,21 +104,19 @@ def add_parser(parsers: Any) -> None:
     add("--sequences", type=int, default=8, help="in the minibatch")
     add("--max-length", type=int, default=32, help="tokens of the longest sequence")
     add("--micro-batches", type=int, default=3, help="at most so many per data-parallel rank")
-    add("--seed", type=int, default=0, help="of the minibatch")
-    add("--max-processes", type=int, help="of a layout; default: GPUs, or cores and at least 4")
-    add("--timeout", type=float, default=1800, help="seconds that one layout may take")
-    add("--json", type=Path, help="write the numbers into this file")
-    parser.set_defaults(run=run)
+    add_limits(
+        parser,
+        seed_of="the minibatch",
+        layout="a layout",
+        timed="one layout",
+        written="the numbers",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check every input, then run and compare the layouts; return the exit code."""
-    require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
     check_numbers(args)
-    args.model = find_model(args.model, "--model", download=True)
-    hf_config = load_hf_config(args.model, "--model")
-    check_weights(args.model, hf_config)
-    check_tokenizer(args.model, hf_config.vocab_size)
+    hf_config = find_whole_model(args)
     check_length(hf_config, args.max_length, "--max-length")
     layouts = chosen_layouts(args, hf_config)
     tolerance = args.tolerance or TOLERANCES[args.dtype]  # the dtype is checked by now
@@ -148,8 +138,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         key = f"--{name.replace('_', '-')}"
         require(value is None or value > 0, key, value, "must be greater than 0")
     require(args.max_length >= 2, "--max-length", args.max_length, "must be at least 2")
-    folder = args.json and args.json.absolute().parent
-    require(not folder or folder.is_dir(), "--json", str(args.json), "is in no existing folder")
+    check_json(args)
 
 
 def chosen_layouts(args: argparse.Namespace, hf_config: Any) -> list[NamedLayout]:

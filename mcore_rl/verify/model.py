@@ -36,10 +36,8 @@ from typing import Any
 
 from mcore_rl import tolerances
 from mcore_rl.data.chat import encode_prompt, load_tokenizer
-from mcore_rl.data.vocabulary import check_tokenizer
 from mcore_rl.dtypes import DTYPES
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError, require
-from mcore_rl.launch.torchrun import is_launched
 from mcore_rl.model_files import find_model
 from mcore_rl.models.rope import check_length
 from mcore_rl.models.safetensors_io import CheckpointReader
@@ -60,6 +58,7 @@ from mcore_rl.verify.model_run import (
     Prompts,
     read_scored,
 )
+from mcore_rl.verify.options import add_limits, check_json, find_whole_model, new_parser
 from mcore_rl.verify.processes import Ended, run_module
 from mcore_rl.verify.runs import check_fits, quoted
 
@@ -68,14 +67,9 @@ PAIRS = (("Megatron", "transformers"), ("vLLM", "transformers"), ("vLLM", "Megat
 
 def add_parser(parsers: Any) -> None:
     """Add the command to those of `mcore-rl verify`."""
-    parser = parsers.add_parser(
-        "model",
-        help="transformers, Megatron and vLLM give the same log-probabilities",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "transformers, Megatron and vLLM give the same log-probabilities"
+    parser = new_parser(parsers, "model", summary, __doc__, run)
     add = parser.add_argument
-    add("--model", required=True, type=Path, help="model folder, or a name of the Hugging Face hub")
     add("--layout", help="of Megatron, such as tp2pp2 or ep2; default: one process")
     add("--against", type=Path, help="model folder for transformers; default: that of --model")
     add("--prompts", type=Path, help="text file, a prompt per line; default: random tokens")
@@ -85,23 +79,21 @@ def add_parser(parsers: Any) -> None:
     add("--no-engine", action="store_true", help="leave vLLM out")
     add("--dtype", default="float32", help=f"{' or '.join(DTYPES)}, on all sides")
     add("--tolerance", type=float, help=f"default in float32: {tolerances.FLOAT32:g}")
-    add("--seed", type=int, default=0, help="of random prompts and of what is generated")
-    add("--max-processes", type=int, help="of the layout; default: GPUs, or cores and at least 4")
-    add("--timeout", type=float, default=1800, help="seconds that the processes may take")
-    add("--json", type=Path, help="write all log-probabilities into this file")
+    add_limits(
+        parser,
+        seed_of="random prompts and of what is generated",
+        layout="the layout",
+        timed="the processes",
+        written="all log-probabilities",
+    )
     add("overrides", nargs="*", metavar="rollout.key=value", help="keys of a run, of the engine")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check every input, then run and compare; return the exit code."""
-    require(not is_launched(), "torchrun", "yes", "is not used here", "Start one process.")
     check_numbers(args)
     layout = parse_layout(args.layout, "--layout") if args.layout else NamedLayout("one", {})
-    args.model = find_model(args.model, "--model", download=True)
-    hf_config = load_hf_config(args.model, "--model")
-    check_weights(args.model, hf_config)
-    check_tokenizer(args.model, hf_config.vocab_size)
+    hf_config = find_whole_model(args)
     check_fits(MODULE, overrides(args, layout), hf_config, args.max_processes)
     against = find_model(args.against or args.model, "--against", download=True)
     check_against(against, hf_config)
@@ -174,8 +166,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         rule = "is no key of the engine"
         require(is_of_engine, "argument", override, rule, "Write rollout.key=value.")
         require(not args.no_engine, override, "given", "has no effect with --no-engine")
-    folder = args.json and args.json.absolute().parent
-    require(not folder or folder.is_dir(), "--json", str(args.json), "is in no existing folder")
+    check_json(args)
 
 
 def _option(args: argparse.Namespace, key: str) -> Any:

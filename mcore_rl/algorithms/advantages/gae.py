@@ -12,7 +12,7 @@ Source: arXiv:1506.02438, arXiv:1707.06347. Shapes: N samples, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mcore_rl.algorithms.advantages.base import ADVANTAGES, AdvantageInputs
 from mcore_rl.algorithms.advantages.whiten import whiten
@@ -71,7 +71,8 @@ def raw_advantages(inputs: AdvantageInputs, cfg: GaeConfig) -> Tensor:
     token_N, carried_N = last_N[order_N], delta.new_zeros(len(order_N))
     num_longer = len(length_N) - length_N.bincount().cumsum(0)  # than 0, 1, .. tokens
     advantages = torch.zeros_like(delta)
-    for num_left in num_longer[:-1].tolist():
+    counts = cast("list[int]", num_longer[:-1].tolist())  # pyright: ignore[reportUnknownMemberType]
+    for num_left in counts:
         token_N, carried_N = token_N[:num_left], carried_N[:num_left]
         carried_N = delta[token_N] + cfg.gamma * cfg.lam * carried_N
         advantages[token_N] = carried_N

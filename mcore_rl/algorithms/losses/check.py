@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mcore_rl.algorithms.aggregate import AGG_MODES, SCALED_AGG_MODE
 from mcore_rl.algorithms.losses.base import POLICY_LOSSES, PolicyLossInputs
@@ -144,7 +144,7 @@ def random_sequences(
 ) -> list[TensorSequence]:
     """Return sequences with about a third of the tokens untrained; the last trains nothing."""
     generator = torch.Generator().manual_seed(seed)
-    sequences = []
+    sequences: list[TensorSequence] = []
     for i, n in enumerate(lengths):
         draw = partial(torch.randn, n, generator=generator, dtype=torch.float64)
         mask = torch.rand(n, generator=generator) < 0.7
@@ -233,5 +233,8 @@ def objective_of(
 def gradients(objective: Tensor, sequences: Sequence[TensorSequence]) -> list[Tensor]:
     """Return the gradients in the logprobs and the entropy of each sequence."""
     leaves = [leaf for s in sequences for leaf in (s.logprobs, s.entropy)]
-    found = torch.autograd.grad(objective, leaves, allow_unused=True, retain_graph=True)
+    found = cast(
+        "Sequence[Tensor | None]",  # which torch leaves out of its type
+        torch.autograd.grad(objective, leaves, allow_unused=True, retain_graph=True),
+    )
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]

@@ -162,7 +162,7 @@ def _lazy_names(statement: ast.stmt) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, ast.Dict):
         return {}
     return {
-        key.value: (item.value,)
+        str(key.value): (str(item.value),)
         for key, item in zip(value.keys, value.values, strict=True)
         if isinstance(key, ast.Constant)
         and isinstance(item, ast.Constant)

@@ -120,7 +120,7 @@ def program(case: str, workers) -> None:
             results(futures)
         case ["reminds"]:
             logging.getLogger().setLevel(logging.INFO)
-            vars(group)["REMINDER_S"] = 1.0
+            group.REMINDER_S = 1.0
             results(workers.submit({1: call(Probe.wait, 4.0)}))
             workers.close()
         case ["controller", "fails"]:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def moment(phase, **sizes):
     return Moment(phase=phase, **(nothing | sizes))
 
 
-PLANNED = SimpleNamespace(
+PLANNED: Any = SimpleNamespace(
     memory=[SMALLER, STAGE],
     engine=EngineMemory(weights=512 * GIB, kv_cache=7, sleep_level=2),
     moments=[
@@ -59,7 +60,8 @@ STATE = 1 + 2 + 4 + 8
 def rows(is_of_host, **rollout):
     peaks = {Phase.TRAIN: 60 * GIB, Phase.SAVE: 270 * GIB, Phase.SAVE_CRITIC: 1290 * GIB}
     found = Measured(peaks=peaks, held=16 * GIB, is_of_host=is_of_host)
-    return memory_rows(SimpleNamespace(rollout=RolloutConfig(**rollout)), PLANNED, found)
+    cfg: Any = SimpleNamespace(rollout=RolloutConfig(**rollout))
+    return memory_rows(cfg, PLANNED, found)
 
 
 def test_a_resident_set_has_all_of_the_fullest_stage_wherever_it_is():

@@ -266,7 +266,10 @@ def test_routes_are_shown_where_they_are_replayed(argv, capsys):
 
 def test_bytes_of_a_token_are_those_of_a_sample_and_of_its_routes():
     result = GenerationResult(
-        token_ids=[1, 2, 3], logprobs=[-1.0] * 3, finish_reason="stop", versions=[]
+        token_ids=np.array([1, 2, 3], np.int32),
+        logprobs=np.full(3, -1.0, np.float32),
+        finish_reason="stop",
+        versions=[],
     )
     held = result.token_ids.nbytes + result.logprobs.nbytes
     assert held == 3 * WAITING_TOKEN_BYTES

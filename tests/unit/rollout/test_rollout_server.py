@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,7 +95,7 @@ class Server:
                     self.wfile.flush()
                 self.close_connection = True
 
-            def log_message(self, *args):
+            def log_message(self, format, *args):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -157,7 +158,7 @@ def chunk(tokens, logprobs, finish_reason=None, spans=None):
 
 
 REQUEST = GenerationRequest(
-    prompt_token_ids=[3, 4],
+    prompt_token_ids=np.array([3, 4], np.int32),
     sampling=SamplingParams(temperature=0.7, top_p=1.0, top_k=-1, max_tokens=5, seed=9),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def requests(*lengths):
     """Return requests; without an end token a response has `max_tokens`, or fewer by its draw."""
     return [
         GenerationRequest(
-            prompt_token_ids=[1, 2],
+            prompt_token_ids=np.array([1, 2], np.int32),
             sampling=SamplingParams(
                 temperature=1.0, top_p=1.0, top_k=-1, max_tokens=length, seed=length
             ),

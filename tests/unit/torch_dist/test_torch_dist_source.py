@@ -1,6 +1,7 @@
 """The bytes of stored tensors are what torch itself writes and reads."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_every_rectangle_is_read_however_it_is_stored(stored, kind):
         if span is not None:
             num_spans += 1
             found = torch.empty(height, width)
-            span.read(memoryview(found.view(-1).numpy()).cast("B"))
+            buffer: Any = found.view(-1).numpy()
+            span.read(memoryview(buffer).cast("B"))
             assert torch.equal(found, expected)
     assert num_spans == (2 if kind.startswith("rows") else 0)
     source.close()

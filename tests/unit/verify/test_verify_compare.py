@@ -58,7 +58,7 @@ def test_weights_are_compared_with_their_size_and_with_their_movement(folders):
     initial = {"a": torch.zeros(2), "b": torch.tensor([1.0, -2.0])}
     expected = {"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([1.0, -2.001])}
     found = {"a": torch.tensor([1.0, 4.00002]), "b": torch.tensor([1.0, -2.001005])}
-    weights, updates = compare_weights(*folders(found, expected, initial), 1e-5)
+    weights, updates = compare_weights(*folders(found, expected, initial), tolerance=1e-5)
     assert (weights.where, weights.departs) == ("a", False)
     assert (updates.where, updates.departs) == ("b", True)
     # float32 tells 4 to 2.4e-7 and 2 to 1.2e-7.
@@ -69,9 +69,9 @@ def test_weights_are_compared_with_their_size_and_with_their_movement(folders):
 def test_a_tensor_that_should_not_have_moved_departs_and_an_equal_one_does_not(folders):
     still, moved = {"a": torch.zeros(3)}, {"a": torch.tensor([0.0, 1e-9, 0.0])}
     same = folders(still, still, still)
-    assert [d.size for d in compare_weights(*same, 1e-5)] == [0.0, 0.0]
+    assert [d.size for d in compare_weights(*same, tolerance=1e-5)] == [0.0, 0.0]
     write_checkpoint(same[0].parent / "moved", moved.items(), plan_shards(moved.items()))
-    weights, updates = compare_weights(same[0].parent / "moved", *same[1:], 1e-5)
+    weights, updates = compare_weights(same[0].parent / "moved", *same[1:], tolerance=1e-5)
     assert weights.departs
     assert updates.departs
 
@@ -80,7 +80,7 @@ def test_a_weight_that_is_not_a_number_departs_wherever_it_stands(folders):
     good = {name: torch.ones(2) for name in "abc"}
     bad = good | {"b": torch.tensor([1.0, math.nan])}
     initial = {name: torch.zeros(2) for name in "abc"}
-    for difference in compare_weights(*folders(bad, good, initial), 1e-5):
+    for difference in compare_weights(*folders(bad, good, initial), tolerance=1e-5):
         assert difference.departs
         assert difference.where == "b"
 
@@ -88,7 +88,7 @@ def test_a_weight_that_is_not_a_number_departs_wherever_it_stands(folders):
 def test_an_export_that_lacks_a_tensor_is_no_comparison(folders):
     whole = {"a": torch.ones(1), "b": torch.ones(1)}
     with pytest.raises(ValueError, match="1 tensors are not in both exports, first b"):
-        compare_weights(*folders({"a": torch.ones(1)}, whole, whole), 1e-5)
+        compare_weights(*folders({"a": torch.ones(1)}, whole, whole), tolerance=1e-5)
 
 
 def test_a_difference_reads_as_measure_size_and_place():

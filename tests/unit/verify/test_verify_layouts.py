@@ -91,6 +91,7 @@ def test_the_minibatch_is_ragged_and_hangs_on_the_seed_alone(tmp_path):
     assert not all(all(sequence.loss_mask[1:]) for sequence in sequences)
     for sequence in sequences:
         assert not sequence.loss_mask[0]
+        assert sequence.advantages is not None
         trained = {a for a, m in zip(sequence.advantages, sequence.loss_mask, strict=True) if m}
         assert len(trained) <= 1
         assert all(a == 0 for a in set(sequence.advantages) - trained)
