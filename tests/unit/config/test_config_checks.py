@@ -6,6 +6,7 @@ import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -260,7 +261,7 @@ def far_transport(monkeypatch):
     monkeypatch.setattr(TRANSPORTS, "_entries", TRANSPORTS._entries | {"far": far})
 
 
-def compose(overrides, root=RunConfig):
+def compose(overrides, root: type[Any] = RunConfig) -> Any:
     groups = ["rollout.n=2"] if root is RunConfig else []  # the default estimator compares samples
     return compose_config(root, parse_command_line("train", "", [*groups, *overrides]))
 

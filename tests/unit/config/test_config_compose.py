@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -25,11 +26,11 @@ RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
 ON_BASE = "defaults: [base, _self_]\n"
 
 
-def compose(*argv, root=RunConfig):
+def compose(*argv: str, root: type[Any] = RunConfig) -> Any:
     return compose_config(root, parse_command_line("train", "", argv))
 
 
-def refusal(*argv, root=RunConfig) -> str:
+def refusal(*argv: str, root: type[Any] = RunConfig) -> str:
     """Return the one line with which a command line is refused."""
     with pytest.raises(UserError) as caught:
         compose(*argv, root=root)

@@ -289,7 +289,7 @@ def test_verl_s_options_for_offloading_are_those_of_this_package():
     ]
     cfg, warning = compose(*given, "algorithm.adv_estimator=gae", "actor.use_kl_loss=true")
     assert warning == ""
-    whole = {Part.PARAM, Part.GRAD, Part.OPTIMIZER}
+    whole = frozenset({Part.PARAM, Part.GRAD, Part.OPTIMIZER})
     assert cfg.offloads == Offloads(actor=whole | {Part.REFERENCE}, critic=whole)
     cfg, _ = compose("actor.fsdp_config.offload_policy=True")
     assert cfg.offloads == Offloads(actor=whole, reference=Part.PARAM)

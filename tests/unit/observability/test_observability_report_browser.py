@@ -99,7 +99,9 @@ def test_an_alarm_is_shown_with_its_threshold_its_steps_and_its_explanation(show
 
 
 def count(dom):
-    return re.search(r'id="count">(\d+) of (\d+) samples', dom).groups()
+    found = re.search(r'id="count">(\d+) of (\d+) samples', dom)
+    assert found is not None
+    return found.groups()
 
 
 @pytest.mark.parametrize(

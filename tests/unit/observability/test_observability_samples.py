@@ -24,15 +24,19 @@ def make_groups(num_groups, samples_per_group):
     groups = []
     for g in range(num_groups):
         prompt = Prompt(
-            uid=f"t:{g}", token_ids=[1], text=f"{g}+1=", data_source="a", ground_truth=str(g + 1)
+            uid=f"t:{g}",
+            token_ids=np.array([1], np.int32),
+            text=f"{g}+1=",
+            data_source="a",
+            ground_truth=str(g + 1),
         )
         samples = [
             Sample(
                 prompt=prompt,
                 index=i,
-                token_ids=[1, 2],
-                loss_mask=[False, True],
-                rollout_logprobs=[0.0, -0.5],
+                token_ids=np.array([1, 2], np.int32),
+                loss_mask=np.array([False, True]),
+                rollout_logprobs=np.array([0.0, -0.5], np.float32),
                 finish_reason="stop",
                 versions=[VersionSpan(5, 0, 1)],
                 response_text=f"{g}.{i}",

@@ -269,9 +269,10 @@ def test_step_table_has_a_row_per_section_and_every_metric():
 
 
 def test_a_metric_s_name_commands_no_terminal():
-    console = Console(file=io.StringIO(), width=200)
+    file = io.StringIO()
+    console = Console(file=file, width=200)
     console.print(step_table(0, {"eval/\x1b[2Jset/accuracy": 0.5, "\x1b[1m/x": 1.0}))
-    shown = console.file.getvalue()
+    shown = file.getvalue()
     assert "\x1b" not in shown
     assert r"\x1b[2Jset/accuracy" in shown
 
