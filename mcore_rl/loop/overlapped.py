@@ -43,13 +43,13 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
     checkpoint if it has one."""
     trainer, total_steps = cfg.trainer, inputs.total_steps
     learner, ahead = Learner(cfg, cluster), Ahead(cfg, inputs, cluster)
-    kept = {
+    resumed_parts = {
         "prompts": inputs.prompts,
         "kl": learner.kl,
         "ledger": ahead.ledger,
         "ahead": ahead,
     }
-    checkpoints = Checkpoints(trainer, run_dir, cluster, kept)
+    checkpoints = Checkpoints(trainer, run_dir, cluster, resumed_parts)
     start = checkpoints.resume()
     samples = SampleLog(run_dir, start, trainer.log_val_generations, inputs.token_texts)
 

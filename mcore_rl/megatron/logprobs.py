@@ -111,7 +111,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         # Over the blocks so far: the largest logit; sum exp(z - top) and sum exp(z - top) z.
         top_T = torch.full_like(label_logit_T, float("-inf"))
         sums_NT = label_logit_T.new_zeros(1 + with_entropy, hidden_TH.shape[0])
-        kept = []
+        kept_logits = []
         for block in _blocks(real_rows, hidden_TH.shape[0], block_logits):
             logits_TB = _scaled_logits(hidden_TH, weight_VtH[block], scale)
             index_T1, held_T = _place_in_block(local_labels_T, block)
@@ -123,8 +123,8 @@ class _BlockedLogprobs(torch.autograd.Function):
             if with_entropy:
                 sums_NT[1] += exp_TB.mul_(logits_TB).sum(-1)
             top_T = new_top_T
-            if len(kept) < KEPT_BLOCKS:
-                kept.append(logits_TB)
+            if len(kept_logits) < KEPT_BLOCKS:
+                kept_logits.append(logits_TB)
         if group is not None:
             own_top_T = top_T.clone()
             dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
@@ -134,14 +134,14 @@ class _BlockedLogprobs(torch.autograd.Function):
             sums_NT, label_logit_T = parts[:-1], parts[-1]
         lse_T = top_T + sums_NT[0].log()
         entropy_T = lse_T - sums_NT[1] / sums_NT[0] if with_entropy else lse_T.new_empty(0)
-        ctx.save_for_backward(hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T, *kept)
+        ctx.save_for_backward(hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T, *kept_logits)
         ctx.constants = scale, real_rows, block_logits
         ctx.set_materialize_grads(False)
         return label_logit_T - lse_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T, *kept = ctx.saved_tensors
+        hidden_TH, weight_VtH, local_labels_T, lse_T, entropy_T, *kept_logits = ctx.saved_tensors
         scale, real_rows, block_logits = ctx.constants
         logprob_grad_T, entropy_grad_T = grads  # None where nothing depends on it
         if logprob_grad_T is None:
@@ -156,7 +156,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         hidden_grad_KH = torch.zeros_like(hidden_KH, dtype=torch.float32)
         weight_grad_VtH = torch.zeros_like(weight_VtH)
         blocks = _blocks(real_rows, hidden_TH.shape[0], block_logits)
-        for block, logits_TB in itertools.zip_longest(blocks, kept):
+        for block, logits_TB in itertools.zip_longest(blocks, kept_logits):
             if logits_TB is None:
                 logits_KB = _scaled_logits(hidden_KH, weight_VtH[block], scale)
             else:

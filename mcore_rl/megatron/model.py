@@ -352,12 +352,14 @@ def _check_all_are_held(params: Mapping[str, Tensor], entries: Sequence[ParamEnt
     """Raise a UserError unless every parameter of the model is held by some process: layers that a
     pipeline leaves out would be neither trained nor saved."""
     device = next(iter(params.values())).device
-    held = torch.tensor([entry.megatron_name in params for entry in entries], device=device).int()
-    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+    is_here = torch.tensor(
+        [entry.megatron_name in params for entry in entries], device=device
+    ).int()
+    torch.distributed.all_reduce(is_here, op=torch.distributed.ReduceOp.MAX)
     lost = [
         entry.megatron_name
-        for entry, is_held in zip(entries, held.tolist(), strict=True)
-        if not is_held
+        for entry, is_anywhere in zip(entries, is_here.tolist(), strict=True)
+        if not is_anywhere
     ]
     require(
         not lost,

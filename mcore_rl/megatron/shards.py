@@ -250,8 +250,10 @@ def _leaves(state: Any) -> Iterator[Any]:
 def _without_tensors(state: Any) -> Any:
     """Return a state without what is sharded, or is of this process alone."""
     if isinstance(state, dict):
-        kept = {key: value for key, value in state.items() if not isinstance(value, _NOT_COMMON)}
-        return {key: _without_tensors(value) for key, value in kept.items()}
+        plain_values = {
+            key: value for key, value in state.items() if not isinstance(value, _NOT_COMMON)
+        }
+        return {key: _without_tensors(value) for key, value in plain_values.items()}
     if isinstance(state, list):
         return [_without_tensors(value) for value in state if not isinstance(value, _NOT_COMMON)]
     return state

@@ -90,10 +90,10 @@ class CheckpointReader:
         for name, file in self._file_of.items():
             promised.setdefault(file, set()).add(name)
         for file, names in promised.items():
-            held = set(self._open(file).keys())
-            for name in sorted(names - held):
+            names_in_file = set(self._open(file).keys())
+            for name in sorted(names - names_in_file):
                 raise UserError(f"{file} lacks {name!r}, which the index says it holds.")
-            for name in sorted(held - names):
+            for name in sorted(names_in_file - names):
                 elsewhere = self._file_of.get(name)
                 place = f"places in {elsewhere.name}" if elsewhere else "does not name"
                 raise UserError(f"{file} holds {name!r}, which the index {place}.")
@@ -273,20 +273,20 @@ def write_shards(
     """
     coming = iter(tensors)
     for start in range(0, len(shards), num_writers):
-        held: dict[str, Tensor] = {}
+        shard_tensors: dict[str, Tensor] = {}
         for number, shard in enumerate(shards[start : start + num_writers]):
             for name in shard.names:
                 given, tensor = next(coming)
                 assert given == name, f"{given} comes where the plan has {name}"
                 if number == writer:
-                    held[name] = tensor.detach().to(
+                    shard_tensors[name] = tensor.detach().to(
                         "cpu", copy=True, memory_format=torch.contiguous_format
                     )
-        if held:
+        if shard_tensors:
             shard = shards[start + writer]
-            num_bytes = sum(tensor.nbytes for tensor in held.values())
+            num_bytes = sum(tensor.nbytes for tensor in shard_tensors.values())
             assert num_bytes == shard.num_bytes, (shard.file_name, num_bytes, shard.num_bytes)
-            _write_file(_partial_file(Path(folder) / shard.file_name), held)
+            _write_file(_partial_file(Path(folder) / shard.file_name), shard_tensors)
     assert next(coming, None) is None, "more tensors than the plan has"
 
 
@@ -358,9 +358,9 @@ def copy_model_files(
         shutil.copy2(file, copy)
         if file.suffix == ".json":
             text = file.read_text(encoding="utf-8")
-            kept = without_missing_code(file, text)
-            if kept != text:
-                copy.write_text(kept, encoding="utf-8")
+            cleaned = without_missing_code(file, text)
+            if cleaned != text:
+                copy.write_text(cleaned, encoding="utf-8")
         sync(copy)
     return names
 

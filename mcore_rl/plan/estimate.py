@@ -164,7 +164,7 @@ def assemble(cfg: RunConfig, counts: ModelCounts, trainer: TrainerMemory) -> Est
         moments=fullest_moments(phases, memory, here, offloads),
         resident=fullest_moments(phases, memory, awake, Offloads()),
         host_per_device=most_host_memory(phases, memory, here, offloads),
-        saved_per_device=max(held.save + held.save_critic for held in memory),
+        saved_per_device=max(on_stage.save + on_stage.save_critic for on_stage in memory),
         num_kv_tokens=int(engine.kv_cache // per_token),
         longest=cfg.data.max_prompt_length + cfg.data.max_response_length,
         device=device_bytes(cfg),

@@ -164,10 +164,10 @@ def activation_memory(
         has: _layer_bytes(arch, bool(has), layout, whole, BYTES[dtype]) for has in set(has_experts)
     }
     per_layer = [kinds[has_experts[layer]] for layer in stages[stage].layers]
-    kept = inputs * len(per_layer) if recomputes_layers else sum(per_layer)
+    saved_inputs = inputs * len(per_layer) if recomputes_layers else sum(per_layer)
     once = max(per_layer, default=0.0) if recomputes_layers else 0.0
     under_way = min(_micro_batches_under_way(layout, stage), num_micro_batches)
-    return math.ceil(tokens * (kept * under_way + once))
+    return math.ceil(tokens * (saved_inputs * under_way + once))
 
 
 def _micro_batches_under_way(layout: Layout, stage: int) -> float:

@@ -115,10 +115,10 @@ def overlap_lines(
     for age in ages:
         steps = simulate(draws[: _num_draws(age)], fleet, rest, age)
         mean = Overlap.of(steps[age + 1 :][:NUM_STEPS])
-        held = controller_bytes(work.tokens, characters, age)
+        ceiling = controller_bytes(work.tokens, characters, age)
         row = (
             f"{age:15d}{mean.step_s:10.1f}{mean.shares[Doing.WAIT]:15.0%}{mean.engines_busy:14.0%}"
-            f"{mean.overlap:11.0%}{mean.oldest:13d}{held / GIB:12.3f}"
+            f"{mean.overlap:11.0%}{mean.oldest:13d}{ceiling / GIB:12.3f}"
         )
         yield row + f"{(age + 1) * routes / GIB:12.1f}" * replays
     yield "  buffer: host memory of the controller for samples that wait or train, at most"

@@ -106,9 +106,9 @@ def _memory_lines(cfg: RunConfig, num_parameters: int, found: Estimate) -> Itera
         "GiB per device of each pipeline stage"
     )
     yield _STAGE_HEADER
-    for number, (stage, held) in enumerate(zip(found.stages, found.memory, strict=True)):
-        of_actor = [held.actor.get(part, 0) for part in Part]
-        cells = [*of_actor, sum(held.critic.values()), held.activations, held.logits]
+    for number, (stage, on_stage) in enumerate(zip(found.stages, found.memory, strict=True)):
+        of_actor = [on_stage.actor.get(part, 0) for part in Part]
+        cells = [*of_actor, sum(on_stage.critic.values()), on_stage.activations, on_stage.logits]
         yield f"{number:7d}{len(stage.layers):8d}{stage.total:15,d}" + "".join(
             f"{size / GIB:12.2f}" for size in cells
         )
@@ -136,8 +136,8 @@ def _moment_lines(cfg: RunConfig, found: Estimate) -> Iterable[str]:
         "    resident"
     )
     for moment, all_here in zip(found.moments, found.resident, strict=True):
-        held = (moment.actor, moment.reference, moment.critic, moment.own, moment.engine)
-        cells = [*held, moment.total, all_here.total]
+        parts_here = (moment.actor, moment.reference, moment.critic, moment.own, moment.engine)
+        cells = [*parts_here, moment.total, all_here.total]
         yield f"  {moment.phase:12s}" + "".join(f"{size / GIB:12.2f}" for size in cells)
     yield "  resident: if nothing were offloaded and engines never slept"
     engine, num_tokens, longest = found.engine, found.num_kv_tokens, found.longest

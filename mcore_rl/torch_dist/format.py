@@ -108,10 +108,10 @@ def metadata_bytes(
             tensors[piece.key] = TensorStorageMetadata(
                 properties, torch.Size(shapes[piece.key]), []
             )
-        of_key = tensors[piece.key]
-        assert isinstance(of_key, TensorStorageMetadata)
+        stored = tensors[piece.key]
+        assert isinstance(stored, TensorStorageMetadata)
         chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
-        of_key.chunks.append(chunk)
+        stored.chunks.append(chunk)
         storage[MetadataIndex(piece.key, chunk.offsets)] = _info(location)
     for key, location in objects.items():
         tensors[key] = BytesStorageMetadata()

@@ -67,14 +67,14 @@ class Manifest:
     @contextlib.contextmanager
     def adding(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
         """Add tensors while the block runs, which may read them; done when the block ends."""
-        held = [list(named_tensors)]
-        if any(tensor.device.type != "cpu" for _, tensor in held[0]):
-            self.add(held.pop())  # in the order of this thread's work on the device
+        waiting = [list(named_tensors)]
+        if any(tensor.device.type != "cpu" for _, tensor in waiting[0]):
+            self.add(waiting.pop())  # in the order of this thread's work on the device
             yield
             return
         # The thread drops its references to the tensors before it is done: a slot of shared memory
         # must be free then.
-        added = _thread_of(os.getpid()).submit(lambda: self.add(held.pop()))
+        added = _thread_of(os.getpid()).submit(lambda: self.add(waiting.pop()))
         try:
             yield
         finally:
@@ -131,10 +131,10 @@ def full_digest(tensor: Tensor) -> str:
     from blake3 import blake3
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    held = _bytes_of(tensor).cpu()
+    host_bytes = _bytes_of(tensor).cpu()
     # Not torch's own numpy array: it would forever forbid resizing the storage. Then weights that
     # an engine of this process uses in place could not be offloaded.
-    memory = (ctypes.c_ubyte * held.nbytes).from_address(held.data_ptr())
+    memory = (ctypes.c_ubyte * host_bytes.nbytes).from_address(host_bytes.data_ptr())
     return f"{dtype}{list(tensor.shape)}:{blake3(np.ctypeslib.as_array(memory).data).hexdigest()}"
 
 

@@ -58,8 +58,8 @@ class WeightExporter:
         self.params, self.entries, self.parallel = params, entries, parallel
         dtypes = {name: param.dtype for name, param in params.items()}
         # By pipeline stage: what each of the model's expert ranks holds.
-        held = _gather_objects(_Held(dtypes, parallel.etp.rank()), parallel.tp_ep)
-        self._held: list[list[_Held]] = _gather_objects(held, parallel.pp)
+        gathered = _gather_objects(_Held(dtypes, parallel.etp.rank()), parallel.tp_ep)
+        self._held: list[list[_Held]] = _gather_objects(gathered, parallel.pp)
         self._stage_of: dict[str, int] = {}
         self._dtype_of: dict[str, torch.dtype] = {}
         for stage in reversed(range(len(self._held))):  # the first that holds a tied one
@@ -138,10 +138,10 @@ class WeightExporter:
         units = [[entry] for entry in entries if not entry.is_expert]
         experts = {entry.megatron_name: entry for entry in entries if entry.is_expert}
         if experts:
-            held = self._held[self._stage_of[next(iter(experts))]]
+            holdings = self._held[self._stage_of[next(iter(experts))]]
             by_rank = [
                 [name for name in experts if name in of_rank.dtypes]
-                for of_rank in held
+                for of_rank in holdings
                 if of_rank.etp_rank == 0
             ]
             for names in zip(*by_rank, strict=True):
@@ -168,8 +168,8 @@ class WeightExporter:
         tp, tp_ep = self.parallel.tp, self.parallel.tp_ep
         names = [entry.megatron_name for entry in entries if not entry.is_expert]
         expert_names = [entry.megatron_name for entry in entries if entry.is_expert]
-        held = self._held[self.parallel.pp.rank()]
-        holders = [[name for name in expert_names if name in each.dtypes] for each in held]
+        holdings = self._held[self.parallel.pp.rank()]
+        holders = [[name for name in expert_names if name in each.dtypes] for each in holdings]
         by_name = {entry.megatron_name: entry for entry in entries}
         shards = self._shards(by_name, [names] * tp.size(), tp, receivers)
         shards |= self._shards(by_name, holders, tp_ep, receivers)

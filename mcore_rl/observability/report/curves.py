@@ -150,12 +150,12 @@ def thinned(series: Series, most: int = MOST_POINTS) -> Series:
     steps, values = series
     if len(steps) <= most:
         return series
-    num_parts, kept = most // 2 - 1, {0, len(steps) - 1}
+    num_parts, positions = most // 2 - 1, {0, len(steps) - 1}
     for part in range(num_parts):
         begin, end = (len(steps) * i // num_parts for i in (part, part + 1))
         finite = [i for i in range(begin, end) if math.isfinite(values[i])] or [begin]
-        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
-    chosen = sorted(kept)
+        positions |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+    chosen = sorted(positions)
     return Series([steps[i] for i in chosen], [values[i] for i in chosen])
 
 

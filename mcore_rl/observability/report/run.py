@@ -181,8 +181,8 @@ def training_times(columns: Columns) -> Series:
     """Return `time/step` of the steps that trained: the last line may be a validation alone."""
     trained = {step for key in TRAINING_KEYS if key in columns for step in columns[key].steps}
     steps, seconds = columns.get("time/step", ([], []))
-    kept = [pair for pair in zip(steps, seconds, strict=True) if pair[0] in trained]
-    return Series([step for step, _ in kept], [value for _, value in kept])
+    of_trained_steps = [pair for pair in zip(steps, seconds, strict=True) if pair[0] in trained]
+    return Series([step for step, _ in of_trained_steps], [value for _, value in of_trained_steps])
 
 
 def cards(columns: Columns) -> list[dict[str, str]]:
