@@ -131,7 +131,8 @@ def faulty(files, prepared, run_dir: Path, fault: str, *overrides: str):
 
 GENERATING = r"while generating \(engine \1, weights 1\)"
 TAKING = r"while taking weights \(engine \1, weights 2\)"
-GENERATE = r"\[role engine (\d), rollout\.answer, step 1\]"
+# The engine draws from the first call on; which of the two is under way when it fails is a race.
+GENERATE = r"\[role engine (\d), rollout\.(?:generate|answer), step 1\]"
 RECEIVE = r"\[role engine (\d), engine_process\.receive_weights, step 1\]"
 KILLED = "the process was ended by SIGKILL"
 SILENT = r"sent no message for \d s \(process \d+, stopped\)"
