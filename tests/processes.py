@@ -28,7 +28,6 @@ import threading
 import time
 import traceback
 import warnings
-from functools import cache
 from pathlib import Path
 
 TIMEOUT_S = 240
@@ -161,14 +160,7 @@ def _call_in_group(function, args, rank, world_size, store):
     dist.destroy_process_group()
     # Models hold process groups and are cycles; every group that is left has threads that poll.
     gc.collect()
-    _freeze_modules(len(sys.modules))
     return result
-
-
-@cache
-def _freeze_modules(_num_modules):
-    """Have later collections, which are most of a small run's time, pass over what is imported."""
-    gc.freeze()
 
 
 def _end_with_parent():

@@ -89,7 +89,8 @@ def test_a_run_whose_processes_are_killed_at_random_moments_trains_on_each_promp
 def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_replayed(
     files, prepared, tmp_path
 ):
-    """The engines work on two requests at a time, so that weights come in the middle of many."""
+    """The engines work on two requests at a time, so that weights come in the middle of many, unless
+    the machine is busy with something else; the test below makes sure that they do."""
     run_dir = tmp_path / "run"
     slow = ["data.max_response_length=48", "rollout.max_num_seqs=2"]
     argv = files.argv(run_dir, *AHEAD, *slow, "trainer.save_freq=1")
@@ -99,8 +100,7 @@ def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_repl
     done = prepared.run(*argv, environment=MARKED)
     assert done.returncode == 0, done.stderr
     assert f"resumed from {run_dir}/checkpoints/global_step_1" in done.stderr
-    lines = check_account(run_dir)
-    assert sum(line["rollout/several_versions_frac"] for line in lines) > 0
+    check_account(run_dir)
     replayed = prepared.run(str(run_dir), module="mcore_rl.replay")
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert f"equal   {NUM_STEPS + 1} steps: " in replayed.stdout
