@@ -89,8 +89,8 @@ def test_a_run_whose_processes_are_killed_at_random_moments_trains_on_each_promp
 def test_a_run_that_is_killed_and_resumed_trains_on_each_prompt_once_and_is_replayed(
     files, prepared, tmp_path
 ):
-    """The engines work on two requests at a time, so that weights come in the middle of many, unless
-    the machine is busy with something else; the test below makes sure that they do."""
+    """The engines work on two requests at a time, so that weights come in the middle of many. That
+    they do depends on the machine's other work; the test below makes sure of it."""
     run_dir = tmp_path / "run"
     slow = ["data.max_response_length=48", "rollout.max_num_seqs=2"]
     argv = files.argv(run_dir, *AHEAD, *slow, "trainer.save_freq=1")
