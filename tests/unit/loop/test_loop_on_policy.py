@@ -462,7 +462,9 @@ def test_the_tolerance_of_the_agreement_check_is_the_configured_one(run_loop, to
 
 
 def test_logprobs_that_are_no_numbers_do_not_pass_as_agreement(run_loop):
-    with pytest.raises(RolloutError, match=r"log-probabilities that are NaN or above 0, .* weights 0\)"):
+    with pytest.raises(
+        RolloutError, match=r"log-probabilities that are NaN or above 0, .* weights 0\)"
+    ):
         run_loop(GMPO, engine=NanEngine)
 
 
