@@ -79,7 +79,7 @@ class DecoderFamily(ModelFamily):
             "kv_channels": head_dim(config),
             "add_qkv_bias": self.has_qkv_bias(config),
             # With it Megatron sums gradients of these norms over tensor-parallel ranks
-            # (finalize_model_grads.py:354), which are of one whole weight only here.
+            # (finalize_model_grads.py:354): right where each rank has the whole weight.
             "qk_layernorm": self.qk_norm(config) == "head",
             **yarn_config_kwargs(config),
         }
@@ -134,12 +134,13 @@ def grouped_query_entries(
     }
     if qkv_bias:
         params["self_attention.linear_qkv.bias"] = qkv("bias")
-    for kind in "qk" if qk_norm != "none" else "":
-        name = f"{hf}.{kind}_norm"
-        whole = Column(HfTensor(f"{name}.weight", (rows[kind],)))
-        params[f"self_attention.{kind}_layernorm.weight"] = (
-            whole if qk_norm == "whole" else norm(name, dim)
-        )
+    if qk_norm == "head":
+        params["self_attention.q_layernorm.weight"] = norm(f"{hf}.q_norm", dim)
+        params["self_attention.k_layernorm.weight"] = norm(f"{hf}.k_norm", dim)
+    elif qk_norm == "whole":
+        for part in "qk":
+            weight = HfTensor(f"{hf}.{part}_norm.weight", (rows[part],))
+            params[f"self_attention.{part}_layernorm.weight"] = Column(weight)
     params["self_attention.linear_proj.weight"] = Row(
         HfTensor(f"{hf}.o_proj.weight", (config.hidden_size, rows["q"]))
     )

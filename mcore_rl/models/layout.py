@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mcore_rl.errors import UserError, require, user_error
+from mcore_rl.errors import require, user_error
 from mcore_rl.models.spec import model_family
 from mcore_rl.types import Layout
 
@@ -37,7 +37,11 @@ def check_layout(
     moe_layers = arch.get("moe_layer_freq", [0] * arch["num_layers"])
 
     tp = "tensor_model_parallel_size"
-    _require_fits(f"{key}.{tp}", layout.tp, partial(_problem_of_tp, arch), arch)
+
+    def problem_of_tp(size: int) -> str:
+        return _problem_of_tp(arch, size) or family.problem_of_tp(config, size)
+
+    _require_fits(f"{key}.{tp}", layout.tp, problem_of_tp, arch)
 
     ep, etp = "expert_model_parallel_size", "expert_tensor_parallel_size"
     if any(moe_layers):
@@ -67,9 +71,6 @@ def check_layout(
         f"times {vpp}={layout.vpp} is more than num_hidden_layers={num_layers} of the model",
         "A stage has at least one layer.",
     )
-    if (found := family.layout_problem(config, layout)) is not None:
-        axis, problem = found
-        raise UserError(f"{key}.{axis}: {problem}.")
 
 
 def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from mcore_rl.models.decoder import check_no_attention_bias
 from mcore_rl.models.moe import MoeFamily, check_softmax_routing, softmax_routing
 from mcore_rl.models.spec import MODEL_FAMILIES, QkNorm, require_field
-from mcore_rl.types import Layout
 
 
 class Olmoe(MoeFamily):
@@ -35,16 +34,10 @@ class Olmoe(MoeFamily):
             **softmax_routing(topk=config.num_experts_per_tok, normalized=config.norm_topk_prob),
         }
 
-    def layout_problem(self, config: PreTrainedConfig, layout: Layout) -> tuple[str, str] | None:
+    def problem_of_tp(self, config: PreTrainedConfig, size: int) -> str:
         # Ranks that share a key head would each count it in the norm over all of them.
         groups = config.num_key_value_heads
-        if layout.tp <= groups:
-            return None
-        return (
-            "tensor_model_parallel_size",
-            f"{layout.tp} is more than num_key_value_heads={groups}, over which this family "
-            "normalizes keys",
-        )
+        return f"is more than num_key_value_heads={groups}" if size > groups else ""
 
 
 MODEL_FAMILIES.add("olmoe", Olmoe())

@@ -35,7 +35,7 @@ from mcore_rl.models.mappings import (
 )
 from mcore_rl.models.safetensors_io import CheckpointReader, check_checkpoint
 from mcore_rl.registry import Registry
-from mcore_rl.types import Layout, Routing
+from mcore_rl.types import Routing
 
 QkNorm = Literal["none", "head", "whole"]
 """What an RMSNorm between the query and key projections and rotation normalizes: nothing, each head
@@ -85,10 +85,10 @@ class ModelFamily(ABC):
         """Return which norm queries and keys have beside what `transformer_kwargs` says."""
         return "none"
 
-    def layout_problem(self, config: PreTrainedConfig, layout: Layout) -> tuple[str, str] | None:
-        """Return (axis of MegatronConfig, why its size cannot be) for what only this family rules
-        out: ("tensor_model_parallel_size", "is more than ..."); None if there is nothing."""
-        return None
+    def problem_of_tp(self, config: PreTrainedConfig, size: int) -> str:
+        """Return why tensor parallelism of that size cannot be, beside what holds for all families:
+        "is more than num_key_value_heads=2"; "" if it can."""
+        return ""
 
     def engine_overrides(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the fields that vLLM has to be told although they are not in every config.json,
