@@ -50,6 +50,11 @@ def recipe(tmp_path):
     return write
 
 
+def test_no_recipe_has_the_name_of_what_is_composed_without_a_file():
+    """Hydra looks for files first: one would stand in for the typed tree, or for a replayed run."""
+    assert not {"base", "replay"} & set(RECIPES)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_composes_to_what_its_file_says(name):
     root = SftRunConfig if "sft" in name.split("_") else RunConfig
