@@ -158,9 +158,20 @@ def _call_in_group(function, args, rank, world_size, store):
     result = function(*args)
     dist.barrier()
     dist.destroy_process_group()
-    # Models hold process groups and are cycles; every group that is left has threads that poll.
-    gc.collect()
+    _release_groups()
     return result
+
+
+def _release_groups():
+    """Free every process group of the run: each that is left has three threads that poll."""
+    embeddings = sys.modules.get("megatron.core.models.common.embeddings")
+    if embeddings is not None:  # their caches have groups in their keys
+        embeddings.RotaryEmbedding.forward.cache_clear()
+        embeddings.YarnRotaryEmbedding.forward.cache_clear()
+    while gc.collect():  # models hold groups and are cycles; a finalizer frees more cycles
+        pass
+    # What is left are modules, most of a collection's work. The next ones need not look at them.
+    gc.freeze()
 
 
 def _end_with_parent():
