@@ -95,14 +95,16 @@ def open_run_folder(cfg: Any, total_steps: int) -> Path:
         key = "trainer.default_local_dir"
         raise user_error(key, str(folder), rule, "Name another.") from error
     lock = _hold(folder)
+    written = to_yaml(cfg)
     if config_file.exists() and _has_begun(folder):
         fix = "Set trainer.experiment_name to a new name, or remove the folder."
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
-        _refuse_another_run(config_file, to_yaml(cfg), f"{fix}{_way_on(folder)}")
-        _refuse_another_schedule(config_file, to_yaml(cfg), total_steps)
-    _check_checkpoint(cfg, folder, total_steps)
-    write_whole(config_file, to_yaml(cfg))
+        old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(written))
+        _refuse_another_run(old, new, folder, f"{fix}{_way_on(folder)}")
+        _refuse_another_schedule(old, new, config_file, total_steps)
+    _check_checkpoint(cfg, folder, total_steps, written)
+    write_whole(config_file, written)
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return folder
@@ -158,8 +160,9 @@ def _way_on(folder: Path) -> str:
     )
 
 
-def _check_checkpoint(cfg: Any, folder: Path, total_steps: int) -> None:
-    """Raise a UserError if the run cannot go on from the checkpoint that it names or has.
+def _check_checkpoint(cfg: Any, folder: Path, total_steps: int, written: str) -> None:
+    """Raise a UserError if the run, `written` as YAML, cannot go on from the checkpoint that it
+    names or has.
 
     One that is damaged is named when it is loaded.
     """
@@ -178,17 +181,16 @@ def _check_checkpoint(cfg: Any, folder: Path, total_steps: int) -> None:
         )
     other_config = checkpoint.parent.parent / CONFIG_FILE
     if not is_own and other_config.exists():
-        old, new = _flat(read_config(other_config)), _flat(OmegaConf.create(to_yaml(cfg)))
+        old, new = _flat(read_config(other_config)), _flat(OmegaConf.create(written))
         for key in _STAYS:
             rule = f"differs from {old.get(key)!r} of the run that wrote {checkpoint}"
             require(
                 new.get(key) == old.get(key, new.get(key)), key, new.get(key), rule, "Set that."
             )
-        _refuse_another_schedule(other_config, to_yaml(cfg), total_steps)
+        _refuse_another_schedule(old, new, other_config, total_steps)
 
 
-def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
-    old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(new_yaml))
+def _refuse_another_run(old: dict[str, Any], new: dict[str, Any], folder: Path, fix: str) -> None:
     for key in sorted(old.keys() | new.keys()):
         may_change = key.startswith(_MAY_CHANGE) and key not in (*_STAYS, *_ROUTER_LOSSES)
         if old.get(key) != new.get(key) and not may_change:
@@ -196,14 +198,15 @@ def _refuse_another_run(config_file: Path, new_yaml: str, fix: str) -> None:
                 fix = f"Go on with the commit that it began with: {key}={old[key]}"
             raise UserError(
                 f"{key}={new.get(key)!r} differs from {old.get(key)!r} of the run in "
-                f"{config_file.parent}, which this command would continue. {fix}"
+                f"{folder}, which this command would continue. {fix}"
             )
 
 
-def _refuse_another_schedule(config_file: Path, new_yaml: str, total_steps: int) -> None:
+def _refuse_another_schedule(
+    old: dict[str, Any], new: dict[str, Any], config_file: Path, total_steps: int
+) -> None:
     """Raise a UserError if the run has another length than before and with it, unsaid, another
     learning rate in the coming step."""
-    old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(new_yaml))
     lengths = ("trainer.total_training_steps", "trainer.total_epochs")
     changed = [key for key in lengths if old.get(key) != new.get(key)]
     if new.get(lengths[0]) is not None and lengths[0] not in changed:

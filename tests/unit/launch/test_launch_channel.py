@@ -99,7 +99,7 @@ def test_between_machines_nobody_without_the_key_gets_through(secret):
     with zmq.Context() as context, connect(context, stranger, secret is not None) as socket:
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECTED)
         socket.send_multipart(hello(Address(made.address.endpoint, SECRET)))
-        assert polled(made, len, seconds=3.0) == []
+        assert polled(made, len, seconds=1.0) == []
         events = set()
         while monitor.poll(0):
             events.add(zmq.utils.monitor.recv_monitor_message(monitor)["event"])
