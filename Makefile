@@ -21,6 +21,8 @@ STAMP := $(VENV)/.installed
 OUT ?= outputs/quickstart
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Tests that start no process have nothing that the tests of a file would have to share.
+PYTEST_FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: quickstart test test-fast test-slow test-next lint docs contracts install-cuda dist clean
 
@@ -31,7 +33,7 @@ test: $(STAMP)
 	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(PYTEST) tests/unit -m "not slow and not starts_processes"
+	$(PYTEST_FAST) tests/unit -m "not slow and not starts_processes"
 
 # One after the other: kills and restarts have deadlines.
 test-slow: $(STAMP)
