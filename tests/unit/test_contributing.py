@@ -91,7 +91,7 @@ def test_a_test_is_in_one_of_the_two_suites_and_the_fast_ones_are_of_the_default
         for name in ("fast", "slow")
     )
     assert fast is not None
-    assert fast[1] == '$(PYTEST) tests/unit -m "not slow and not starts_processes"'
+    assert fast[1] == '$(PYTEST_FAST) tests/unit -m "not slow and not starts_processes"'
     assert slow is not None
     assert slow[1].endswith("-m pytest -m slow")
 
