@@ -54,6 +54,8 @@ from torch import Tensor
 from mcore_rl.errors import require
 from mcore_rl.megatron.attention import PackedAttention
 from mcore_rl.megatron.config import MegatronConfig
+from mcore_rl.megatron.experts import GroupedExperts
+from mcore_rl.megatron.versions import with_experts
 from mcore_rl.models.spec import QkNorm
 
 
@@ -201,13 +203,17 @@ class LatentAttention(MLASelfAttention):
 
 
 class LocalSpec(LocalSpecProvider):
-    """Megatron's local modules with this package's norm and attention."""
+    """Megatron's local modules with this package's norm, attention and experts."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_: Any) -> type:
         return RMSNorm
 
     def core_attention(self) -> type:
         return PackedAttention
+
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
+        found: Any = super().grouped_mlp_modules(*args, **kwargs)
+        return with_experts(found, GroupedExperts)
 
 
 def local_block_spec(

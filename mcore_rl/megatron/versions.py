@@ -5,13 +5,15 @@ names the versions whose tests it has passed and refuses others. A branch on a v
 written here and nowhere else.
 
 Known differences from 0.16.1 to 0.19.2: 0.19 builds latent attention otherwise, for which
-`block_spec.py` has a class that leaves it as it was. What 0.16.1 gets wrong without CUDA or
+`block_spec.py` has a class that leaves it as it was. A layer spec names its experts as a class and
+its submodules, and from 0.18 on as one partial call. What 0.16.1 gets wrong without CUDA or
 Transformer Engine (see `cpu.py`) the later ones get wrong too, except for `te_general_gemm`, which
 they define; that repair asks for the name.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +28,14 @@ others, which need 3.12, on that."""
 _GROUPS_ARE_NAMED = Version(version("torch")) >= Version("2.12.0")
 GROUPED_FLASH_ARGUMENTS: dict[str, Any] = {"enable_gqa": True} if _GROUPS_ARE_NAMED else {}
 """Arguments of torch's `varlen_attn` beside keys with fewer heads than the queries."""
+
+
+def with_experts(found: Any, experts: type) -> Any:
+    """Return what a backend's `grouped_mlp_modules` found, with another class of experts."""
+    if isinstance(found, partial):
+        return partial(experts, *found.args, **found.keywords)
+    _, submodules = found
+    return experts, submodules
 
 
 def require_supported_megatron() -> None:
