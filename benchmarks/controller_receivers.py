@@ -145,7 +145,7 @@ class Receivers:
     def heard(self, report: Mapping[str, Any]) -> None:
         """See `Processes`."""
 
-    def is_far(self, rank: int) -> bool:
+    def is_remote(self, rank: int) -> bool:
         """See `Processes`."""
         return False
 

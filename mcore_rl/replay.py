@@ -39,7 +39,7 @@ _OTHERWISE = (
     "rollout.compare_loaded_weights=false",
 )
 """Settings that a replay changes: no number depends on them."""
-_ANEW = ("trainer.resume_mode=auto", "trainer.resume_from_path=null")
+_FROM_THE_START = ("trainer.resume_mode=auto", "trainer.resume_from_path=null")
 DIFFERS = 1
 """Exit code."""
 
@@ -72,8 +72,8 @@ def command_line(run: Path, out: Path, overrides: Sequence[str]) -> CommandLine:
     recipe = read_config(run / CONFIG_FILE)
     begun = value_of(recipe, "trainer.resume_from_path")
     is_own = begun is not None and Path(begun).resolve().is_relative_to(run.resolve())
-    anew = _ANEW if begun is None or is_own else ()
-    options = [*_OTHERWISE, *anew, f"trainer.default_local_dir='{out}'", *overrides]
+    from_the_start = _FROM_THE_START if begun is None or is_own else ()
+    options = [*_OTHERWISE, *from_the_start, f"trainer.default_local_dir='{out}'", *overrides]
     assignments, warning = parse_overrides(options)
     return CommandLine("replay", run, assignments, warning, show=False, recipe=recipe)
 

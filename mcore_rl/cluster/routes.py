@@ -37,7 +37,7 @@ class Routes:
         """Take note that workers hold routes from now on."""
         self._are_held = True
 
-    def bring(self, shares: Sequence[Share]) -> None:
+    def deliver(self, shares: Sequence[Share]) -> None:
         """Send the routes of every share to the first of the ranks that work on it.
 
         They are sent once, for any number of passes.

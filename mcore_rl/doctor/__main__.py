@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mcore_rl.doctor.checks import ALL_CHECKS, CHECKS, LIVE_CHECKS, run_checks
-from mcore_rl.doctor.nodes import Meeting, Report, differences
+from mcore_rl.doctor.nodes import Rendezvous, Report, differences
 from mcore_rl.doctor.rows import is_healthy
 from mcore_rl.doctor.site import Node, Site, node_of_torchrun
 from mcore_rl.doctor.table import print_differences, print_fixes, print_rows
@@ -101,13 +101,13 @@ def _alone(args: argparse.Namespace, names: Iterable[str], site: Site) -> bool:
 def _on_nodes(args: argparse.Namespace, names: Iterable[str], site: Site, node: Node) -> bool:
     """Look at this machine as one of several; return whether all are healthy and alike."""
     # A node may have been slow in several checks before the others see that it is.
-    meeting = Meeting(node, limit_s=3 * args.deadline)
+    rendezvous = Rendezvous(node, limit_s=3 * args.deadline)
     rows = run_checks(names, site)
     if node.number > 0:
-        return meeting.send(rows)
-    healthy = _tell(args, meeting.reports(rows))
+        return rendezvous.send(rows)
+    healthy = _tell(args, rendezvous.reports(rows))
     sys.stdout.flush()
-    meeting.tell(healthy)
+    rendezvous.tell(healthy)
     return healthy
 
 
@@ -127,7 +127,8 @@ def _tell(args: argparse.Namespace, reports: Sequence[Report]) -> bool:
     healthy = not differ and all(is_healthy(report.rows) for report in reports)
     if args.json:
         shown = [
-            {"name": one.name, "usual": one.usual, "others": dict(one.others)} for one in differ
+            {"name": one.name, "majority": one.majority, "outliers": dict(one.outliers)}
+            for one in differ
         ]
         nodes = [report.to_json() for report in reports]
         _write_json({"healthy": healthy, "differences": shown, "nodes": nodes})

@@ -47,13 +47,13 @@ class Difference:
     """A line in which some nodes differ from the others."""
 
     name: str
-    usual: str
+    majority: str
     """The value of more than half of the nodes; "": there is none."""
-    others: Sequence[tuple[str, str]]
+    outliers: Sequence[tuple[str, str]]
     """(node, its value) of the other nodes."""
 
 
-class Meeting:
+class Rendezvous:
     """The nodes of one `mcore-rl doctor --nodes`, as one of them sees them.
 
     Args:
@@ -71,7 +71,7 @@ class Meeting:
         try:
             self._store = shared_store(is_master=node.number == 0)
         except RuntimeError as error:
-            raise _no_meeting(error) from error
+            raise _no_rendezvous(error) from error
 
     def reports(self, rows: Sequence[Row]) -> list[Report]:
         """On node 0: return the reports of all nodes; one that does not come is a fault."""
@@ -100,14 +100,14 @@ class Meeting:
             self._store.wait([_VERDICT], self._limit)
             return self._store.get(_VERDICT) == b"healthy"
         except RuntimeError as error:
-            raise _no_meeting(error) from error
+            raise _no_rendezvous(error) from error
 
     def tell(self, is_healthy: bool) -> None:
         """On node 0: send the result to all nodes, for their exit codes."""
         self._store.set(_VERDICT, "healthy" if is_healthy else "not healthy")
 
 
-def _no_meeting(error: Exception) -> RunError:
+def _no_rendezvous(error: Exception) -> RunError:
     return RunError(f"node 0 does not answer: {str(error).splitlines()[0]}", role="doctor")
 
 
@@ -122,15 +122,15 @@ def differences(reports: Sequence[Report]) -> list[Difference]:
         counts = Counter(has.values())
         if len(counts) == 1:
             continue
-        ((usual, count),) = counts.most_common(1)
-        usual = usual if 2 * count > len(reports) else ("", "")
-        others = [(node, text) for node, (_, text) in _unlike(has, usual)]
-        found.append(Difference(name, usual[1], others))
+        ((majority, count),) = counts.most_common(1)
+        majority = majority if 2 * count > len(reports) else ("", "")
+        others = [(node, text) for node, (_, text) in _unlike(has, majority)]
+        found.append(Difference(name, majority[1], others))
     return found
 
 
-def _unlike(has: dict[str, tuple[str, str]], usual: tuple[str, str]) -> list[Any]:
-    return [(node, value) for node, value in has.items() if value != usual]
+def _unlike(has: dict[str, tuple[str, str]], majority: tuple[str, str]) -> list[Any]:
+    return [(node, value) for node, value in has.items() if value != majority]
 
 
 def _told(report: Report, name: str) -> tuple[str, str]:

@@ -49,10 +49,10 @@ def print_differences(differences: Sequence[Difference], reports: Sequence[Repor
         count = sum(report.has_come for report in reports)
         _write(f"{count} of {len(reports)} nodes have come, and are alike")
         return
-    table = _table("what differs", "most nodes", "others")
+    table = _table("what differs", "most nodes", "outliers")
     for one in differences:
-        others = "\n".join(f"{node}: {text}" for node, text in one.others)
-        table.add_row(_text(one.name), _text(one.usual or "no majority"), _text(others))
+        others = "\n".join(f"{node}: {text}" for node, text in one.outliers)
+        table.add_row(_text(one.name), _text(one.majority or "no majority"), _text(others))
     _console().print(table)
 
 

@@ -23,7 +23,7 @@ from mcore_rl.printable import printable
 def run_with_workers(
     open_workers: Callable[[GiveUp], ChannelWorkers],
     program: Callable[[ChannelWorkers], None],
-    echo_s: float,
+    failure_grace_s: float,
 ) -> None:
     """Open worker processes and run the program with them; none of them outlives it.
 
@@ -32,8 +32,8 @@ def run_with_workers(
     Args:
         open_workers: starts them.
         program: runs with them.
-        echo_s: seconds. A signal to end may come because a worker has failed: torchrun sends it to
-            all. Whether that is so is known within this time, and is reported then.
+        failure_grace_s: seconds. A signal to end may come because a worker has failed: torchrun
+            sends it to all. Whether that is so is known within this time, and is reported then.
     """
 
     def end(number: int, _: Any) -> NoReturn:
@@ -45,7 +45,7 @@ def run_with_workers(
     try:
         program(workers)
     except SystemExit:
-        if (failure := workers.failure_within(echo_s)) is not None:
+        if (failure := workers.failure_within(failure_grace_s)) is not None:
             end_process(failure, workers.kill)
         workers.kill()
         raise

@@ -294,7 +294,7 @@ class ChannelWorkers:
                     self._give_up(self._failure, self.kill)
                 continue
             for rank in unreachable if not self._is_closing else ():
-                if self._processes.is_far(rank):  # a local process's end is soon known
+                if self._processes.is_remote(rank):  # a local process's end is soon known
                     self._lose(rank, "cannot be reached any more")
             if now >= next_beat or self._echo is not None:
                 self._watch(now)
@@ -375,12 +375,12 @@ class ChannelWorkers:
     def _silence_s(self, rank: int) -> float:
         """Return how many seconds a process may be silent. A worker of this machine that hangs is
         found by the watch on progress."""
-        is_far = self._processes.is_far(rank)
-        if rank not in self._engines and not is_far:
+        is_remote = self._processes.is_remote(rank)
+        if rank not in self._engines and not is_remote:
             return math.inf
         if self._ranks[rank].is_starting:
             return STARTING_SILENCE_S
-        if is_far:
+        if is_remote:
             return SILENCE_S
         return STOPPED_SILENCE_S if self._processes.state(rank).is_stopped else BUSY_SILENCE_S
 

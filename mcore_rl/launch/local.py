@@ -29,16 +29,16 @@ class LocalProcesses:
     ) -> None:
         self.placement, self._folder, self._engine = placement, folder, engine
         self._children = Children(address)
-        store, meeting = str(folder.path / "store"), {"MASTER_ADDR": "127.0.0.1"}
+        store, rendezvous = str(folder.path / "store"), {"MASTER_ADDR": "127.0.0.1"}
         for place in placement.places:
-            self._children.start(worker_program(place, placement, engine, store, meeting))
+            self._children.start(worker_program(place, placement, engine, store, rendezvous))
         for place in placement.engines:
             self.restart(place)
 
     def heard(self, report: Mapping[str, Any]) -> None:
         pass
 
-    def is_far(self, rank: int) -> bool:
+    def is_remote(self, rank: int) -> bool:
         return False
 
     def ended(self) -> Mapping[int, Ended]:

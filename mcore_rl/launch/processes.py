@@ -80,7 +80,7 @@ class Processes(Protocol):
         """Read the content of a heartbeat."""
         ...
 
-    def is_far(self, rank: int) -> bool:
+    def is_remote(self, rank: int) -> bool:
         """Whether a process is reached over a network."""
         ...
 

@@ -134,16 +134,18 @@ class RayProcesses:
                 listener.address, ranks[node], os.getcwd(), environment
             )
         self._nodes = Nodes(listener, ranks)
-        meeting = {"MASTER_ADDR": str(listener.address.host), "MASTER_PORT": str(store.port)}
+        rendezvous = {"MASTER_ADDR": str(listener.address.host), "MASTER_PORT": str(store.port)}
         for worker in placement.places:
-            self._nodes.start(worker.node, worker_program(worker, placement, engine, "", meeting))
+            self._nodes.start(
+                worker.node, worker_program(worker, placement, engine, "", rendezvous)
+            )
         for place in placement.engines:
             self.restart(place)
 
     def heard(self, report: Mapping[str, Any]) -> None:
         self._nodes.heard(report)
 
-    def is_far(self, rank: int) -> bool:
+    def is_remote(self, rank: int) -> bool:
         return True
 
     def ended(self) -> Mapping[int, Ended]:

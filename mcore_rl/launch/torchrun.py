@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 
 ENDPOINT_LIMIT = timedelta(minutes=30)
 """For rank 0 to publish where it listens, which it does before it reads the data."""
-AGENT_ECHO_S = 10.0
+FAILURE_GRACE_S = 10.0
 """Seconds. torchrun's agent ends all processes as soon as one has failed; within this time the
 controller learns which one, also on a busy machine."""
-_MEETING, _PIDS = "mcore_rl/meeting", "mcore_rl/pid"
+_RENDEZVOUS, _PIDS = "mcore_rl/rendezvous", "mcore_rl/pid"
 _SECRET_FILE = "secret"
 _USER_SECRET = Path(".mcore_rl") / "channel_secret"
 
@@ -125,7 +125,7 @@ class TorchrunProcesses:
     def heard(self, report: Mapping[str, Any]) -> None:
         self._nodes.heard(report)
 
-    def is_far(self, rank: int) -> bool:
+    def is_remote(self, rank: int) -> bool:
         return self._folder is None and rank not in self._children and rank not in self._beside
 
     def ended(self) -> Mapping[int, Ended]:
@@ -216,7 +216,7 @@ def open_workers(
         "num_workers": placement.world_size,
         "nodes": {str(first_ranks[node]): rank for node, rank in node_ranks.items()},
     }
-    store.set(_MEETING, json.dumps(published))
+    store.set(_RENDEZVOUS, json.dumps(published))
     processes = TorchrunProcesses(placement, listener, store, folder, engine, node_ranks)
     return ChannelWorkers(listener, processes, hang_timeout_s, give_up)
 
@@ -268,11 +268,11 @@ def serve_controller() -> None:
     store = shared_store()
     if _is_one_machine():
         store.set(f"{_PIDS}/{rank()}", str(os.getpid()))
-    store.wait([_MEETING], ENDPOINT_LIMIT)
+    store.wait([_RENDEZVOUS], ENDPOINT_LIMIT)
     try:
-        meeting = parse_json(store.get(_MEETING))
-        endpoint, num_workers = str(meeting["endpoint"]), int(meeting["num_workers"])
-        node_rank = meeting["nodes"].get(str(rank()))
+        rendezvous = parse_json(store.get(_RENDEZVOUS))
+        endpoint, num_workers = str(rendezvous["endpoint"]), int(rendezvous["num_workers"])
+        node_rank = rendezvous["nodes"].get(str(rank()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"torchrun's store does not say where the controller is: {what}") from error

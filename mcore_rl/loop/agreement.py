@@ -30,7 +30,7 @@ _COUNTED = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """For each of these differences, the tokens that differ by more are counted."""
 
 
-def bring_weights(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> None:
+def sync_first_weights(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: int) -> None:
     """Give the engines the first weights, as version `step`, and check that they have them."""
     if cfg.rollout.compare_loaded_weights:
         # A merged adapter that adds zeros turns a -0.0 into 0.0.

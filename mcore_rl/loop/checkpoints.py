@@ -110,7 +110,8 @@ class Checkpoints:
             return 0
         if problem := _problem(folder):
             raise CheckpointError(
-                f"{folder} is not whole: {problem}. {self._way_out(folder)}", role="controller"
+                f"{folder} is not whole: {problem}. {self._how_to_recover(folder)}",
+                role="controller",
             )
         state = parse_json((folder / CONTROLLER_FILE).read_bytes())
         for name in self._parts:
@@ -242,11 +243,12 @@ class Checkpoints:
             return checkpoint_to_resume(self._trainer, self._folder.parent)
         except ValueError as error:
             raise CheckpointError(
-                f"{self._folder / POINTER} names no step: {error}. {self._way_out(self._folder)}",
+                f"{self._folder / POINTER} names no step: {error}. "
+                f"{self._how_to_recover(self._folder)}",
                 role="controller",
             ) from error
 
-    def _way_out(self, bad: Path) -> str:
+    def _how_to_recover(self, bad: Path) -> str:
         """Say from which checkpoint a run can resume when the checkpoint `bad` cannot be used."""
         others = [self._final(step) for step in reversed(self._steps())]
         whole = (other for other in others if other != bad and not _problem(other))

@@ -23,7 +23,7 @@ from typing import Any
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
-from mcore_rl.loop.agreement import bring_weights
+from mcore_rl.loop.agreement import sync_first_weights
 from mcore_rl.loop.buffer import Buffer
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.collect import Draws, collect_groups
@@ -53,7 +53,7 @@ def train(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path, st
     start = checkpoints.resume()
     samples = SampleLog(run_dir, start, trainer.log_val_generations, inputs.token_texts)
 
-    bring_weights(cfg, inputs, cluster, start)
+    sync_first_weights(cfg, inputs, cluster, start)
     ahead.begin(start, total_steps)
 
     with open_log(trainer, run_dir, start, total_steps) as log, stop.saves(checkpoints):

@@ -15,7 +15,7 @@ from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.compose import to_yaml
 from mcore_rl.config.run import RunConfig
 from mcore_rl.durable_files import write_whole
-from mcore_rl.loop.agreement import bring_weights
+from mcore_rl.loop.agreement import sync_first_weights
 from mcore_rl.loop.checkpoints import Checkpoints
 from mcore_rl.loop.evaluate import positions_by_source, validation_groups, validation_metrics
 from mcore_rl.loop.inputs import RunInputs
@@ -34,7 +34,7 @@ def validate(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, run_dir: Path)
     folder = run_dir / "validation" / f"global_step_{step}"
     folder.mkdir(parents=True, exist_ok=True)
     samples = SampleLog(folder, step, cfg.trainer.log_val_generations, inputs.token_texts)
-    bring_weights(cfg, inputs, cluster, step)
+    sync_first_weights(cfg, inputs, cluster, step)
     with open_log(cfg.trainer, folder, step, step) as log:
         with log.stage("eval"):
             groups = validation_groups(cfg, inputs, cluster, step, samples)

@@ -28,7 +28,7 @@ from mcore_rl.rollout.base import (
 )
 from mcore_rl.weight_sync.digest import Manifest
 
-STEPS_BETWEEN_QUESTIONS = 16
+STEPS_BETWEEN_POLLS = 16
 """After so many steps the ranks agree again on whether the generation is still wanted."""
 
 
@@ -138,7 +138,7 @@ class ServingEngine:
 
     def _is_interrupted(self) -> bool:
         self._num_steps += 1
-        is_time = self._num_steps % STEPS_BETWEEN_QUESTIONS == 0
+        is_time = self._num_steps % STEPS_BETWEEN_POLLS == 0
         return is_time and self._engine.any_rank(interruption.is_asked())
 
     def abort(self, future: Future[list[GenerationResult]]) -> None:

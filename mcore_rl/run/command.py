@@ -87,7 +87,7 @@ def run_command(
         run_with_workers(
             lambda give_up: open_workers(placement, engine(config), limit_s, give_up),
             lambda workers: program(config, workers),
-            echo_s=torchrun.AGENT_ECHO_S if torchrun.is_launched() else 0.0,
+            failure_grace_s=torchrun.FAILURE_GRACE_S if torchrun.is_launched() else 0.0,
         )
     except Exception as error:  # noqa: BLE001  its last words are one line
         end_process(error)

@@ -101,7 +101,7 @@ def open_run_folder(cfg: Any, total_steps: int) -> Path:
         if cfg.trainer.resume_mode == "disable":
             raise UserError(f"{folder} holds a run and trainer.resume_mode=disable. {fix}")
         old, new = _flat(read_config(config_file)), _flat(OmegaConf.create(written))
-        _refuse_another_run(old, new, folder, f"{fix}{_way_on(folder)}")
+        _refuse_another_run(old, new, folder, f"{fix}{_how_to_continue(folder)}")
         _refuse_another_schedule(old, new, config_file, total_steps)
     _check_checkpoint(cfg, folder, total_steps, written)
     write_whole(config_file, written)
@@ -147,7 +147,7 @@ def _has_begun(folder: Path) -> bool:
     return logged or (folder / CHECKPOINTS / POINTER).exists()
 
 
-def _way_on(folder: Path) -> str:
+def _how_to_continue(folder: Path) -> str:
     """Say how a new run can start from the weights of the run in the folder; "" if it saved
     none."""
     pointer = folder / CHECKPOINTS / POINTER

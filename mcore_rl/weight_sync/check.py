@@ -117,16 +117,16 @@ def check_transport(name: str, run_folder: Path) -> None:
         WeightSyncError: if a tensor reached the engine's loader that was not sent.
         AssertionError: if a tensor changed while the engine kept it, or something was left behind.
     """
-    is_far = TRANSPORTS.get(name).reaches != {Distance.SAME_PROCESS}
+    is_remote = TRANSPORTS.get(name).reaches != {Distance.SAME_PROCESS}
     files = set(run_folder.rglob("*"))
-    for num_receivers in (1, 3) if is_far else (1,):
+    for num_receivers in (1, 3) if is_remote else (1,):
         for keeps in (True, False):
-            _check_syncs(name, run_folder, num_receivers, keeps, is_far)
+            _check_syncs(name, run_folder, num_receivers, keeps, is_remote)
     left = sorted(str(file) for file in set(run_folder.rglob("*")) - files)
     assert not left, f"{name} leaves behind: {', '.join(left)}"
 
 
-def _check_syncs(name: str, run_folder: Path, num_receivers: int, keeps: bool, is_far: bool):
+def _check_syncs(name: str, run_folder: Path, num_receivers: int, keeps: bool, is_remote: bool):
     link = Link(
         transport=name,
         run_folder=str(run_folder),
@@ -135,7 +135,7 @@ def _check_syncs(name: str, run_folder: Path, num_receivers: int, keeps: bool, i
         num_receivers=num_receivers,
     )
     links = [replace(link, receiver=number) for number in range(num_receivers)]
-    sender, engine = link.open_sender(), RecordingEngine(links, is_far, keeps)
+    sender, engine = link.open_sender(), RecordingEngine(links, is_remote, keeps)
     for version in range(4):
         if version == 2:  # a broken sync has no effect on the next one
             with contextlib.suppress(_BrokenOffError):

@@ -54,7 +54,7 @@ def plain(args):
 
 def test_routes_go_from_where_they_lie_to_the_first_rank_of_their_share(routes_and_workers):
     routes, workers = routes_and_workers
-    routes.bring([share((0, 7), (1, 0), (3, 2)), share((0, 8), (2, 1), (1, 5))])
+    routes.deliver([share((0, 7), (1, 0), (3, 2)), share((0, 8), (2, 1), (1, 5))])
     [(method, args)] = workers.calls
     assert method == RouteHolder.exchange
     assert plain(args) == {
@@ -69,13 +69,13 @@ def test_what_was_given_is_not_given_again_before_it_is_dropped(routes_and_worke
     routes, workers = routes_and_workers
     routes.expect()
     shares = [share((2, 0)), share((2, 1))]
-    routes.bring(shares)
-    routes.bring(shares)
+    routes.deliver(shares)
+    routes.deliver(shares)
     assert len(workers.calls) == 1
-    routes.bring([share((2, 1)), share((2, 0))])  # another pass, cut otherwise
+    routes.deliver([share((2, 1)), share((2, 0))])  # another pass, cut otherwise
     assert plain(workers.calls[-1][1]) == {0: ({}, {2: [[1, 2]]}), 2: ({0: [1]}, {})}
     routes.drop()
-    routes.bring(shares)
+    routes.deliver(shares)
     methods = [method for method, _ in workers.calls]
     exchange, drop = RouteHolder.exchange, RouteHolder.drop
     assert methods == [exchange, exchange, drop, exchange]
@@ -84,7 +84,7 @@ def test_what_was_given_is_not_given_again_before_it_is_dropped(routes_and_worke
 def test_nobody_is_asked_where_no_routes_are_held(routes_and_workers):
     routes, workers = routes_and_workers
     sequence = TokenSequence(token_ids=[1, 2], loss_mask=[False, True])
-    routes.bring([Share.of([sequence], [[0]]), Share.of([], [[]])])
+    routes.deliver([Share.of([sequence], [[0]]), Share.of([], [[]])])
     routes.drop()
     assert workers.calls == []
 

@@ -11,7 +11,7 @@ from doctor_command import LIMIT_S, environment, package
 
 from mcore_rl.doctor.__main__ import main
 from mcore_rl.doctor.checks import ALL_CHECKS
-from mcore_rl.doctor.nodes import Meeting, Report, differences
+from mcore_rl.doctor.nodes import Rendezvous, Report, differences
 from mcore_rl.doctor.rows import Row, Status
 from mcore_rl.doctor.site import Node
 from mcore_rl.doctor.symptoms import hint, line_of
@@ -124,13 +124,13 @@ def test_of_three_nodes_the_one_that_differs_is_named():
     assert differences(reports) == []
     reports[1] = report(1, vllm="0.33.0", ray="2.60.0", disk="")
     (found,) = differences(reports)
-    assert (found.name, found.usual) == ("vllm", "0.32.0")
-    assert found.others == [("node 1 (host1)", "0.33.0")]
+    assert (found.name, found.majority) == ("vllm", "0.32.0")
+    assert found.outliers == [("node 1 (host1)", "0.33.0")]
 
 
 def test_of_two_nodes_both_are_named_and_a_line_that_one_lacks_is_a_difference():
     found = differences([report(0, vllm="0.32.0"), report(1, vllm="0.33.0", apex="0.1")])
-    assert [(one.name, one.usual, one.others) for one in found] == [
+    assert [(one.name, one.majority, one.outliers) for one in found] == [
         ("vllm", "", [("node 0 (host0)", "0.32.0"), ("node 1 (host1)", "0.33.0")]),
         ("apex", "", [("node 0 (host0)", "no such line"), ("node 1 (host1)", "0.1")]),
     ]
@@ -142,7 +142,7 @@ def test_nodes_differ_by_the_status_of_what_they_need_not_have_alike():
     assert differences(good) == []
     full = Report(2, "h", [Row(name="disk", found="0 GiB", status=Status.FAULT)])
     (found,) = differences([*good[:2], full])
-    assert (found.usual, found.others) == ("ok", [("node 2 (h)", "fault: fault")])
+    assert (found.majority, found.outliers) == ("ok", [("node 2 (h)", "fault: fault")])
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_a_node_that_does_not_report_or_says_nonsense_is_a_fault(monkeypatch):
         port = probe.getsockname()[1]
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    meeting = Meeting(Node(number=0, count=4, master="127.0.0.1", port=port), limit_s=0.2)
+    rendezvous = Rendezvous(Node(number=0, count=4, master="127.0.0.1", port=port), limit_s=0.2)
     for number, text in ((1, '{"host": "a", "rows": [7]}'), (2, "[" * 200)):
-        meeting._store.set(f"doctor/report/{number}", text)
-    first, *others = meeting.reports([Row(name="disk", found="1 GiB")])
+        rendezvous._store.set(f"doctor/report/{number}", text)
+    first, *others = rendezvous.reports([Row(name="disk", found="1 GiB")])
     assert [row.status for row in first.rows] == [Status.OK]
     for report in others:
         (row,) = report.rows

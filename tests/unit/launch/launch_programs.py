@@ -171,7 +171,7 @@ def main() -> None:
         run_with_workers(
             lambda give_up: open_workers(placement, "", hang_timeout_s, give_up),
             lambda workers: program(case, workers),
-            echo_s=torchrun.AGENT_ECHO_S if torchrun.is_launched() else 0.0,
+            failure_grace_s=torchrun.FAILURE_GRACE_S if torchrun.is_launched() else 0.0,
         )
     except Exception as error:  # noqa: BLE001  as the commands do
         end_process(error)

@@ -20,7 +20,7 @@ from mcore_rl.rollout.base import (
     RolloutConfig,
     SamplingParams,
 )
-from mcore_rl.rollout.serving import STEPS_BETWEEN_QUESTIONS, ServingEngine
+from mcore_rl.rollout.serving import STEPS_BETWEEN_POLLS, ServingEngine
 from mcore_rl.types import VersionSpan
 from mcore_rl.weight_sync.base import Link
 from mcore_rl.weight_sync.digest import Manifest
@@ -245,20 +245,20 @@ def interrupted(monkeypatch):
 def test_requests_that_are_wanted_no_more_end_within_a_few_steps(engine, interrupted):
     """A response of 1000 tokens, and one that comes afterwards."""
     future = engine.submit([requests(1000)])[0]
-    for _ in range(3 * STEPS_BETWEEN_QUESTIONS):
+    for _ in range(3 * STEPS_BETWEEN_POLLS):
         engine.run()
     assert not future.done()
     interrupted()
-    for _ in range(STEPS_BETWEEN_QUESTIONS):
+    for _ in range(STEPS_BETWEEN_POLLS):
         engine.run()
     [result] = future.result(timeout=0)
     assert result.finish_reason == "abort"
-    assert 3 * STEPS_BETWEEN_QUESTIONS <= len(result.token_ids) < 4 * STEPS_BETWEEN_QUESTIONS
+    assert 3 * STEPS_BETWEEN_POLLS <= len(result.token_ids) < 4 * STEPS_BETWEEN_POLLS
     engine.sleep(1)  # nothing is unfinished
     engine.wake(EnginePart.WEIGHTS)
     engine.wake(EnginePart.KV_CACHE)
     later = engine.submit([requests(1000)])[0]
-    for _ in range(STEPS_BETWEEN_QUESTIONS):
+    for _ in range(STEPS_BETWEEN_POLLS):
         engine.run()
     assert later.result(timeout=0)[0].finish_reason == "abort"
 
@@ -267,7 +267,7 @@ def test_ranks_of_an_engine_give_up_together(engine, interrupted, monkeypatch):
     """Each is told at another moment; one that went on alone would wait for the others forever."""
     monkeypatch.setattr(engine._engine, "any_rank", lambda is_so: True)  # another one was told
     future = engine.submit([requests(1000)])[0]
-    for _ in range(STEPS_BETWEEN_QUESTIONS):
+    for _ in range(STEPS_BETWEEN_POLLS):
         assert not future.done()
         engine.run()
     assert future.result(timeout=0)[0].finish_reason == "abort"
