@@ -159,6 +159,8 @@ class _BlockedLogprobs(torch.autograd.Function):
         for block, logits_TB in itertools.zip_longest(blocks, kept_logits):
             if logits_TB is None:
                 logits_KB = _scaled_logits(hidden_KH, weight_VtH[block], scale)
+            elif len(counted_K) == len(counts_T):
+                logits_KB = logits_TB  # not a copy: this graph runs backward once
             else:
                 logits_KB = logits_TB[counted_K]
             # d logprob / d z = onehot - p;  d entropy / d z = -p (log p + entropy)

@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig
 
 from mcore_rl.dtypes import torch_dtype
 from mcore_rl.errors import require
+from mcore_rl.megatron import rotary
 from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
@@ -236,6 +237,7 @@ def build_models(
         parallel: process groups.
         make: a GPTModel from the arguments of one.
     """
+    rotary.install()
     layout = parallel.layout
     family = model_family(hf_config)
     # [is the MLP of this layer a mixture of experts] over the whole model
