@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mcore_rl.megatron.context_parallel import gather_positions
+from mcore_rl.megatron.context_parallel import gather_positions, row_boundaries
 from mcore_rl.megatron.versions import GROUPED_FLASH_ARGUMENTS
 
 
@@ -64,7 +64,8 @@ class PackedAttention(MegatronModule):
         """
         assert packed_seq_params is not None and attention_mask is None, "packed rows only"
         padded = packed_seq_params.cu_seqlens_q_padded
-        boundaries = (packed_seq_params.cu_seqlens_q if padded is None else padded).tolist()
+        given: Any = packed_seq_params.cu_seqlens_q if padded is None else padded
+        boundaries = row_boundaries(given)
         if self.cp_group.size() > 1:
             both = torch.cat([key, value], dim=-1)
             sizes = key.shape[-1], value.shape[-1]

@@ -30,6 +30,19 @@ from mcore_rl.data.batch import PackedBatch
 from mcore_rl.segments import Segments
 
 
+def row_boundaries(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """Return the boundaries of a row as numbers; they are read from the device once a row.
+
+    Args:
+        cu_seqlens: [S + 1] int32, the same tensor in all layers, never written to.
+    """
+    numbers: tuple[int, ...] | None = getattr(cu_seqlens, "numbers", None)
+    if numbers is None:
+        numbers = tuple(cu_seqlens.tolist())
+        cu_seqlens.numbers = numbers  # pyright: ignore[reportAttributeAccessIssue]
+    return numbers
+
+
 @functools.lru_cache(maxsize=64)
 def local_positions(boundaries: tuple[int, ...], rank: int, size: int) -> Tensor:
     """Return the positions of the whole row that `rank` holds, in its order, [L] int64.

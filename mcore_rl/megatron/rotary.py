@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mcore_rl.megatron.context_parallel import local_positions
+from mcore_rl.megatron.context_parallel import local_positions, row_boundaries
 
 
 def install() -> None:
@@ -63,7 +63,8 @@ def packed_rotary(
     """
     special = config.apply_rope_fusion or config.rotary_interleaved or config.multi_latent_attention
     if cu_seqlens is None or cp_group is None or special or options:
-        return apply_rotary_pos_emb(t, freqs, config, cu_seqlens, mscale, cp_group, **options)
+        megatrons: Any = apply_rotary_pos_emb  # takes None where its annotation does not
+        return megatrons(t, freqs, config, cu_seqlens, mscale, cp_group, **options)
     turns: _Turns | None = getattr(cu_seqlens, "turns", None)
     if turns is None or turns.freqs is not freqs or turns[1:3] != (mscale, t.dtype):
         turns = _turns(freqs, mscale, t.dtype, cu_seqlens, cp_group)
@@ -78,13 +79,13 @@ def packed_rotary(
 def _turns(
     freqs: Tensor, mscale: float, dtype: torch.dtype, cu_seqlens: Tensor, cp_group: ProcessGroup
 ) -> _Turns:
-    boundaries = cu_seqlens.tolist()
+    boundaries = row_boundaries(cu_seqlens)
     starts = torch.cat(
         [torch.full((stop - start,), start) for start, stop in itertools.pairwise(boundaries)]
     )
     positions = torch.arange(boundaries[-1]) - starts
     if cp_group.size() > 1:
-        positions = positions[local_positions(tuple(boundaries), cp_group.rank(), cp_group.size())]
+        positions = positions[local_positions(boundaries, cp_group.rank(), cp_group.size())]
     angles_L1R = freqs[positions.to(freqs.device), 0]
     cos, sin = ((turn(angles_L1R) * mscale).to(dtype) for turn in (torch.cos, torch.sin))
     return _Turns(freqs, mscale, dtype, cos, sin)

@@ -4,8 +4,6 @@ import pytest
 import rotary_cases
 import torch
 
-pytestmark = pytest.mark.starts_processes
-
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
