@@ -134,7 +134,7 @@ def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any
     from mcore_rl.cluster.placement import colocated
     from mcore_rl.config.run import ActorConfig, RunConfig
     from mcore_rl.data.packing import TokenBudget
-    from mcore_rl.loop.generate import generate_groups, rollout_metrics
+    from mcore_rl.loop.generate import answered_groups, ask_for_groups, rollout_metrics
     from mcore_rl.loop.step import update, with_logprobs
     from mcore_rl.metrics import merge, to_floats
     from mcore_rl.rewards.pool import Outcome
@@ -171,7 +171,8 @@ def run(num_tokens: int, num_receivers: int, with_routes: bool) -> dict[str, Any
         gc.collect()
         gc.freeze()
         with ledger.stage("samples"):
-            groups = generate_groups(engines, prompts, GROUP_SIZE, **SAMPLING)
+            asked = ask_for_groups(engines, prompts, GROUP_SIZE, **SAMPLING)
+            groups = answered_groups(engines, asked)
         results.clear()
         answered.clear()
         ledger.begin_memory()

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig, train_layout
 from mcore_rl.errors import WeightSyncError
-from mcore_rl.loop.generate import generate_groups
+from mcore_rl.loop.generate import answered_groups, ask_for_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.tolerances import AFTER_SYNC, SHARES
 
@@ -57,7 +57,7 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         for prompt in inputs.prompts.peek(NUM_PROMPTS)
         for _ in range(cluster.engines.num_engines)
     ]
-    groups = generate_groups(
+    asked = ask_for_groups(
         cluster,
         prompts,
         1,
@@ -68,6 +68,7 @@ def check_agreement(cfg: RunConfig, inputs: RunInputs, cluster: Cluster, step: i
         seed=f"{cfg.data.seed}:agreement",
         keep_routes=inputs.routing is not None,
     )
+    groups = answered_groups(cluster, asked)
     samples = [sample for group in groups for sample in group.samples]
     by_trainer = cluster.trainer.logprobs([sample.to_sequence() for sample in samples])
     by_engine = np.concatenate([sample.rollout_logprobs for sample in samples])

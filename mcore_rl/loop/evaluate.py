@@ -9,7 +9,7 @@ import numpy as np
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
-from mcore_rl.loop.generate import generate_groups
+from mcore_rl.loop.generate import answered_groups, ask_for_groups
 from mcore_rl.loop.inputs import RunInputs
 from mcore_rl.metrics import Metrics, mean, merge
 from mcore_rl.observability.samples import SampleLog
@@ -42,7 +42,7 @@ def validation_groups(
     size = cfg.data.val_batch_size or max(1, len(inputs.val_prompts))
     groups: list[SampleGroup] = []
     for batch in _batches(inputs.val_prompts, size):
-        answered = generate_groups(
+        asked = ask_for_groups(
             cluster,
             batch,
             val.n,
@@ -52,7 +52,7 @@ def validation_groups(
             max_tokens=cfg.data.max_response_length,
             seed=f"{cfg.data.seed}:val",
         )
-        groups += inputs.scorer.score(answered)[0]
+        groups += inputs.scorer.score(answered_groups(cluster, asked))[0]
     samples.log(step, "val", groups)
     inputs.scorer.check_failures(groups)
     return groups

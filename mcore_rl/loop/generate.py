@@ -24,33 +24,6 @@ class Asked:
     generation: Generation
 
 
-def generate_groups(
-    cluster: Cluster,
-    prompts: Sequence[Prompt],
-    n: int,
-    *,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_tokens: int,
-    seed: str,
-    keep_routes: bool = False,
-) -> list[SampleGroup]:
-    """Return `n` samples of every prompt; see `ask_for_groups`."""
-    asked = ask_for_groups(
-        cluster,
-        prompts,
-        n,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_tokens=max_tokens,
-        seed=seed,
-        keep_routes=keep_routes,
-    )
-    return answered_groups(cluster, asked)
-
-
 def ask_for_groups(
     cluster: Cluster,
     prompts: Sequence[Prompt],

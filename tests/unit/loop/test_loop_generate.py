@@ -10,7 +10,7 @@ import pytest
 from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
 from loop_runs import requests_of
 
-from mcore_rl.loop.generate import generate_groups, rollout_metrics
+from mcore_rl.loop.generate import answered_groups, ask_for_groups, rollout_metrics
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import Sample, SampleGroup, VersionSpan
 
@@ -23,7 +23,7 @@ def setting():
     cluster.engines.sync_weights(7)
 
     def answer(seed, prompts, n=3):
-        return generate_groups(
+        asked = ask_for_groups(
             cluster,
             prompts,
             n,
@@ -33,6 +33,7 @@ def setting():
             max_tokens=6,
             seed=seed,
         )
+        return answered_groups(cluster, asked)
 
     return SimpleNamespace(answer=answer, workers=workers)
 
