@@ -111,8 +111,9 @@ def packed_causal_attention(
 ) -> Tensor:
     """Return causal attention within each span, [L, heads, d].
 
-    Neighbouring short spans are padded to one batch: right padding cannot reach earlier tokens
-    through a causal mask, and the padded rows are dropped. Every other span is a view of its rows.
+    Neighbouring spans of one length are one batch, a view of their rows. Neighbouring short spans
+    are padded to one batch: right padding cannot reach earlier tokens through a causal mask, and
+    the padded rows are dropped. Every other span is a view of its rows.
 
     Args:
         query_L: [L, heads, d] float.
@@ -124,7 +125,7 @@ def packed_causal_attention(
     rows = span_rows(spans)
     key_T, value_T = _in_span_order(key_T, rows), _in_span_order(value_T, rows)
     grouped = query_L.shape[1] != key_T.shape[1]
-    batches = _batches_of_short_spans(spans)
+    batches = _batches(spans)
     query_counts = [[len(span.queries) for span in batch] for batch in batches]
     key_counts = [[len(span.keys) for span in batch] for batch in batches]
     outputs = []
@@ -148,34 +149,43 @@ def packed_causal_attention(
             enable_gqa=grouped,
         )
         outputs.append(_unpadded(padded, num_queries))
-    return torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 SHORT = 32
 """Keys of a span up to which calls cost more than padding."""
 
 
-def _batches_of_short_spans(spans: Sequence[Span]) -> list[list[Span]]:
-    """Cut the spans, in order, into long ones alone and runs of short ones, whose padding at most
-    doubles their keys."""
+def _batches(spans: Sequence[Span]) -> list[list[Span]]:
+    """Cut the spans, in order, into runs of equal lengths and runs of short ones, whose padding at
+    most doubles their keys."""
     batches: list[list[Span]] = []
     real = longest = 0
+    is_even = True
     for span in spans:
         length = len(span.keys)
         longest, real = max(longest, length), real + length
-        if batches and longest <= SHORT and longest * (len(batches[-1]) + 1) <= 2 * real:
-            batches[-1].append(span)
+        batch = batches[-1] if batches else []
+        is_even = is_even and batch != [] and _lengths(span) == _lengths(batch[0])
+        is_short = batch != [] and longest <= SHORT and longest * (len(batch) + 1) <= 2 * real
+        if is_even or is_short:
+            batch.append(span)
         else:
             batches.append([span])
             longest = real = length
+            is_even = True
     return batches
+
+
+def _lengths(span: Span) -> tuple[int, int]:
+    return len(span.queries), len(span.keys)
 
 
 def _padded(x_N: Tensor, lengths: list[int]) -> Tensor:
     """Return [n, heads, longest, d] of parts of N rows; rows past the end of a part repeat its
     last one."""
-    if len(lengths) == 1:
-        return x_N.transpose(0, 1).unsqueeze(0)
+    if len(set(lengths)) == 1:
+        return x_N.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2)
     lengths_n = torch.tensor(lengths, device=x_N.device)
     firsts_n = lengths_n.cumsum(0) - lengths_n
     within = torch.arange(max(lengths), device=x_N.device)
@@ -186,8 +196,8 @@ def _padded(x_N: Tensor, lengths: list[int]) -> Tensor:
 def _unpadded(padded: Tensor, lengths: list[int]) -> Tensor:
     """Return [N, heads, d], the real rows of [n, heads, longest, d]."""
     rows = padded.transpose(1, 2)
-    if len(lengths) == 1:
-        return rows.squeeze(0)
+    if len(set(lengths)) == 1:
+        return rows.flatten(0, 1)
     within = torch.arange(rows.shape[1], device=rows.device)
     return rows[within < torch.tensor(lengths, device=rows.device).unsqueeze(1)]
 

@@ -20,7 +20,7 @@ from mcore_rl.megatron.attention import (
 
 SIZE = 6
 SCALE = 0.37
-RAGGED = (5, 1, 1, 9, 2, 8, 7, SHORT + 1, 1, 3, 16)
+RAGGED = (5, 1, 1, 9, 2, 8, 7, SHORT + 1, SHORT + 1, 1, 3, 16, SHORT + 2)
 
 
 def random_inputs(seed, lengths, heads=4, groups=2):
