@@ -93,7 +93,7 @@ def _be_command(
         found.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:  # noqa: BLE001  whatever it is, the interpreter says it like this
+    except BaseException as error:  # noqa: BLE001  whatever it is, the interpreter says it so
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     atexit._run_exitfuncs()
