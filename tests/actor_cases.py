@@ -8,6 +8,7 @@ import contextlib
 import resource
 import threading
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,8 @@ def cluster_of(worker, cut, critic_cut=None, offloads=None):
     """Return the loop's view of the workers, each of which is its own controller."""
     size = dist.get_world_size()
     placement = colocated(worker.parallel.layout, size, engine_size=None)
-    return Cluster.of(SpmdWorkers(worker), placement, cut, critic_cut, offloads=offloads)
+    workers: Any = SpmdWorkers(worker)
+    return Cluster.of(workers, placement, cut, critic_cut, offloads=offloads)
 
 
 def exported(worker):
@@ -100,7 +102,7 @@ def recorded_lists(cluster, worker, sequences):
     """Return (logprobs, routes) of each sequence as recorded; routes lie where they were."""
     recorded = cluster.trainer.record_logprobs(sequences)
     own = {at: worker.actor.routes.get(at.rank, at.key) for _, at in recorded if is_here(at)}
-    of_ranks = [None] * dist.get_world_size()
+    of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, own)
     held = {at: routes for of_rank in of_ranks for at, routes in of_rank.items()}
     return [(logprobs.tolist(), held[at]) for logprobs, at in recorded]
@@ -222,7 +224,7 @@ def logits(spec, sequences):
     captured = []
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, worker):
         (chunk,) = worker.actor.chunks
-        model = chunk.module
+        model: Any = chunk.module
         model.output_layer.register_forward_pre_hook(
             lambda _, args: captured.append(args[0].squeeze(1))
         )

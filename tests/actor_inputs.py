@@ -1,14 +1,15 @@
 """Specs, minibatches and objectives for tests that train an actor on a tiny checkpoint."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from carriers import make_sequence
 
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
 from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig, MegatronConfig, OptimConfig
-from mcore_rl.types import TokenSequence
 from mcore_rl.workers.spec import ActorSpec
 
 ONE_MICRO_BATCH = SequenceCount(num_sequences=1000)
@@ -17,13 +18,17 @@ LENGTHS = (9, 3, 14, 5, 2, 11, 7, 6)
 """Tokens per sequence of a minibatch."""
 
 # Settings of MegatronConfig that make layouts.
-TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-CP2 = {"context_parallel_size": 2}
-EP2 = {"expert_model_parallel_size": 2}
-ETP1, ETP2 = {"expert_tensor_parallel_size": 1}, {"expert_tensor_parallel_size": 2}
-TP4, PP4 = {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 4}
-CP4, EP4 = {"context_parallel_size": 4}, {"expert_model_parallel_size": 4}
-VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
+PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+CP2: dict[str, Any] = {"context_parallel_size": 2}
+EP2: dict[str, Any] = {"expert_model_parallel_size": 2}
+ETP1: dict[str, Any] = {"expert_tensor_parallel_size": 1}
+ETP2: dict[str, Any] = {"expert_tensor_parallel_size": 2}
+TP4: dict[str, Any] = {"tensor_model_parallel_size": 4}
+PP4: dict[str, Any] = {"pipeline_model_parallel_size": 4}
+CP4: dict[str, Any] = {"context_parallel_size": 4}
+EP4: dict[str, Any] = {"expert_model_parallel_size": 4}
+VPP2: dict[str, Any] = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 
 FULL_RECOMPUTE = {
     "override_transformer_config": {
@@ -110,7 +115,7 @@ def random_sequences(seed, lengths=LENGTHS, vocab_size=61):
             trains[:] = False
         advantage = torch.randn(1, generator=generator)
         sequences.append(
-            TokenSequence(
+            make_sequence(
                 token_ids=token_ids,
                 loss_mask=trains.tolist(),
                 advantages=(advantage * trains).tolist(),

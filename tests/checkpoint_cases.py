@@ -3,6 +3,7 @@
 import contextlib
 import queue
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,11 +26,11 @@ def no_collectives():
         raise AssertionError("a collective operation")
 
     kept = {name: getattr(dist, name) for name in COLLECTIVES}
-    vars(dist).update(dict.fromkeys(COLLECTIVES, refuse))
+    dist.__dict__.update(dict.fromkeys(COLLECTIVES, refuse))
     try:
         yield
     finally:
-        vars(dist).update(kept)
+        dist.__dict__.update(kept)
 
 
 def save_counting(spec, folder):
@@ -70,7 +71,7 @@ def save_by_megatron(spec, folder):
         state["schedule"] = {"num_steps": actor.optimizer.schedule.num_steps}
         filesystem_async._results_queue = queue.SimpleQueue()  # no process is to be started
         strategy = get_default_save_sharded_strategy("torch_dist")
-        request = dist_checkpointing.save(state, folder, strategy, async_sharded_save=True)
+        request: Any = dist_checkpointing.save(state, folder, strategy, async_sharded_save=True)
         if request.async_fn is not None:
             write_here(request)
         for finalize in request.finalize_fns:
@@ -86,7 +87,8 @@ def write_here(request):
     _, buckets, results = request.async_fn_args
     written = {}
     for number, bucket in enumerate(buckets):
-        answers, unfinished = queue.SimpleQueue(), queue.Queue()
+        answers: Any = queue.SimpleQueue()
+        unfinished: Any = queue.Queue()
         unfinished.put(number)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, number, bucket, answers, unfinished, use_fsync=True

@@ -1,6 +1,7 @@
 """What the processes of `processes.py` do with a converted checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,7 +106,7 @@ def load_all_of_it(hf_folder, mcore_folder):
     state = chunks[0].sharded_state_dict(
         metadata={"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
     )
-    loaded = dist_checkpointing.load({"model": state}, str(mcore_folder), strict="raise_all")
+    loaded: Any = dist_checkpointing.load({"model": state}, str(mcore_folder), strict="raise_all")
     result = chunks[0].load_state_dict(loaded["model"], strict=True)
     parallel.shut_down()
     return list(result.missing_keys), list(result.unexpected_keys)

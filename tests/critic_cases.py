@@ -31,5 +31,6 @@ def run_script(actor, critic, script, cut):
             answers.append(answer)
         reader = CheckpointReader(critic.model_path)
         entries = value_entries(load_hf_config(critic.model_path), reader)
+        assert worker.critic is not None
         exporter = WeightExporter(worker.critic.params, entries, worker.parallel)
         return answers, {name: tensor.clone() for bucket in exporter for name, tensor in bucket}

@@ -29,6 +29,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 TIMEOUT_S = 240
 """Less than pytest's own limit, so that the stacks of the processes are seen."""
@@ -92,7 +93,8 @@ class ProcessPool:
         deadline = time.monotonic() + timeout_s
         while len(answers) < world_size:
             waiting = [c for c, rank in rank_of.items() if rank not in answers]
-            ready = multiprocessing.connection.wait(waiting, max(0, deadline - time.monotonic()))
+            left_s = max(0, deadline - time.monotonic())
+            ready: list[Any] = multiprocessing.connection.wait(waiting, left_s)
             if not ready:
                 return answers
             for connection in ready:
@@ -135,6 +137,7 @@ def _serve(connection):
             command = connection.recv_bytes()
         except EOFError:
             os.killpg(0, signal.SIGKILL)
+            raise  # it is not reached
         try:
             answer = False, _call_in_group(*pickle.loads(command))
         except Exception:  # noqa: BLE001  whatever it is, the test shows it

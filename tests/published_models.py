@@ -1,5 +1,7 @@
 """Sizes of published models, for tests that need a configuration and no weights."""
 
+from typing import Any
+
 from transformers import DeepseekV3Config, Qwen2Config, Qwen3MoeConfig
 
 QWEN2_7B = Qwen2Config(
@@ -12,7 +14,8 @@ QWEN2_7B = Qwen2Config(
     max_position_embeddings=32768,
     tie_word_embeddings=False,
 )
-QWEN2_5_MATH_7B = Qwen2Config(**QWEN2_7B.to_diff_dict() | {"max_position_embeddings": 4096})
+_LONG: dict[str, Any] = QWEN2_7B.to_diff_dict() | {"max_position_embeddings": 4096}
+QWEN2_5_MATH_7B = Qwen2Config(**_LONG)
 QWEN2_5_32B = Qwen2Config(
     vocab_size=152064,
     hidden_size=5120,
@@ -30,7 +33,7 @@ QWEN3_30B_A3B = Qwen3MoeConfig(
     num_hidden_layers=48,
     num_attention_heads=32,
     num_key_value_heads=4,
-    head_dim=128,
+    head_dim=128,  # pyright: ignore[reportCallIssue]
     num_experts=128,
     num_experts_per_tok=8,
     moe_intermediate_size=768,
@@ -45,7 +48,7 @@ QWEN3_235B_A22B = Qwen3MoeConfig(
     num_hidden_layers=94,
     num_attention_heads=64,
     num_key_value_heads=4,
-    head_dim=128,
+    head_dim=128,  # pyright: ignore[reportCallIssue]
     num_experts=128,
     num_experts_per_tok=8,
     moe_intermediate_size=1536,

@@ -228,7 +228,7 @@ class Trainer:
 
         The routes to replay are on that rank when this returns.
         """
-        self._routes.bring(shares)
+        self._routes.deliver(shares)
         spread = make(None)
         calls = dict.fromkeys(range(self._placement.world_size), spread)
         for ranks, share in zip(self._placement.share_ranks, shares, strict=True):

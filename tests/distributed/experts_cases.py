@@ -1,5 +1,6 @@
 """What test_distributed_experts.py runs in processes."""
 
+from typing import Any
 from unittest import mock
 
 import actor_cases
@@ -27,5 +28,6 @@ def can_be_grouped(spec, with_hook):
         (chunk,) = worker.actor.chunks
         layers = [module for module in chunk.modules() if isinstance(module, GroupedExperts)]
         if with_hook:
-            layers[0].local_experts[1].linear_fc2.register_forward_pre_hook(lambda *_: None)
+            second: Any = layers[0].local_experts[1]
+            second.linear_fc2.register_forward_pre_hook(lambda *_: None)
         return [layer.can_be_grouped() for layer in layers]

@@ -95,7 +95,7 @@ def run(spec, critic, offloads, sequences, objective, folder):
     critic_cut = ONE_MICRO_BATCH if critic else None
     with running_worker(spec, critic, offloads) as worker:
         cluster = cluster_of(worker, ONE_MICRO_BATCH, critic_cut, offloads)
-        trainer, numbers = cluster.trainer, []
+        trainer, numbers, weights = cluster.trainer, [], None
         for step in range(2):
             cluster.phases.enter(Phase.SYNC)
             weights = exported(worker)
@@ -166,6 +166,7 @@ def refusals(spec, critic, sequences, objective, folder):
     told = {}
     with running_worker(spec, critic, offloads) as worker:
         actor, critic = worker.actor, worker.critic
+        assert critic is not None
         calls = {
             "logprobs": lambda: actor.logprobs(None),
             "record_logprobs": lambda: actor.record_logprobs(None),

@@ -1,5 +1,7 @@
 """What one rank of a real actor has, for comparison with its plan."""
 
+from typing import Any
+
 import torch
 from actor_cases import running_cluster
 from actor_inputs import ONE_MICRO_BATCH
@@ -10,10 +12,9 @@ def place_and_parameters(spec):
     with running_cluster(spec, ONE_MICRO_BATCH) as (_, worker):
         place = (worker.parallel.rank, *worker.parallel.coordinates)
         params = [p for chunk in worker.actor.chunks for p in chunk.parameters()]
+        chunks: Any = worker.actor.chunks
         layers = {
-            layer.layer_number - 1
-            for chunk in worker.actor.chunks
-            for layer in chunk.module.decoder.layers
+            layer.layer_number - 1 for chunk in chunks for layer in chunk.module.decoder.layers
         }
         tensors = dict(worker.actor.params)
         if worker.actor.lora:
@@ -39,9 +40,10 @@ def bytes_of_a_step(spec, sequences, objective):
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             cluster.trainer.begin_step()
             cluster.trainer.update(sequences, objective)
+        chunks: Any = actor.chunks
         gradients = sum(
             _bytes(buffer.grad_data)
-            for chunk in actor.chunks
+            for chunk in chunks
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         )
         optimizer = 0

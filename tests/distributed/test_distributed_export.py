@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import export_cases
 import pytest
@@ -51,9 +52,8 @@ def test_every_rank_writes_shards_of_its_own_and_the_whole_is_the_model(
     assert config["dtype"] == "float32"
     assert json.loads((target / "config.json").read_text()) == config | {"dtype": "bfloat16"}
     (target / "tokenizer.json").unlink()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        target, dtype="auto", output_loading_info=True
-    )
+    read: Any = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
+    model, info = read
     assert model.dtype == torch.bfloat16
     assert not any(info.values())
 

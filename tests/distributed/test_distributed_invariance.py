@@ -162,8 +162,10 @@ def reference(processes, spec_of):
             run = actor_cases.train, 1, spec_of(name)
             _, initial, _ = processes.run(*run, [], None, ONE_MICRO_BATCH)[0]
             result = processes.run(*run, taken, ALL_OBJECTIVES[objective], ONE_MICRO_BATCH)[0]
-            assert_the_case_means_something(objective, *result[:2], initial)
-            updates[key] = Update(taken, *result, initial, loss_size(objective, taken[0]))
+            metrics, weights, logprobs = result
+            assert_the_case_means_something(objective, metrics, weights, initial)
+            size = loss_size(objective, taken[0])
+            updates[key] = Update(taken, metrics, weights, logprobs, initial, size)
         return updates[key]
 
     return update

@@ -1,6 +1,7 @@
 """Parts of a model in host memory: nothing is left on the device, nothing is lost on the way."""
 
 from dataclasses import replace
+from typing import Any
 
 import offload_cases
 import pytest
@@ -137,8 +138,9 @@ def files_of(folder):
 def test_what_is_offloaded_leaves_the_resident_set(processes, tmp_path):
     """On CPU the copy takes the room that was freed, so the resident set stays as it is; once the
     copy is let go too, it is smaller by the parts."""
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 4096}
-    config = Qwen3MoeConfig(**MOE | sizes)
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 4096}
+    sizes: dict[str, Any] = MOE | wide
+    config = Qwen3MoeConfig(**sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     sequences = random_sequences(0, vocab_size=4096)
     args = actor_spec(tmp_path, optim=OPTIM), sequences, OBJECTIVE

@@ -1,6 +1,7 @@
 """The plan says what real workers are: places, parameters, bytes."""
 
 from dataclasses import replace
+from typing import Any
 
 import plan_cases
 import pytest
@@ -87,10 +88,11 @@ def test_what_is_frozen_has_no_gradients(processes, tiny_checkpoint, world_size,
 def wide_checkpoint(tmp_path_factory):
     """Return a mixture of experts large enough that the padding of buffers hardly counts."""
     folder = tmp_path_factory.mktemp("wide")
-    sizes = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 96, "vocab_size": 512}
+    wide = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 96, "vocab_size": 512}
+    sizes: dict[str, Any] = MOE | wide
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # how many tokens go to which process is the routers' choice
-        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**MOE | sizes))
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes))
     model.save_pretrained(folder)
     return folder
 

@@ -7,12 +7,12 @@ import actor_cases
 import pytest
 import torch
 from actor_inputs import EP2, EP4, ETP1, ETP2, PP2, TP2, VPP2, actor_spec, layout_id
+from carriers import make_sequence
 from tiny_models import MODELS, tiny_config
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import MODEL_FAMILIES, load_hf_config, model_family, routing
-from mcore_rl.types import TokenSequence
 
 FAMILIES = {name: tiny_config(name) for name, model in MODELS.items() if not model.is_variant}
 MIXTURES = [name for name, config in FAMILIES.items() if routing(config)]
@@ -60,7 +60,7 @@ OTHERS = [
     )
 ]
 SEQUENCES = [
-    TokenSequence(token_ids=list(ids), loss_mask=[False] + [True] * (len(ids) - 1))
+    make_sequence(token_ids=list(ids), loss_mask=[False] + [True] * (len(ids) - 1))
     for ids in (range(20), range(60, 0, -3), [7, 3, 3, 41, 0, 19])
 ]
 

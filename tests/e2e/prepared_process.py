@@ -67,7 +67,7 @@ def _be_command(
     # Log handlers, too; kept, since what is freed would close descriptors that are others' by then.
     _left.extend(logging.root.handlers)
     logging.root.handlers.clear()
-    logging._handlerList.clear()
+    logging._handlerList.clear()  # pyright: ignore[reportAttributeAccessIssue]
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor > 2 and descriptor not in kept:
             with contextlib.suppress(OSError):  # that of the list itself is closed already
@@ -77,7 +77,8 @@ def _be_command(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.enable()
     # The folders and processes of the one that was forked are not this one's to end.
-    for left in list(weakref.finalize._registry):
+    registry = weakref.finalize._registry  # pyright: ignore[reportAttributeAccessIssue]
+    for left in list(registry):
         left.detach()
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [path for path in paths if path and path not in sys.path]
@@ -92,8 +93,8 @@ def _be_command(
         found.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # noqa: BLE001  whatever it is, the interpreter says it like this
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:  # noqa: BLE001  whatever it is, the interpreter says it so
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -119,7 +120,7 @@ def main() -> None:
     """Run commands until the other end is closed."""
     connection = Connection(int(sys.argv[1]))
     _import_libraries()
-    vars(subprocess)["Popen"] = ForkingPopen
+    subprocess.__dict__["Popen"] = ForkingPopen
     while True:
         try:
             asked = connection.recv()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import commands
 import pyarrow as pa
@@ -55,7 +56,7 @@ def text(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
-def weights(cut_short: bool = False, **shapes: tuple[int, ...]) -> Callable[[Path], object]:
+def weights(cut_short: Any = False, **shapes: tuple[int, ...]) -> Callable[[Path], object]:
     """Return a function that writes a model; `shapes` are of tensors that it should not have so."""
     sizes = {
         "model_type": "qwen2",

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import commands
 import poison
@@ -71,9 +72,8 @@ def test_a_reward_that_fails_is_counted_and_the_run_goes_on(first):
 def test_the_weights_of_the_policy_changed_and_load_in_transformers(first, files):
     run_dir, _ = first
     before = AutoModelForCausalLM.from_pretrained(files.model)
-    after, info = AutoModelForCausalLM.from_pretrained(
-        run_dir / "hf_model", output_loading_info=True
-    )
+    read: Any = AutoModelForCausalLM.from_pretrained(run_dir / "hf_model", output_loading_info=True)
+    after, info = read
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     changed = [
@@ -98,7 +98,7 @@ def test_the_exported_model_answers_as_the_engine_did_after_the_last_step(first,
     Ties the export, the last weight sync and the samples that were logged together.
     """
     run_dir, _ = first
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "hf_model")
+    model: Any = AutoModelForCausalLM.from_pretrained(run_dir / "hf_model")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf_model")
     samples = [s for s in commands.read_lines(run_dir / "samples.jsonl") if s["step"] == 4]
     assert len(samples) == 8

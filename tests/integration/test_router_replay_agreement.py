@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import actor_cases
 import vllm_cases
 from actor_inputs import ONE_MICRO_BATCH, actor_spec
+from carriers import make_request, make_sequence
 
-from mcore_rl.rollout.base import GenerationRequest, SamplingParams
-from mcore_rl.types import TokenSequence
+from mcore_rl.rollout.base import SamplingParams
 
 MODEL = ("qwen3_moe", "A")
 PROMPTS = [[1 + i % 9, i % 5, 4 + i % 3] for i in range(40)]
@@ -20,14 +21,14 @@ def generated(in_vllm, folder):
     in_vllm(vllm_cases.start, folder, with_routes=True)
     in_vllm(vllm_cases.sync, folder, 0)
     requests = [
-        GenerationRequest(
+        make_request(
             prompt_token_ids=prompt,
             sampling=SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=32, seed=i),
         )
         for i, prompt in enumerate(PROMPTS)
     ]
     return [
-        TokenSequence(
+        make_sequence(
             token_ids=[*prompt, *result.token_ids],
             loss_mask=[False] * len(prompt) + [True] * len(result.token_ids),
             rollout_logprobs=[0.0] * len(prompt) + list(result.logprobs),
@@ -40,7 +41,7 @@ def generated(in_vllm, folder):
 def test_replayed_experts_take_the_outliers_out_of_the_mismatch(in_vllm, folders, processes):
     """A bfloat16 trainer and a float32 engine with the same weights: rounding flips experts of
     some tokens, and with them moves log-probabilities by far more than rounding does itself."""
-    sequences = generated(in_vllm, folders[MODEL])
+    sequences: list[Any] = generated(in_vllm, folders[MODEL])
     bare = [replace(sequence, routed_experts=None) for sequence in sequences]
 
     def largest_difference(given, dtype):

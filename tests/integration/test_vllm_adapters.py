@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import vllm_cases
+from carriers import make_request
 from vllm_models import hf_logprobs
 
-from mcore_rl.rollout.base import EngineAdapters, GenerationRequest, SamplingParams
+from mcore_rl.rollout.base import EngineAdapters, SamplingParams
 
 RANK, ALPHA = 4, 12
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,7 +53,7 @@ def merged(model, halves):
 
 def requests():
     return [
-        GenerationRequest(
+        make_request(
             prompt_token_ids=prompt,
             sampling=SamplingParams(
                 temperature=1.0, top_p=1.0, top_k=-1, max_tokens=NUM_TOKENS, seed=number

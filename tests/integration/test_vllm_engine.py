@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from typing import Any
 
 import pytest
 import vllm_cases
@@ -137,7 +138,8 @@ def test_validation_may_draw_from_the_most_likely_tokens_only(in_vllm, before_we
     prompt = [11, 3]
     order = hf_logprobs(models[MODEL], prompt, [0], 1.0)[0].sort(descending=True)
     in_nucleus = int((order.values.exp().cumsum(0) < 0.5).sum()) + 1
-    for kwargs, allowed in (({"top_k": 3}, 3), ({"top_p": 0.5}, in_nucleus)):
+    cases: list[tuple[dict[str, Any], int]] = [({"top_k": 3}, 3), ({"top_p": 0.5}, in_nucleus)]
+    for kwargs, allowed in cases:
         wanted = [request(prompt, seed=i, max_tokens=1, **kwargs) for i in range(100)]
         drawn = {result.token_ids[0] for result in in_vllm(vllm_cases.generate, wanted)}
         assert drawn == set(order.indices[:allowed].tolist())

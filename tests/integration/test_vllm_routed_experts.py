@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import vllm_cases
+from carriers import make_request
 from vllm_models import hf_router_logits
 
-from mcore_rl.rollout.base import GenerationRequest, SamplingParams
+from mcore_rl.rollout.base import SamplingParams
 
 LONG = [(7 * i) % 61 for i in range(200)]
 # One prompt several times; two that share their first block of 128 tokens; short ones. Those of
@@ -24,7 +25,7 @@ PROMPTS = [
 
 def requests(seed, temperature=1.0):
     return [
-        GenerationRequest(
+        make_request(
             prompt_token_ids=prompt,
             sampling=SamplingParams(
                 temperature=temperature,

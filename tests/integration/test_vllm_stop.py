@@ -6,15 +6,16 @@ import shutil
 
 import pytest
 import vllm_cases
+from carriers import make_request
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from mcore_rl.rollout.base import GenerationRequest, SamplingParams
+from mcore_rl.rollout.base import SamplingParams
 
 MODEL = ("qwen3", "A")
 REQUESTS = [
-    GenerationRequest(
+    make_request(
         prompt_token_ids=[1 + i, 4],
         sampling=SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=20, seed=i),
     )

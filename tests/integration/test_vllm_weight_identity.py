@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import vllm_cases
+from carriers import make_request
 from vllm_models import make_model
 
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import GenerationRequest, SamplingParams
+from mcore_rl.rollout.base import SamplingParams
 
 MODEL = "qwen3_moe"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -16,7 +17,7 @@ OTHER_EXPERT = EXPERT.replace(".0.gate", ".1.gate")
 CHANGED = "arrived with other content"
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=2, seed=1)
-REQUEST = GenerationRequest(prompt_token_ids=[3, 4], sampling=SAMPLING)
+REQUEST = make_request(prompt_token_ids=[3, 4], sampling=SAMPLING)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import vllm_cases
+from carriers import make_request
 from vllm_models import MODELS, hf_logprobs
 
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
@@ -24,7 +25,7 @@ NUM_RESPONSE_TOKENS = 16
 
 def requests(temperature: float) -> list[GenerationRequest]:
     return [
-        GenerationRequest(
+        make_request(
             prompt_token_ids=prompt,
             sampling=SamplingParams(
                 temperature=temperature,

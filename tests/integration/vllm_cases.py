@@ -54,7 +54,7 @@ def start(
         TRANSPORTS.add("noting", Transport(**ends, reaches=frozenset(Distance)))
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     if not dist.is_initialized():
-        store = dist.HashStore()
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(
             "gloo", store=store, rank=0, world_size=1, timeout=datetime.timedelta(seconds=60)
         )
@@ -143,7 +143,8 @@ def sync_in_one_piece(folder: str, version: int) -> list[str]:
     from mcore_rl.rollout import vllm_loading
 
     assert _sender is not None
-    buffers, copied, find = [], [], vllm_loading._InPlace.whole
+    in_place: Any = vllm_loading._InPlace
+    buffers, copied, find = [], [], in_place.whole
 
     def in_one_piece():
         for bucket in buckets(folder):
@@ -158,11 +159,11 @@ def sync_in_one_piece(folder: str, version: int) -> list[str]:
             copied.append(type(loader._layer).__name__)
         return whole
 
-    vllm_loading._InPlace.whole = note
+    in_place.whole = note
     try:
         sync_one(in_one_piece(), _sender, engine(), version)
     finally:
-        vllm_loading._InPlace.whole = find
+        in_place.whole = find
     for buffer in buffers:
         buffer.fill_(255)
     return copied

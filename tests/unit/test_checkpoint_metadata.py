@@ -9,7 +9,6 @@ from typing import Any
 import poison
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata
 from mcore_rl.errors import UserError
@@ -34,7 +34,7 @@ def saved(tmp_path_factory):
     """Return a folder that torch wrote: tensors of several dtypes, and objects."""
     folder = tmp_path_factory.mktemp("saved")
     state = {str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in DTYPES}
-    dcp.save({**state, "object": {"list": [1, 2]}, "text": "x"}, checkpoint_id=folder, no_dist=True)
+    save({**state, "object": {"list": [1, 2]}, "text": "x"}, checkpoint_id=folder, no_dist=True)
     return folder
 
 
@@ -60,7 +60,7 @@ def tensor(**changes):
     where = {"relative_path": "0.distcp", "offset": 0, "length": 9} | changes
     size = torch.Size([2])
     chunk = ChunkStorageMetadata(torch.Size([0]), size)
-    kinds = {"key": TensorStorageMetadata(TensorProperties(), size, [chunk])}
+    kinds: dict[str, Any] = {"key": TensorStorageMetadata(TensorProperties(), size, [chunk])}
     index = MetadataIndex("key", chunk.offsets)
     return Metadata(kinds, storage_data={index: _StorageInfo(**where)})
 

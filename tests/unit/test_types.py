@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+import carriers
 import numpy as np
 import pytest
 
 from mcore_rl.types import (
     NUMBERS,
-    Prompt,
     RoutesAt,
     Sample,
     SampleGroup,
@@ -22,7 +22,7 @@ def make_groups():
     """Return groups whose samples have a value of their own in every field."""
     groups = []
     for number in range(2):
-        prompt = Prompt(
+        prompt = carriers.make_prompt(
             uid=f"p:{number}", token_ids=[1, 2], text="", data_source="", ground_truth=""
         )
         groups.append(
@@ -34,7 +34,7 @@ def make_groups():
 def make_sample(prompt, index):
     length = 4 + index
     numbers = {name: [float(index), *[0.5] * (length - 1)] for name in NUMBERS}
-    return Sample(
+    return carriers.make_sample(
         prompt=prompt,
         index=index,
         token_ids=range(length),

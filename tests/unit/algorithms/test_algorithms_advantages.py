@@ -2,10 +2,12 @@
 
 import statistics
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from carriers import make_prompt, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +18,9 @@ from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.options import option_names
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import Sample, SampleGroup
 
-PROMPT = Prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
+PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 MASK = [False, True, False, True]
 
 
@@ -32,7 +34,7 @@ def make_groups(rewards):
         SampleGroup(
             prompt=PROMPT,
             samples=[
-                Sample(
+                make_sample(
                     prompt=PROMPT,
                     index=i,
                     token_ids=[1, 2, 3, 4],
@@ -58,6 +60,12 @@ def computed(groups, cfg):
     return [piece.tolist() for piece in advantages_T.split(lengths)]
 
 
+def listed(sample):
+    """Return the advantages of a sample as a list."""
+    assert sample.advantages is not None
+    return list(sample.advantages)
+
+
 def advantages_of(rewards, **options):
     """Return each sample's advantage, group by group; every trained token must agree."""
     rows = iter(computed(make_groups(rewards), algorithm(**options)))
@@ -76,7 +84,7 @@ def test_samples_get_what_the_estimator_computes_rounded_to_float32(estimator):
         algorithm(estimator),
     )
     assigned, _ = assign_advantages(groups, cfg)
-    found = [sample.advantages for group in assigned for sample in group.samples]
+    found: list[Any] = [sample.advantages for group in assigned for sample in group.samples]
     assert {advantages.dtype for advantages in found} == {np.dtype(np.float32)}
     expected = [
         np.array(row, np.float64).astype(np.float32).tolist() for row in computed(groups, cfg)
@@ -220,9 +228,9 @@ def test_a_truncated_sample_that_does_not_train_counts_in_its_group(estimator):
     cfg, group = algorithm(adv_estimator=estimator), make_truncated_group()
     (plain,), _ = assign_advantages([group], cfg)
     (filtered,), _ = assign_advantages(without_truncated([group]), cfg)
-    trained = [list(sample.advantages) for sample in plain.samples[:2]]
+    trained = [listed(sample) for sample in plain.samples[:2]]
     assert min(trained[0][1:]) > 0
-    assert [list(sample.advantages) for sample in filtered.samples] == [*trained, *[[0.0] * 9] * 2]
+    assert [listed(sample) for sample in filtered.samples] == [*trained, *[[0.0] * 9] * 2]
 
 
 def test_remax_compares_with_the_greedy_response_of_the_prompt():
@@ -231,7 +239,7 @@ def test_remax_compares_with_the_greedy_response_of_the_prompt():
         for group, baseline in zip(make_groups([[1.0, 0.5], [0.25]]), (0.5, 1.0), strict=True)
     ]
     assigned, _ = assign_advantages(groups, algorithm(adv_estimator="remax"))
-    assert [[s.advantages[1] for s in g.samples] for g in assigned] == [[0.5, 0.0], [-0.75]]
+    assert [[listed(s)[1] for s in g.samples] for g in assigned] == [[0.5, 0.0], [-0.75]]
 
 
 def test_passk_trains_the_best_sample_by_its_lead_over_the_second():
@@ -286,7 +294,7 @@ def test_a_batch_in_which_nothing_trains_has_no_advantages(estimator):
         for group in make_groups([[1.0, 0.0], [0.0, 2.0]])
     ]
     assigned, _ = assign_advantages(groups, algorithm(adv_estimator=estimator))
-    assert all(list(s.advantages) == [0.0] * 4 for g in assigned for s in g.samples)
+    assert all(listed(s) == [0.0] * 4 for g in assigned for s in g.samples)
 
 
 def test_a_first_token_never_gets_an_advantage():
@@ -299,7 +307,7 @@ def test_a_first_token_never_gets_an_advantage():
         [SampleGroup(prompt=PROMPT, samples=samples)],
         algorithm(norm_adv_by_std_in_grpo=False),
     )
-    assert [list(s.advantages) for s in assigned.samples] == [
+    assert [listed(s) for s in assigned.samples] == [
         [0.0, 0.5, 0.5, 0.5],
         [0.0, -0.5, -0.5, -0.5],
     ]

@@ -1,13 +1,14 @@
 """Which groups teach something, and which samples train: hand-worked cases."""
 
 import pytest
+from carriers import make_prompt, make_sample
 
 from mcore_rl.algorithms.filter_groups import FilterGroupsConfig, informative_groups
 from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.errors import UserError
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
-PROMPT = Prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
+PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 
 
 def make_group(rewards, finish_reason="stop", **numbers):
@@ -15,7 +16,7 @@ def make_group(rewards, finish_reason="stop", **numbers):
     return SampleGroup(
         prompt=PROMPT,
         samples=[
-            Sample(
+            make_sample(
                 prompt=PROMPT,
                 index=i,
                 token_ids=[1, 2, 3],
@@ -82,6 +83,7 @@ def test_no_token_of_a_truncated_sample_trains_and_the_others_stay():
     assert list(same.samples) == list(ended.samples)
     for before, after in zip(cut.samples, untrained.samples, strict=True):
         assert list(after.loss_mask) == [False] * 3
+        assert after.old_logprobs is not None
         assert list(after.rollout_logprobs) == list(after.old_logprobs) == [0.0] * 3
         assert after.ref_logprobs is None
         assert (after.reward, after.token_ids.tolist()) == (before.reward, [1, 2, 3])

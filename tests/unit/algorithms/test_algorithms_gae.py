@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from carriers import make_prompt, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,9 +13,9 @@ from mcore_rl.algorithms.advantages import ADVANTAGES, AlgorithmConfig, assign_a
 from mcore_rl.algorithms.advantages.assign import advantage_inputs
 from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
-PROMPT = Prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
+PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 NUMBERS = st.floats(-3, 3).map(lambda x: round(x, 2))
 
 
@@ -23,7 +24,7 @@ def samples(draw):
     """A sample with a prompt token, trained and untrained tokens, and values everywhere."""
     mask = [False, *draw(st.lists(st.booleans(), min_size=1, max_size=7))]
     values = draw(st.lists(NUMBERS, min_size=len(mask), max_size=len(mask)))
-    return Sample(
+    return make_sample(
         prompt=PROMPT,
         index=0,
         token_ids=list(range(len(mask))),
@@ -53,9 +54,9 @@ def computed(batch, **options):
     cfg, estimator = AlgorithmConfig.of("gae", **options), ADVANTAGES.get("gae")
     groups = [SampleGroup(prompt=PROMPT, samples=[sample]) for sample in batch]
     inputs, lengths = advantage_inputs(groups, estimator), [len(s.token_ids) for s in batch]
-    of_tokens = [
-        how(inputs, cfg.options).split(lengths) for how in (estimator.compute, estimator.returns)
-    ]
+    returns = estimator.returns
+    assert returns is not None
+    of_tokens = [how(inputs, cfg.options).split(lengths) for how in (estimator.compute, returns)]
     return [[part.tolist() for part in parts] for parts in zip(*of_tokens, strict=True)]
 
 
@@ -89,7 +90,7 @@ def test_returns_are_the_recursion_and_advantages_its_standard_scores(batch, gam
 
 def test_samples_get_advantages_and_returns_rounded_to_float32():
     batch = [
-        Sample(
+        make_sample(
             prompt=PROMPT,
             index=0,
             token_ids=[1, 2, 3],
@@ -104,6 +105,7 @@ def test_samples_get_advantages_and_returns_rounded_to_float32():
     found, _ = assigned(batch, gamma=0.9, lam=0.9)
     for sample, expected in zip(found, computed(batch, gamma=0.9, lam=0.9), strict=True):
         for array, numbers in zip((sample.advantages, sample.returns), expected, strict=True):
+            assert array is not None
             assert array.dtype == np.float32
             assert array.tolist() == np.array(numbers, np.float32).tolist()
 
@@ -117,7 +119,7 @@ def test_with_gamma_and_lambda_1_every_return_is_the_reward(sample):
 
 def test_the_explained_variance_is_1_for_values_that_are_the_returns():
     """Two samples of rewards 0 and 1: values that know the reward, and values that are 0.5."""
-    base = Sample(
+    base = make_sample(
         prompt=PROMPT,
         index=0,
         token_ids=[1, 2, 3],

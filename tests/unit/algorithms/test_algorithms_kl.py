@@ -27,7 +27,7 @@ def value_and_gradient(kind, x_T):
 
 
 @pytest.mark.parametrize("kind", KL_VALUES)
-def test_values_and_gradients_are_the_closed_forms(kind):
+def test_values_and_gradients_are_the_closed_forms(kind: str):
     value_T, gradient_T = value_and_gradient(kind, X)
     expected_value_T, expected_gradient_T = CLOSED_FORMS[ALIASES.get(kind, kind)]
     # float64; x itself is a difference of numbers of order 1.

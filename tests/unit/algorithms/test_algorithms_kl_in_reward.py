@@ -3,19 +3,20 @@
 import math
 
 import pytest
+from carriers import make_prompt, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.algorithms.kl_in_reward import KlController, KlCtrlConfig, penalize_rewards
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
-PROMPT = Prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
+PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 
 
 def sample(index, reward, old, ref, mask):
-    return Sample(
+    return make_sample(
         prompt=PROMPT,
         index=index,
         token_ids=list(range(len(mask))),

@@ -101,6 +101,7 @@ def test_geo_mean_is_its_formula_with_the_two_sided_cut_written_out(
     )
     # The ratio is formed as the loss forms it, so that a token at a bound falls on the same side.
     inputs, _ = one_sequence(log_ratios, advantage)
+    assert inputs.old_logprobs_T is not None
     d = (inputs.logprobs_T - inputs.old_logprobs_T).tolist()
     cut = [min(max(x, -low), high) for x in d]
     e = [min(x, c) if advantage >= 0 else max(x, c) for x, c in zip(d, cut, strict=True)]

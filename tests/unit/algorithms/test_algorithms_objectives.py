@@ -3,6 +3,7 @@ tokens and one, each after an untrained token whose numbers do not matter."""
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def tensor(numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def row(**numbers):
+def row(**numbers) -> Any:
     """Return a packed row that carries these numbers."""
     names = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns", "advantages")
     carried = {f"{name}_T": tensor(numbers[name]) if name in numbers else None for name in names}

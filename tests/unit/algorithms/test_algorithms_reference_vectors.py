@@ -79,11 +79,14 @@ def test_advantages_equal_the_reference(rewards, estimator, options):
 def test_loss_and_gradient_equal_the_reference(name):
     loss_mode, agg_mode, low, high = name.split("/")
     loss = POLICY_LOSSES.get(loss_mode)
+    if loss_mode == "geo_mean":
+        assert loss.agg_mode is not None
+        agg_mode = loss.agg_mode
     bounds = {"clip_ratio_low": float(low), "clip_ratio_high": float(high)}
     spec = ActorObjective(
         policy_loss=loss,
         options=loss.config(**(bounds if issubclass(loss.config, ClipConfig) else {})),
-        agg_mode=loss.agg_mode if loss_mode == "geo_mean" else agg_mode,
+        agg_mode=agg_mode,
         loss_scale_factor=PADDED_WIDTH,
     )
     logprobs_T = VECTORS["inputs/logprobs"].clone().requires_grad_()
@@ -98,6 +101,7 @@ def test_loss_and_gradient_equal_the_reference(name):
     expected = VECTORS[f"loss/{name}/value"]
     assert torch.allclose(objective, expected, rtol=0, atol=TOLERANCE)
     expected_T = VECTORS[f"loss/{name}/grad"]
+    assert logprobs_T.grad is not None
     assert torch.allclose(logprobs_T.grad, expected_T, rtol=0, atol=TOLERANCE)
     if loss_mode != "gpg":
         numbers = to_floats(metrics)
@@ -116,6 +120,7 @@ def test_kl_and_gradient_equal_the_reference(kind):
     kl_T = kl_penalty(logprobs_T, VECTORS["inputs/ref_logprobs"], kind)
     kl_T.sum().backward()
     assert torch.allclose(kl_T, VECTORS[f"kl/{kind}/value"], rtol=0, atol=TOLERANCE)
+    assert logprobs_T.grad is not None
     assert torch.allclose(logprobs_T.grad, VECTORS[f"kl/{kind}/grad"], rtol=0, atol=TOLERANCE)
 
 

@@ -82,7 +82,7 @@ def test_padding_without_any_sequence_sums_to_nothing():
 def test_counts_of_the_whole_sequence_survive_a_cut_of_its_tokens():
     whole = Segments.from_loss_masks([[False, True, True, True]])
     x_T = torch.tensor([0.0, 1.0, 2.0, 6.0], dtype=torch.float64)
-    parts = [
+    first, second = [
         Segments(
             sequence_T=whole.sequence_T[cut],
             mask_T=whole.mask_T[cut],
@@ -90,4 +90,4 @@ def test_counts_of_the_whole_sequence_survive_a_cut_of_its_tokens():
         ).mean(x_T[cut])
         for cut in (slice(0, 2), slice(2, 4))
     ]
-    assert sum(parts).tolist() == whole.mean(x_T).tolist() == [3.0]
+    assert (first + second).tolist() == whole.mean(x_T).tolist() == [3.0]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from carriers import make_request, make_result, make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 from sequences import sequences_of
@@ -26,11 +28,9 @@ from mcore_rl.errors import (
 )
 from mcore_rl.metrics import maximum, mean, to_floats
 from mcore_rl.rollout.base import (
-    GenerationRequest,
-    GenerationResult,
     SamplingParams,
 )
-from mcore_rl.types import Layout, MicroBatch, TokenNumbers, TokenSequence, VersionSpan, WriteState
+from mcore_rl.types import Layout, MicroBatch, TokenNumbers, VersionSpan, WriteState
 from mcore_rl.workers.roles import Actor, EngineProcess, Rollout, SentWeights, WeightSource
 
 
@@ -75,7 +75,7 @@ class EchoWorkers:
 
     def generate(self, rank, requests):
         return [
-            GenerationResult(
+            make_result(
                 token_ids=[rank, *request.prompt_token_ids],
                 logprobs=[-1.0] * (1 + len(request.prompt_token_ids)),
                 finish_reason="stop",
@@ -106,18 +106,18 @@ class EchoWorkers:
 def make_cluster(cut=None, engine_size=1, **layout):
     layout = Layout(**{"dp": 2, **layout})
     placement = colocated(layout, layout.world_size, engine_size)
-    workers = EchoWorkers(placement)
+    workers: Any = EchoWorkers(placement)
     return Cluster.of(workers, placement, cut or TokenBudget(max_tokens=64)), workers
 
 
 def requests(num):
     sampling = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=4, seed=0)
-    return [GenerationRequest(prompt_token_ids=[100 + i], sampling=sampling) for i in range(num)]
+    return [make_request(prompt_token_ids=[100 + i], sampling=sampling) for i in range(num)]
 
 
 def sequences(num):
     return [
-        TokenSequence(token_ids=[i] * (2 + i % 5), loss_mask=[False] + [True] * (1 + i % 5))
+        make_sequence(token_ids=[i] * (2 + i % 5), loss_mask=[False] + [True] * (1 + i % 5))
         for i in range(num)
     ]
 
@@ -175,7 +175,8 @@ def test_only_ranks_with_an_engine_get_requests():
     placement = colocated(Layout(dp=4), 4, engine_size=1)
     engines = zip(placement.places, (None, 0, None, 1), strict=True)
     placement = replace(placement, places=[replace(place, engine=e) for place, e in engines])
-    cluster = Cluster.of(EchoWorkers(placement), placement, TokenBudget(max_tokens=64))
+    workers: Any = EchoWorkers(placement)
+    cluster = Cluster.of(workers, placement, TokenBudget(max_tokens=64))
     assert cluster.engines.num_engines == 2
     results = cluster.engines.generate(alone(5))
     assert tokens(results) == [[[1, 100]], [[3, 101]], [[1, 102]], [[3, 103]], [[1, 104]]]
@@ -313,7 +314,7 @@ class FailingWorkers(EchoWorkers):
 
     def generate(self, rank, requests):
         return [
-            GenerationResult(
+            make_result(
                 token_ids=[rank],
                 logprobs=[-1.0],
                 finish_reason="stop",
@@ -332,7 +333,7 @@ class FailingWorkers(EchoWorkers):
 
 def failing(error, restarts):
     placement = engines_apart(Layout(dp=2), 2, engine_size=2)
-    workers = FailingWorkers(placement, error)
+    workers: Any = FailingWorkers(placement, error)
     cluster = Cluster.of(
         workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=restarts
     )
@@ -422,14 +423,14 @@ class SlowWorkers(EchoWorkers):
 
 
 def aborted():
-    return GenerationResult(
+    return make_result(
         token_ids=[7], logprobs=[-1.0], finish_reason="abort", versions=[VersionSpan(-1, 0, 1)]
     )
 
 
 def test_once_enough_groups_have_ended_the_others_are_stopped_with_what_they_have():
     placement = engines_apart(Layout(), 1, engine_size=1)
-    workers = SlowWorkers(placement)
+    workers: Any = SlowWorkers(placement)
     engines = Cluster.of(workers, placement, TokenBudget(max_tokens=64)).engines
     results = engines.end(engines.begin(alone(6)), enough=3)
     assert [result.finish_reason for (result,) in results] == [
@@ -440,7 +441,7 @@ def test_once_enough_groups_have_ended_the_others_are_stopped_with_what_they_hav
 
 def test_what_ended_before_an_engine_was_lost_is_not_drawn_again():
     placement = engines_apart(Layout(), 1, engine_size=1)
-    workers = SlowWorkers(placement)
+    workers: Any = SlowWorkers(placement)
     workers.quick, workers.lost = (0, 1), 2
     cluster = Cluster.of(workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=1)
     results = cluster.engines.generate(alone(4))
@@ -452,7 +453,7 @@ def test_what_ended_before_an_engine_was_lost_is_not_drawn_again():
 
 def test_other_engines_draw_for_one_that_is_lost_which_joins_at_the_next_sync():
     placement = engines_apart(Layout(), 1, 1, own_nodes=1, own_devices_per_node=3)
-    workers = TwoStarts(placement)
+    workers: Any = TwoStarts(placement)
     cluster = Cluster.of(workers, placement, TokenBudget(max_tokens=64), max_engine_restarts=1)
     engines = cluster.engines
     engines.sync_weights(-1)
@@ -518,7 +519,7 @@ class LoadingWorkers(EchoWorkers):
 
 def loading_cluster():
     placement = colocated(Layout(dp=4), 4, engine_size=2)
-    workers = LoadingWorkers(placement)
+    workers: Any = LoadingWorkers(placement)
     return Cluster.of(workers, placement, TokenBudget(max_tokens=64)), workers
 
 

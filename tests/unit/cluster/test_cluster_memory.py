@@ -1,5 +1,7 @@
 """What is measured of a run is what the fullest worker held, by phase."""
 
+from typing import Any
+
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.memory import Measured, measured, peak_metrics
 from mcore_rl.cluster.phases import Phase
@@ -19,18 +21,22 @@ class Workers:
         return {rank: done(self.uses[rank]) for rank in calls}
 
 
+def workers(*uses, **how) -> Any:
+    return Workers(*uses, **how)
+
+
 def test_the_worker_that_held_most_counts_in_each_phase():
     one = MemoryUse({Actor.update: 5, Actor.logprobs: 2, Actor.offload: 9}, 3, True)
     two = MemoryUse({Actor.update: 4, Actor.record_logprobs: 6}, 8, True)
     peaks = {Phase.LOGPROBS: 6, Phase.TRAIN: 5}
-    assert measured(Workers(one, two)) == Measured(peaks=peaks, held=8, is_of_host=True)
+    assert measured(workers(one, two)) == Measured(peaks=peaks, held=8, is_of_host=True)
 
 
 def test_the_peak_of_a_step_is_that_of_the_worker_that_held_most():
-    peaks = Workers(2 << 30, 3 << 30, method=Memory.take_peak)
+    peaks = workers(2 << 30, 3 << 30, method=Memory.take_peak)
     assert to_floats(peak_metrics(peaks)) == {"perf/memory_peak_gib": 3.0}
-    assert peak_metrics(Workers(None, None, method=Memory.take_peak)) == {}
+    assert peak_metrics(workers(None, None, method=Memory.take_peak)) == {}
 
 
 def test_workers_that_cannot_tell_tell_nothing():
-    assert measured(Workers(None, None)) is None
+    assert measured(workers(None, None)) is None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from carriers import make_sequence
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import done
@@ -15,14 +17,14 @@ from mcore_rl.cluster.placement import colocated, engines_apart
 from mcore_rl.data.packing import TokenBudget
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EnginePart
-from mcore_rl.types import Layout, Offloads, Part, TokenNumbers, TokenSequence, WriteState
+from mcore_rl.types import Layout, Offloads, Part, TokenNumbers, WriteState
 from mcore_rl.workers.roles import Actor, Critic, EngineProcess, Rollout, SentWeights, WeightSource
 
 PARAM, GRAD, OPTIMIZER, REFERENCE = Part
 TRAINED = frozenset({PARAM, GRAD, OPTIMIZER})
 EVERYTHING = Offloads(actor=frozenset(Part), critic=TRAINED)
 CUT = TokenBudget(max_tokens=64)
-SEQUENCES = [TokenSequence(token_ids=[1, 2, 3], loss_mask=[False, True, True])]
+SEQUENCES = [make_sequence(token_ids=[1, 2, 3], loss_mask=[False, True, True])]
 
 
 ROLES = Actor, Critic, Rollout, WeightSource, EngineProcess
@@ -42,10 +44,10 @@ class RoomWorkers:
         self.away = {Actor: set(offloads.actor), Critic: set(offloads.critic)}
         self.moves = []
 
-    def submit(self, calls):
+    def submit(self, calls) -> dict[int, Any]:
         assert set(calls) == {0, 1}, "all ranks move together"
         method, args = calls[0].method, calls[0].args
-        role = next(r for r in ROLES if method in vars(r).values())
+        role: Any = next(r for r in ROLES if method in vars(r).values())
         if method in (Actor.offload, Critic.offload, Actor.restore, Critic.restore):
             (parts,), away = args, self.away[role]
             assert parts
@@ -82,7 +84,7 @@ def numbers_of(indices, lengths):
 
 def cluster_with(offloads):
     placement = colocated(Layout(dp=2), 2, engine_size=1)
-    workers = RoomWorkers(offloads)
+    workers: Any = RoomWorkers(offloads)
     return Cluster.of(workers, placement, CUT, CUT, offloads=offloads), workers
 
 
@@ -207,7 +209,7 @@ def test_an_engine_that_is_started_again_gets_weights_that_are_there():
     """They come back for it alone, and leave before it is asked again."""
     offloads = Offloads(actor=TRAINED)
     placement = engines_apart(Layout(dp=2), 2, 2, 0, 0)
-    workers = WorkersWithAnEngineApart(offloads)
+    workers: Any = WorkersWithAnEngineApart(offloads)
     cluster = Cluster.of(workers, placement, CUT, max_engine_restarts=1, offloads=offloads)
     cluster.engines.sync_weights(1)
     assert cluster.engines.generate([[]]) == [[]]
@@ -227,7 +229,7 @@ def test_the_reference_of_adapters_is_the_weights():
 
 
 def test_a_phase_that_is_entered_again_moves_nothing():
-    workers = RoomWorkers(EVERYTHING)
+    workers: Any = RoomWorkers(EVERYTHING)
     phases = Phases(workers, EVERYTHING)
     phases.enter(Phase.SYNC)
     phases.enter(Phase.SYNC)
@@ -273,7 +275,7 @@ class SleepingWorkers(RoomWorkers):
 
 
 def sleeping_cluster(level):
-    workers = SleepingWorkers()
+    workers: Any = SleepingWorkers()
     placement = colocated(Layout(dp=2), 2, engine_size=1)
     return Cluster.of(workers, placement, CUT, sleep_level=level), workers
 

@@ -1,7 +1,10 @@
 """The controller's plan of routes: who gives them to whom, once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+from carriers import make_sequence
 
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
@@ -28,7 +31,7 @@ class RecordingWorkers:
 @pytest.fixture
 def routes_and_workers():
     """Routes over two data-parallel ranks of two workers each: shares go to ranks 0 and 2."""
-    workers = RecordingWorkers(4)
+    workers: Any = RecordingWorkers(4)
     return Routes(workers, colocated(Layout(tp=2, dp=2), 4, engine_size=1)), workers
 
 
@@ -83,7 +86,7 @@ def test_what_was_given_is_not_given_again_before_it_is_dropped(routes_and_worke
 
 def test_nobody_is_asked_where_no_routes_are_held(routes_and_workers):
     routes, workers = routes_and_workers
-    sequence = TokenSequence(token_ids=[1, 2], loss_mask=[False, True])
+    sequence = make_sequence(token_ids=[1, 2], loss_mask=[False, True])
     routes.deliver([Share.of([sequence], [[0]]), Share.of([], [[]])])
     routes.drop()
     assert workers.calls == []
@@ -92,5 +95,8 @@ def test_nobody_is_asked_where_no_routes_are_held(routes_and_workers):
 def test_the_controller_is_told_a_few_bytes_of_each_sequence():
     whole = share((0, 1), (2, 3), lengths=(4000, 4000)).whole
     assert whole.routed_experts is None
+    second = whole.cut(1, 2).routes_at
+    assert whole.routes_at is not None
+    assert second is not None
     assert np.array_equal(whole.routes_at, [[0, 1], [2, 3]])
-    assert np.array_equal(whole.cut(1, 2).routes_at, [[2, 3]])
+    assert np.array_equal(second, [[2, 3]])

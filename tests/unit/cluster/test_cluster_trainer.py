@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from carriers import make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,7 +94,7 @@ def steps(draw):
 
 def trainer_of(layout, cut):
     placement = colocated(layout, layout.world_size, engine_size=1)
-    workers = CountingWorkers(layout.world_size)
+    workers: Any = CountingWorkers(layout.world_size)
     phases = Phases(workers, Offloads())
     return Trainer(workers, placement, Routes(workers, placement), phases, cut), workers
 
@@ -137,7 +139,7 @@ def test_routes_that_a_pass_records_lie_where_they_are_replayed_and_never_move(s
 def test_without_routes_minibatches_are_cut_as_one(cut):
     """Fewer micro-batches, since none is left half empty at the end of each minibatch."""
     layout = Layout(dp=2)
-    sequences = [TokenSequence(token_ids=[i, 0, 0], loss_mask=[True] * 3) for i in range(6)]
+    sequences = [make_sequence(token_ids=[i, 0, 0], loss_mask=[True] * 3) for i in range(6)]
     together, workers = trainer_of(layout, cut)
     numbers = together.logprobs(sequences[:3], sequences[3:])
     assert [len(of_sequence) for of_sequence in numbers] == [3] * 6

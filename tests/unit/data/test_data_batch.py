@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from carriers import make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.data.batch import pack, unpack
-from mcore_rl.types import MicroBatch, TokenSequence
+from mcore_rl.types import MicroBatch
 
 VALUES = ("rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
 
@@ -19,7 +20,7 @@ def _micro_batch(*sequences):
 
 
 def _sequence(token_ids, loss_mask, **values):
-    return TokenSequence(
+    return make_sequence(
         token_ids=token_ids, loss_mask=[bool(trains) for trains in loss_mask], **values
     )
 

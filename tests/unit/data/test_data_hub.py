@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from huggingface_hub import close_session, constants
@@ -45,6 +46,9 @@ REST_OF_THE_MODEL = {
 
 class Hub(BaseHTTPRequestHandler):
     """The data set and the model someone/sums, and one of each that needs a token."""
+
+    server: Any
+    """With `asked`, the paths that it was asked for."""
 
     def do_GET(self):
         path = self.path.partition("?")[0]
@@ -89,7 +93,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     """Have the library ask a server of this test, and return the paths that it asks for."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked = []
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

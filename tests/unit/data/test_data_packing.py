@@ -3,6 +3,7 @@ import itertools
 import random
 
 import pytest
+from carriers import make_prompt, make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,12 +19,12 @@ from mcore_rl.data.packing import (
 )
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import merge, to_floats
-from mcore_rl.types import Denominators, Prompt, SampleGroup, TokenSequence
+from mcore_rl.types import Denominators, SampleGroup
 
 
 def _sequence(length, num_trained=None):
     num_trained = length - 1 if num_trained is None else num_trained
-    return TokenSequence(
+    return make_sequence(
         token_ids=list(range(length)),
         loss_mask=[False] * (length - num_trained) + [True] * num_trained,
     )
@@ -175,7 +176,7 @@ def test_an_empty_cut_is_refused_by_its_key(make, message):
 
 
 def _groups(n):
-    prompt = Prompt(uid="t:0", token_ids=[1], text="", data_source="s", ground_truth="")
+    prompt = make_prompt(uid="t:0", token_ids=[1], text="", data_source="s", ground_truth="")
     return [SampleGroup(prompt=prompt, samples=[]) for _ in range(n)]
 
 

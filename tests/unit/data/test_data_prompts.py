@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -234,7 +235,7 @@ def test_a_long_conversation_is_cut_with_its_mask_or_dropped(
     talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2" * 9 + "99"}]
     short = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     path = write_jsonl([{"messages": talk}, {"messages": short}])
-    limits = {"max_prompt_length": 4, "max_response_length": 4}
+    limits: dict[str, Any] = {"max_prompt_length": 4, "max_response_length": 4}
     cfg = DataConfig(**limits, truncation=truncation)
     long, whole = load_sft_sequences(path, cfg, tokenizer)
     assert len(long.token_ids) == len(long.loss_mask) == 8

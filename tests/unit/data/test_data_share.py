@@ -1,9 +1,11 @@
 """What a data-parallel rank is sent: a few arrays, cut into micro-batches where they arrive."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
+from carriers import make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +54,8 @@ def test_micro_batches_hold_the_sequences_that_were_planned_for_them(lengths, dp
             assert micro_batch.lengths.tolist() == [lengths[i] for i in indices]
             starts = np.cumsum(micro_batch.lengths) - micro_batch.lengths
             for place, (index, start) in enumerate(zip(indices, starts.tolist(), strict=True)):
-                sequence, stop = sequences[index], start + lengths[index]
+                sequence: Any = sequences[index]
+                stop = start + lengths[index]
                 for name in ("token_ids", "loss_mask", *NUMBERS):
                     found = getattr(micro_batch, name)[start:stop]
                     assert np.array_equal(found, getattr(sequence, name)), name
@@ -102,10 +105,13 @@ def test_numbers_come_back_by_the_place_of_their_sequence():
 
 
 def test_carriers_make_arrays_of_lists_and_refuse_another_length():
-    sequence = TokenSequence(token_ids=[7, 8], loss_mask=[False, True], advantages=[0, 0.1])
+    sequence = make_sequence(token_ids=[7, 8], loss_mask=[False, True], advantages=[0, 0.1])
     assert sequence.token_ids.dtype == np.int32
     assert sequence.loss_mask.dtype == np.bool_
+    assert sequence.advantages is not None
     assert sequence.advantages.dtype == np.float32
-    assert MicroBatch.of([sequence]).advantages.tolist() == [0.0, np.float32(0.1)]
+    packed = MicroBatch.of([sequence]).advantages
+    assert packed is not None
+    assert packed.tolist() == [0.0, np.float32(0.1)]
     with pytest.raises(AssertionError, match="loss_mask is not as long as token_ids"):
-        TokenSequence(token_ids=[7, 8], loss_mask=[True])
+        make_sequence(token_ids=[7, 8], loss_mask=[True])

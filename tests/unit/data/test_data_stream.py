@@ -2,17 +2,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from carriers import make_prompt, make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.errors import UserError
-from mcore_rl.types import Prompt, TokenSequence
 
 
 def _prompts(n):
     return [
-        Prompt(uid=f"t:{i}", token_ids=[i], text="", data_source="s", ground_truth="")
+        make_prompt(uid=f"t:{i}", token_ids=[i], text="", data_source="s", ground_truth="")
         for i in range(n)
     ]
 
@@ -111,7 +111,7 @@ def test_the_digest_is_that_of_the_content_and_not_of_its_type():
     state = stream.state_dict()
     ItemStream(as_arrays, seed=1).load_state_dict(state)
     assert len(state["digest"]) == 32
-    sequences = [TokenSequence(token_ids=[1, 2], loss_mask=[False, True])]
+    sequences = [make_sequence(token_ids=[1, 2], loss_mask=[False, True])]
     other = [replace(sequences[0], loss_mask=[False, False])]
     digests = {ItemStream(items).state_dict()["digest"] for items in (sequences, other)}
     assert len(digests) == 2

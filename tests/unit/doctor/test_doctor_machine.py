@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doctor_command import IN_SPACES, doctor, environment, needs_mounts
@@ -51,10 +52,11 @@ def test_a_full_disk_is_found_where_runs_and_where_temporary_files_are_written(t
     full = (
         f"mount -t tmpfs -o size=1m tmpfs {tmp_path}\nhead -c 2M /dev/zero > {tmp_path}/x || true"
     )
-    for variables, argv, name, key in (
+    cases: tuple[tuple[dict[str, Any], list, str, str], ...] = (
         ({}, ["--run-folder", tmp_path / "new" / "run"], "runs", "trainer.default_local_dir"),
         ({"TMPDIR": str(tmp_path)}, [], "temporary", "TMPDIR"),
-    ):
+    )
+    for variables, argv, name, key in cases:
         found = doctor("disk", *argv, before=full, **variables)
         other = "temporary" if name == "runs" else "runs"
         row = found.rows[f"disk ({name})"]

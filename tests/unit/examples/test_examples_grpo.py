@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shell_commands import composed, run_script
@@ -16,7 +17,7 @@ def train(tmp_path, *argv, **variables):
     return run_script(tmp_path, TRAIN, *argv, stand_ins="python", **variables)
 
 
-def config_of(tmp_path, *argv, **variables):
+def config_of(tmp_path, *argv, **variables) -> Any:
     (command,) = train(tmp_path, *argv, **variables).commands
     return composed(command)
 

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from published_models import (
@@ -114,13 +115,20 @@ def test_a_job_is_submitted_with_the_nodes_and_devices_of_the_configuration(tmp_
     wanted = ["--job-name=gmpo_qwen3_30b_a3b", "--nodes=8", "--gpus-per-node=8"]
     assert ended.commands == [["sbatch", *wanted, script, *argv]]
     header = dict(
-        re.fullmatch(r"#SBATCH --([\w-]+)(?:=(.*))?", line).groups()
+        option_of(line)
         for line in (LAUNCH / "job.sbatch").read_text().splitlines()
         if line.startswith("#SBATCH")
     )
     assert header["ntasks-per-node"] == "1"
     assert "requeue" in header
     assert header["signal"] == "B:USR1@300"
+
+
+def option_of(line: str) -> tuple[str, Any]:
+    """Return the name and the value, or None, of a line of a job's header."""
+    found = re.fullmatch(r"#SBATCH --([\w-]+)(?:=(.*))?", line)
+    assert found is not None
+    return found[1], found[2]
 
 
 @pytest.mark.starts_processes
@@ -312,7 +320,7 @@ def test_a_dry_run_starts_one_process(tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_plan_fits_the_devices_of_the_readme(tmp_path, capsys, name):
+def test_the_plan_fits_the_devices_of_the_readme(tmp_path, capsys, name: str):
     model, device_gib = RECIPES[name]
     model.save_pretrained(tmp_path)
     row = json.dumps({"prompt": "What is 37 + 48? " * 20, "ground_truth": "85"})
@@ -381,7 +389,7 @@ def test_the_recipe_for_one_node_trains_as_that_for_eight():
     assert replace(small, actor=replace(small.actor, megatron=megatron), trainer=trainer) == large
 
 
-def recipe(name, *argv):
+def recipe(name, *argv) -> Any:
     given = ["model.path=M", "data.train_files=train.parquet", "data.val_files=val.parquet"]
     line = parse_command_line("train", "", ["--config-name", name, *given, *argv])
     cfg = compose_config(RunConfig, line)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from carriers import make_prompt, make_result
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import Call, done
@@ -81,7 +82,7 @@ class UnigramEngine:
                 tokens.append(int(logprobs.argmax()))
             else:
                 tokens += source.choices(range(VOCABULARY), probabilities)
-        return GenerationResult(
+        return make_result(
             token_ids=tokens,
             logprobs=[float(logprobs[token]) for token in tokens],
             finish_reason="stop" if END in tokens else "length",
@@ -164,7 +165,7 @@ class UnigramActor:
         metrics[0][f"{self.role}/lr"] = maximum(rate)
         return metrics
 
-    def output(self, weights, batch):
+    def output(self, weights, batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (logprobs_T, entropy_T)."""
         logprobs_V = self.log_softmax(weights)
         entropy_T = -(logprobs_V.exp() * logprobs_V).sum().expand(len(batch.labels_T))
@@ -424,7 +425,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 def make_prompts(num: int, first: int, source: str) -> list[Prompt]:
     return [
-        Prompt(
+        make_prompt(
             uid=f"{source}:{first + i}",
             token_ids=[1 + (first + i) % 5, 2, 3 + (first + i) // 5][: 1 + i % 3],
             text="",
@@ -517,7 +518,9 @@ def make_inputs(reward_file: Path, cfg: RunConfig, total_steps: int, num_val: in
 def make_cluster(
     workers: FakeWorkers, cfg: RunConfig | SftRunConfig, engine_size: int | None = 1
 ) -> Cluster:
-    has_critic = isinstance(cfg, RunConfig) and cfg.has_critic
-    critic_cut = cfg.critic.cut_over(1) if has_critic else None
+    critic_cut = None
+    if isinstance(cfg, RunConfig) and cfg.has_critic:
+        critic_cut = cfg.critic.cut_over(1)
     placement = colocated(Layout(dp=workers.world_size), workers.world_size, engine_size)
-    return Cluster.of(workers, placement, cfg.actor.cut, critic_cut)
+    group: Any = workers
+    return Cluster.of(group, placement, cfg.actor.cut, critic_cut)

@@ -1,5 +1,7 @@
 """The loop with a critic: what it asks for, warm-up, and a resume to the same numbers."""
 
+from typing import Any
+
 import pytest
 from sequences import sequences_of
 
@@ -32,7 +34,7 @@ def test_values_come_before_the_advantages_and_the_critic_trains_first(run_loop)
 def test_the_critic_gets_values_and_returns_and_the_actor_does_not(run_loop):
     run = run_loop(GAE, steps=1)
     [(micro_batches, *_), *_] = run.arguments("critic.update")[0]
-    of_critic = [s for mb in micro_batches for s in sequences_of(mb)]
+    of_critic: list[Any] = [s for mb in micro_batches for s in sequences_of(mb)]
     assert all(len(s.values) == len(s.returns) == len(s.token_ids) for s in of_critic)
     assert {s.advantages for s in of_critic} == {s.rollout_logprobs for s in of_critic} == {None}
     of_actor = [s for update in run.updates for s in update]

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from carriers import make_sample
 from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
 from loop_runs import requests_of
 
 from mcore_rl.loop.generate import answered_groups, ask_for_groups, rollout_metrics
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Sample, SampleGroup, VersionSpan
+from mcore_rl.types import SampleGroup, VersionSpan
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_rollout_metrics_describe_lengths_ends_and_staleness():
 
     def sample(length, finish_reason, *versions):
         spans = [VersionSpan(version, i, i + 1) for i, version in enumerate(versions)]
-        return Sample(
+        return make_sample(
             prompt=prompt,
             index=0,
             token_ids=[*prompt.token_ids, *range(length)],

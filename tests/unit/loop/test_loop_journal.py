@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from carriers import make_result
 from loop_runs import replay_in, run_in
 
 from mcore_rl.errors import UserError
 from mcore_rl.loop.difference import compare
 from mcore_rl.loop.journal import FORMAT, Key, Score, StepRecord, read_step, steps_of, write_step
 from mcore_rl.observability.run_folder import JOURNAL
-from mcore_rl.rollout.base import GenerationRequest, GenerationResult, SamplingParams
+from mcore_rl.rollout.base import GenerationRequest, SamplingParams
 from mcore_rl.types import VersionSpan
 
 STALE = ("trainer.loop=overlapped", "trainer.max_staleness=2", "rollout.host=process")
@@ -19,7 +20,7 @@ FILTERED = ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metr
 
 def result(token_ids, finish_reason="stop", versions=()):
     logprobs = [-0.1 * token for token in token_ids]
-    return GenerationResult(
+    return make_result(
         token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason, versions=versions
     )
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from carriers import make_prompt, make_sample
 
 from mcore_rl.errors import RunError
 from mcore_rl.loop.ledger import Ledger
 from mcore_rl.metrics import to_floats
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
-PROMPT = Prompt(uid="a", token_ids=[5, 6], text="", data_source="s", ground_truth="")
+PROMPT = make_prompt(uid="a", token_ids=[5, 6], text="", data_source="s", ground_truth="")
 
 
 def group(*lengths: int) -> SampleGroup:
     samples = [
-        Sample(
+        make_sample(
             prompt=PROMPT,
             index=index,
             token_ids=[5, 6, *[7] * length],

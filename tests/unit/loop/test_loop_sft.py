@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from carriers import make_sequence
 from fake_workers import CrashError, FakeWorkers, make_cluster
 
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -15,10 +16,9 @@ from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.sft import train
 from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
-from mcore_rl.types import TokenSequence
 
 SEQUENCES = [
-    TokenSequence(
+    make_sequence(
         token_ids=[1, 2, *[3 + i % 2] * (1 + i % 3), 0],
         loss_mask=[False, False, *[True] * (2 + i % 3)],
     )

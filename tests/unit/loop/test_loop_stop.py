@@ -107,5 +107,9 @@ def test_a_run_asked_to_end_before_its_loop_trains_nothing(run_loop, method):
 def test_work_that_is_named_after_the_run_was_asked_is_interrupted_too():
     stop, calls = Stop(), itertools.count()
     stop.ask()
-    stop.interrupts(lambda: next(calls))
+
+    def interrupt():
+        next(calls)
+
+    stop.interrupts(interrupt)
     assert next(calls) == 1

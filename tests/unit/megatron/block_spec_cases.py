@@ -1,5 +1,7 @@
 """What a process of `processes.py` does for the tests of the layer specs."""
 
+from typing import Any
+
 from actor_cases import running_worker
 
 
@@ -7,7 +9,8 @@ def checkpoint_names(spec):
     """Return (names of the parameters of the one chunk, their names in a checkpoint by those)."""
     with running_worker(spec) as worker:
         (chunk,) = worker.actor.chunks
+        module: Any = chunk.module
         # Both kinds of tensor in it, plain and built from parts, carry their name as `key`.
-        state = chunk.module.sharded_state_dict(metadata={"singleton_local_shards": False})
+        state = module.sharded_state_dict(metadata={"singleton_local_shards": False})
         names = {name: value.key for name, value in state.items() if hasattr(value, "key")}
-        return [name for name, _ in chunk.module.named_parameters()], names
+        return [name for name, _ in module.named_parameters()], names

@@ -16,6 +16,7 @@ def sequence_quantities(sequences, values_T, factors_S):
     """Return the means of the sequences and the gradient of a loss of them at this rank's
     positions; every rank's loss is its share of the whole loss."""
     group = dist.group.WORLD
+    assert group is not None
     batch = row(sequences, group.size())
     boundaries = tuple(batch.cu_seqlens_padded.tolist())
     index = local_positions(boundaries, group.rank(), group.size())
@@ -32,7 +33,9 @@ def row_cut_and_gathered(sequences):
     """Return what `unpack` gives of the advantages after cutting and gathering them."""
     cpu.install()
     group = dist.group.WORLD
+    assert group is not None
     batch = row(sequences, group.size())
     cut = cut_batch(batch, group)
+    assert cut.advantages_T is not None
     whole_T = gather_positions(cut.advantages_T, batch.cu_seqlens_padded.tolist(), group)
     return unpack(whole_T, batch), len(cut.labels_T), len(batch.labels_T)

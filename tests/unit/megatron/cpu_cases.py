@@ -1,5 +1,7 @@
 """What the processes do in test_megatron_cpu: each returns what a CPU-only Megatron then does."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -140,6 +142,7 @@ def recompute_with_dropout():
         y = tensor_parallel.checkpoint(layer, False, x) if recomputed else layer(x)
         torch.rand(9)  # the generator moves on before the backward pass
         y.sum().backward()
+        assert x.grad is not None
         gradients.append(x.grad.tolist())
     parallel_state.destroy_model_parallel()
     return gradients
@@ -202,6 +205,7 @@ def repaired_defects():
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     splits = torch.tensor([1, 2])
+    nothing: Any = None
     return {
         "general_gemm": moe_utils.te_general_gemm,
         "fp8": CheckpointWithoutOutput().fp8,
@@ -209,7 +213,7 @@ def repaired_defects():
             token_dispatcher.maybe_move_tensor_to_cpu(splits, as_numpy=True), np.ndarray
         ),
         "tensor": token_dispatcher.maybe_move_tensor_to_cpu(splits) is splits,
-        "nothing": token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True),
+        "nothing": token_dispatcher.maybe_move_tensor_to_cpu(nothing, as_numpy=True),
         "adam": distrib_optimizer.Adam is cpu.GroupStepAdam,
     }
 

@@ -1,5 +1,7 @@
 """What a process of `processes.py` does for the tests of a forward pass."""
 
+from typing import Any
+
 from actor_cases import running_cluster
 from actor_inputs import ONE_MICRO_BATCH, random_sequences
 
@@ -9,7 +11,8 @@ def boundaries(spec):
     object, the boundaries, the length that is said to be the longest)."""
     given = []
     with running_cluster(spec, ONE_MICRO_BATCH) as (cluster, worker):
-        attention = worker.actor.chunks[0].module.decoder.layers[0].self_attention.core_attention
+        module: Any = worker.actor.chunks[0].module
+        attention = module.decoder.layers[0].self_attention.core_attention
         attention.register_forward_pre_hook(
             lambda _, args, kwargs: given.append(kwargs["packed_seq_params"]), with_kwargs=True
         )

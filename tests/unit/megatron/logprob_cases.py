@@ -21,5 +21,6 @@ def sharded_logprobs(hidden_TH, weight_VH, labels_T, weights_T2, vocab_size):
         temperature=1.4,
         block_logits=60,
     )
+    assert entropy_T is not None
     (weights_T2[:, 0] @ logprobs_T + weights_T2[:, 1] @ entropy_T).backward()
     return logprobs_T.detach(), entropy_T.detach(), hidden.grad, shard.grad

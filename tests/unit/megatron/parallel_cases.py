@@ -16,7 +16,8 @@ def backends_beside_another(layout: Layout):
 
     rank, size = dist.get_rank(), dist.get_world_size()
     cpu.install()
-    store = dist.PrefixStore("beside", dist.distributed_c10d._get_default_store())
+    default = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore("beside", default)  # pyright: ignore[reportPrivateImportUsage]
     dist.destroy_process_group()
     dist.init_process_group("fake", store=store, rank=rank, world_size=size)
     groups = parallel.initialize(layout, seed=1)

@@ -72,7 +72,7 @@ def test_values_and_gradients_are_those_of_a_softmax_per_sequence(heads, groups,
     inputs = random_inputs(0, RAGGED, heads, groups)
     expected = with_gradients(naive_attention, *inputs, RAGGED)
     inputs = [x.to(dtype) for x in inputs]
-    found = with_gradients(attention, *inputs, RAGGED)
+    found = with_gradients(attention, *inputs, lengths=RAGGED)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
@@ -86,8 +86,9 @@ def test_values_and_gradients_are_those_of_a_softmax_per_sequence(heads, groups,
 def test_any_lengths_give_the_softmax_per_sequence(lengths, seed):
     """Lengths of 0 too: a boundary that is there twice."""
     *inputs, _ = random_inputs(seed, lengths)
-    found = attention(*inputs, boundaries_of(lengths), SCALE)
-    expected = naive_attention(*inputs, boundaries_of(lengths), SCALE)
+    boundaries = boundaries_of(lengths)
+    found = attention(*inputs, boundaries=boundaries, scale=SCALE)
+    expected = naive_attention(*inputs, boundaries=boundaries, scale=SCALE)
     # float64, sums of at most 35 products; observed 1e-15.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
@@ -98,7 +99,7 @@ def test_a_permutation_of_the_sequences_permutes_outputs_and_gradients(order):
     inputs = random_inputs(1, RAGGED)
     parts = [x.split(RAGGED) for x in inputs]
     moved_inputs = [torch.cat([of_input[i] for i in order]) for of_input in parts]
-    moved = with_gradients(attention, *moved_inputs, [RAGGED[i] for i in order])
+    moved = with_gradients(attention, *moved_inputs, lengths=[RAGGED[i] for i in order])
     for ours, plain in zip(moved, with_gradients(attention, *inputs, RAGGED), strict=True):
         expected = torch.cat([plain.split(RAGGED)[i] for i in order])
         # float64; other neighbours give other paddings and other blocks; observed 1e-15.
@@ -109,11 +110,11 @@ def test_a_sequence_and_later_tokens_cannot_reach_others():
     """Replacing a token by one of size 1000 changes bits only from it on, in its own sequence."""
     *inputs, _ = random_inputs(2, RAGGED)
     boundaries = boundaries_of(RAGGED)
-    before = attention(*inputs, boundaries, SCALE)
+    before = attention(*inputs, boundaries=boundaries, scale=SCALE)
     changed_token = boundaries[3] + 4
     for x in inputs:
         x[changed_token] = 1000 * torch.randn(x.shape[1:], dtype=x.dtype)
-    after = attention(*inputs, boundaries, SCALE)
+    after = attention(*inputs, boundaries=boundaries, scale=SCALE)
     changed_T = (before != after).flatten(1).any(-1)
     assert changed_T.nonzero().flatten().tolist() == list(range(changed_token, boundaries[4]))
 

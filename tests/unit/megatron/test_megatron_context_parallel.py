@@ -43,7 +43,7 @@ def test_a_sequence_that_does_not_divide_is_a_bug():
 
 def with_gradients(inputs, spans):
     leaves = [x.clone().requires_grad_() for x in inputs]
-    out = packed_causal_attention(*leaves, spans, SCALE)
+    out = packed_causal_attention(*leaves, spans=spans, scale=SCALE)
     out.sin().sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 

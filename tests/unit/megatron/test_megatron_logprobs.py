@@ -3,6 +3,8 @@
 Shapes: T tokens, H hidden, V vocabulary without padding rows.
 """
 
+from typing import Any
+
 import logprob_cases
 import pytest
 import torch
@@ -34,7 +36,9 @@ def random_inputs(seed, num_tokens, vocab_size, num_pad_rows=0, dtype=torch.floa
     return hidden_TH.to(dtype), weight.to(dtype), labels_T, factors_T2
 
 
-def with_gradients(function, hidden_TH, weight_VH, labels_T, factors_T2, with_entropy=True):
+def with_gradients(
+    function, hidden_TH, weight_VH, labels_T, factors_T2, with_entropy=True
+) -> tuple[Any, ...]:
     """Return logprobs, entropy (or None) and the gradients of hidden states and weight."""
     hidden, weight = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
     logprobs_T, entropy_T = function(hidden, weight, labels_T)
@@ -100,7 +104,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 def test_the_reference_of_the_package_is_the_formula():
     inputs = random_inputs(0, 17, 31)
-    found = with_gradients(lambda *args: logprobs_reference(*args, 1.3), *inputs)
+    found = with_gradients(lambda *args: logprobs_reference(*args, temperature=1.3), *inputs)
     # float32; observed 6e-7.
     assert_all_close(found, exact(*inputs, 1.3), atol=1e-5)
 
@@ -206,7 +210,8 @@ def test_no_tensor_is_larger_than_a_block_of_logits(with_entropy):
         )
     )
     assert blocked.largest == block_logits
-    assert run(lambda *args: logprobs_reference(*args, 1.5)).largest == num_tokens * vocab_size
+    whole = run(lambda *args: logprobs_reference(*args, temperature=1.5))
+    assert whole.largest == num_tokens * vocab_size
     # One product forward and two backward, which computes all blocks but the kept ones again.
     products = 16 + 2 * 16 + (16 - KEPT_BLOCKS)
     assert blocked.multiply_adds == products * block_logits * HIDDEN

@@ -7,12 +7,12 @@ import actor_cases
 import pytest
 import torch
 from actor_inputs import EP2, ONE_MICRO_BATCH, actor_spec, random_sequences
+from carriers import make_sequence
 from optimizer_cases import PoisonedObjective
 
 from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.megatron.config import OptimConfig
-from mcore_rl.types import TokenSequence
 
 SFT = SftObjective()
 SEQUENCES = random_sequences(1)
@@ -87,7 +87,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
     that of a run in which the bad minibatch never came."""
     others = [replace(sequence, advantages=None) for sequence in SEQUENCES[:3]]
     assert all(60 not in sequence.token_ids for sequence in others)
-    bad = TokenSequence(token_ids=[60, 1, 2], loss_mask=[False, True, True])
+    bad = make_sequence(token_ids=[60, 1, 2], loss_mask=[False, True, True])
     spoilt = ("update", [bad, *others], PoisonedObjective(token_id=60, factor=factor))
     options = {"checkpoint": checkpoint, "world_size": world_size, **megatron}
     good = run([("begin_step",), STEP[1], STEP[1]], **options)

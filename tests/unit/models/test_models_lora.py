@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_a_part_of_what_is_fused_is_adapted_alone(make_config, tmp_path):
     adapters = adapters_of(weights, 3, ["q_proj", "v_proj"])
     assert len(adapters) == config.num_hidden_layers
     for tp_size in (1, 2, 4):
-        shards = [adapted_rows(adapters[0], rank, tp_size) for rank in range(tp_size)]
+        shards: list[Any] = [adapted_rows(adapters[0], rank, tp_size) for rank in range(tp_size)]
         rows = to_hf(
             replace(adapters[0].b, mapping=adapter_of(adapters[0].weight, 1).b.mapping), shards
         )

@@ -1,6 +1,7 @@
 """The angle of every position and frequency: Megatron's as transformers'."""
 
 import json
+from typing import Any
 
 import pytest
 import rope_cases
@@ -13,7 +14,11 @@ from mcore_rl.errors import UserError
 from mcore_rl.models.rope import check_length, gpt_rope_kwargs, max_positions, yarn_numbers
 from mcore_rl.models.spec import engine_overrides, load_hf_config
 
-SIZES = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 131072}
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 131072,
+}
 POSITIONS = 4096
 
 LLAMA3 = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_a_converted_checkpoint_is_the_same_model_in_transformers(hf_config, tmp
     ]
     write_checkpoint(target, tensors, plan_shards(tensors, max_shard_bytes=8192))
     assert len(list(target.glob("*.safetensors"))) > 2
-    converted, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    read: Any = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    converted, info = read
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     weights = converted.state_dict()

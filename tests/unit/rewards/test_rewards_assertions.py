@@ -1,6 +1,7 @@
 """Assertions are taken apart into what the program is asked and what is expected of it."""
 
 import json
+from typing import Any
 
 import pytest
 from sandboxes import ENOUGH_S, LIMITS
@@ -9,7 +10,7 @@ from mcore_rl.rewards.assertions import SplitAssertions, split_assertions
 from mcore_rl.rewards.sandbox import Sandbox
 
 
-def _split(*texts):
+def _split(*texts) -> Any:
     parts = split_assertions(texts)
     assert all(isinstance(part, SplitAssertions) for part in parts), parts
     return parts

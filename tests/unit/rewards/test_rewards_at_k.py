@@ -76,7 +76,7 @@ def test_of_many_samples_the_majority_is_near_that_of_subsets_that_are_drawn():
         float(majority([samples[i] for i in rng.choice(64, 8, replace=False)], samples))
         for _ in range(4000)
     ]
-    error = np.std(drawn) / math.sqrt(len(drawn))
+    error = float(np.std(drawn)) / math.sqrt(len(drawn))
     assert majority_at(scores, answers, [8])[0] == pytest.approx(np.mean(drawn), abs=4 * error)
     assert error < 0.01
 

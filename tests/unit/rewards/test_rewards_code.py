@@ -2,13 +2,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from carriers import make_prompt, make_sample
 
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig, SandboxConfig
 from mcore_rl.rewards.code import compute_score, read_tests
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
 pytestmark = pytest.mark.starts_processes
 
@@ -171,7 +172,7 @@ def test_a_run_goes_on_after_programs_that_misbehave():
         "import socket; socket.create_connection(('127.0.0.1', 80))": 0.0,
         f"{ADD} # again": 1.0,
     }
-    prompt = Prompt(
+    prompt = make_prompt(
         uid="train.parquet:0",
         token_ids=[1],
         text="add",
@@ -179,7 +180,7 @@ def test_a_run_goes_on_after_programs_that_misbehave():
         ground_truth=ADD_TESTS,
     )
     samples = [
-        Sample(
+        make_sample(
             prompt=prompt,
             index=index,
             token_ids=[1, 2],
@@ -211,7 +212,7 @@ def test_all_tests_together_have_a_limit_too():
 
 def test_programs_get_less_time_than_their_reward():
     scorer = RewardScorer(RewardConfig(num_workers=1, timeout_s=20.0), CustomRewardConfig())
-    words = Prompt(uid="w:0", token_ids=[1], text="", data_source="gsm8k", ground_truth="1")
+    words = make_prompt(uid="w:0", token_ids=[1], text="", data_source="gsm8k", ground_truth="1")
     scorer.check([words])
     with pytest.raises(UserError, match=r"reward\.sandbox\.timeout_s=20\.0 must be less than"):
         scorer.check([words, replace(words, data_source="code")])

@@ -30,7 +30,9 @@ CODE = "if True:\n    print(1)\n"
 def test_a_fence_may_name_its_language_in_many_ways(fence):
     for line_end in ("\n", "\r\n"):
         response = f"So:\n\n{fence.format(CODE)}\n\nDone.".replace("\n", line_end)
-        assert last_program(response).rstrip("\n") + "\n" == CODE
+        found = last_program(response)
+        assert found is not None
+        assert found.rstrip("\n") + "\n" == CODE
 
 
 def test_tildes_open_a_block_only_where_they_begin_a_line():

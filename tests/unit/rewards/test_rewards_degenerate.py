@@ -6,6 +6,7 @@ minutes to hours, and the bound on CPU time tells it from a linear one that take
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ REFERENCES = {
 }
 
 
-def score(data_source, response):
+def score(data_source, response) -> Any:
     result = REWARDS.get(data_source)(
         data_source=data_source,
         solution_str=response,

@@ -1,12 +1,14 @@
 """Reference answers that no response can match are found at start, by file and row."""
 
+from typing import Any
+
 import pytest
+from carriers import make_prompt
 
 from mcore_rl.errors import UserError
 from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig, SandboxConfig
 from mcore_rl.rewards.ground_truth import reader_of
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.types import Prompt
 
 NUMBERS = ["gsm8k", "openai/gsm8k", "math_reasoning", "arithmetic", "exact_number"]
 WORDS = ["qa", "trivia"]
@@ -16,7 +18,7 @@ EVERY = [*NUMBERS, *WORDS, "math", "classification"]
 def check(data_source, *ground_truths, sandbox=None):
     scorer = RewardScorer(RewardConfig(sandbox=sandbox or SandboxConfig()), CustomRewardConfig())
     scorer.check_ground_truths(
-        Prompt(
+        make_prompt(
             uid=f"train.parquet:{row}",
             token_ids=[1],
             text="",
@@ -92,7 +94,7 @@ def test_a_list_is_any_of_its_answers_and_a_whole_float_its_integer(
 def test_a_response_without_a_word_scores_zero_whatever_the_reference(
     data_source, reference, response
 ):
-    result = REWARDS.get(data_source)(
+    result: Any = REWARDS.get(data_source)(
         data_source=data_source, solution_str=response, ground_truth=reference, extra_info=None
     )
     assert result.pop("pred") == ""

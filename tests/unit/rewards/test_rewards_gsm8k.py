@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,15 +24,19 @@ FORMS = [
 ]
 
 
+def _scored(response, reference) -> Any:
+    return compute_score("gsm8k", response, reference)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @settings(deadline=None)
 @given(number=st.integers(-(10**7), 10**7))
 def test_a_stated_answer_scores_one_and_its_neighbours_zero(form, number):
     for text in (f"{number}", f"{number:,}"):
         response = form.format(n=text)
-        assert compute_score("gsm8k", response, str(number))["score"] == 1.0
-        assert compute_score("gsm8k", response, str(number - 1))["score"] == 0.0
-        assert compute_score("gsm8k", response, str(number + 1))["score"] == 0.0
+        assert _scored(response, str(number))["score"] == 1.0
+        assert _scored(response, str(number - 1))["score"] == 0.0
+        assert _scored(response, str(number + 1))["score"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_a_stated_answer_scores_one_and_its_neighbours_zero(form, number):
     ],
 )
 def test_an_unstated_hedged_or_broken_answer_scores_zero(response):
-    assert compute_score("gsm8k", response, "72")["score"] == 0.0
+    assert _scored(response, "72")["score"] == 0.0
 
 
 def test_no_final_answer_is_none_rather_than_a_number():
@@ -60,7 +66,7 @@ def test_no_final_answer_is_none_rather_than_a_number():
 
 
 def test_a_reference_with_thousands_separators_is_understood():
-    assert compute_score("gsm8k", "#### 1080", "1,080")["score"] == 1.0
+    assert _scored("#### 1080", "1,080")["score"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -74,4 +80,4 @@ def test_a_reference_with_thousands_separators_is_understood():
     ],
 )
 def test_ways_to_write_a_number_are_one_answer(response, answer):
-    assert compute_score("gsm8k", response, "1")["pred"] == answer
+    assert _scored(response, "1")["pred"] == answer

@@ -1,6 +1,7 @@
 """Numbers of the `reward` section: the last that is taken, the first that is refused by its key."""
 
 import os
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,8 @@ def test_a_number_is_taken_up_to_its_limit_and_refused_beyond(
 
 @pytest.mark.parametrize("key", ["timeout_s", "memory_gib"])
 def test_a_limit_of_a_function_can_be_lifted(key):
-    assert getattr(RewardConfig(**{key: None}), key) is None
+    lifted: dict[str, Any] = {key: None}
+    assert getattr(RewardConfig(**lifted), key) is None
 
 
 def test_rewards_score_in_as_many_processes_as_there_are_cpus_unless_told():

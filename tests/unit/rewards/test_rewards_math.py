@@ -1,5 +1,7 @@
 r"""Equality of expressions is math-verify's; what is tested here is what we hand to it."""
 
+from typing import Any
+
 import pytest
 
 from mcore_rl.rewards import math as math_reward
@@ -11,7 +13,7 @@ from mcore_rl.rewards.worker import RewardCall
 
 
 def _score(response, reference):
-    scored = compute_score(data_source="math", solution_str=response, ground_truth=reference)
+    scored: Any = compute_score(data_source="math", solution_str=response, ground_truth=reference)
     return scored["score"]
 
 
@@ -99,7 +101,8 @@ def test_an_answer_that_no_simplifier_ends_on_is_wrong_after_the_limit(answer, m
 )
 @pytest.mark.starts_processes
 def test_an_answer_is_one_however_its_number_or_its_sizes_are_written(response, answer):
-    assert compute_score("math", response, "1")["pred"] == answer
+    scored: Any = compute_score("math", response, "1")
+    assert scored["pred"] == answer
 
 
 def test_a_reference_that_cannot_be_parsed_is_compared_as_text():

@@ -1,5 +1,6 @@
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -107,4 +108,5 @@ def test_a_reference_answer_that_is_not_one_number_is_an_error(value):
     ],
 )
 def test_the_last_number_must_equal_the_reference_exactly(response, ground_truth, score):
-    assert compute_score("arithmetic", response, ground_truth)["score"] == score
+    scored: Any = compute_score("arithmetic", response, ground_truth)
+    assert scored["score"] == score

@@ -1,20 +1,21 @@
 """The soft overlong penalty: nothing, then a line, then the whole factor."""
 
 import pytest
+from carriers import make_prompt, make_sample
 
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import OverlongBufferConfig
 from mcore_rl.rewards.overlong import penalize_overlong
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
-PROMPT = Prompt(uid="p:0", token_ids=[1, 2], text="", data_source="", ground_truth=None)
+PROMPT = make_prompt(uid="p:0", token_ids=[1, 2], text="", data_source="", ground_truth=None)
 
 
 def test_the_penalty_grows_over_the_buffer_and_the_score_is_kept():
     lengths = [1, 6, 7, 8, 10]  # of at most 10, the last 4 of them in the buffer
     samples = [
-        Sample(
+        make_sample(
             prompt=PROMPT,
             index=i,
             token_ids=[1, 2, *[3] * length],

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from mcore_rl.rewards.piecewise_continuity import EXAMPLE, draw_problem
 STEPS = ("break_points", "equations", "values", "answer")
 
 
-def score(response, problem=EXAMPLE):
+def score(response, problem=EXAMPLE) -> Any:
     return REWARDS.get("piecewise_continuity")(
         data_source="piecewise_continuity",
         solution_str=response,

@@ -1,21 +1,23 @@
 import dataclasses
 import logging
 import math
+from typing import Any
 
 import pytest
+from carriers import make_prompt, make_sample
 from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import merge, to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
 pytestmark = pytest.mark.starts_processes
 
 
 def _group(*responses, data_source="arithmetic", ground_truth="5"):
-    prompt = Prompt(
+    prompt = make_prompt(
         uid="train.parquet:3",
         token_ids=[1],
         text="2+3=",
@@ -24,7 +26,7 @@ def _group(*responses, data_source="arithmetic", ground_truth="5"):
         extra_info={"bonus": 10},
     )
     samples = [
-        Sample(
+        make_sample(
             prompt=prompt,
             index=index,
             token_ids=[1, 2],
@@ -358,8 +360,8 @@ def failing_reward(tmp_path_factory):
 # shares a scorer with what hangs.
 HANGING = [name for name in FAILURES if name.startswith("hangs")]
 ENDING = [name for name in FAILURES if name not in HANGING]
-HANGING_LIMITS = {"timeout_s": 2.0, "memory_gib": 0.5}
-ENDING_LIMITS = {"timeout_s": 60.0, "memory_gib": 0.5}
+HANGING_LIMITS: dict[str, Any] = {"timeout_s": 2.0, "memory_gib": 0.5}
+ENDING_LIMITS: dict[str, Any] = {"timeout_s": 60.0, "memory_gib": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from mcore_rl.rewards.answer_text import answer_or_last_line, stated_answer
@@ -5,7 +7,7 @@ from mcore_rl.rewards.base import REWARDS
 from mcore_rl.rewards.text_match import f1, normalize
 
 
-def _score(data_source, response, ground_truth):
+def _score(data_source, response, ground_truth) -> Any:
     return REWARDS.get(data_source)(
         data_source=data_source, solution_str=response, ground_truth=ground_truth, extra_info=None
     )

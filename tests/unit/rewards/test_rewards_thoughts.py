@@ -1,9 +1,10 @@
 import pytest
+from carriers import make_prompt, make_sample
 
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rewards.thoughts import after_thoughts
-from mcore_rl.types import Prompt, Sample, SampleGroup
+from mcore_rl.types import SampleGroup
 
 
 @pytest.mark.parametrize(
@@ -25,11 +26,11 @@ def test_what_is_said_in_a_thought_is_not_said(prompt, response, said):
 
 
 def rewards(responses, prompt_text="", custom=None, **options):
-    prompt = Prompt(
+    prompt = make_prompt(
         uid="t:0", token_ids=[1], text=prompt_text, data_source="gsm8k", ground_truth="5"
     )
     samples = [
-        Sample(
+        make_sample(
             prompt=prompt,
             index=index,
             token_ids=[1, 2],

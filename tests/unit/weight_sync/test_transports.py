@@ -8,6 +8,7 @@ import signal
 import stat
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -92,13 +93,14 @@ def falsified(bucket, fault):
 )
 @pytest.mark.parametrize("name", ON_CPU)
 def test_what_a_transport_does_to_the_weights_is_seen(name, fault, said, tmp_path, monkeypatch):
-    honest = TRANSPORTS.get(name)
+    honest: Any = TRANSPORTS.get(name)
 
     class Faulty(honest.sender):
         def send(self, bucket, deliver):
             super().send(falsified(bucket, fault), deliver)
 
-    faulty = Transport(sender=Faulty, receiver=honest.receiver, reaches=honest.reaches)
+    kind: Any = Faulty
+    faulty = Transport(sender=kind, receiver=honest.receiver, reaches=honest.reaches)
     monkeypatch.setitem(TRANSPORTS._entries, "faulty", faulty)
     link = link_of("faulty", tmp_path)
     sender, engine = link.open_sender(), RecordingEngine([link], name != "direct", keeps=True)
@@ -138,6 +140,10 @@ class Noting:
         self.modes |= {stat.S_IMODE(file.stat().st_mode) for file in slots()}
 
 
+def noting(link, keeps) -> Any:
+    return Noting(link, keeps)
+
+
 def equal_buckets(num_buckets):
     for number in range(num_buckets):
         yield [(f"w{number}", torch.full((1000,), float(number)))]
@@ -145,7 +151,7 @@ def equal_buckets(num_buckets):
 
 def test_a_slot_is_used_again_as_soon_as_the_engine_lets_go_of_it(tmp_path):
     link = link_of("shared_memory", tmp_path)
-    sender, engine = link.open_sender(), Noting(link, keeps=False)
+    sender, engine = link.open_sender(), noting(link, keeps=False)
     sync_one(equal_buckets(9), sender, engine, 0)
     assert len(set(engine.seen)) == 1
     assert not any(engine.copied)
@@ -154,7 +160,7 @@ def test_a_slot_is_used_again_as_soon_as_the_engine_lets_go_of_it(tmp_path):
 
 def test_no_more_than_two_slots_are_shared_with_an_engine_that_keeps_all(tmp_path):
     link = link_of("shared_memory", tmp_path)
-    sender, engine = link.open_sender(), Noting(link, keeps=True)
+    sender, engine = link.open_sender(), noting(link, keeps=True)
     sync_one(equal_buckets(9), sender, engine, 0)
     assert len(set(engine.seen)) == 2
     assert engine.copied == [False] + 8 * [True]
@@ -207,6 +213,7 @@ def test_what_a_killed_sender_has_left_is_removed_by_the_next_and_what_is_in_use
     assert file in slots()
     link_of("shared_memory", tmp_path).open_sender()
     assert file in slots()
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert file in slots()

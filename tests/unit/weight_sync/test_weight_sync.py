@@ -118,7 +118,8 @@ def test_an_engine_that_fails_is_left_out_and_the_others_get_all_of_it():
 
     targets = [Target(LINK.open_sender(), engine) for engine in (Refusing(), RecordingEngine())]
     sync_weights(buckets(), targets, 5)
-    failed, good = (target.session for target in targets)
+    sessions: list[Any] = [target.session for target in targets]
+    failed, good = sessions
     assert str(targets[0].problem) == "[role rollout] the engine is gone"
     assert failed.calls == ["start 5", ["embed"], ["q", "k"], "abort"]
     assert targets[1].problem is None

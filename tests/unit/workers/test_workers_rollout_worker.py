@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from carriers import make_request
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.base import EngineSpec, GenerationRequest, RolloutConfig, SamplingParams
+from mcore_rl.rollout.base import EngineSpec, RolloutConfig, SamplingParams
 from mcore_rl.rollout.hosts.in_process import InProcessEngine
 from mcore_rl.types import Layout, RoutesAt, Routing
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Transport
@@ -56,6 +57,7 @@ def make_worker(tmp_path):
         parallel: Any = SimpleNamespace(rank=rank, host=None)
         routes = RouteStore(fields.get("routing"), parallel)
         place = placement.places[rank]
+        assert place.engine is not None
         link = Link(
             transport=weight_transport,
             run_folder=str(tmp_path),
@@ -63,7 +65,7 @@ def make_worker(tmp_path):
             engine_rank=place.engine_rank,
         )
         engine = InProcessEngine(spec, link)
-        worker = RolloutWorker(spec, engine, place.engine_rank == 0, routes)
+        worker: Any = RolloutWorker(spec, engine, place.engine_rank == 0, routes)
         exporter: Any = SimpleNamespace(buckets=lambda max_bytes, ranks: [])
         worker.source = WeightSourceWorker(exporter, {place.engine: link}, engine, 1 << 20, None)
         worker.source.send_weights(0, {}, False, True)
@@ -74,7 +76,7 @@ def make_worker(tmp_path):
 
 def requests(num):
     return [
-        GenerationRequest(
+        make_request(
             prompt_token_ids=[3, 4],
             sampling=SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=6, seed=seed),
         )
