@@ -1,6 +1,7 @@
 """What test_megatron_rotary.py runs in processes with Megatron's CPU support."""
 
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,9 +28,10 @@ def turned_both_ways(dtype, num_turned, mscale):
     from mcore_rl.megatron.rotary import packed_rotary
 
     group = dist.group.WORLD
+    assert group is not None
     generator = torch.Generator().manual_seed(1)
     length = BOUNDARIES[-1] // group.size()
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(
         apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False
     )
     freqs = torch.rand(20, 1, 1, num_turned // 2, generator=generator).repeat(1, 1, 1, 2) * 50
@@ -53,7 +55,8 @@ def other_angles():
     from mcore_rl.megatron.rotary import packed_rotary
 
     group = dist.group.WORLD
-    config = SimpleNamespace(
+    assert group is not None
+    config: Any = SimpleNamespace(
         apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False
     )
     boundaries = torch.tensor(BOUNDARIES, dtype=torch.int32)
