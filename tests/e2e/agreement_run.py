@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from carriers import make_request
 
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.algorithms.objectives import PolicyObjective
@@ -23,7 +22,7 @@ from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.config.run import RunConfig
 from mcore_rl.launch.group import ChannelWorkers
 from mcore_rl.models.spec import engine_overrides
-from mcore_rl.rollout.base import EngineSpec, SamplingParams
+from mcore_rl.rollout.base import EngineSpec, GenerationRequest, SamplingParams
 from mcore_rl.run.command import run_command
 from mcore_rl.run.specs import start_cluster
 from mcore_rl.types import TokenSequence
@@ -37,7 +36,10 @@ def answers(cluster: Cluster) -> tuple[list[TokenSequence], dict]:
     """Return what all engines answer to the prompts, and how far the trainer is from it."""
     prompts = [prompt for prompt in PROMPTS for _ in range(cluster.engines.num_engines)]
     sampling = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=NUM_TOKENS, seed=3)
-    groups = [[make_request(prompt_token_ids=p, sampling=sampling)] for p in prompts]
+    groups = [
+        [GenerationRequest(prompt_token_ids=np.array(p, np.int32), sampling=sampling)]
+        for p in prompts
+    ]
     found = [result for (result,) in cluster.engines.generate(groups)]
     sequences = [
         TokenSequence(
