@@ -100,5 +100,36 @@ class _GroupedLinear(torch.nn.Module):
         self._weights, self._ends = tuple(weights), ends
 
     def forward(self, rows: Tensor) -> tuple[Tensor, None]:
-        weights = torch.stack(self._weights)  # [experts, out, in]
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=self._ends), None
+        return grouped_product(rows, self._weights, self._ends), None
+
+
+def grouped_product(rows: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tensor:
+    """Return each row times the transposed weight of its group, [N, out].
+
+    torch's product takes the weights of all groups as one tensor, a copy. It is made again in the
+    backward pass: kept until then, it would take as much memory as all experts of the model.
+
+    Args:
+        rows: [N, in], sorted by group; on CUDA bfloat16.
+        weights: of each group, [out, in].
+        ends: int32, [groups], the rows of all groups up to and including each.
+    """
+    product: Any = _GroupedProduct.apply(rows, ends, *weights)
+    return product
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, ends, *weights)
+        return F.grouped_mm(rows, torch.stack(weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, ends, *weights = ctx.saved_tensors
+        grad = grads[0].contiguous()  # the kernel takes no strides of 0
+        wants_rows, _, *wants = ctx.needs_input_grad
+        of_rows = F.grouped_mm(grad, torch.stack(weights), offs=ends) if wants_rows else None
+        if not any(wants):
+            return of_rows, None, *(None for _ in wants)
+        return of_rows, None, *F.grouped_mm(grad.t(), rows, offs=ends).unbind()
