@@ -77,8 +77,8 @@ def test_of_two_nodes_what_one_has_otherwise_is_named_and_both_end_with_it(tmp_p
     assert said["healthy"] is False
     assert [node["rows"][1]["name"] for node in said["nodes"]] == ["ray", "ray"]
     (difference,) = said["differences"]
-    assert (difference["name"], difference["usual"]) == ("ray", "")
-    has = difference["others"]
+    assert (difference["name"], difference["majority"]) == ("ray", "")
+    has = difference["outliers"]
     assert list(has) == [f"node 0 ({host})", f"node 1 ({host})"]
     assert "99.0.0" not in has[f"node 0 ({host})"]
     assert has[f"node 1 ({host})"].endswith("99.0.0")

@@ -218,8 +218,8 @@ def test_the_doctor_says_which_node_of_a_cluster_differs(cluster):
     (difference,) = said["differences"]
     assert difference["name"] == "open-files"
     host = socket.gethostname()
-    assert set(difference["others"]) == {f"node 0 ({host})", f"node 1 ({host})"}
-    first, second = sorted(difference["others"].values(), key=lambda text: text != "fault: 512")
+    assert set(difference["outliers"]) == {f"node 0 ({host})", f"node 1 ({host})"}
+    first, second = sorted(difference["outliers"].values(), key=lambda text: text != "fault: 512")
     assert first == "fault: 512"
     assert not second.startswith("fault")
 
