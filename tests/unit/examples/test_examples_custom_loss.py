@@ -13,12 +13,12 @@ import pytest
 pytestmark = pytest.mark.starts_processes
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_loss"
-LOOP_TESTS = Path(__file__).parents[1] / "loop"
+HELPERS = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "loop")]
 
 # In a process of its own, since a registered loss stays registered.
 TRAIN = """
 import pickle, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.algorithms.objective import resolve_objective
@@ -26,7 +26,7 @@ from mcore_rl.loop.on_policy import train
 from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
 
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 (folder / "reward.py").write_text(REWARD)
 cfg = make_config(
     "actor.policy_loss.loss_mode=smooth_ratio",
@@ -47,7 +47,7 @@ assert not workers.actor.weights.equal(before)
 
 def test_the_loss_trains_a_step_and_logs_its_own_metric(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(LOOP_TESTS), str(tmp_path)],
+        [sys.executable, "-c", TRAIN, str(tmp_path), *HELPERS],
         cwd=EXAMPLE,
         env=os.environ | {"MCORE_RL_PLUGINS": "smooth_ratio"},
         capture_output=True,

@@ -13,12 +13,12 @@ import pytest
 pytestmark = pytest.mark.starts_processes
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_transport"
-LOOP_TESTS = Path(__file__).parents[1] / "loop"
+HELPERS = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "loop")]
 
 # In a process of its own, since a registered transport stays registered.
 TRAIN = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.config.checks import check_run
@@ -27,7 +27,7 @@ from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
 from safetensors_files import FileSender
 
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 (folder / "reward.py").write_text(REWARD)
 for transport in ("direct", "safetensors_files"):
     cfg = make_config(
@@ -54,7 +54,7 @@ def metrics(run_folder: Path) -> list[dict[str, float]]:
 
 def test_weights_sent_through_files_train_to_the_same_numbers(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(LOOP_TESTS), str(tmp_path)],
+        [sys.executable, "-c", TRAIN, str(tmp_path), *HELPERS],
         cwd=EXAMPLE,
         env=os.environ | {"MCORE_RL_PLUGINS": "safetensors_files"},
         capture_output=True,
