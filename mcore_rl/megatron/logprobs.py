@@ -160,7 +160,7 @@ class _BlockedLogprobs(torch.autograd.Function):
             if logits_TB is None:
                 logits_KB = _scaled_logits(hidden_KH, weight_VtH[block], scale)
             elif len(counted_K) == len(counts_T):
-                logits_KB = logits_TB  # not a copy: this graph runs backward once
+                logits_KB = logits_TB  # not a copy: torch refuses a second backward pass
             else:
                 logits_KB = logits_TB[counted_K]
             # d logprob / d z = onehot - p;  d entropy / d z = -p (log p + entropy)

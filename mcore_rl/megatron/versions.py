@@ -6,7 +6,7 @@ written here and nowhere else.
 
 Known differences from 0.16.1 to 0.19.2: 0.19 builds latent attention otherwise, for which
 `block_spec.py` has a class that leaves it as it was. A layer spec names its experts as a class and
-its submodules, and from 0.18 on as one partial call. What 0.16.1 gets wrong without CUDA or
+its submodules in 0.16.1, and as one partial call in 0.19.2. What 0.16.1 gets wrong without CUDA or
 Transformer Engine (see `cpu.py`) the later ones get wrong too, except for `te_general_gemm`, which
 they define; that repair asks for the name.
 """

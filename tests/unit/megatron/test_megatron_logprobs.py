@@ -277,3 +277,20 @@ def test_a_vocabulary_cut_over_two_ranks_gives_the_same(processes, vocab_size, n
         found = logprobs_T, entropy_T, by_rank[0][2] + by_rank[1][2], weight_grad[:vocab_size]
         # float32; observed 8e-7.
         assert_all_close(found, expected, atol=1e-5)
+
+
+def test_a_second_backward_pass_is_refused():
+    """The first writes its gradient over the logits that waited for it."""
+    hidden, weight = torch.randn(5, 8).requires_grad_(), torch.randn(16, 8)
+    logprobs_T, _ = vocab_parallel_logprobs(
+        hidden,
+        weight,
+        torch.arange(5),
+        temperature=1.0,
+        vocab_size=16,
+        group=None,
+        with_entropy=False,
+    )
+    logprobs_T.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs_T.sum().backward()
