@@ -129,13 +129,12 @@ def packed_causal_attention(
     query_counts = [[len(span.queries) for span in batch] for batch in batches]
     key_counts = [[len(span.keys) for span in batch] for batch in batches]
     outputs = []
-    # Split, and not slices: the backward pass of each slice would fill a whole row of zeros.
     for num_queries, num_keys, query, key, value in zip(
         query_counts,
         key_counts,
-        query_L.split([sum(counts) for counts in query_counts]),
-        key_T.split([sum(counts) for counts in key_counts]),
-        value_T.split([sum(counts) for counts in key_counts]),
+        _parts(query_L, query_counts),
+        _parts(key_T, key_counts),
+        _parts(value_T, key_counts),
         strict=True,
     ):
         mask = None if num_queries == num_keys else _causal_mask(num_queries, num_keys, key.device)
@@ -150,6 +149,12 @@ def packed_causal_attention(
         )
         outputs.append(_unpadded(padded, num_queries))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _parts(x_N: Tensor, counts: list[list[int]]) -> Sequence[Tensor]:
+    """Return the rows of each batch. Split, and not slices: the backward pass of each slice would
+    fill a whole row of zeros. That of a split copies, so one batch is left as it is."""
+    return [x_N] if len(counts) == 1 else x_N.split([sum(batch) for batch in counts])
 
 
 SHORT = 32

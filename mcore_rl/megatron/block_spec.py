@@ -55,6 +55,7 @@ from mcore_rl.errors import require
 from mcore_rl.megatron.attention import PackedAttention
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.experts import GroupedExperts
+from mcore_rl.megatron.swiglu import SwiGLU
 from mcore_rl.megatron.versions import with_experts
 from mcore_rl.models.spec import QkNorm
 
@@ -203,13 +204,16 @@ class LatentAttention(MLASelfAttention):
 
 
 class LocalSpec(LocalSpecProvider):
-    """Megatron's local modules with this package's norm, attention and experts."""
+    """Megatron's local modules with this package's norm, attention, SwiGLU and experts."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **_: Any) -> type:
         return RMSNorm
 
     def core_attention(self) -> type:
         return PackedAttention
+
+    def activation_func(self) -> type:
+        return SwiGLU
 
     def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
         found: Any = super().grouped_mlp_modules(*args, **kwargs)
@@ -242,6 +246,7 @@ def _layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
         backend=backend,
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=False,
+        use_te_activation_func=config.use_te_activation_func,
     )
     # Transformer Engine's names, so that checkpoints written with and without it interchange;
     # its MoE layers keep pre_mlp_layernorm apart, latent attention input_layernorm.

@@ -13,7 +13,7 @@ What is replaced (line numbers of 0.16.1, relative to megatron/core):
 3. Literal `device="cuda"`, `.cuda()` and `.type()` string tests: a module-level stand-in for
    `torch` in four modules, and a function mode that is entered only inside the optimizer and where
    tied embeddings are set up.
-4. Defects: two that show without Transformer Engine on any device, and two on the host.
+4. Defects: two that show without Transformer Engine on any device, and three on the host.
 5. Adam: shaped like the fused Adam that the checkpoint code of the optimizer expects.
 """
 
@@ -57,6 +57,7 @@ def install() -> None:
     _enter_mode_where_embeddings_are_tied()
     _leave_splits_on_host()
     _repair_unequal_collectives()
+    _spare_a_single_rank_its_copies()
     _use_group_step_adam()
     _installed = True
 
@@ -329,6 +330,36 @@ def _repair_unequal_collectives() -> None:
     module = "megatron.core.tensor_parallel.mappings"
     _replace(module, "_gather_along_first_dim", gather)
     _replace(module, "_reduce_scatter_along_first_dim", scatter)
+
+
+def _spare_a_single_rank_its_copies() -> None:
+    """With one rank, a reduce-scatter of gradients and an all-gather of parameters write a buffer
+    onto itself (param_and_grad_buffer.py:274, 433). NCCL sees that; gloo copies it several times,
+    in a thread of its own."""
+    name = "megatron.core.distributed.param_and_grad_buffer"
+    module: Any = importlib.import_module(name)
+    coalescing_manager = module._coalescing_manager
+
+    @contextlib.contextmanager
+    def several_ranks_only(group, async_ops=False):
+        if group.size() == 1:
+            yield _OrderedWork()
+        else:
+            with coalescing_manager(group, async_ops=async_ops) as work:
+                yield work
+
+    def skipped_with_one_rank(collective):
+        def call(output, input_, *, group, **options):
+            # Another memory: the collective has work to do.
+            if group.size() == 1 and output.data_ptr() == input_.data_ptr():
+                return None
+            return collective(output, input_, group=group, **options)
+
+        return call
+
+    _replace(name, "_coalescing_manager", several_ranks_only)
+    for collective in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        _replace(name, collective, skipped_with_one_rank(getattr(module, collective)))
 
 
 # ------------------------------------------------------------------ 5. Adam

@@ -112,12 +112,15 @@ class _BlockedLogprobs(torch.autograd.Function):
         top_T = torch.full_like(label_logit_T, float("-inf"))
         sums_NT = label_logit_T.new_zeros(1 + with_entropy, hidden_TH.shape[0])
         kept_logits = []
+        exp_TB = label_logit_T.new_empty(0)
         for block in _blocks(real_rows, hidden_TH.shape[0], block_logits):
             logits_TB = _scaled_logits(hidden_TH, weight_VtH[block], scale)
             index_T1, held_T = _place_in_block(local_labels_T, block)
             label_logit_T += torch.where(held_T, logits_TB.gather(-1, index_T1).squeeze(-1), 0.0)
             new_top_T = torch.maximum(top_T, logits_TB.amax(-1))
-            exp_TB = (logits_TB - new_top_T.unsqueeze(-1)).exp_()
+            if exp_TB.shape != logits_TB.shape:
+                exp_TB = torch.empty_like(logits_TB)  # one memory for all blocks of a size
+            torch.sub(logits_TB, new_top_T.unsqueeze(-1), out=exp_TB).exp_()
             sums_NT *= (top_T - new_top_T).exp_()
             sums_NT[0] += exp_TB.sum(-1)
             if with_entropy:
@@ -152,6 +155,14 @@ class _BlockedLogprobs(torch.autograd.Function):
         counted_K = counts_T.nonzero().squeeze(-1)
         hidden_KH, labels_K = hidden_TH[counted_K], local_labels_T[counted_K]
         lse_K1, logprob_grad_K1 = lse_T[counted_K, None], logprob_grad_T[counted_K, None]
+        # d logprob / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
+        # Factors of a whole token go to its hidden states, which are fewer numbers than its logits:
+        # without entropy the product below is with p - onehot.
+        if entropy_grad_T is None:
+            factor_K1, at_label_K1 = -scale * logprob_grad_K1, torch.ones_like(logprob_grad_K1)
+        else:
+            factor_K1, at_label_K1 = torch.full_like(logprob_grad_K1, -scale), logprob_grad_K1
+        scaled_hidden_KH = (hidden_KH * factor_K1).to(hidden_KH.dtype)
         # Summed over blocks, so in float32 whatever the dtype of the hidden states.
         hidden_grad_KH = torch.zeros_like(hidden_KH, dtype=torch.float32)
         weight_grad_VtH = torch.zeros_like(weight_VtH)
@@ -163,23 +174,20 @@ class _BlockedLogprobs(torch.autograd.Function):
                 logits_KB = logits_TB  # not a copy: torch refuses a second backward pass
             else:
                 logits_KB = logits_TB[counted_K]
-            # d logprob / d z = onehot - p;  d entropy / d z = -p (log p + entropy)
             grad_KB = logits_KB.sub_(lse_K1)
             if entropy_grad_T is None:
-                grad_KB.exp_().mul_(-logprob_grad_K1)
+                grad_KB.exp_()
             else:
-                factor_KB = grad_KB + entropy_T[counted_K, None]
-                factor_KB.mul_(entropy_grad_T[counted_K, None]).add_(logprob_grad_K1)
-                grad_KB.exp_().mul_(factor_KB).neg_()
+                of_p_KB = grad_KB + entropy_T[counted_K, None]
+                of_p_KB.mul_(entropy_grad_T[counted_K, None]).add_(logprob_grad_K1)
+                grad_KB.exp_().mul_(of_p_KB)
             index_K1, held_K = _place_in_block(labels_K, block)
-            grad_KB.scatter_add_(-1, index_K1, logprob_grad_K1.where(held_K.unsqueeze(-1), 0.0))
-            if scale != 1.0:
-                grad_KB.mul_(scale)
+            grad_KB.scatter_add_(-1, index_K1, -at_label_K1.where(held_K.unsqueeze(-1), 0.0))
             grad_logits_KB = grad_KB.to(hidden_TH.dtype)
             hidden_grad_KH += grad_logits_KB @ weight_VtH[block]
-            torch.mm(grad_logits_KB.t(), hidden_KH, out=weight_grad_VtH[block])
+            torch.mm(grad_logits_KB.t(), scaled_hidden_KH, out=weight_grad_VtH[block])
         hidden_grad_TH = torch.zeros_like(hidden_TH)
-        hidden_grad_TH[counted_K] = hidden_grad_KH.to(hidden_TH.dtype)
+        hidden_grad_TH[counted_K] = (hidden_grad_KH * factor_K1).to(hidden_TH.dtype)
         return hidden_grad_TH, weight_grad_VtH, None, None, None, None, None, None
 
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 
 from mcore_rl.dtypes import torch_dtype
 from mcore_rl.errors import require
-from mcore_rl.megatron import rotary
+from mcore_rl.megatron import dispatch, rotary
 from mcore_rl.megatron.block_spec import block_spec, canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
 from mcore_rl.megatron.logprobs import vocab_parallel_logprobs
@@ -154,6 +154,7 @@ def build_transformer_config(
     layout = parallel.layout
     dtype = torch_dtype(cfg.dtype)
     impl = transformer_impl(cfg)
+    fuses_activation = cfg.override_transformer_config.get("bias_activation_fusion", False)
     known = [field.name for field in fields(TransformerConfig)]
     check_fields_exist(cfg.override_transformer_config, known)
     settings = {
@@ -197,6 +198,8 @@ def build_transformer_config(
         "persist_layer_norm": False,
         "moe_permute_fusion": False,
         "moe_grouped_gemm": impl == "transformer_engine",
+        # The local spec's module, whatever the name says.
+        "use_te_activation_func": impl == "local" and not fuses_activation,
     }
     architecture = model_family(hf_config).transformer_kwargs(hf_config)
     if not cfg.override_transformer_config.keys() & PIPELINE_SPLITS:
@@ -238,6 +241,7 @@ def build_models(
         make: a GPTModel from the arguments of one.
     """
     rotary.install()
+    dispatch.install()
     layout = parallel.layout
     family = model_family(hf_config)
     # [is the MLP of this layer a mixture of experts] over the whole model

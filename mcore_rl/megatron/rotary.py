@@ -69,11 +69,35 @@ def packed_rotary(
     if turns is None or turns.freqs is not freqs or turns[1:3] != (mscale, t.dtype):
         turns = _turns(freqs, mscale, t.dtype, cu_seqlens, cp_group)
         cu_seqlens.turns = turns  # pyright: ignore[reportAttributeAccessIssue]
-    rotated, passed = t.split((freqs.shape[-1], t.shape[-1] - freqs.shape[-1]), dim=-1)
-    left, right = rotated.chunk(2, dim=-1)
-    cos, sin = turns.cos_L1R, turns.sin_L1R
-    turned = rotated * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
+    turned: Any = _Turn.apply(t, turns.cos_L1R, turns.sin_L1R)
+    return turned
+
+
+class _Turn(torch.autograd.Function):
+    """The gradient is turned back by the same angles; autograd would join its halves again."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_L1R, sin_L1R)
+        return _turned(t, cos_L1R, sin_L1R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos_L1R, sin_L1R = ctx.saved_tensors
+        return _turned(grads[0], cos_L1R, -sin_L1R), None, None
+
+
+def _turned(t: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
+    """Return `t` with its first R numbers as (left cos - right sin, right cos + left sin)."""
+    size = cos_L1R.shape[-1]
+    output = torch.empty_like(t, memory_format=torch.contiguous_format)
+    torch.mul(t[..., :size], cos_L1R, out=output[..., :size])
+    left, right = t[..., :size].chunk(2, dim=-1)
+    left_sin, right_sin = sin_L1R.chunk(2, dim=-1)
+    output[..., : size // 2].sub_(right * left_sin)
+    output[..., size // 2 : size].add_(left * right_sin)
+    output[..., size:] = t[..., size:]
+    return output
 
 
 def _turns(

@@ -189,8 +189,9 @@ def _layer_bytes(
 
     Attention: input of the norm and of the projection; queries and keys before and after their
     norms, if they have any, and after rotation; values and output. MLP: the same two inputs, gate
-    and up, the activation of the gate and the product. Experts: the rows sent to them and their
-    output; the router: its input, logits and probabilities in float32.
+    and up, the activation of the gate (which the local spec computes again) and the product.
+    Experts: the rows sent to them and their output; the router: its input, logits and probabilities
+    in float32.
     """
     hidden = arch["hidden_size"] / whole
     queries = arch["num_attention_heads"] * arch["kv_channels"] / layout.tp

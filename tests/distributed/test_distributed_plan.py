@@ -140,6 +140,6 @@ def test_bytes_are_those_of_real_tensors(processes, wide_checkpoint, world_size,
             sequence_parallel=spec.megatron.uses_sequence_parallel,
             recomputes_layers=False,
         ) + logit_memory(layout, 0, tokens=8 * 32, vocab_size=512)
-        # Observed: 0.64 to 0.76, with other weights from 0.62, as a process gets more tokens than
-        # its share. Unfused kernels keep float32 copies and repeated heads besides.
-        assert 0.6 < expected / activations <= 1
+        # Observed: 0.71 to 0.92; less where a process gets more tokens than its share. Unfused
+        # kernels keep float32 copies and repeated heads besides.
+        assert 0.65 < expected / activations <= 1

@@ -14,3 +14,17 @@ def checkpoint_names(spec):
         state = module.sharded_state_dict(metadata={"singleton_local_shards": False})
         names = {name: value.key for name, value in state.items() if hasattr(value, "key")}
         return [name for name, _ in module.named_parameters()], names
+
+
+def activations(spec):
+    """Return the kinds of activation that MLPs, experts and shared experts call."""
+    from megatron.core.transformer.mlp import MLP
+
+    with running_worker(spec) as worker:
+        (chunk,) = worker.actor.chunks
+        mlps: list[Any] = [module for module in chunk.modules() if isinstance(module, MLP)]
+        names = {
+            getattr(mlp.activation_func, "__name__", type(mlp.activation_func).__name__)
+            for mlp in mlps
+        }
+        return sorted(names)

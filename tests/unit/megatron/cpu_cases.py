@@ -232,3 +232,24 @@ def unequal_collectives(sizes):
     scattered = mappings._reduce_scatter_along_first_dim(whole, group, sizes)
     assert torch.equal(whole, kept), "the input is changed"
     return part, gathered, scattered
+
+
+def buffers_of_a_step():
+    """Sum gradients and gather parameters as a step does; return (this rank's part of the sum, all
+    parameters, whether each was left to the group)."""
+    cpu.install()
+    from megatron.core.distributed import param_and_grad_buffer as module
+
+    group: Any = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    gradients = torch.arange(4.0) + rank
+    part = gradients.chunk(size)[rank]
+    with module._coalescing_manager(group, async_ops=True) as reduced:
+        module.dist_reduce_scatter_func(part, gradients, group=group, async_op=True)
+    reduced.wait()
+    parameters = torch.arange(4.0) * (rank + 1)
+    with module._coalescing_manager(group, async_ops=True) as gathered:
+        part_of = parameters.chunk(size)[rank]
+        module.dist_all_gather_func(parameters, part_of, group=group, async_op=True)
+    gathered.wait()
+    return part, parameters, [hasattr(work, "works") for work in (reduced, gathered)]

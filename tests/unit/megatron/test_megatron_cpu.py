@@ -143,3 +143,17 @@ def test_unequal_parts_are_gathered_and_scattered(processes, sizes):
     for rank in range(2):
         assert torch.equal(gathered[rank], torch.cat(parts))
         assert torch.equal(scattered[rank], whole.split(sizes)[rank])
+
+
+def test_a_single_rank_keeps_its_buffers_without_a_collective(processes):
+    ((gradients, parameters, by_group),) = processes.run(cases.buffers_of_a_step, 1)
+    assert gradients.tolist() == parameters.tolist() == [0, 1, 2, 3]
+    assert by_group == [False, False]
+
+
+def test_two_ranks_sum_gradients_and_gather_parameters(processes):
+    first, second = processes.run(cases.buffers_of_a_step, 2)
+    assert [first[0].tolist(), second[0].tolist()] == [[1, 3], [5, 7]]
+    for _, parameters, by_group in (first, second):
+        assert parameters.tolist() == [0, 1, 2 * 2, 2 * 3]
+        assert by_group == [True, True]
