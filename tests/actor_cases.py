@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from actor_inputs import ONE_MICRO_BATCH
 
 from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.cluster.cluster import Cluster
@@ -24,6 +23,7 @@ from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import Offloads, Share, WriteState
 from mcore_rl.workers.spec import WorkerSpec
+from tests.actor_inputs import ONE_MICRO_BATCH
 
 CPU = torch.device("cpu")
 

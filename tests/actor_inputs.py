@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from carriers import make_sequence
 
 from mcore_rl.algorithms.objective import ObjectiveConfig, resolve_objective
 from mcore_rl.algorithms.objectives import PolicyObjective
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.megatron.config import ALL_LINEAR, LoraConfig, MegatronConfig, OptimConfig
 from mcore_rl.workers.spec import ActorSpec
+from tests.carriers import make_sequence
 
 ONE_MICRO_BATCH = SequenceCount(num_sequences=1000)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from actor_cases import exported, optimizer_state, running_cluster
-from actor_inputs import ONE_MICRO_BATCH, policy_objective, random_sequences
+
+from tests.actor_cases import exported, optimizer_state, running_cluster
+from tests.actor_inputs import ONE_MICRO_BATCH, policy_objective, random_sequences
 
 OBJECTIVE = policy_objective("vanilla")
 COLLECTIVES = (

@@ -4,7 +4,8 @@ import gc
 
 import pytest
 from hypothesis import settings
-from processes import ProcessPool
+
+from tests.processes import ProcessPool
 
 # The machines that run tests are shared: how long one example took says nothing about the code. The
 # examples are the same in every run, so that a change is judged by what it changes; others are
@@ -39,7 +40,7 @@ def processes():
 def tiny_checkpoint(tmp_path_factory):
     """Return a function: name in `tiny_models.MODELS`, with fields of its config that are
     to differ -> its folder, written once."""
-    from tiny_models import save_tiny_checkpoint
+    from tests.tiny_models import save_tiny_checkpoint
 
     folders = {}
 

@@ -1,11 +1,10 @@
 """What the processes of `processes.py` do with a critic: one rank's part of each case."""
 
-from actor_cases import cluster_of, lists, running_worker
-
 from mcore_rl.metrics import to_floats
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config
 from mcore_rl.models.value_head import value_entries
+from tests.actor_cases import cluster_of, lists, running_worker
 
 
 def run_script(actor, critic, script, cut):

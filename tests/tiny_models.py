@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from actor_inputs import EP2, ETP1, PP2, TP2
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -35,6 +34,8 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from tests.actor_inputs import EP2, ETP1, PP2, TP2
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_models import MODELS as ALL
-from tiny_models import make_tiny_model, tiny_config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from tests.tiny_models import MODELS as ALL
+from tests.tiny_models import make_tiny_model, tiny_config
 
 MODELS = {name: model.vllm for name, model in ALL.items() if model.vllm is not None}
 

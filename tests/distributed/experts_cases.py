@@ -3,10 +3,9 @@
 from typing import Any
 from unittest import mock
 
-import actor_cases
-from actor_inputs import ONE_MICRO_BATCH
-
 from mcore_rl.megatron.experts import GroupedExperts
+from tests import actor_cases
+from tests.actor_inputs import ONE_MICRO_BATCH
 
 
 def train_grouped(spec, minibatches, objective, cut):

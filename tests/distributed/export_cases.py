@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-from actor_cases import running_worker
-from file_limit import files_no_longer_than
-
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.megatron import parallel
 from mcore_rl.megatron.model import load_weights
 from mcore_rl.models import safetensors_io
 from mcore_rl.models.safetensors_io import CheckpointReader
+from tests.actor_cases import running_worker
+from tests.file_limit import files_no_longer_than
 
 
 class CountingReader(CheckpointReader):

@@ -1,11 +1,11 @@
 """What the processes are asked to do in the tests of LoRA."""
 
 import torch
-from actor_cases import backward, exported_gradients, gathered, lists, running_cluster
-from actor_inputs import ONE_MICRO_BATCH
 
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
+from tests.actor_cases import backward, exported_gradients, gathered, lists, running_cluster
+from tests.actor_inputs import ONE_MICRO_BATCH
 
 
 def adapters(worker):

@@ -5,14 +5,14 @@ import gc
 from dataclasses import replace
 
 import torch
-from actor_cases import cluster_of, exported, lists, optimizer_state, running_worker
-from actor_inputs import ONE_MICRO_BATCH
 
 from mcore_rl.algorithms.objectives import CriticObjective
 from mcore_rl.cluster.phases import Phase
 from mcore_rl.errors import OffloadError
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import Denominators, Offloads, Part
+from tests.actor_cases import cluster_of, exported, lists, optimizer_state, running_worker
+from tests.actor_inputs import ONE_MICRO_BATCH
 
 VALUE_OBJECTIVE = CriticObjective(
     cliprange_value=0.3, agg_mode="seq-mean-token-mean", loss_scale_factor=1.0

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from actor_cases import running_cluster
-from actor_inputs import ONE_MICRO_BATCH
+
+from tests.actor_cases import running_cluster
+from tests.actor_inputs import ONE_MICRO_BATCH
 
 
 def place_and_parameters(spec):

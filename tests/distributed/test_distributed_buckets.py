@@ -3,14 +3,14 @@
 import itertools
 import math
 
-import actor_cases
 import pytest
 import torch
-from actor_inputs import EP2, EP4, ETP1, ETP2, PP2, TP2, VPP2, actor_spec, layout_id
 
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import load_hf_config, model_family
+from tests import actor_cases
+from tests.actor_inputs import EP2, EP4, ETP1, ETP2, PP2, TP2, VPP2, actor_spec, layout_id
 
 LAYOUTS = [
     ("qwen3", 1, {}),

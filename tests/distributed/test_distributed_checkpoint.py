@@ -3,12 +3,15 @@
 import math
 import re
 
-import actor_cases
-import checkpoint_cases
-import poison
 import pytest
 import torch
-from actor_inputs import (
+
+from mcore_rl.checkpoint_metadata import read_metadata
+from mcore_rl.data.packing import SequenceCount
+from mcore_rl.megatron.config import OptimConfig
+from mcore_rl.torch_dist.source import TorchDistSource
+from tests import actor_cases, checkpoint_cases, poison
+from tests.actor_inputs import (
     EP2,
     ETP1,
     LORA,
@@ -21,12 +24,7 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from tiny_models import save_tiny_checkpoint
-
-from mcore_rl.checkpoint_metadata import read_metadata
-from mcore_rl.data.packing import SequenceCount
-from mcore_rl.megatron.config import OptimConfig
-from mcore_rl.torch_dist.source import TorchDistSource
+from tests.tiny_models import save_tiny_checkpoint
 
 # An epsilon of the size of gradients: the update depends on both moments and is not so sensitive to
 # gradients near 0 that rounding shows. The rate differs in every step.

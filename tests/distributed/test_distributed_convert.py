@@ -1,17 +1,15 @@
 """Converted checkpoints are what Megatron would have saved, and load in every layout."""
 
-import actor_cases
-import convert_cases
-import poison
 import pytest
 import torch
-from actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id, random_sequences
-from tiny_models import MODELS
 
 from mcore_rl.checkpoint_metadata import read_metadata
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.torch_dist.source import TorchDistSource
+from tests import actor_cases, convert_cases, poison
+from tests.actor_inputs import EP2, ETP1, PP2, TP2, VPP2, actor_spec, layout_id, random_sequences
+from tests.tiny_models import MODELS
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,17 @@ import functools
 import shutil
 from dataclasses import replace
 
-import critic_cases
 import pytest
 import torch
-from actor_inputs import (
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from mcore_rl.algorithms.objectives import CriticObjective
+from mcore_rl.data.packing import SequenceCount
+from mcore_rl.megatron.config import OptimConfig
+from mcore_rl.workers.spec import ModelSpec
+from tests import critic_cases
+from tests.actor_inputs import (
     CP2,
     EP2,
     ETP1,
@@ -18,13 +25,6 @@ from actor_inputs import (
     layout_id,
     random_sequences,
 )
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel
-
-from mcore_rl.algorithms.objectives import CriticObjective
-from mcore_rl.data.packing import SequenceCount
-from mcore_rl.megatron.config import OptimConfig
-from mcore_rl.workers.spec import ModelSpec
 
 # Updates proportional to the gradient, so that one of a wrong size shows.
 OPTIM = OptimConfig(lr=1.0, eps=1.0, weight_decay=0.0)

@@ -1,9 +1,10 @@
 """Experts by grouped products give what experts one after the other give."""
 
-import actor_cases
-import experts_cases
 import pytest
-from actor_inputs import (
+
+from mcore_rl.megatron.config import OptimConfig
+from tests import actor_cases
+from tests.actor_inputs import (
     EP2,
     ETP1,
     FULL_RECOMPUTE,
@@ -15,8 +16,7 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-
-from mcore_rl.megatron.config import OptimConfig
+from tests.distributed import experts_cases
 
 OBJECTIVE = policy_objective("geo_mean", clip_ratio=0.1)
 # As in test_distributed_invariance.py: weights show a gradient of a wrong size.

@@ -4,15 +4,15 @@ import json
 import shutil
 from typing import Any
 
-import export_cases
 import pytest
 import torch
-from actor_inputs import EP2, ETP1, PP2, TP2, actor_spec
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.errors import UserError
 from mcore_rl.models.safetensors_io import CheckpointReader
+from tests.actor_inputs import EP2, ETP1, PP2, TP2, actor_spec
+from tests.distributed import export_cases
 
 OTHER_FILES = ("generation_config.json", "tokenizer.json", "chat_template.jinja")
 

@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass, replace
 
-import actor_cases
 import pytest
 import torch
-from actor_inputs import (
+
+from mcore_rl.algorithms.aggregate import AGG_MODES
+from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
+from mcore_rl.data.packing import SequenceCount, TokenBudget
+from mcore_rl.megatron.config import OptimConfig
+from tests import actor_cases
+from tests.actor_inputs import (
     CP2,
     CP4,
     EP2,
@@ -25,11 +30,6 @@ from actor_inputs import (
     random_sequences,
     with_other_logprobs,
 )
-
-from mcore_rl.algorithms.aggregate import AGG_MODES
-from mcore_rl.algorithms.corrections import RolloutCorrectionConfig
-from mcore_rl.data.packing import SequenceCount, TokenBudget
-from mcore_rl.megatron.config import OptimConfig
 
 # With the usual epsilon of 1e-8 Adam's first updates depend on little but the gradient's sign, and
 # a gradient of the wrong size would pass. With epsilon 1 an update is proportional to the gradient:

@@ -1,12 +1,12 @@
 """Outputs of layers, recorded in a layout, are those of the layers of transformers."""
 
-import actor_cases
 import pytest
 import torch
-from actor_inputs import CP2, EP2, ETP1, TP2, VPP2, actor_spec, layout_id, random_sequences
 
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.verify.model_compare import TransformersModel
+from tests import actor_cases
+from tests.actor_inputs import CP2, EP2, ETP1, TP2, VPP2, actor_spec, layout_id, random_sequences
 
 SEQUENCES = random_sequences(3, (9, 2, 14, 5, 11))
 CASES = [

@@ -2,9 +2,10 @@
 
 import re
 
-import actor_cases
 import pytest
-from actor_inputs import actor_spec
+
+from tests import actor_cases
+from tests.actor_inputs import actor_spec
 
 NAME = "decoder.layers.1.input_layernorm.weight"
 MESSAGE = (

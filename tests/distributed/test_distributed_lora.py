@@ -7,10 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lora_cases
 import pytest
 import torch
-from actor_inputs import (
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from mcore_rl.algorithms.objectives import SftObjective
+from mcore_rl.convert.convert import adapter_to_peft, mcore_to_hf
+from mcore_rl.data.packing import SequenceCount
+from mcore_rl.errors import UserError
+from mcore_rl.megatron.config import OptimConfig
+from tests.actor_inputs import (
     CP2,
     EP2,
     ETP1,
@@ -27,15 +35,7 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
-
-from mcore_rl.algorithms.objectives import SftObjective
-from mcore_rl.convert.convert import adapter_to_peft, mcore_to_hf
-from mcore_rl.data.packing import SequenceCount
-from mcore_rl.errors import UserError
-from mcore_rl.megatron.config import OptimConfig
+from tests.distributed import lora_cases
 
 ETP2 = {"expert_tensor_parallel_size": 2}
 OVERLAPPED_SHARED_EXPERTS = {"override_transformer_config": {"moe_shared_expert_overlap": True}}

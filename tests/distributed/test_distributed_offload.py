@@ -3,10 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-import offload_cases
 import pytest
 import torch
-from actor_inputs import (
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from mcore_rl.megatron.config import OptimConfig
+from mcore_rl.types import Offloads, Part
+from mcore_rl.workers.spec import ModelSpec
+from tests.actor_inputs import (
     EP2,
     ETP1,
     LORA,
@@ -18,12 +22,8 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from tiny_models import MOE
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-from mcore_rl.megatron.config import OptimConfig
-from mcore_rl.types import Offloads, Part
-from mcore_rl.workers.spec import ModelSpec
+from tests.distributed import offload_cases
+from tests.tiny_models import MOE
 
 OPTIM = OptimConfig(lr=1e-3)
 OBJECTIVE = policy_objective("geo_mean")

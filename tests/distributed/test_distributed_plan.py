@@ -3,10 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-import plan_cases
 import pytest
 import torch
-from actor_inputs import (
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from mcore_rl.cluster.placement import colocated
+from mcore_rl.config.run import train_layout
+from mcore_rl.megatron.config import LoraConfig
+from mcore_rl.models.spec import load_hf_config, model_family
+from mcore_rl.plan.memory import activation_memory, logit_memory, state_memory
+from mcore_rl.plan.parameters import stage_parameters
+from tests.actor_inputs import (
     CP2,
     EP2,
     EP4,
@@ -19,15 +26,8 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-from tiny_models import MOE
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-from mcore_rl.cluster.placement import colocated
-from mcore_rl.config.run import train_layout
-from mcore_rl.megatron.config import LoraConfig
-from mcore_rl.models.spec import load_hf_config, model_family
-from mcore_rl.plan.memory import activation_memory, logit_memory, state_memory
-from mcore_rl.plan.parameters import stage_parameters
+from tests.distributed import plan_cases
+from tests.tiny_models import MOE
 
 FROZEN = {"moe_router_freeze": True}
 

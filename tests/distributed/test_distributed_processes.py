@@ -3,9 +3,10 @@
 import os
 import time
 
-import process_cases as cases
 import pytest
-from processes import ProcessPool, RankError
+
+from tests.distributed import process_cases as cases
+from tests.processes import ProcessPool, RankError
 
 
 @pytest.fixture(scope="module")

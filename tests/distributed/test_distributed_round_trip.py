@@ -3,16 +3,16 @@
 import functools
 import json
 
-import actor_cases
 import pytest
 import torch
-from actor_inputs import EP2, EP4, ETP1, ETP2, PP2, TP2, VPP2, actor_spec, layout_id
-from carriers import make_sequence
-from tiny_models import MODELS, tiny_config
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.models.safetensors_io import CheckpointReader
 from mcore_rl.models.spec import MODEL_FAMILIES, load_hf_config, model_family, routing
+from tests import actor_cases
+from tests.actor_inputs import EP2, EP4, ETP1, ETP2, PP2, TP2, VPP2, actor_spec, layout_id
+from tests.carriers import make_sequence
+from tests.tiny_models import MODELS, tiny_config
 
 FAMILIES = {name: tiny_config(name) for name, model in MODELS.items() if not model.is_variant}
 MIXTURES = [name for name, config in FAMILIES.items() if routing(config)]

@@ -4,11 +4,15 @@ import json
 import shutil
 from dataclasses import replace
 
-import actor_cases
 import numpy as np
 import pytest
 import torch
-from actor_inputs import (
+
+from mcore_rl.algorithms.objectives import SftObjective
+from mcore_rl.data.packing import SequenceCount
+from mcore_rl.megatron.config import OptimConfig
+from tests import actor_cases
+from tests.actor_inputs import (
     CP2,
     EP2,
     ETP1,
@@ -22,10 +26,6 @@ from actor_inputs import (
     policy_objective,
     random_sequences,
 )
-
-from mcore_rl.algorithms.objectives import SftObjective
-from mcore_rl.data.packing import SequenceCount
-from mcore_rl.megatron.config import OptimConfig
 
 # As in test_distributed_invariance: an update is proportional to the gradient.
 OPTIM = OptimConfig(lr=1.0, eps=1.0)

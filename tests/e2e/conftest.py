@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from prepared import PreparedProcess
+
+from tests.e2e.prepared import PreparedProcess
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 

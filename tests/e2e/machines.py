@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import commands
+from tests.e2e import commands
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 _ENDED_S = 20

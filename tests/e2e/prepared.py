@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import commands
+from tests.e2e import commands
 
 
 class Forked:

@@ -9,10 +9,11 @@ import json
 import os
 from pathlib import Path
 
-import commands
 import pytest
-from vllm_models import make_model
-from vllm_servers import VllmServer
+
+from tests.e2e import commands
+from tests.e2e.vllm_servers import VllmServer
+from tests.vllm_models import make_model
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import commands
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +24,7 @@ from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig
 from mcore_rl.models.mappings import hf_shapes
 from mcore_rl.models.spec import load_hf_config, model_family
+from tests.e2e import commands
 
 ROW = {"data_source": "arithmetic", "prompt": "1+1=", "ground_truth": "2"}
 NO_CUSTOM_REWARD = "custom_reward_function.path=null"

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from doctor_command import LIMIT_S, doctor, environment, package
 
 from mcore_rl.doctor.checks import ALL_CHECKS
+from tests.doctor_command import LIMIT_S, doctor, environment, package
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 

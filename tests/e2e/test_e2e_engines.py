@@ -13,10 +13,11 @@ import re
 import time
 from pathlib import Path
 
-import commands
 import psutil
 import pytest
-from faulty_engine import ENVIRONMENT, FAULT, ONCE
+
+from tests.e2e import commands
+from tests.e2e.faulty_engine import ENVIRONMENT, FAULT, ONCE
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
 import pytest
 from omegaconf import OmegaConf
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -15,12 +15,12 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-import commands
 import psutil
 import pytest
-from stage_marks import KILL_AT, MARKED, read_stages
 
 from mcore_rl.loop.checkpoints import CONTROLLER_FILE
+from tests.e2e import commands
+from tests.e2e.stage_marks import KILL_AT, MARKED, read_stages
 
 logger = logging.getLogger(__name__)
 

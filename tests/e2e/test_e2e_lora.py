@@ -3,10 +3,11 @@ base stays."""
 
 from __future__ import annotations
 
-import commands
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import commands
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import commands
-import machines
 import pytest
-from machines import ADDRESSES, Machines
+
+from tests.e2e import commands, machines
+from tests.e2e.machines import ADDRESSES, Machines
 
 pytestmark = pytest.mark.timeout(3 * commands.TEST_LIMIT_S)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import commands
 import pytest
-from faulty_engine import ENVIRONMENT, FAULT, ONCE
-from stage_marks import KILL_AT, MARKED, WORKER
+
+from tests.e2e import commands
+from tests.e2e.faulty_engine import ENVIRONMENT, FAULT, ONCE
+from tests.e2e.stage_marks import KILL_AT, MARKED, WORKER
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -19,9 +19,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import commands
 import psutil
 import pytest
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(3 * commands.TEST_LIMIT_S)
 

@@ -15,16 +15,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import commands
 import pyarrow.parquet as pq
 import pytest
-from hub_cache import COMMIT, put_model
 from omegaconf import OmegaConf
-from published_models import QWEN3_30B_A3B
 
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
+from tests.e2e import commands
+from tests.hub_cache import COMMIT, put_model
+from tests.published_models import QWEN3_30B_A3B
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -18,10 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
 import psutil
 import pytest
-from tiny_models import save_tiny_checkpoint
+
+from tests.e2e import commands
+from tests.tiny_models import save_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 DENSE = [

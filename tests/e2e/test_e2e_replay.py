@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import commands
 import pytest
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

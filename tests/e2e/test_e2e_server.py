@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import commands
 import pytest
-from vllm_servers import VllmServer
+
+from tests.e2e import commands
+from tests.e2e.vllm_servers import VllmServer
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

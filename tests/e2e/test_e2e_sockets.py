@@ -6,9 +6,10 @@ import contextlib
 import ipaddress
 import socket
 
-import commands
 import psutil
 import pytest
+
+from tests.e2e import commands
 
 
 def listening(process) -> set[tuple[str, int]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import commands
 import pytest
-from stage_marks import KILL_AT, MARKED, WORKER
+
+from tests.e2e import commands
+from tests.e2e.stage_marks import KILL_AT, MARKED, WORKER
 
 POINTER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
 # One engine of both workers, whose ranks must give up together: 44 tokens are nearly three times

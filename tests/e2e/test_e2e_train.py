@@ -13,13 +13,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import commands
-import poison
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stage_marks import KILL_AT, MARKED
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import poison
+from tests.e2e import commands
+from tests.e2e.stage_marks import KILL_AT, MARKED
 
 CUSTOM_TRANSPORT = Path(__file__).parents[2] / "examples" / "custom_transport"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import textwrap
 
-import commands
 import pytest
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

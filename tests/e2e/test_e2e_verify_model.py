@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 
-import commands
 import pytest
 from safetensors.torch import load_file, save_file
+
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -11,10 +11,11 @@ import re
 import subprocess
 from pathlib import Path
 
-import commands
 import pyarrow.parquet as pq
 import pytest
-from hub_cache import COMMIT, put_model
+
+from tests.e2e import commands
+from tests.hub_cache import COMMIT, put_model
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

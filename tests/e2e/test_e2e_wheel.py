@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
-import commands
 import pytest
 
 import mcore_rl
 from mcore_rl.config.compose import compose_config, parse_command_line, to_yaml
 from mcore_rl.config.run import RunConfig
+from tests.e2e import commands
 
 pytestmark = pytest.mark.timeout(commands.TEST_LIMIT_S)
 

@@ -12,9 +12,10 @@ import random
 import re
 import time
 
-import commands
 import pytest
-from stage_marks import KILL_AT, MARKED, WORKER, read_stages
+
+from tests.e2e import commands
+from tests.e2e.stage_marks import KILL_AT, MARKED, WORKER, read_stages
 
 logger = logging.getLogger(__name__)
 

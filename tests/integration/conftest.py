@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_tiny_model
-from vllm_models import MODELS, make_model
+
+from tests.tiny_models import save_tiny_model
+from tests.vllm_models import MODELS, make_model
 
 ANSWER_LIMIT_S = 240
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import actor_cases
-import vllm_cases
-from actor_inputs import ONE_MICRO_BATCH, actor_spec
-from carriers import make_request, make_sequence
-
 from mcore_rl.rollout.base import SamplingParams
+from tests import actor_cases
+from tests.actor_inputs import ONE_MICRO_BATCH, actor_spec
+from tests.carriers import make_request, make_sequence
+from tests.integration import vllm_cases
 
 MODEL = ("qwen3_moe", "A")
 PROMPTS = [[1 + i % 9, i % 5, 4 + i % 3] for i in range(40)]

@@ -7,11 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-import vllm_cases
-from carriers import make_request
-from vllm_models import hf_logprobs
 
 from mcore_rl.rollout.base import EngineAdapters, SamplingParams
+from tests.carriers import make_request
+from tests.integration import vllm_cases
+from tests.vllm_models import hf_logprobs
 
 RANK, ALPHA = 4, 12
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

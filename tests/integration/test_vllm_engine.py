@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 import pytest
-import vllm_cases
-from vllm_models import hf_logprobs
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
+from tests.integration import vllm_cases
+from tests.vllm_models import hf_logprobs
 
 MODEL = ("qwen3_moe", "A")
 STOPS = [5, 17, 23, 40, 58]

@@ -4,7 +4,7 @@ on CUDA goes wrong in silence, or in the middle of a run, and can be asked of vL
 
 from __future__ import annotations
 
-import vllm_cases as cases
+from tests.integration import vllm_cases as cases
 
 
 def test_an_engine_of_one_device_takes_that_of_its_train_worker(in_vllm):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import vllm_cases
-from carriers import make_request
-from vllm_models import hf_router_logits
 
 from mcore_rl.rollout.base import SamplingParams
+from tests.carriers import make_request
+from tests.integration import vllm_cases
+from tests.vllm_models import hf_router_logits
 
 LONG = [(7 * i) % 61 for i in range(200)]
 # One prompt several times; two that share their first block of 128 tokens; short ones. Those of

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import vllm_cases
-from carriers import make_request
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.rollout.base import SamplingParams
+from tests.carriers import make_request
+from tests.integration import vllm_cases
 
 MODEL = ("qwen3", "A")
 REQUESTS = [

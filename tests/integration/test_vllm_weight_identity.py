@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import vllm_cases
-from carriers import make_request
-from vllm_models import make_model
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import SamplingParams
+from tests.carriers import make_request
+from tests.integration import vllm_cases
+from tests.vllm_models import make_model
 
 MODEL = "qwen3_moe"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import vllm_cases
-from carriers import make_request
-from vllm_models import MODELS, hf_logprobs
 
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
+from tests.carriers import make_request
+from tests.integration import vllm_cases
+from tests.vllm_models import MODELS, hf_logprobs
 
 # The long one is cached by vLLM (blocks of 128 tokens): keys and values of the weights before
 # would answer for it after a sync.

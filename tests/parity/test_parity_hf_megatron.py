@@ -7,22 +7,22 @@ counts, and the mean probability of the likeliest token is about a quarter.
 
 import functools
 
-import actor_cases
 import pytest
 import torch
-from actor_inputs import (
-    ONE_MICRO_BATCH,
-    actor_spec,
-    layout_id,
-    random_sequences,
-)
-from tiny_models import MODELS
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.models.spec import load_hf_config
+from tests import actor_cases
+from tests.actor_inputs import (
+    ONE_MICRO_BATCH,
+    actor_spec,
+    layout_id,
+    random_sequences,
+)
+from tests.tiny_models import MODELS
 
 SEQUENCES = random_sequences(7, (13, 2, 21, 5, 1, 8, 3))
 

@@ -6,7 +6,6 @@ import pickle
 from pathlib import PosixPath
 from typing import Any
 
-import poison
 import pytest
 import torch
 from hypothesis import given
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE, read_metadata
 from mcore_rl.errors import UserError
+from tests import poison
 
 WRONG: Any = (1, 2, 3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float8_e4m3fn]

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hub_cache import COMMIT, put_model
 from huggingface_hub import constants
 
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -18,6 +17,7 @@ from mcore_rl.megatron.config import MegatronConfig, OptimConfig
 from mcore_rl.model_files import fetch_model, find_model, published_name
 from mcore_rl.rollout.base import EngineSpec, RolloutConfig
 from mcore_rl.workers.spec import ActorSpec, ModelSpec, WorkerSpec
+from tests.hub_cache import COMMIT, put_model
 
 OTHER = "f" * 40
 NAME = "Qwen/Qwen2.5-7B"

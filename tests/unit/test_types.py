@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import carriers
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from mcore_rl.types import (
     VersionSpan,
     with_sample_fields,
 )
+from tests import carriers
 
 
 def make_groups():

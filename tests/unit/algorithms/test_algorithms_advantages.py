@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from carriers import make_prompt, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.options import option_names
 from mcore_rl.types import Sample, SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 MASK = [False, True, False, True]

@@ -1,12 +1,12 @@
 """Which groups teach something, and which samples train: hand-worked cases."""
 
 import pytest
-from carriers import make_prompt, make_sample
 
 from mcore_rl.algorithms.filter_groups import FilterGroupsConfig, informative_groups
 from mcore_rl.algorithms.overlong_filtering import without_truncated
 from mcore_rl.errors import UserError
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 

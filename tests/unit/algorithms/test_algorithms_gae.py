@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from carriers import make_prompt, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from mcore_rl.algorithms.advantages.assign import advantage_inputs
 from mcore_rl.algorithms.losses.value_clip import value_clip
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 NUMBERS = st.floats(-3, 3).map(lambda x: round(x, 2))

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from carriers import make_prompt, make_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +10,7 @@ from mcore_rl.algorithms.kl_in_reward import KlController, KlCtrlConfig, penaliz
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 PROMPT = make_prompt(uid="p:0", token_ids=[1], text="", data_source="", ground_truth=None)
 

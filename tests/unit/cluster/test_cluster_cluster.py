@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import make_request, make_result, make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
-from sequences import sequences_of
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.engines import deal
@@ -32,6 +30,8 @@ from mcore_rl.rollout.base import (
 )
 from mcore_rl.types import Layout, MicroBatch, TokenNumbers, VersionSpan, WriteState
 from mcore_rl.workers.roles import Actor, EngineProcess, Rollout, SentWeights, WeightSource
+from tests.carriers import make_request, make_result, make_sequence
+from tests.sequences import sequences_of
 
 
 class EchoWorkers:

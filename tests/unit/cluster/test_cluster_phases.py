@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import make_sequence
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import done
@@ -19,6 +18,7 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.base import EnginePart
 from mcore_rl.types import Layout, Offloads, Part, TokenNumbers, WriteState
 from mcore_rl.workers.roles import Actor, Critic, EngineProcess, Rollout, SentWeights, WeightSource
+from tests.carriers import make_sequence
 
 PARAM, GRAD, OPTIMIZER, REFERENCE = Part
 TRAINED = frozenset({PARAM, GRAD, OPTIMIZER})

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import make_sequence
 
 from mcore_rl.cluster.group import done
 from mcore_rl.cluster.placement import colocated
 from mcore_rl.cluster.routes import Routes
 from mcore_rl.types import Layout, RoutesAt, Share, TokenSequence
 from mcore_rl.workers.roles import RouteHolder
+from tests.carriers import make_sequence
 
 
 class RecordingWorkers:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from mcore_rl.cluster.trainer import Trainer
 from mcore_rl.data.packing import SequenceCount, TokenBudget
 from mcore_rl.types import Layout, MicroBatch, Offloads, RoutesAt, TokenNumbers, TokenSequence
 from mcore_rl.workers.roles import Actor, RouteHolder
+from tests.carriers import make_sequence
 
 BUDGET = 24
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import signatures
-from signatures import Function, Sources, UnknownNameError, bind, signature_of
+
+from tests.unit.contracts import signatures
+from tests.unit.contracts.signatures import Function, Sources, UnknownNameError, bind, signature_of
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "mcore_rl"

@@ -10,14 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import poison
 import pytest
 import torch
-from file_limit import files_no_longer_than
-from hub_cache import COMMIT, put_model
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.convert import __main__ as command
@@ -25,6 +21,10 @@ from mcore_rl.convert import convert, verify
 from mcore_rl.convert.convert import hf_to_mcore, mcore_to_hf
 from mcore_rl.errors import USER_ERROR_EXIT_CODE, UserError
 from mcore_rl.models.safetensors_io import CheckpointReader
+from tests import poison
+from tests.file_limit import files_no_longer_than
+from tests.hub_cache import COMMIT, put_model
+from tests.tiny_models import MODELS
 
 FILE_BYTES = 20_000
 """Several files for a tiny model."""

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from carriers import make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.data.batch import pack, unpack
 from mcore_rl.types import MicroBatch
+from tests.carriers import make_sequence
 
 VALUES = ("rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
 

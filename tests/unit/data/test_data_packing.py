@@ -3,7 +3,6 @@ import itertools
 import random
 
 import pytest
-from carriers import make_prompt, make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from mcore_rl.data.packing import (
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import merge, to_floats
 from mcore_rl.types import Denominators, SampleGroup
+from tests.carriers import make_prompt, make_sequence
 
 
 def _sequence(length, num_trained=None):

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
-from sequences import lists_of
 
 from mcore_rl.data.prompts import DataConfig, load_prompts, load_sft_sequences
 from mcore_rl.errors import UserError
+from tests.sequences import lists_of
 
 ROW = {"prompt": "1+1=", "ground_truth": "2", "data_source": "arithmetic"}
 

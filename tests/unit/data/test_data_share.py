@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.data.packing import TokenBudget, plan_minibatch
 from mcore_rl.types import NUMBERS, MicroBatch, Share, TokenNumbers, TokenSequence
+from tests.carriers import make_sequence
 
 ROUTES = (2, 3)
 """MoE layers and experts per token."""

@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from carriers import make_prompt, make_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_rl.data.prompts import ItemStream
 from mcore_rl.errors import UserError
+from tests.carriers import make_prompt, make_sequence
 
 
 def _prompts(n):

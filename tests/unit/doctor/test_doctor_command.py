@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from doctor_command import LIMIT_S, environment, package
 
 from mcore_rl.doctor.__main__ import main
 from mcore_rl.doctor.checks import ALL_CHECKS
@@ -15,6 +14,7 @@ from mcore_rl.doctor.nodes import Rendezvous, Report, differences
 from mcore_rl.doctor.rows import Row, Status
 from mcore_rl.doctor.site import Node
 from mcore_rl.doctor.symptoms import hint, line_of
+from tests.doctor_command import LIMIT_S, environment, package
 
 
 def run(*argv: str, path=(), **variables: str) -> subprocess.CompletedProcess[str]:

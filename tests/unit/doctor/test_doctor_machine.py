@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_command import IN_SPACES, doctor, environment, needs_mounts
-from sandboxes import make_system_lack
 
 from mcore_rl.doctor.network import interfaces
 from mcore_rl.doctor.site import Site
 from mcore_rl.doctor.system import sandbox
+from tests.doctor_command import IN_SPACES, doctor, environment, needs_mounts
+from tests.sandboxes import make_system_lack
 
 pytestmark = pytest.mark.starts_processes
 

@@ -8,11 +8,11 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
-from doctor_command import ROOT, doctor, package, without
 from packaging.requirements import Requirement
 
 from mcore_rl.doctor.checks import CHECKS
 from mcore_rl.doctor.rows import explained_by
+from tests.doctor_command import ROOT, doctor, package, without
 
 pytestmark = pytest.mark.starts_processes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from shell_commands import composed
+
+from tests.unit.examples.shell_commands import composed
 
 ROOT = Path(__file__).parents[3]
 FILES = {file.stem: file for file in (ROOT / "docker").glob("*.Dockerfile")}

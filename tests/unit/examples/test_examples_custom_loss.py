@@ -12,15 +12,15 @@ import pytest
 
 pytestmark = pytest.mark.starts_processes
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_loss"
-HELPERS = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "loop")]
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "custom_loss"
 
 # In a process of its own, since a registered loss stays registered.
 TRAIN = """
 import pickle, sys
-sys.path[:0] = sys.argv[2:]
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
+from tests.unit.loop.fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.algorithms.objective import resolve_objective
 from mcore_rl.loop.on_policy import train
 from mcore_rl.loop.stop import Stop
@@ -47,7 +47,7 @@ assert not workers.actor.weights.equal(before)
 
 def test_the_loss_trains_a_step_and_logs_its_own_metric(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(tmp_path), *HELPERS],
+        [sys.executable, "-c", TRAIN, str(tmp_path), str(ROOT)],
         cwd=EXAMPLE,
         env=os.environ | {"MCORE_RL_PLUGINS": "smooth_ratio"},
         capture_output=True,

@@ -12,15 +12,15 @@ import pytest
 
 pytestmark = pytest.mark.starts_processes
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_transport"
-HELPERS = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "loop")]
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "custom_transport"
 
 # In a process of its own, since a registered transport stays registered.
 TRAIN = """
 import sys
-sys.path[:0] = sys.argv[2:]
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
+from tests.unit.loop.fake_workers import REWARD, FakeWorkers, make_cluster, make_config, make_inputs
 from mcore_rl.config.checks import check_run
 from mcore_rl.loop.on_policy import train
 from mcore_rl.loop.stop import Stop
@@ -54,7 +54,7 @@ def metrics(run_folder: Path) -> list[dict[str, float]]:
 
 def test_weights_sent_through_files_train_to_the_same_numbers(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(tmp_path), *HELPERS],
+        [sys.executable, "-c", TRAIN, str(tmp_path), str(ROOT)],
         cwd=EXAMPLE,
         env=os.environ | {"MCORE_RL_PLUGINS": "safetensors_files"},
         capture_output=True,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell_commands import composed, run_script
+
+from tests.unit.examples.shell_commands import composed, run_script
 
 pytestmark = pytest.mark.starts_processes
 

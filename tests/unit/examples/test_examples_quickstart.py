@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from shell_commands import composed, run_script
 
 from mcore_rl.config.checks import check_sft
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import SftRunConfig
+from tests.unit.examples.shell_commands import composed, run_script
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = dict.fromkeys(

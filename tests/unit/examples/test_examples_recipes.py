@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_models import (
+
+from mcore_rl.config.checks import check_run
+from mcore_rl.config.compose import compose_config, parse_command_line
+from mcore_rl.config.run import RunConfig
+from mcore_rl.plan.report import write_plan
+from tests.published_models import (
     DEEPSEEK_V3,
     QWEN2_5_32B,
     QWEN2_5_MATH_7B,
@@ -24,12 +29,7 @@ from published_models import (
     QWEN3_30B_A3B,
     QWEN3_235B_A22B,
 )
-from shell_commands import composed, run_script
-
-from mcore_rl.config.checks import check_run
-from mcore_rl.config.compose import compose_config, parse_command_line
-from mcore_rl.config.run import RunConfig
-from mcore_rl.plan.report import write_plan
+from tests.unit.examples.shell_commands import composed, run_script
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"

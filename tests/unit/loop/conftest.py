@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 
 import pytest
-from loop_runs import run_in
+
+from tests.unit.loop.loop_runs import run_in
 
 
 @pytest.fixture

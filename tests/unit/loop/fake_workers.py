@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from carriers import make_prompt, make_result
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import Call, done
@@ -53,6 +52,7 @@ from mcore_rl.workers.roles import (
     SentWeights,
     WeightSource,
 )
+from tests.carriers import make_prompt, make_result
 
 VOCABULARY = 12
 END = 0

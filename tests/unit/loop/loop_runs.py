@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fake_workers import REWARD, CrashError, FakeWorkers, make_cluster, make_config, make_inputs
-from sequences import sequences_of
-
 from mcore_rl.errors import StoppedError
 from mcore_rl.loop.loops import LOOPS
 from mcore_rl.loop.recorded import Journal, recorded
@@ -19,6 +16,15 @@ from mcore_rl.loop.stop import Stop
 from mcore_rl.loop.validate import validate
 from mcore_rl.observability.run_folder import JOURNAL
 from mcore_rl.run.folder import open_run_folder
+from tests.sequences import sequences_of
+from tests.unit.loop.fake_workers import (
+    REWARD,
+    CrashError,
+    FakeWorkers,
+    make_cluster,
+    make_config,
+    make_inputs,
+)
 
 
 @dataclass

@@ -10,8 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fake_workers import END, make_config, make_prompts
-from virtual_cluster import (
+from mcore_rl.data.prompts import ItemStream
+from mcore_rl.loop import overlapped
+from mcore_rl.loop.inputs import RunInputs
+from mcore_rl.loop.recorded import Journal, recorded
+from mcore_rl.loop.stop import Stop
+from mcore_rl.plan.overlap import Fleet, Requests, StepSeconds
+from tests.unit.loop.fake_workers import END, make_config, make_prompts
+from tests.unit.loop.virtual_cluster import (
     Clock,
     Latencies,
     TokenEngine,
@@ -20,13 +26,6 @@ from virtual_cluster import (
     VirtualWorkers,
     make_cluster,
 )
-
-from mcore_rl.data.prompts import ItemStream
-from mcore_rl.loop import overlapped
-from mcore_rl.loop.inputs import RunInputs
-from mcore_rl.loop.recorded import Journal, recorded
-from mcore_rl.loop.stop import Stop
-from mcore_rl.plan.overlap import Fleet, Requests, StepSeconds
 
 GROUP = 4
 STEPS = 20

@@ -11,9 +11,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_tiny_checkpoint
 
 from mcore_rl.loop.agreement import counts, disagreement, summary
+from tests.tiny_models import save_tiny_checkpoint
 
 SCALE = 0.3
 """Of the matrices, so that logits spread over a unit, as those of a trained model do of its own

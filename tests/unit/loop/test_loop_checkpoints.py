@@ -6,17 +6,17 @@ import json
 import shutil
 from dataclasses import replace
 
-import fake_workers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fake_workers import make_prompts
-from loop_runs import run_in
 
 from mcore_rl.errors import CheckpointError, UserError
 from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.loop.validate import validate
 from mcore_rl.observability.run_folder import read_config
+from tests.unit.loop import fake_workers
+from tests.unit.loop.fake_workers import make_prompts
+from tests.unit.loop.loop_runs import run_in
 
 STEPS = 4
 # Everything that a checkpoint keeps matters here: weights, schedule, place in the data (two and a

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from sequences import sequences_of
+
+from tests.sequences import sequences_of
 
 GAE = "algorithm.adv_estimator=gae"
 

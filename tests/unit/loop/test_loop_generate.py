@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from carriers import make_sample
-from fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
-from loop_runs import requests_of
 
 from mcore_rl.loop.generate import answered_groups, ask_for_groups, rollout_metrics
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import SampleGroup, VersionSpan
+from tests.carriers import make_sample
+from tests.unit.loop.fake_workers import FakeWorkers, make_cluster, make_config, make_prompts
+from tests.unit.loop.loop_runs import requests_of
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from carriers import make_result
-from loop_runs import replay_in, run_in
 
 from mcore_rl.errors import UserError
 from mcore_rl.loop.difference import compare
@@ -13,6 +11,8 @@ from mcore_rl.loop.journal import FORMAT, Key, Score, StepRecord, read_step, ste
 from mcore_rl.observability.run_folder import JOURNAL
 from mcore_rl.rollout.base import GenerationRequest, SamplingParams
 from mcore_rl.types import VersionSpan
+from tests.carriers import make_result
+from tests.unit.loop.loop_runs import replay_in, run_in
 
 STALE = ("trainer.loop=overlapped", "trainer.max_staleness=2", "rollout.host=process")
 FILTERED = ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=seq_reward")

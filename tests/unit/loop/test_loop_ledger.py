@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from carriers import make_prompt, make_sample
 
 from mcore_rl.errors import RunError
 from mcore_rl.loop.ledger import Ledger
 from mcore_rl.metrics import to_floats
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 PROMPT = make_prompt(uid="a", token_ids=[5, 6], text="", data_source="s", ground_truth="")
 

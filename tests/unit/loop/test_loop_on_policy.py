@@ -8,11 +8,11 @@ from dataclasses import replace
 from statistics import fmean
 
 import pytest
-from fake_workers import VOCABULARY, UnigramEngine
 
 from mcore_rl.errors import RolloutError, UserError, WeightSyncError
 from mcore_rl.rewards.base import BUILT_IN_NUMBERS
 from mcore_rl.types import VersionSpan
+from tests.unit.loop.fake_workers import VOCABULARY, UnigramEngine
 
 GMPO = "actor.policy_loss.loss_mode=geo_mean"
 GPG = ["algorithm.adv_estimator=gpg", "actor.policy_loss.loss_mode=gpg"]

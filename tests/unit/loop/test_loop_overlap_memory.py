@@ -6,10 +6,10 @@ import tracemalloc
 from dataclasses import replace
 
 import pytest
-from overlap_runs import GROUP, Setting, measure
-from virtual_cluster import Latencies
 
 from mcore_rl.plan.overlap_report import controller_bytes
+from tests.unit.loop.overlap_runs import GROUP, Setting, measure
+from tests.unit.loop.virtual_cluster import Latencies
 
 LENGTH = 1000
 

@@ -11,12 +11,21 @@ import random
 import statistics
 
 import pytest
-from overlap_runs import GROUP, MOST_TOKENS, STEPS, Setting, in_groups, long_tailed, measure, steady
-from virtual_cluster import Latencies
 
 from mcore_rl.plan.overlap import Overlap, alone, simulate
 from mcore_rl.plan.times import long_tailed as draw
 from mcore_rl.plan.times import measured_times
+from tests.unit.loop.overlap_runs import (
+    GROUP,
+    MOST_TOKENS,
+    STEPS,
+    Setting,
+    in_groups,
+    long_tailed,
+    measure,
+    steady,
+)
+from tests.unit.loop.virtual_cluster import Latencies
 
 S, L = steady, long_tailed
 # Times of the trainer are no multiples of a token's, so that pauses come in the middle of one.

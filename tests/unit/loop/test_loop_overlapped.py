@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from loop_runs import run_in
+
+from tests.unit.loop.loop_runs import run_in
 
 ALL = "trainer.log_val_generations=12"  # samples of a step
 AHEAD = ("trainer.loop=overlapped",)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from fake_workers import make_config
 from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
@@ -14,6 +13,7 @@ from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.run import folder as run_folder
 from mcore_rl.run.folder import open_run_folder
 from mcore_rl.weight_sync.base import TRANSPORTS
+from tests.unit.loop.fake_workers import make_config
 
 CUSTOM = "custom_reward_function.path=r.py"
 

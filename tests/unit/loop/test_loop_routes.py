@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_workers import (
+
+from mcore_rl.loop.on_policy import train
+from mcore_rl.loop.stop import Stop
+from mcore_rl.types import Routing
+from tests.unit.loop.fake_workers import (
     REWARD,
     FakeWorkers,
     UnigramEngine,
@@ -15,10 +19,6 @@ from fake_workers import (
     make_config,
     make_inputs,
 )
-
-from mcore_rl.loop.on_policy import train
-from mcore_rl.loop.stop import Stop
-from mcore_rl.types import Routing
 
 
 class RoutingEngine(UnigramEngine):

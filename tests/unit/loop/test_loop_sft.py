@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from carriers import make_sequence
-from fake_workers import CrashError, FakeWorkers, make_cluster
 
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import SftRunConfig
@@ -16,6 +14,8 @@ from mcore_rl.loop.inputs import SftInputs
 from mcore_rl.loop.sft import train
 from mcore_rl.loop.stop import Stop
 from mcore_rl.run.folder import open_run_folder
+from tests.carriers import make_sequence
+from tests.unit.loop.fake_workers import CrashError, FakeWorkers, make_cluster
 
 SEQUENCES = [
     make_sequence(

@@ -6,10 +6,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from test_loop_checkpoints import OVERRIDES, STEPS
 
 from mcore_rl.loop.checkpoints import POINTER
 from mcore_rl.loop.stop import Stop
+from tests.unit.loop.test_loop_checkpoints import OVERRIDES, STEPS
 
 # Asked as the call begins: (method, number), the checkpoint that is left, and of how many steps the
 # updates are done. The engines validate before steps 0 and 2 and after the last, so call 0 of
@@ -41,7 +41,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    from loop_runs import run_in
+    from tests.unit.loop.loop_runs import run_in
 
     return run_in(tmp_path_factory.mktemp("whole"), *OVERRIDES, steps=STEPS, num_val=3)
 

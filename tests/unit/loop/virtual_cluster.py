@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from carriers import make_result
 
 from mcore_rl.cluster.cluster import Cluster
 from mcore_rl.cluster.group import Call
@@ -38,6 +37,7 @@ from mcore_rl.workers.roles import (
     SentWeights,
     WeightSource,
 )
+from tests.carriers import make_result
 
 TRAINER = 0
 """Its rank; engines follow."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from actor_cases import running_worker
+from tests.actor_cases import running_worker
 
 
 def checkpoint_names(spec):

@@ -245,7 +245,9 @@ def buffers_of_a_step():
     gradients = torch.arange(4.0) + rank
     part = gradients.chunk(size)[rank]
     with module._coalescing_manager(group, async_ops=True) as reduced:
-        module.dist_reduce_scatter_func(part, gradients, group=group, async_op=True)
+        module.dist_reduce_scatter_func(
+            part, gradients, op=dist.ReduceOp.SUM, group=group, async_op=True
+        )
     reduced.wait()
     parameters = torch.arange(4.0) * (rank + 1)
     with module._coalescing_manager(group, async_ops=True) as gathered:

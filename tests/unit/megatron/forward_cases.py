@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from actor_cases import running_cluster
-from actor_inputs import ONE_MICRO_BATCH, random_sequences
+from tests.actor_cases import running_cluster
+from tests.actor_inputs import ONE_MICRO_BATCH, random_sequences
 
 
 def boundaries(spec):

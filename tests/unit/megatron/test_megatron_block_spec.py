@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from actor_inputs import actor_spec
-from block_spec_cases import checkpoint_names
 
 from mcore_rl.errors import UserError
 from mcore_rl.megatron.block_spec import canonical_parameter_name, transformer_impl
 from mcore_rl.megatron.config import MegatronConfig
+from tests.actor_inputs import actor_spec
+from tests.unit.megatron.block_spec_cases import checkpoint_names
 
 LAYER = "decoder.layers.3."
 

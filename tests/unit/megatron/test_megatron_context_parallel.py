@@ -2,10 +2,8 @@
 
 import itertools
 
-import context_parallel_cases as cases
 import pytest
 import torch
-from actor_inputs import random_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +11,8 @@ from mcore_rl.data.batch import pack
 from mcore_rl.megatron.attention import causal_spans, packed_causal_attention
 from mcore_rl.megatron.context_parallel import local_positions
 from mcore_rl.types import MicroBatch
+from tests.actor_inputs import random_sequences
+from tests.unit.megatron import context_parallel_cases as cases
 
 SCALE = 0.4
 

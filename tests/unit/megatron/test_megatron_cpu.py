@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cpu_cases as cases
 import pytest
 import torch
 
 from mcore_rl.megatron.versions import TESTED
+from tests.unit.megatron import cpu_cases as cases
 
 
 @pytest.fixture

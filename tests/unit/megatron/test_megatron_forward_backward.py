@@ -3,12 +3,12 @@
 
 import itertools
 
-import actor_cases
-import forward_cases
 import pytest
-from actor_inputs import CP2, ONE_MICRO_BATCH, actor_spec, policy_objective, random_sequences
 
 from mcore_rl.megatron.config import OptimConfig
+from tests import actor_cases
+from tests.actor_inputs import CP2, ONE_MICRO_BATCH, actor_spec, policy_objective, random_sequences
+from tests.unit.megatron import forward_cases
 
 # With epsilon 1 an update of Adam is proportional to the gradient, so a gradient of the wrong size
 # shows in the weights; with the usual one only its sign would.

@@ -5,7 +5,6 @@ Shapes: T tokens, H hidden, V vocabulary without padding rows.
 
 from typing import Any
 
-import logprob_cases
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from mcore_rl.megatron.logprobs import (
     logprobs_reference,
     vocab_parallel_logprobs,
 )
+from tests.unit.megatron import logprob_cases
 
 HIDDEN = 12
 

@@ -3,16 +3,16 @@
 import math
 from dataclasses import replace
 
-import actor_cases
 import pytest
 import torch
-from actor_inputs import EP2, ONE_MICRO_BATCH, actor_spec, random_sequences
-from carriers import make_sequence
-from optimizer_cases import PoisonedObjective
 
 from mcore_rl.algorithms.objectives import SftObjective
 from mcore_rl.data.packing import SequenceCount
 from mcore_rl.megatron.config import OptimConfig
+from tests import actor_cases
+from tests.actor_inputs import EP2, ONE_MICRO_BATCH, actor_spec, random_sequences
+from tests.carriers import make_sequence
+from tests.unit.megatron.optimizer_cases import PoisonedObjective
 
 SFT = SftObjective()
 SEQUENCES = random_sequences(1)

@@ -1,9 +1,8 @@
 """Process groups: which of them are of gloo."""
 
-import parallel_cases as cases
-
 from mcore_rl.processes import collective_backend
 from mcore_rl.types import Layout
+from tests.unit.megatron import parallel_cases as cases
 
 
 def test_the_default_group_on_cuda_is_of_nccl_alone():

@@ -1,8 +1,9 @@
 """Rotary embedding of packed rows: Megatron's numbers, with boundaries that are read once."""
 
 import pytest
-import rotary_cases
 import torch
+
+from tests.unit.megatron import rotary_cases
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,13 +1,15 @@
 """SwiGLU: the numbers of the plain formula, and its input alone kept for the backward pass."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from actor_inputs import actor_spec
-from block_spec_cases import activations
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_rl.megatron.swiglu import SwiGLU
+from tests.actor_inputs import actor_spec
+from tests.unit.megatron.block_spec_cases import activations
 
 CONFIG = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 
@@ -47,6 +49,6 @@ def test_every_mlp_of_a_local_model_calls_it(processes, tiny_checkpoint, name):
 
 
 def test_megatrons_fusion_takes_its_place(processes, tiny_checkpoint):
-    fused = {"override_transformer_config": {"bias_activation_fusion": True}}
+    fused: Any = {"override_transformer_config": {"bias_activation_fusion": True}}
     spec = actor_spec(tiny_checkpoint("qwen3"), **fused)
     assert processes.run(activations, 1, spec) == [["silu"]]

@@ -1,7 +1,8 @@
 """Configurations of every family."""
 
 import pytest
-from tiny_models import MODELS, tiny_config
+
+from tests.tiny_models import MODELS, tiny_config
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tiny_models import MODELS, tiny_config
 from transformers import GPT2Config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -21,6 +20,7 @@ from mcore_rl.models.layout import (
 )
 from mcore_rl.models.spec import load_hf_config, model_family
 from mcore_rl.types import Layout
+from tests.tiny_models import MODELS, tiny_config
 
 
 def names_of(config):

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import rope_cases
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from transformers import AutoConfig, LlamaConfig
@@ -13,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from mcore_rl.errors import UserError
 from mcore_rl.models.rope import check_length, gpt_rope_kwargs, max_positions, yarn_numbers
 from mcore_rl.models.spec import engine_overrides, load_hf_config
+from tests.unit.models import rope_cases
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,

@@ -8,7 +8,6 @@ import struct
 
 import pytest
 import torch
-from file_limit import files_no_longer_than
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import CheckpointError, UserError
@@ -26,6 +25,7 @@ from mcore_rl.models.safetensors_io import (
     write_config_dtype,
     write_shards,
 )
+from tests.file_limit import files_no_longer_than
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),

@@ -10,12 +10,12 @@ import math
 from pathlib import Path
 
 import pytest
-from report_runs import reported, write_lines
 
 from mcore_rl.observability import alarms
 from mcore_rl.observability.alarms import ALARMS, explanations
 from mcore_rl.observability.columns import Series, to_columns
 from mcore_rl.observability.jsonl import read_metrics
+from tests.unit.observability.report_runs import reported, write_lines
 
 ROOT = Path(__file__).parents[3]
 HEALTHY = read_metrics(ROOT / "tests" / "data" / "quickstart_metrics.jsonl")

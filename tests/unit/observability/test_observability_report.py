@@ -9,15 +9,6 @@ import math
 import re
 
 import pytest
-from report_runs import (
-    NUM_STEPS,
-    data_of,
-    make_records,
-    make_run_dir,
-    make_sample,
-    reported,
-    write_lines,
-)
 
 from mcore_rl.errors import UserError
 from mcore_rl.observability.columns import Series, to_columns
@@ -33,6 +24,15 @@ from mcore_rl.observability.report.page import write_comparison, write_report
 from mcore_rl.observability.report.run import summarize
 from mcore_rl.observability.report.timeline import MOST_STEPS, stretches, timeline
 from mcore_rl.report import main
+from tests.unit.observability.report_runs import (
+    NUM_STEPS,
+    data_of,
+    make_records,
+    make_run_dir,
+    make_sample,
+    reported,
+    write_lines,
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,20 @@ import functools
 import html
 import re
 
-import browser
 import numpy as np
 import pytest
 from PIL import Image
-from report_runs import make_records, make_run_dir, make_sample, write_lines
 
 from mcore_rl.observability.alarms import ALARMS
 from mcore_rl.observability.report.curves import PLOTS
 from mcore_rl.observability.report.page import write_comparison, write_report
+from tests.unit.observability import browser
+from tests.unit.observability.report_runs import (
+    make_records,
+    make_run_dir,
+    make_sample,
+    write_lines,
+)
 
 pytestmark = pytest.mark.starts_processes
 

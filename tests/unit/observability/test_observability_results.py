@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
-from test_observability_samples import make_groups
 
 from mcore_rl.errors import RunError
 from mcore_rl.observability.results import (
@@ -18,6 +17,7 @@ from mcore_rl.observability.results import (
     write_samples,
 )
 from mcore_rl.types import with_sample_fields
+from tests.unit.observability.test_observability_samples import make_groups
 
 RESULTS = {
     "openai/gsm8k": SourceResults(

@@ -12,12 +12,12 @@ import types
 
 import pytest
 import torch
-from file_limit import files_no_longer_than
 from rich.console import Console
 
 from mcore_rl.errors import RunError, UserError
 from mcore_rl.metrics import maximum, mean, total
 from mcore_rl.observability.trackers import RunInfo, RunLog, TerminalTracker, step_table
+from tests.file_limit import files_no_longer_than
 
 
 def open_log(run_dir, *loggers, start_step=0, total_steps=10):

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from published_models import DEEPSEEK_V3, QWEN3_30B_A3B, QWEN3_235B_A22B
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.cluster.phases import Phase
@@ -37,6 +36,7 @@ from mcore_rl.plan.parameters import ParameterCounts, StageParameters, model_siz
 from mcore_rl.plan.report import write_plan
 from mcore_rl.plan.step import plan_step, prompt_lengths
 from mcore_rl.types import Layout, Offloads, Part
+from tests.published_models import DEEPSEEK_V3, QWEN3_30B_A3B, QWEN3_235B_A22B
 
 LAYOUT = Layout(tp=4, pp=2, ep=8, dp=8)
 NUM_ROWS = 64

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from published_models import QWEN3_30B_A3B
 
 from mcore_rl.config.checks import check_run
 from mcore_rl.config.compose import compose_config, parse_command_line
@@ -27,6 +26,7 @@ from mcore_rl.plan.overlap_report import WAITING_TOKEN_BYTES
 from mcore_rl.plan.report import write_plan
 from mcore_rl.plan.times import MeasuredTimes, long_tailed, measured_times
 from mcore_rl.rollout.base import GenerationResult
+from tests.published_models import QWEN3_30B_A3B
 
 ONE = Fleet(num_engines=1, slots=8)
 

@@ -1,5 +1,6 @@
 import pytest
-from sandboxes import ON_DISK, has_name_spaces, make_system_lack
+
+from tests.sandboxes import ON_DISK, has_name_spaces, make_system_lack
 
 
 @pytest.fixture(params=["in memory", "on disk"])

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from sandboxes import ENOUGH_S, LIMITS
 
 from mcore_rl.rewards.assertions import SplitAssertions, split_assertions
 from mcore_rl.rewards.sandbox import Sandbox
+from tests.sandboxes import ENOUGH_S, LIMITS
 
 
 def _split(*texts) -> Any:

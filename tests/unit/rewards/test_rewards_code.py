@@ -2,7 +2,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from carriers import make_prompt, make_sample
 
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
@@ -10,6 +9,7 @@ from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig, SandboxConfi
 from mcore_rl.rewards.code import compute_score, read_tests
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 pytestmark = pytest.mark.starts_processes
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from carriers import make_prompt
 
 from mcore_rl.errors import UserError
 from mcore_rl.rewards.base import REWARDS, CustomRewardConfig, RewardConfig, SandboxConfig
 from mcore_rl.rewards.ground_truth import reader_of
 from mcore_rl.rewards.score import RewardScorer
+from tests.carriers import make_prompt
 
 NUMBERS = ["gsm8k", "openai/gsm8k", "math_reasoning", "arithmetic", "exact_number"]
 WORDS = ["qa", "trivia"]

@@ -1,13 +1,13 @@
 """The soft overlong penalty: nothing, then a line, then the whole factor."""
 
 import pytest
-from carriers import make_prompt, make_sample
 
 from mcore_rl.errors import UserError
 from mcore_rl.metrics import to_floats
 from mcore_rl.rewards.base import OverlongBufferConfig
 from mcore_rl.rewards.overlong import penalize_overlong
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 PROMPT = make_prompt(uid="p:0", token_ids=[1, 2], text="", data_source="", ground_truth=None)
 

@@ -11,12 +11,12 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sandboxes import ENOUGH_S, LIMITS, ON_DISK, make_system_lack, run
 
 from mcore_rl.errors import UserError
 from mcore_rl.rewards import sandbox
 from mcore_rl.rewards.base import SandboxConfig
 from mcore_rl.rewards.sandbox import Sandbox, check_sandbox
+from tests.sandboxes import ENOUGH_S, LIMITS, ON_DISK, make_system_lack, run
 
 pytestmark = pytest.mark.starts_processes
 

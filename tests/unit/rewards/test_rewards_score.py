@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import pytest
-from carriers import make_prompt, make_sample
 from omegaconf import OmegaConf
 
 from mcore_rl.errors import UserError
@@ -12,6 +11,7 @@ from mcore_rl.metrics import merge, to_floats
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 pytestmark = pytest.mark.starts_processes
 

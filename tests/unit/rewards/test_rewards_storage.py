@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sandboxes import ENOUGH_S, LIMITS, ON_DISK, SERVE_WITH, run
 
 from mcore_rl.errors import RunError
 from mcore_rl.rewards import sandbox
 from mcore_rl.rewards.sandbox import Sandbox
+from tests.sandboxes import ENOUGH_S, LIMITS, ON_DISK, SERVE_WITH, run
 
 pytestmark = pytest.mark.starts_processes
 

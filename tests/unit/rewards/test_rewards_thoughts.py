@@ -1,10 +1,10 @@
 import pytest
-from carriers import make_prompt, make_sample
 
 from mcore_rl.rewards.base import CustomRewardConfig, RewardConfig
 from mcore_rl.rewards.score import RewardScorer
 from mcore_rl.rewards.thoughts import after_thoughts
 from mcore_rl.types import SampleGroup
+from tests.carriers import make_prompt, make_sample
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from poison import MakesFolder
 
 from mcore_rl.checkpoint_metadata import METADATA_FILE
 from mcore_rl.errors import UserError
@@ -18,6 +17,7 @@ from mcore_rl.torch_dist.format import (
     write_tensor,
 )
 from mcore_rl.torch_dist.source import TorchDistSource
+from tests.poison import MakesFolder
 
 WHOLE = torch.arange(6 * 8, dtype=torch.float32).view(6, 8)
 

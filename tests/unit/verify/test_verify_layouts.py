@@ -6,7 +6,6 @@ import argparse
 import json
 
 import pytest
-from sequences import lists_of
 
 from mcore_rl.config.compose import compose_config, parse_command_line
 from mcore_rl.config.run import RunConfig
@@ -16,6 +15,7 @@ from mcore_rl.verify.__main__ import main
 from mcore_rl.verify.compare import Difference
 from mcore_rl.verify.layout_run import read_minibatch, write_minibatch
 from mcore_rl.verify.layouts import Row, cells, random_minibatch, table_line, to_json
+from tests.sequences import lists_of
 
 
 def parse(*argv: str) -> argparse.Namespace:

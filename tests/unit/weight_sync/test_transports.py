@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import ProcessEngine
 
 from mcore_rl import weight_sync
 from mcore_rl.errors import UserError, WeightSyncError
@@ -20,6 +19,7 @@ from mcore_rl.weight_sync import shared_memory
 from mcore_rl.weight_sync.base import TRANSPORTS, Distance, Link, Transport
 from mcore_rl.weight_sync.check import RecordingEngine, check_transport, random_buckets
 from mcore_rl.weight_sync.sync import sync_one
+from tests.unit.weight_sync.engine_process import ProcessEngine
 
 ON_CPU = ("direct", "shared_memory", "gloo", "disk")
 BETWEEN_PROCESSES = ON_CPU[1:]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carriers import make_request
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +22,7 @@ from mcore_rl.weight_sync.direct import DirectReceiver, DirectSender
 from mcore_rl.workers.rollout_worker import RolloutWorker
 from mcore_rl.workers.routes import RouteStore
 from mcore_rl.workers.weight_source import WeightSourceWorker
+from tests.carriers import make_request
 
 END, VOCABULARY = 0, 12
 NUMBERS = itertools.count()
