@@ -29,7 +29,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 BASE = "base"
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _PREFIX = "actor_rollout_ref."
+_BUILDS_ON_BASE = "_builds_on_base_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     """
     import_plugins()
     schema = _with_all_options(root)
-    ConfigStore.instance().store(name=BASE, node=schema)
+    ConfigStore.instance().store(name=BASE, node={_BUILDS_ON_BASE: True})
     overrides = [_checked_override(option, schema) for option in line.overrides]
     if line.recipe is not None:
         recipe = {"defaults": [BASE, "_self_"], **line.recipe}
@@ -141,11 +142,11 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     composed: Any = None
     try:
         with initialize_config_dir(str(folder), version_base=None):
-            composed = _compose(line.config_name, overrides, root)
+            composed = _compose(line.config_name, overrides, schema)
 
             def value(option: Assignment) -> object:
                 more = [*overrides, _checked_override(option, schema)]
-                return OmegaConf.select(hydra_compose(line.config_name, more), option.key)
+                return OmegaConf.select(_compose(line.config_name, more, schema), option.key)
 
             _refuse_two_values(line.overrides, value)
         _type_options(composed, root)
@@ -164,27 +165,48 @@ def compose_config(root: type[Config], line: CommandLine) -> Config:
     return config
 
 
-def _compose(recipe: str, overrides: list[str], root: type) -> DictConfig:
-    """Return the recipe with the overrides.
+def _compose(recipe: str, overrides: list[str], schema: DictConfig) -> DictConfig:
+    """Return the recipe with the overrides, on the typed tree.
+
+    Hydra has what is said and not the tree: it copies all that it has many times.
 
     Raises:
-        UserError: if it is not of type `root`.
+        UserError: if the recipe does not build on the tree.
     """
 
-    def checked(composed: DictConfig) -> DictConfig:
-        if OmegaConf.get_type(composed) is not root:
+    def typed(overrides: list[str]) -> DictConfig:
+        said = hydra_compose(recipe, overrides)
+        OmegaConf.set_struct(said, False)
+        if not said.pop(_BUILDS_ON_BASE, False):
             raise UserError(
                 f"--config-name {recipe}: the recipe does not build on the typed tree. Begin it "
                 "with `defaults: [base, _self_]`."
             )
-        return composed
+        _refuse_other_sections(said, schema)
+        return cast("DictConfig", OmegaConf.merge(schema, said))
 
     try:
-        composed = hydra_compose(recipe, overrides)
+        return typed(overrides)
     except (HydraException, OmegaConfBaseException):
-        checked(hydra_compose(recipe))  # what is wrong with the recipe itself is said first
+        typed([])  # what is wrong with the recipe itself is said first
         raise
-    return checked(composed)
+
+
+def _refuse_other_sections(said: DictConfig, schema: DictConfig, prefix: str = "") -> None:
+    """Raise a UserError for a section that is set to a value, or a list set to a section: the
+    messages of OmegaConf name no key."""
+    for name in said:
+        node, typed = node_of(said, name), node_of(schema, name)
+        value = node._value()  # None, or the text of an interpolation, or what is there
+        if value is None:
+            continue
+        kind = type(value).__name__
+        is_section = isinstance(node, DictConfig) and isinstance(value, dict)
+        wants_section = isinstance(typed, DictConfig) and not _is_untyped(typed)
+        if is_section and wants_section:
+            _refuse_other_sections(node, typed, f"{prefix}{name}.")
+        elif wants_section or (is_section and isinstance(typed, ListConfig)):
+            raise UserError(f"{prefix}{name}: Invalid type assigned: {kind}.")
 
 
 def _refuse_two_values(
@@ -324,13 +346,11 @@ def _parse_override(text: str) -> Assignment:
 
 
 def _checked_override(option: Assignment, schema: DictConfig) -> str:
-    """Return the assignment as Hydra wants it."""
+    """Return the assignment as Hydra wants it, with `++`: the key need not be in the recipe."""
     key = option.key
     if not _exists(key, schema):
         raise UserError(f"{key}: there is no such key.{_hint(key, schema)}")
-    # Hydra wants `++` before a key that is not there yet: below an untyped dictionary, all of them.
-    sign = "++" if _is_untyped(_find(key, schema)) else ""
-    return f"{sign}{key}={option.text}"
+    return f"++{key}={option.text}"
 
 
 def _hint(key: str, schema: DictConfig) -> str:

@@ -169,7 +169,7 @@ def random_buckets(version: int) -> Iterator[NamedTensors]:
             (f"layers.{layer}.scale", torch.randn((), generator=source)),
             *(
                 (f"layers.{layer}.experts.{expert}.weight", torch.randn(4, 4, generator=source))
-                for expert in range(12 + 40 * layer)
+                for expert in range(12 + 16 * layer)
             ),
         ]
     yield [("norm.weight", torch.randn(16, generator=source)), ("none", torch.empty(0, 16))]

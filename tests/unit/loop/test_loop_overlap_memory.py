@@ -11,7 +11,7 @@ from mcore_rl.plan.overlap_report import controller_bytes
 from tests.unit.loop.overlap_runs import GROUP, Setting, measure
 from tests.unit.loop.virtual_cluster import Latencies
 
-LENGTH = 1000
+LENGTH = 400
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2, 4])

@@ -238,16 +238,15 @@ def buffers_of_a_step():
     """Sum gradients and gather parameters as a step does; return (this rank's part of the sum, all
     parameters, whether each was left to the group)."""
     cpu.install()
-    from megatron.core.distributed import param_and_grad_buffer as module
+    from megatron.core.distributed import param_and_grad_buffer
 
+    module: Any = param_and_grad_buffer
     group: Any = dist.group.WORLD
     rank, size = group.rank(), group.size()
     gradients = torch.arange(4.0) + rank
     part = gradients.chunk(size)[rank]
     with module._coalescing_manager(group, async_ops=True) as reduced:
-        module.dist_reduce_scatter_func(
-            part, gradients, op=dist.ReduceOp.SUM, group=group, async_op=True
-        )
+        module.dist_reduce_scatter_func(part, gradients, group=group, async_op=True)
     reduced.wait()
     parameters = torch.arange(4.0) * (rank + 1)
     with module._coalescing_manager(group, async_ops=True) as gathered:
