@@ -419,7 +419,7 @@ BAD_COMMAND_LINES: dict[str, str] = {
     ),
     "rollout.n=many": r"rollout\.n: Value 'many' of type 'str' could not be converted to Integer\.",
     "rollout.n=1.5": r"rollout\.n: Value '1\.5' of type 'float' could not be converted .*",
-    "rollout.n=null": r"rollout\.n: field 'rollout\.n' is not Optional\.",
+    "rollout.n=null": r"rollout\.n: Incompatible value 'None' for field of type 'int'\.",
     "rollout.n=-1": r"rollout\.n=-1 must be at least 1\.",
     "rollout.n=${rollout.n}": r"rollout\.n: Recursive interpolation detected\.",
     "data.shuffle=maybe": r"data\.shuffle: Value 'maybe' is not a valid bool .*",
