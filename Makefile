@@ -55,7 +55,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 contracts: $(STAMP)
-	$(BIN)/pip install --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --upgrade --target .contracts -r requirements/contracts.lock
+	$(BIN)/pip install --no-deps --ignore-requires-python --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --upgrade --target .contracts -r requirements/contracts.lock
 	$(PYTEST) tests/unit/contracts
 
 # Transformer Engine's extension is compiled against the torch that is there, so it comes second.
