@@ -1,4 +1,4 @@
-"""Fixtures of more than one folder; makes the modules of this folder importable."""
+"""Fixtures of more than one folder."""
 
 import gc
 

@@ -334,8 +334,8 @@ def _repair_unequal_collectives() -> None:
 
 def _spare_a_single_rank_its_copies() -> None:
     """With one rank, a reduce-scatter of gradients and an all-gather of parameters write a buffer
-    onto itself (param_and_grad_buffer.py:274, 433). NCCL sees that; gloo copies it several times,
-    in a thread of its own."""
+    onto itself (param_and_grad_buffer.py:274, 433). gloo copies it several times, in a thread of
+    its own."""
     name = "megatron.core.distributed.param_and_grad_buffer"
     module: Any = importlib.import_module(name)
     coalescing_manager = module._coalescing_manager
